@@ -1,0 +1,183 @@
+"""From a name, a file or a module to a Potential, and back to a folder without pickles."""
+
+from __future__ import annotations
+
+import copy
+import json
+from contextlib import contextmanager
+from importlib.metadata import entry_points
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import __version__
+from .files import replacing
+from .potential import Potential
+
+EMBEDDED = {"mace-si": Path(__file__).parent / "data" / "mace_si"}
+FORMAT = "ase_bptt potential"
+DTYPES = {"float64": torch.float64, "float32": torch.float32}
+
+
+def load_potential(
+    spec: str | Path | nn.Module,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    trust: bool = False,
+) -> Potential:
+    """Load a potential; all its parameters require gradients afterwards.
+
+    Parameters
+    ----------
+    spec : str, Path or nn.Module
+        "mace-si" (embedded); a family with or without a variant ("chgnet", "chgnet:r2scan",
+        "mace:medium"); a folder written by `save_potential` or a training run; a family's native
+        checkpoint (a pickle: only with trust); a module of a supported family, or a Potential.
+    device, dtype
+        Where to, and in which precision; None keeps what it has. For a module that is given they
+        make a copy: the module itself is never cast.
+    trust : bool
+        Allow unpickling, which can run any code: only for files from people you trust.
+
+    Raises
+    ------
+    ValueError
+        For a spec that is none of the above, with what there is.
+    PermissionError
+        For a pickle without trust; it has not been opened.
+    ImportError
+        Where the family's package is missing, with the extra that brings it.
+    """
+    dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
+    if isinstance(spec, nn.Module):
+        potential = spec if isinstance(spec, Potential) else _from_native(spec, "this module")
+        if (dtype or potential.dtype) != potential.dtype or _elsewhere(potential, device):
+            potential = copy.deepcopy(potential)
+    else:
+        potential = _from_spec(str(spec), trust)
+    return potential.to(device=device, dtype=dtype).requires_grad_()
+
+
+def save_potential(potential: Potential, folder: str | Path) -> None:
+    """Write model.json and weights.pt, which load without unpickling, and the native checkpoint.
+
+    Files that are there already are replaced whole, or not at all.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = potential.config()
+    description = {
+        "format": FORMAT,
+        "version": 1,
+        "family": potential.family,
+        "dtype": str(potential.dtype).removeprefix("torch."),
+        "written_by": f"ase_bptt {__version__}",
+        "config": config,
+    }
+    blank = _rebuild(type(potential), config, potential.dtype).state_dict()
+    parameters = dict(potential.named_parameters())
+    # Constants that the config rebuilds bit for bit would only make the file larger.
+    weights = {
+        name: value.detach().cpu()
+        for name, value in potential.state_dict().items()
+        if name in parameters or not torch.equal(value.cpu(), blank[name])
+    }
+    with replacing(folder / "weights.pt") as path:
+        torch.save(weights, path)
+    with replacing(folder / "model.json") as path:
+        path.write_text(json.dumps(description, indent=1) + "\n")
+    if potential.native_name:
+        with replacing(folder / potential.native_name) as path:
+            potential.save_native(path)
+
+
+def families() -> dict[str, type[Potential]]:
+    """The registered families by name."""
+    return {entry.name: entry.load() for entry in entry_points(group="ase_bptt.potentials")}
+
+
+def _from_spec(spec: str, trust: bool) -> Potential:
+    if spec in EMBEDDED:
+        return _from_folder(EMBEDDED[spec])
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return _from_folder(path)
+    if path.is_file():
+        return _from_pickle(path, trust)
+    name, _, variant = spec.partition(":")
+    known = families()
+    if name in known:
+        return known[name].from_name(variant or None)
+    raise ValueError(
+        f"There is no potential {spec!r}: it is no file or folder here, and the names are "
+        f"{', '.join([*EMBEDDED, *known])} (a family takes a variant: chgnet:r2scan)."
+    )
+
+
+def _from_folder(folder: Path) -> Potential:
+    # A run folder holds its best potential in "potential".
+    if not (folder / "model.json").is_file():
+        folder = folder / "potential"
+    try:
+        description = json.loads((folder / "model.json").read_text())
+        if description.get("format") != FORMAT:
+            raise ValueError("its model.json is not ours")
+        weights = torch.load(folder / "weights.pt", weights_only=True, map_location="cpu")
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"The folder {folder} holds no potential that can be read: {error}.") from error
+    family = description["family"]
+    known = families()
+    if family not in known:
+        raise ValueError(f"The folder {folder} holds a potential of the unknown family {family!r}.")
+    potential = _rebuild(known[family], description["config"], DTYPES[description["dtype"]])
+    missing, unexpected = potential.load_state_dict(weights, strict=False)
+    lost = set(missing) & {name for name, _ in potential.named_parameters()}
+    if lost or unexpected:
+        raise ValueError(
+            f"The weights in {folder} do not fit its model.json: "
+            f"{len(lost)} are missing and {len(unexpected)} are unknown, as {next(iter({*lost, *unexpected}))}."
+        )
+    return potential
+
+
+def _from_pickle(path: Path, trust: bool) -> Potential:
+    if not trust:
+        raise PermissionError(
+            f"{path} is a pickle, and loading a pickle can run any code that somebody put into it. "
+            "If you trust where it comes from, say so: trust=True, or --trust in the shell."
+        )
+    return _from_native(torch.load(path, weights_only=False, map_location="cpu"), str(path))
+
+
+def _from_native(native: Any, name: str) -> Potential:
+    known = families()
+    for family in known.values():
+        if family.owns(native):
+            return family.from_native(native)
+    raise ValueError(
+        f"No family of potentials knows what to do with {name} (a {type(native).__module__}."
+        f"{type(native).__name__}); the families are {', '.join(known)}."
+    )
+
+
+def _rebuild(family: type[Potential], config: dict[str, Any], dtype: torch.dtype) -> Potential:
+    with _default_dtype(dtype), torch.random.fork_rng():
+        return family.from_config(config).to(dtype)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _elsewhere(potential: Potential, device: torch.device | str | None) -> bool:
+    return device is not None and torch.device(device) != potential.device

@@ -1,0 +1,177 @@
+"""The contract between a potential and everything above it.
+
+An adapter (`ase_bptt.potentials`) supplies energies from live positions, cells and pairs. Forces,
+stress, the graph of a graph, dtype and device are handled here, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from ase.data import chemical_symbols
+from torch import Tensor, nn
+
+from .neighbors import Pairs
+from .structures import Structures
+
+
+@dataclass(eq=False)
+class Prediction:
+    """What an adapter computes from one pass.
+
+    Attributes
+    ----------
+    energy : Tensor, shape (n,)
+        Energy of each structure in eV, differentiable in positions, cells and weights.
+    atomic_energies : Tensor or None, shape (n_atoms,)
+        A partition of it over the atoms, in eV.
+    magmoms : Tensor or None, shape (n_atoms,)
+        Magnetic moments in Bohr magnetons.
+    """
+
+    energy: Tensor
+    atomic_energies: Tensor | None = None
+    magmoms: Tensor | None = None
+
+
+class Potential(nn.Module):
+    """Base class of the adapters: one subclass for each family of potentials.
+
+    A subclass sets the class attributes, `cutoff`, and implements `forward`. To be found by name
+    and to be saved, it also implements `from_name`, `from_native`, `config`, `from_config` and
+    `save_native`; a subclass registers in the entry-point group ``ase_bptt.potentials``.
+    """
+
+    family: ClassVar[str]
+    extra: ClassVar[str | None] = None
+    """The extra to install the family with: ``pip install "ase_bptt[extra]"``."""
+    native_name: ClassVar[str | None] = None
+    """File name under which `save` writes the family's native checkpoint."""
+    atomic_properties: ClassVar[tuple[str, ...]] = ()
+    """Which of ASE's 'energies', 'stresses', 'magmoms' the family has."""
+
+    cutoff: float
+    """Radius in Å within which it wants pairs."""
+    atomic_numbers: frozenset[int] | None = None
+    """Elements it knows; None means all."""
+
+    def forward(self, structures: Structures, pairs: Pairs) -> Prediction:
+        """Energies of a batch from its live positions, cells and pairs."""
+        raise NotImplementedError
+
+    def energy_and_forces(
+        self, structures: Structures, pairs: Pairs, *, create_graph: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Energies (n,) in eV and forces (n_atoms, 3) in eV/Å, F = -dE/dX.
+
+        With create_graph both stay differentiable in whatever the positions and weights depend
+        on; otherwise both are detached. A direct-force potential overrides this call.
+        """
+        positions = structures.positions
+        if not (create_graph and positions.requires_grad):
+            positions = positions.detach().requires_grad_()
+        with torch.enable_grad():
+            energy = self(structures.replace(positions=positions), pairs).energy
+            # A lone atom's energy may not depend on its position at all.
+            if not energy.requires_grad:
+                return energy, torch.zeros_like(positions)
+            (gradient,) = torch.autograd.grad(
+                energy.sum(), positions, create_graph=create_graph, allow_unused=True
+            )
+        forces = torch.zeros_like(positions) if gradient is None else -gradient
+        return (energy, forces) if create_graph else (energy.detach(), forces.detach())
+
+    def results(self, structures: Structures, pairs: Pairs) -> dict[str, Tensor]:
+        """Everything of one pass, detached: energy (n,), forces (n_atoms, 3), stress (n, 3, 3).
+
+        stress is (1/V) dE/dstrain in eV/Å^3, positive under tension; NaN where the cell has no
+        volume. atomic_energies and magmoms are added where the family has them.
+        """
+        positions = structures.positions.detach().requires_grad_()
+        strain = torch.zeros_like(structures.cells).requires_grad_()
+        with torch.enable_grad():
+            deformation = torch.eye(3).to(strain) + (strain + strain.mT) / 2
+            strained = structures.replace(
+                positions=(positions.unsqueeze(1) @ deformation[structures.batch]).squeeze(1),
+                cells=structures.cells @ deformation,
+            )
+            prediction = self(strained, pairs)
+            total = prediction.energy.sum()
+            inputs = (positions, strain)
+            gradients: tuple[Tensor | None, ...] = (None, None)
+            if total.requires_grad:
+                gradients = torch.autograd.grad(total, inputs, allow_unused=True)
+        dx, virial = (torch.zeros_like(x) if g is None else g for x, g in zip(inputs, gradients, strict=True))
+        found = {
+            "energy": prediction.energy,
+            "forces": -dx,
+            "stress": virial / structures.volumes.where(structures.volumes > 0, torch.nan)[:, None, None],
+            "atomic_energies": prediction.atomic_energies,
+            "magmoms": prediction.magmoms,
+        }
+        return {name: value.detach() for name, value in found.items() if value is not None}
+
+    def stresses(self, structures: Structures, pairs: Pairs) -> Tensor:
+        """Stress per atom in eV/Å^3, shape (n_atoms, 3, 3), summing to the stress of the cell."""
+        raise NotImplementedError(f"The family {self.family!r} has no stresses per atom.")
+
+    def check(self, structures: Structures) -> None:
+        """Raise NotImplementedError for elements that the potential does not know."""
+        if self.atomic_numbers is None:
+            return
+        unknown = {int(z) for z in structures.numbers.unique()} - self.atomic_numbers
+        if unknown:
+            raise NotImplementedError(
+                f"This {self.family} potential has no parameters for {symbols(unknown)}; "
+                f"it knows {symbols(self.atomic_numbers)}."
+            )
+
+    @property
+    def device(self) -> torch.device:
+        return next(self._floats()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self._floats()).dtype
+
+    def _floats(self) -> Iterable[Tensor]:
+        return (t for t in (*self.parameters(), *self.buffers()) if t.is_floating_point())
+
+    # To be found by name, and to be saved. --------------------------------------------------
+
+    @classmethod
+    def from_name(cls, variant: str | None) -> Potential:
+        """The pretrained potential ``family:variant``; None is the family's default."""
+        raise ValueError(f"The family {cls.family!r} has no pretrained potentials to load by name.")
+
+    @classmethod
+    def owns(cls, native: Any) -> bool:
+        """Whether this object (a module, or what a native checkpoint unpickles to) is the family's."""
+        return False
+
+    @classmethod
+    def from_native(cls, native: Any) -> Potential:
+        """Wrap a module, or what a native checkpoint unpickles to."""
+        raise NotImplementedError
+
+    def config(self) -> dict[str, Any]:
+        """JSON from which `from_config` builds the same module, its weights apart."""
+        raise NotImplementedError(f"The family {self.family!r} cannot be saved.")
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Potential:
+        """Build the module in torch's default dtype, with any weights."""
+        raise NotImplementedError
+
+    def save_native(self, path: Path) -> None:
+        """Write the file that the family's own tools load."""
+        raise NotImplementedError
+
+
+def symbols(numbers: Iterable[int]) -> str:
+    """Chemical symbols in the order of the periodic table, for messages."""
+    return " ".join(chemical_symbols[z] for z in sorted(numbers))

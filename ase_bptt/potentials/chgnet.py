@@ -1,0 +1,185 @@
+"""CHGNet: charge-informed graph network (Deng et al., Nat. Mach. Intell. 5, 1031 (2023))."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..neighbors import Pairs
+from ..potential import Potential, Prediction
+from ..structures import Structures
+from . import quiet, require
+
+VARIANTS = ("0.3.0", "0.2.0", "r2scan")
+
+
+class CHGNet(Potential):
+    """A module of chgnet, seen as a Potential.
+
+    chgnet's converter makes float32 graphs of single structures in Python. Here the whole batch is
+    one graph made of tensors, in the dtype of the weights, and no constant of chgnet is changed.
+
+    Parameters
+    ----------
+    model : chgnet.model.CHGNet
+        Used as it is, not copied.
+    version : str or None
+        Which pretrained model it began as; stored with it.
+    """
+
+    family = "chgnet"
+    extra = "chgnet"
+    native_name = "chgnet.pth.tar"
+    atomic_properties = ("energies", "magmoms")
+
+    def __init__(self, model: nn.Module, version: str | None = None):
+        super().__init__()
+        self.model = model.eval()
+        self.version = version
+        self.cutoff = float(model.graph_converter.atom_graph_cutoff)
+        self.bond_cutoff = float(model.graph_converter.bond_graph_cutoff)
+        self.atomic_numbers = frozenset(range(1, 95))
+
+    def forward(self, structures: Structures, pairs: Pairs) -> Prediction:
+        graph = self._batched_graph(structures, pairs)
+        out = self.model._compute(graph, compute_magmom=True, return_site_energies=True)
+        sizes = torch.tensor(structures.counts, device=structures.positions.device)
+        energy = out["e"] * sizes if self.model.is_intensive else out["e"]
+        atomic = torch.cat(out["site_energies"])
+        if self.model.composition_model is not None:
+            # The reference energies are a linear function of the composition.
+            elements = nn.functional.one_hot(structures.numbers - 1, 94).to(structures.positions)
+            references = self.model.composition_model.fc(elements).squeeze(1)
+            energy, atomic = energy + structures.sum(references), atomic + references
+        return Prediction(energy, atomic_energies=atomic, magmoms=torch.cat(out["m"]))
+
+    def _batched_graph(self, structures: Structures, pairs: Pairs) -> Any:
+        module = require("chgnet.model.model", extra="chgnet")
+        vectors = pairs.vectors(structures)
+        lengths = vectors.norm(dim=1)
+        topology = Topology.of(pairs, lengths.detach() < self.bond_cutoff, structures.n_atoms)
+        encoder = self.model.bond_basis_expansion
+        bonds = lengths[topology.representative]
+        directions = vectors / lengths[:, None]
+        first, second = topology.angles
+        return module.BatchedGraph(
+            atomic_numbers=structures.numbers,
+            bond_bases_ag=encoder.rbf_expansion_ag(bonds),
+            bond_bases_bg=encoder.rbf_expansion_bg(bonds),
+            angle_bases=self._angle_bases(directions[first], directions[second]),
+            batched_atom_graph=torch.stack((pairs.i, pairs.j), dim=1),
+            batched_bond_graph=torch.stack(
+                (pairs.i[first], topology.undirected[first], topology.undirected[second]), dim=1
+            ),
+            atom_owners=structures.batch,
+            directed2undirected=topology.undirected,
+            atom_positions=[],
+            strains=[],
+            volumes=[],
+        )
+
+    def _angle_bases(self, first: Tensor, second: Tensor) -> Tensor:
+        if len(first) == 0:
+            return first.new_zeros(0)
+        return self.model.angle_basis_expansion(first, second)
+
+    @classmethod
+    def from_name(cls, variant: str | None) -> CHGNet:
+        """A pretrained model out of the chgnet wheel: 0.3.0 (default), 0.2.0 or r2scan."""
+        version = variant or VARIANTS[0]
+        if version not in VARIANTS:
+            raise ValueError(f"There is no CHGNet {version!r}; there are {', '.join(VARIANTS)}.")
+        chgnet = require("chgnet.model", extra=cls.extra).CHGNet
+        with quiet():
+            return cls(chgnet.load(model_name=version, use_device="cpu", verbose=False), version)
+
+    @classmethod
+    def owns(cls, native: Any) -> bool:
+        if isinstance(native, dict):
+            native = native.get("model")
+            return isinstance(native, dict) and {"model_args", "state_dict"} <= native.keys()
+        return type(native).__module__.startswith("chgnet.") and hasattr(native, "graph_converter")
+
+    @classmethod
+    def from_native(cls, native: Any) -> CHGNet:
+        if isinstance(native, dict):
+            chgnet = require("chgnet.model", extra="chgnet").CHGNet
+            with quiet():
+                native = chgnet.from_dict(native["model"])
+        return cls(native, getattr(native, "version", None))
+
+    def config(self) -> dict[str, Any]:
+        return {"version": self.version, "arguments": dict(self.model.model_args)}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> CHGNet:
+        chgnet = require("chgnet.model", extra="chgnet").CHGNet
+        with quiet():
+            model = chgnet(**config["arguments"])
+        return cls(model.to(torch.get_default_dtype()), config["version"])
+
+    def save_native(self, path: Path) -> None:
+        torch.save({"model": self.model.as_dict()}, path)
+
+
+@dataclass(eq=False)
+class Topology:
+    """Undirected bonds and angles of directed pairs.
+
+    Attributes
+    ----------
+    undirected : Tensor, shape (n_pairs,)
+        The undirected bond that each pair is one direction of.
+    representative : Tensor, shape (n_bonds,)
+        One pair of each undirected bond.
+    angles : tuple of two Tensors, shape (n_angles,)
+        Every ordered two short pairs that share their atom i.
+    """
+
+    undirected: Tensor
+    representative: Tensor
+    angles: tuple[Tensor, Tensor]
+
+    @classmethod
+    def of(cls, pairs: Pairs, short: Tensor, n_atoms: int) -> Topology:
+        key = torch.minimum(
+            _key(pairs.i, pairs.j, pairs.shifts, n_atoms),
+            _key(pairs.j, pairs.i, -pairs.shifts, n_atoms),
+        )
+        bonds, undirected = torch.unique(key, return_inverse=True)
+        order = torch.arange(len(key), device=key.device)
+        representative = order.new_zeros(len(bonds)).scatter_reduce(
+            0, undirected, order, "amin", include_self=False
+        )
+        return cls(undirected, representative, _angles(pairs.i, short, n_atoms))
+
+
+def _key(i: Tensor, j: Tensor, shifts: Tensor, n_atoms: int) -> Tensor:
+    """A whole number for each (i, j, shifts)."""
+    shifts = shifts.to(torch.int64)
+    reach = int(shifts.abs().max()) if len(shifts) else 0
+    width = 2 * reach + 1
+    key = i * n_atoms + j
+    for axis in range(3):
+        key = key * width + shifts[:, axis] + reach
+    return key
+
+
+def _angles(i: Tensor, short: Tensor, n_atoms: int) -> tuple[Tensor, Tensor]:
+    """All ordered two of the short pairs around each atom; i must be sorted."""
+    pair = short.nonzero().squeeze(1)
+    centre = i[pair]
+    coordination = torch.bincount(centre, minlength=n_atoms)
+    start = coordination.cumsum(0) - coordination
+    partners = coordination[centre]
+    first = torch.repeat_interleave(torch.arange(len(pair), device=i.device), partners)
+    block = torch.arange(len(first), device=i.device) - torch.repeat_interleave(
+        partners.cumsum(0) - partners, partners
+    )
+    second = start[centre[first]] + block
+    different = first != second
+    return pair[first[different]], pair[second[different]]

@@ -1,0 +1,136 @@
+"""MACE: higher-order equivariant message passing (Batatia et al., NeurIPS 2022, arXiv 2206.07697)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..neighbors import Pairs
+from ..potential import Potential, Prediction
+from ..structures import Structures
+from . import quiet, require
+
+GATES = {"silu": torch.nn.functional.silu, "tanh": torch.tanh, "abs": torch.abs, "None": None}
+
+
+class MACE(Potential):
+    """A module of mace-torch, seen as a Potential.
+
+    Parameters
+    ----------
+    model : mace.modules.MACE or ScaleShiftMACE
+        Used as it is, not copied.
+    head : str or None
+        Which head of a multi-head model; None takes the one named "default", or the only one.
+    """
+
+    family = "mace"
+    extra = "mace"
+    native_name = "mace.model"
+    atomic_properties = ("energies",)
+
+    def __init__(self, model: nn.Module, head: str | None = None):
+        super().__init__()
+        self.model = model.eval()
+        self.cutoff = float(model.r_max)
+        known = [int(z) for z in model.atomic_numbers]
+        self.atomic_numbers = frozenset(known)
+        self.head = _head_index(list(getattr(model, "heads", None) or ["Default"]), head)
+        column = torch.zeros(max(known) + 1, dtype=torch.int64, device=model.r_max.device)
+        column[known] = torch.arange(len(known), device=column.device)
+        self.register_buffer("_column", column, persistent=False)
+
+    def forward(self, structures: Structures, pairs: Pairs) -> Prediction:
+        positions = structures.positions
+        # MACE switches gradients on for the tensor that it is given.
+        if not positions.requires_grad:
+            positions = positions.detach()
+        batch = structures.batch
+        elements = nn.functional.one_hot(self._column[structures.numbers], len(self.atomic_numbers or ()))
+        ends = torch.tensor(structures.counts, device=batch.device).cumsum(0)
+        data = {
+            "positions": positions,
+            "node_attrs": elements.to(positions),
+            "edge_index": torch.stack((pairs.i, pairs.j)),
+            "shifts": pairs.offsets(structures),
+            "unit_shifts": pairs.shifts,
+            "cell": structures.cells.reshape(-1, 3),
+            "batch": batch,
+            "ptr": nn.functional.pad(ends, (1, 0)),
+            "head": torch.full_like(ends, self.head),
+        }
+        out = self.model(data, training=True, compute_force=False)
+        return Prediction(out["energy"], atomic_energies=out["node_energy"].to(positions))
+
+    @classmethod
+    def from_name(cls, variant: str | None) -> MACE:
+        """A foundation model, by mace-torch's own name; mace-torch downloads it at the first use."""
+        models = require("mace.calculators.foundations_models", extra=cls.extra)
+        name = variant or "medium"
+        load = models.mace_off if name.startswith("off-") else models.mace_mp
+        with quiet():
+            return cls(load(model=name.removeprefix("off-"), device="cpu", return_raw_model=True))
+
+    @classmethod
+    def owns(cls, native: Any) -> bool:
+        return type(native).__module__.startswith("mace.") and hasattr(native, "r_max")
+
+    @classmethod
+    def from_native(cls, native: Any) -> MACE:
+        return cls(native)
+
+    def config(self) -> dict[str, Any]:
+        tools = require("mace.tools.scripts_utils", extra="mace")
+        arguments = tools.extract_config_mace_model(self.model)
+        if "error" in arguments:
+            raise NotImplementedError(f"This MACE model cannot be saved: {arguments['error']}.")
+        return {
+            "class": type(self.model).__name__,
+            "head": self.model.heads[self.head] if hasattr(self.model, "heads") else None,
+            "arguments": {name: _to_json(value) for name, value in arguments.items()},
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> MACE:
+        modules = require("mace.modules", extra="mace")
+        irreps = require("e3nn.o3", extra="mace").Irreps
+        arguments = dict(config["arguments"])
+        for name, value in arguments.items():
+            if name.endswith("_cls") or name.endswith("_cls_first"):
+                arguments[name] = getattr(modules.blocks, value)
+            elif name.endswith("irreps") and value is not None:
+                arguments[name] = irreps(value)
+        arguments["gate"] = GATES[str(arguments["gate"])]
+        arguments["atomic_energies"] = torch.tensor(arguments["atomic_energies"], dtype=torch.float64).numpy()
+        with quiet():
+            model = getattr(modules, config["class"])(**arguments)
+        return cls(model, head=config.get("head"))
+
+    def save_native(self, path: Path) -> None:
+        torch.save(self.model, path)
+
+
+def _head_index(heads: list[str], wanted: str | None) -> int:
+    if wanted is None:
+        wanted = heads[0] if len(heads) == 1 else "default"
+    matches = [k for k, name in enumerate(heads) if name.lower() == wanted.lower()]
+    if not matches:
+        raise ValueError(f"This MACE model has the heads {', '.join(heads)}; {wanted!r} is none of them.")
+    return matches[0]
+
+
+def _to_json(value: Any) -> Any:
+    """Classes and functions by name, arrays as lists, irreps as text."""
+    if isinstance(value, type) or callable(value):
+        return value.__name__
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, str | int | float | bool) or value is None:
+        # e3nn's irreps are tuples, all others are JSON already
+        return value
+    if isinstance(value, dict):
+        return {k: _to_json(v) for k, v in value.items()}
+    return str(value) if type(value).__name__ == "Irreps" else [_to_json(v) for v in value]

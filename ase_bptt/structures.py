@@ -1,0 +1,151 @@
+"""A batch of structures as tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from ase import Atoms
+from torch import Tensor
+
+
+@dataclass(eq=False)
+class Structures:
+    """A batch of structures, their atoms one after another.
+
+    Attributes
+    ----------
+    positions : Tensor, shape (n_atoms, 3)
+        Cartesian positions in Å. May require gradients.
+    cells : Tensor, shape (n, 3, 3)
+        Cell vectors as rows, in Å; zero vectors where there is no cell.
+    pbc : Tensor of bool, shape (n, 3)
+    numbers : Tensor of int64, shape (n_atoms,)
+        Atomic numbers.
+    masses : Tensor, shape (n_atoms,)
+        In amu.
+    counts : tuple of int, length n
+        Atoms in each structure.
+    constraints : tuple of tuple of str, length n
+        Class names of the constraints on each of the Atoms it came from.
+    """
+
+    positions: Tensor
+    cells: Tensor
+    pbc: Tensor
+    numbers: Tensor
+    masses: Tensor
+    counts: tuple[int, ...]
+    constraints: tuple[tuple[str, ...], ...]
+
+    @classmethod
+    def from_atoms(
+        cls,
+        atoms: Sequence[Atoms] | Atoms,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Structures:
+        """Batch Atoms. dtype is float64 unless given; device is the CPU."""
+        if isinstance(atoms, Atoms):
+            atoms = [atoms]
+        if not atoms:
+            raise ValueError("There is no structure in this list: give at least one Atoms object.")
+        options = {"dtype": dtype or torch.float64, "device": device}
+        return cls(
+            positions=torch.tensor(np.concatenate([a.positions for a in atoms]), **options),
+            cells=torch.tensor(np.stack([a.cell.array for a in atoms]), **options),
+            pbc=torch.tensor(np.stack([a.pbc for a in atoms]), device=device),
+            numbers=torch.tensor(
+                np.concatenate([a.numbers for a in atoms]), dtype=torch.int64, device=device
+            ),
+            masses=torch.tensor(np.concatenate([a.get_masses() for a in atoms]), **options),
+            counts=tuple(len(a) for a in atoms),
+            constraints=tuple(tuple(type(c).__name__ for c in a.constraints) for a in atoms),
+        )
+
+    def to_atoms(self) -> list[Atoms]:
+        """The structures as new Atoms, without constraints and calculators."""
+        columns = zip(
+            self.numbers.cpu().split(self.counts),
+            self.positions.detach().cpu().double().split(self.counts),
+            self.cells.detach().cpu().double(),
+            self.pbc.cpu(),
+            self.masses.cpu().double().split(self.counts),
+            strict=True,
+        )
+        return [
+            Atoms(numbers=z.numpy(), positions=x.numpy(), cell=c.numpy(), pbc=p.numpy(), masses=m.numpy())
+            for z, x, c, p, m in columns
+        ]
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    @property
+    def n_atoms(self) -> int:
+        return int(self.numbers.shape[0])
+
+    @cached_property
+    def batch(self) -> Tensor:
+        """Index of the structure that each atom belongs to, shape (n_atoms,)."""
+        counts = torch.tensor(self.counts, device=self.numbers.device)
+        return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+
+    @cached_property
+    def volumes(self) -> Tensor:
+        """Cell volumes in Å^3, shape (n,); zero where the cell is not three-dimensional."""
+        return torch.linalg.det(self.cells).abs()
+
+    def replace(self, **changes: Tensor) -> Structures:
+        """The same batch with some tensors replaced; shares the others."""
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+    def select(self, keep: Sequence[int]) -> Structures:
+        """The batch of the structures with these indices, in this order."""
+        keep = list(keep)
+        if keep == list(range(len(self))):
+            return self
+        index = torch.tensor(keep, device=self.numbers.device, dtype=torch.int64)
+        atoms = self.atoms_of(keep)
+        return Structures(
+            positions=self.positions[atoms],
+            cells=self.cells[index],
+            pbc=self.pbc[index],
+            numbers=self.numbers[atoms],
+            masses=self.masses[atoms],
+            counts=tuple(self.counts[i] for i in keep),
+            constraints=tuple(self.constraints[i] for i in keep),
+        )
+
+    def atoms_of(self, keep: Sequence[int]) -> Tensor:
+        """Indices of the atoms of these structures, in this order."""
+        ends = np.cumsum(self.counts)
+        rows = [np.arange(ends[i] - self.counts[i], ends[i]) for i in keep]
+        index = np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64)
+        return torch.as_tensor(index, device=self.numbers.device)
+
+    def sum(self, per_atom: Tensor) -> Tensor:
+        """Sum over the atoms of each structure: (n_atoms, ...) to (n, ...)."""
+        shape = (len(self), *per_atom.shape[1:])
+        return per_atom.new_zeros(shape).index_add(0, self.batch, per_atom)
+
+    def max(self, per_atom: Tensor) -> Tensor:
+        """Maximum over the atoms of each structure: (n_atoms,) to (n,); zero at least."""
+        return per_atom.new_zeros(len(self)).index_reduce(0, self.batch, per_atom, "amax")
+
+
+def as_structures(
+    structures: Structures | Atoms | Sequence[Atoms],
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Structures:
+    """Structures as they are; Atoms and lists of Atoms as a batch."""
+    if isinstance(structures, Structures):
+        return structures
+    return Structures.from_atoms(structures, device=device, dtype=dtype)

@@ -1,0 +1,103 @@
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.build import bulk, molecule
+from ase.neighborlist import neighbor_list
+
+from ase_bptt.neighbors import NeighborList, find_pairs
+from ase_bptt.structures import Structures
+from conftest import silicon
+
+
+def as_set(pairs):
+    return set(map(tuple, np.column_stack([pairs.i, pairs.j, pairs.shifts.to(torch.int64)]).tolist()))
+
+
+def ase_set(atoms, cutoff):
+    i, j, shifts = neighbor_list("ijS", atoms, cutoff)
+    return set(map(tuple, np.column_stack([i, j, shifts]).tolist()))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_cells_equal_ase(seed):
+    rng = np.random.default_rng(seed)
+    cell = np.eye(3) * rng.uniform(1.5, 5) + rng.normal(size=(3, 3))
+    pbc = rng.random(3) < 0.5
+    if rng.random() < 0.3:
+        cell[~pbc] = 0
+    n = int(rng.integers(1, 12))
+    atoms = Atoms("H" * n, positions=rng.uniform(-8, 8, (n, 3)), cell=cell, pbc=pbc)
+    cutoff = rng.uniform(0.5, 6)
+    assert as_set(find_pairs(Structures.from_atoms(atoms), cutoff)) == ase_set(atoms, cutoff)
+
+
+@pytest.mark.parametrize(
+    "atoms", [bulk("Si"), molecule("H2O"), Atoms("He"), bulk("Cu", cubic=True)], ids=lambda a: str(a.symbols)
+)
+def test_ordinary_structures_equal_ase(atoms):
+    assert as_set(find_pairs(Structures.from_atoms(atoms), 6.0)) == ase_set(atoms, 6.0)
+
+
+def test_a_batch_is_its_members():
+    members = [silicon(), Atoms("He"), bulk("Si"), molecule("H2O")]
+    pairs = find_pairs(Structures.from_atoms(members), 4.0)
+    expected, first = set(), 0
+    for atoms in members:
+        expected |= {(i + first, j + first, *s) for i, j, *s in ase_set(atoms, 4.0)}
+        first += len(atoms)
+    assert as_set(pairs) == expected
+
+
+def test_vectors_are_shorter_than_the_cutoff_and_come_in_both_directions():
+    structures = Structures.from_atoms(silicon())
+    vectors = find_pairs(structures, 5.0).vectors(structures)
+    assert vectors.norm(dim=1).max() < 5.0
+    torch.testing.assert_close(vectors.sum(0), torch.zeros(3, dtype=torch.float64), atol=1e-10, rtol=0)
+
+
+def test_the_skin_saves_searches_and_changes_nothing():
+    rng = np.random.default_rng(0)
+    neighbors = NeighborList(cutoff=3.0, skin=0.6)
+    atoms = silicon()
+    for _ in range(30):
+        atoms.positions += rng.normal(0, 0.05, (8, 3))
+        assert as_set(neighbors(Structures.from_atoms(atoms))) == ase_set(atoms, 3.0)
+    assert 1 < neighbors.builds < 15
+
+
+def test_it_is_rebuilt_only_beyond_half_the_skin():
+    neighbors = NeighborList(cutoff=3.0, skin=0.5)
+    atoms = silicon()
+    neighbors(Structures.from_atoms(atoms))
+    atoms.positions[0, 0] += 0.249
+    neighbors(Structures.from_atoms(atoms))
+    assert neighbors.builds == 1
+    atoms.positions[0, 0] += 0.002
+    neighbors(Structures.from_atoms(atoms))
+    assert neighbors.builds == 2
+
+
+@pytest.mark.parametrize("change", ["cell", "pbc", "atoms"])
+def test_it_is_rebuilt_after_any_other_change(change):
+    neighbors = NeighborList(cutoff=3.0, skin=0.5)
+    atoms = silicon()
+    neighbors(Structures.from_atoms(atoms))
+    if change == "cell":
+        atoms.set_cell(atoms.cell * 1.001)
+    elif change == "pbc":
+        atoms.pbc = (True, True, False)
+    else:
+        del atoms[0]
+    assert as_set(neighbors(Structures.from_atoms(atoms))) == ase_set(atoms, 3.0)
+    assert neighbors.builds == 2
+
+
+def test_a_periodic_direction_without_a_cell_vector_is_refused():
+    with pytest.raises(ValueError, match="periodic along a cell vector of length zero"):
+        find_pairs(Structures.from_atoms(Atoms("H", pbc=(True, False, False))), 3.0)
+
+
+def test_a_negative_skin_is_refused():
+    with pytest.raises(ValueError, match="skin must not be negative"):
+        NeighborList(3.0, skin=-0.1)
