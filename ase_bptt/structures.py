@@ -136,7 +136,7 @@ class Structures:
 
     def max(self, per_atom: Tensor) -> Tensor:
         """Maximum over the atoms of each structure: (n_atoms,) to (n,); zero at least."""
-        return per_atom.new_zeros(len(self)).index_reduce(0, self.batch, per_atom, "amax")
+        return per_atom.new_zeros(len(self)).scatter_reduce(0, self.batch, per_atom, "amax")
 
 
 def as_structures(

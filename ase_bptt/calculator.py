@@ -1,0 +1,132 @@
+"""The ASE Calculator face of a Potential."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.calculators.calculator import (
+    CalculationFailed,
+    Calculator,
+    PropertyNotImplementedError,
+    all_changes,
+)
+from ase.stress import full_3x3_to_voigt_6_stress
+from torch import nn
+
+from .loading import load_potential
+from .neighbors import NeighborList
+from .potential import Potential
+from .structures import Structures
+
+BASIC = ["energy", "free_energy", "forces", "stress"]
+
+
+class TorchCalculator(Calculator):
+    """An ASE Calculator around a differentiable potential.
+
+    Behaves as any of ASE's own: results are float64 numpy arrays in eV, eV/Å and eV/Å^3, kept until
+    the atoms change. The tape is not here: see BPTTOptimizer.relaxation and ase_bptt.relax.
+
+    Parameters
+    ----------
+    potential : str, Path, module or Potential
+        As for `load_potential`; a Potential without dtype and device is used as it is.
+    device, dtype
+        Where to compute and in which precision; None keeps the potential's.
+    skin : float
+        In Å: the neighbour list is found anew after an atom moved more than half of it.
+    trust : bool
+        Allow a native checkpoint, which is a pickle and can run any code.
+    **kwargs
+        ASE's own: atoms, label, directory, ...
+
+    Attributes
+    ----------
+    potential : Potential
+        Its ``requires_grad`` flags are yours, and are never touched. ASE cannot see it when weights
+        change, so results are also dropped whenever a weight has been changed in place.
+    """
+
+    implemented_properties = [*BASIC, "energies", "stresses", "magmoms"]  # noqa: RUF012 (ASE's contract)
+    nolabel = True
+
+    def __init__(
+        self,
+        potential: str | Path | nn.Module = "mace-si",
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        skin: float = 0.5,
+        trust: bool = False,
+        **kwargs: Any,
+    ):
+        as_it_is = isinstance(potential, Potential) and device is None and dtype is None
+        self.potential: Potential = (
+            potential  # type: ignore[assignment]
+            if as_it_is
+            else load_potential(potential, device=device, dtype=dtype, trust=trust)
+        )
+        self.implemented_properties = [*BASIC, *self.potential.atomic_properties]
+        self._neighbors = NeighborList(self.potential.cutoff, skin)
+        self._weights: tuple[int, ...] = ()
+        # Parameters go into trajectories and databases: JSON only, the module stays out.
+        described = str(potential) if isinstance(potential, str | Path) else self.potential.family
+        super().__init__(
+            potential=described,
+            dtype=str(self.potential.dtype).removeprefix("torch."),
+            skin=skin,
+            **kwargs,
+        )
+
+    def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
+        """What changed since the last calculation; changed weights count as changed positions."""
+        changes = super().check_state(atoms, tol=tol)
+        if not changes and self._weights != self._versions():
+            changes = ["positions"]
+        return changes
+
+    def calculate(
+        self,
+        atoms: Atoms | None = None,
+        properties: list[str] | None = None,
+        system_changes: list[str] = all_changes,
+    ) -> None:
+        """Fill `results`, by one pass (two where stresses per atom are asked for)."""
+        properties = properties or ["energy"]
+        super().calculate(atoms, properties, system_changes)
+        atoms = self.atoms
+        periodic = atoms.cell.rank == 3
+        if not periodic and {"stress", "stresses"} & set(properties):
+            raise PropertyNotImplementedError("There is no stress without a three-dimensional cell.")
+        structures = Structures.from_atoms(atoms, device=self.potential.device, dtype=self.potential.dtype)
+        self.potential.check(structures)
+        pairs = self._neighbors(structures)
+        self._weights = self._versions()
+        found = self.potential.results(structures, pairs)
+        arrays = {name: _numpy(value) for name, value in found.items()}
+        energy = float(arrays["energy"][0])
+        if not np.isfinite(energy) and np.isfinite(atoms.positions).all():
+            raise CalculationFailed(
+                f"The potential gives the energy {energy} for {atoms.symbols}: are two atoms on one spot?"
+            )
+        self.results = {"energy": energy, "free_energy": energy, "forces": arrays["forces"]}
+        if periodic:
+            self.results["stress"] = full_3x3_to_voigt_6_stress(arrays["stress"][0])
+        if "energies" in self.implemented_properties:
+            self.results["energies"] = arrays["atomic_energies"]
+        if "magmoms" in self.implemented_properties:
+            self.results["magmoms"] = arrays["magmoms"]
+        if "stresses" in properties:
+            stresses = _numpy(self.potential.stresses(structures, pairs).detach())
+            self.results["stresses"] = full_3x3_to_voigt_6_stress(stresses)
+
+    def _versions(self) -> tuple[int, ...]:
+        return tuple(p._version for p in self.potential.parameters())
+
+
+def _numpy(tensor: torch.Tensor) -> np.ndarray:
+    return np.ascontiguousarray(tensor.cpu().double().numpy())

@@ -1,0 +1,209 @@
+"""The ASE Optimizer face of the steppers."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.io.jsonio import decode
+from ase.optimize.optimize import Optimizer, RestartError
+from torch import Tensor
+
+from .adjoints import Adjoint, FullTape, Replay, make_adjoint
+from .calculator import TorchCalculator
+from .frames import IteratedMap, Record
+from .relaxation import Relaxation, Status
+from .steppers import STEPPERS, State, Stepper, make_stepper
+from .structures import Structures
+
+log = logging.getLogger(__name__)
+
+
+class BPTTOptimizer(Optimizer):
+    """An ASE Optimizer whose run can be differentiated afterwards.
+
+    Parameters
+    ----------
+    atoms : Atoms, Filter, NEB or any Optimizable
+    restart, logfile, trajectory, append_trajectory
+        As in ASE's own optimizers.
+    maxstep : float or None
+        Å; None is the stepper's 0.2. FIRE caps the norm of the whole step (as ASE's does), gradient
+        descent the longest step of an atom.
+    stepper : str or Stepper
+        "fire" or "gd", or an object.
+    adjoint : Adjoint or str
+        For `relaxation`; `Replay` by default.
+    record : bool
+        Keep the stepper's states on the host (48 bytes an atom and step), for `relaxation`.
+    **kwargs
+        Fields of the stepper go to it (dt=..., step_size=...), the rest to ASE's Optimizer, which
+        raises TypeError for what it does not know.
+    """
+
+    def __init__(
+        self,
+        atoms: Any,
+        restart: str | Path | None = None,
+        logfile: IO | str | Path | None = "-",
+        trajectory: Any = None,
+        append_trajectory: bool = False,
+        maxstep: float | None = None,
+        *,
+        stepper: str | Stepper = "fire",
+        adjoint: Adjoint | str | None = None,
+        record: bool = True,
+        **kwargs: Any,
+    ):
+        numbers = {} if isinstance(stepper, Stepper) else _fields_of(stepper, kwargs)
+        if maxstep is not None:
+            numbers["maxstep"] = maxstep
+        self.stepper = make_stepper(stepper, **numbers)
+        self.maxstep = self.stepper.maxstep
+        self.adjoint = make_adjoint(adjoint) or Replay()
+        if isinstance(self.adjoint, FullTape):
+            raise TypeError("An ASE run leaves no tape behind: take adjoint='replay', or ase_bptt.relax.")
+        self.record = record
+        self._state: State | None = None
+        self._record: Record | None = None
+        self._expected: np.ndarray | None = None
+        super().__init__(atoms, restart, logfile, trajectory, append_trajectory, **kwargs)
+
+    def initialize(self) -> None:
+        """Begin without velocities."""
+        self._state = None
+
+    def read(self) -> None:
+        """Take the stepper's whole state from the restart file."""
+        try:
+            saved = decode(Path(self.restart).read_text(), always_array=False)
+            if saved["stepper"] != self.stepper.name:
+                raise ValueError(f"it belongs to the stepper {saved['stepper']!r}, not {self.stepper.name!r}")
+            self._state = _state_from_json(saved)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RestartError(
+                f"The restart file {self.restart} cannot be read ({error}): delete it to start afresh."
+            ) from error
+
+    def step(self, forces: Any = None) -> None:
+        """One frame through the Optimizable."""
+        optimizable = self.optimizable
+        x = optimizable.get_x()
+        gradient = optimizable.get_gradient()
+        if not np.isfinite(gradient).all():
+            log.warning("Forces are not finite at step %d: the run stops. %s", self.nsteps, Status.DIVERGED.sentence)
+            self.max_steps = self.nsteps
+            return
+        positions, force = _rows(x), -_rows(gradient)
+        if self._state is None:
+            self._state = self.stepper.init(positions, 1)
+        batch = torch.zeros(len(positions), dtype=torch.int64)
+        if self.record:
+            self._keep(x, positions)
+        with torch.no_grad():
+            moved, self._state = self.stepper.step(positions, force, self._state, batch)
+        self._expected = moved.reshape(-1).numpy()
+        optimizable.set_x(self._expected.copy())
+        self.dump(_state_to_json(self.stepper.name, self._state))
+
+    def todict(self) -> dict[str, Any]:
+        """ASE's description of the run, with the stepper's name and numbers."""
+        return super().todict() | {"stepper": self.stepper.todict()}
+
+    @property
+    def relaxation(self) -> Relaxation:
+        """The differentiable Relaxation of the run so far.
+
+        Raises
+        ------
+        RuntimeError
+            Without record=True, before any step, or for anything but Atoms with a TorchCalculator.
+        NotImplementedError
+            For constrained Atoms, by name.
+        """
+        atoms, record = self.optimizable_atoms(), self._record
+        if record is None:
+            raise RuntimeError("This run recorded no step: run it with record=True and at least one step.")
+        record.nsteps = [len(record.frames)]
+        structures = record.start
+        record.final = torch.tensor(atoms.positions).to(structures.positions)
+        inputs = record.map.parameters()
+        final = self.adjoint.attach(record, record.final) if inputs else record.final
+        forces = torch.tensor(atoms.get_forces()).to(structures.positions)
+        done = bool(self.optimizable.converged(self.optimizable.get_gradient(), self.fmax))
+        return Relaxation(
+            start=structures,
+            positions=final,
+            forces=forces,
+            nsteps=torch.tensor(record.nsteps),
+            status=(Status.CONVERGED if done else Status.OUT_OF_STEPS,),
+            _energies=torch.tensor([atoms.get_potential_energy()]).to(structures.positions),
+            _record=record,
+            _sources=(atoms,),
+            _single=True,
+        )
+
+    def optimizable_atoms(self) -> Atoms:
+        """The Atoms of this run, if its steps can be differentiated; an error that says why not."""
+        atoms = self.atoms
+        if not isinstance(atoms, Atoms) or not isinstance(atoms.calc, TorchCalculator):
+            raise RuntimeError(
+                "Only a run on Atoms with a TorchCalculator can be differentiated; this one moves a "
+                f"{type(atoms).__name__} with {type(getattr(atoms, 'calc', None)).__name__}."
+            )
+        if atoms.constraints:
+            names = ", ".join(sorted({type(c).__name__ for c in atoms.constraints}))
+            raise NotImplementedError(f"The constraints {names} cannot be differentiated yet.")
+        return atoms
+
+    def _keep(self, x: np.ndarray, positions: Tensor) -> None:
+        """Store the state before this frame; start anew where somebody else moved the atoms."""
+        atoms = self.atoms
+        if not isinstance(atoms, Atoms) or not isinstance(atoms.calc, TorchCalculator) or atoms.constraints:
+            return
+        potential = atoms.calc.potential
+        target = {"device": potential.device, "dtype": potential.dtype}
+        moved = self._expected is None or not np.array_equal(self._expected, x)
+        if self._record is None or moved:
+            start = Structures.from_atoms(atoms, **target)
+            self._record = Record(IteratedMap(potential, self.stepper), start)
+        assert self._state is not None
+        self._record.keep(positions, self._state)
+
+
+def _fields_of(stepper: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Take the stepper's own numbers out of the keywords."""
+    if stepper not in STEPPERS:
+        make_stepper(stepper)
+    return {name: kwargs.pop(name) for name in STEPPERS[stepper].fields if name in kwargs}
+
+
+def _rows(flat: np.ndarray) -> Tensor:
+    """Atoms as rows of three; any other number of variables is one row."""
+    columns = 3 if flat.size % 3 == 0 else flat.size
+    return torch.from_numpy(np.array(flat, dtype=float)).reshape(-1, columns)
+
+
+def _state_to_json(name: str, state: State) -> dict[str, Any]:
+    return {
+        "stepper": name,
+        "atoms": {k: v.tolist() for k, v in state.atoms.items()},
+        "structures": {k: v.tolist() for k, v in state.structures.items()},
+    }
+
+
+def _state_from_json(saved: dict[str, Any]) -> State:
+    def tensor(value: Any) -> Tensor:
+        found = torch.as_tensor(np.asarray(value))
+        return found.double() if found.is_floating_point() else found
+
+    return State(
+        {k: tensor(v) for k, v in saved["atoms"].items()},
+        {k: tensor(v) for k, v in saved["structures"].items()},
+    )
+
+

@@ -1,0 +1,304 @@
+"""Relaxation as an iterated map: X(t+1) = step(X(t), F(X(t))) until the forces vanish.
+
+This is the loop of arXiv 2512.01067. How one frame moves is the stepper's business, how the loop
+is differentiated the adjoint's; here frames run until every structure has stopped.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
+from torch import Tensor, nn
+
+from .adjoints import Adjoint, Replay, make_adjoint
+from .frames import IteratedMap, Record
+from .loading import load_potential
+from .potential import Potential
+from .steppers import State, Stepper, make_stepper
+from .structures import Structures
+
+RISE = 0.05
+"""eV per atom above the start at which a run that did not converge counts as diverged."""
+
+
+class Status(enum.Enum):
+    """How the relaxation of a structure ended; `sentence` says what that means."""
+
+    CONVERGED = "converged"
+    OUT_OF_STEPS = "out of steps"
+    DIVERGED = "diverged"
+
+    @property
+    def sentence(self) -> str:
+        return {
+            Status.CONVERGED: "All forces fell below fmax.",
+            Status.OUT_OF_STEPS: "The last step was taken before all forces fell below fmax; give it more steps.",
+            Status.DIVERGED: "Its forces are not finite, or it ended higher in energy than it began: "
+            "the step size is too large for its stiffest bond, or the potential has a hole there.",
+        }[self]
+
+
+@dataclass(eq=False)
+class Relaxation:
+    """Where a batch of structures ended.
+
+    Attributes
+    ----------
+    start : Structures
+        Where it began, n structures of n_atoms atoms in all.
+    positions : Tensor, shape (n_atoms, 3)
+        The relaxed positions in Å, with the gradient that the adjoint attached.
+    forces : Tensor, shape (n_atoms, 3)
+        There, in eV/Å, detached.
+    nsteps : Tensor of int64, shape (n,)
+        Frames that each structure took.
+    status : tuple of Status, length n
+    """
+
+    start: Structures
+    positions: Tensor
+    forces: Tensor
+    nsteps: Tensor
+    status: tuple[Status, ...]
+    _energies: Tensor
+    _record: Record
+    _sources: tuple[Atoms, ...] | None = None
+    _single: bool = False
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    @property
+    def structures(self) -> Structures:
+        """The relaxed batch."""
+        return self.start.replace(positions=self.positions)
+
+    @property
+    def energies(self) -> Tensor:
+        """Energies of the relaxed structures in eV, shape (n,); attached where positions are."""
+        return self._attached()[0] if self.positions.requires_grad else self._energies
+
+    @property
+    def fmax(self) -> Tensor:
+        """Largest force on an atom of each relaxed structure in eV/Å, shape (n,); attached likewise."""
+        forces = self._attached()[1] if self.positions.requires_grad else self.forces
+        return largest_force(self.structures, forces)
+
+    def _attached(self) -> tuple[Tensor, Tensor]:
+        self._record.check_weights()
+        potential, structures = self._record.map.potential, self.structures
+        pairs = self._record.map.neighbor_list()(structures)
+        return potential.energy_and_forces(structures, pairs, create_graph=torch.is_grad_enabled())
+
+    def __getitem__(self, k: int) -> Relaxation:
+        """The relaxation of structure k, attached to the same run."""
+        k = range(len(self))[k]
+        atoms = self.start.atoms_of([k])
+        return Relaxation(
+            start=self.start.select([k]),
+            positions=self.positions[atoms],
+            forces=self.forces[atoms],
+            nsteps=self.nsteps[k : k + 1],
+            status=self.status[k : k + 1],
+            _energies=self._energies[k : k + 1],
+            _record=self._record,
+            _sources=None if self._sources is None else (self._sources[k],),
+            _single=True,
+        )
+
+    def to_atoms(self) -> Any:
+        """The relaxed Atoms with energy and forces: one for Atoms, a list for a list.
+
+        Everything else of the Atoms that were given (info, arrays, constraints) is kept.
+        """
+        relaxed = self.structures.to_atoms()
+        energies = self._energies.cpu().double().tolist()
+        forces = self.forces.cpu().double().split(self.start.counts)
+        for k, atoms in enumerate(relaxed):
+            if self._sources is not None:
+                positions = atoms.positions
+                relaxed[k] = atoms = self._sources[k].copy()
+                atoms.positions = positions
+            atoms.calc = SinglePointCalculator(atoms, energy=energies[k], forces=forces[k].numpy())
+        return relaxed[0] if self._single else relaxed
+
+
+def relax(
+    potential: Potential | nn.Module | str,
+    structures: Structures | Atoms | Sequence[Atoms],
+    *,
+    stepper: Stepper | str | None = None,
+    fmax: float = 0.05,
+    steps: int = 200,
+    adjoint: Adjoint | str | None = None,
+    cell: str = "fixed",
+) -> Relaxation:
+    """Relax structures, differentiably; many are one batch.
+
+    Parameters
+    ----------
+    potential : Potential, module or spec
+        As for `load_potential`.
+    structures : Structures, Atoms or list of Atoms
+        The positions of Structures may require gradients.
+    stepper : Stepper or str
+        "fire" by default.
+    fmax : float
+        A structure stops where all its atoms feel less than this, in eV/Å.
+    steps : int
+        Frames at most.
+    adjoint : Adjoint or str
+        `Replay` by default; none under ``torch.no_grad()`` and where nothing requires gradients.
+    cell : "fixed"
+        Reserved for variable cells.
+
+    Raises
+    ------
+    NotImplementedError
+        For constraints, variable cells and elements that the potential does not know, by name.
+    """
+    if cell != "fixed":
+        raise NotImplementedError(f"Only cell='fixed' relaxes so far, got {cell!r}.")
+    potential = potential if isinstance(potential, Potential) else load_potential(potential)
+    start, sources, single = _batch(structures, potential)
+    _refuse_constraints(start)
+    potential.check(start)
+    iterated = IteratedMap(potential, make_stepper(stepper).to(start.positions.device))
+    chosen = make_adjoint(adjoint) or Replay()
+    inputs = (start.positions, start.cells, *iterated.parameters())
+    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    if differentiable and not iterated.stepper.differentiable:
+        raise TypeError(f"The stepper {iterated.stepper.name!r} cannot be differentiated: use torch.no_grad().")
+    with torch.set_grad_enabled(differentiable and chosen.on_tape):
+        run = _Run(iterated, start, fmax, steps, keep=differentiable and chosen.keeps_frames)
+        run.go()
+    positions = chosen.attach(run.record, run.record.final) if differentiable else run.record.final
+    return run.relaxation(positions, sources, single)
+
+
+class _Run:
+    """Frames until every structure has stopped; those that stop leave the batch."""
+
+    def __init__(self, iterated: IteratedMap, start: Structures, fmax: float, steps: int, keep: bool):
+        self.map, self.fmax, self.steps, self.keep = iterated, fmax, steps, keep
+        self.record = Record(iterated, start, nsteps=[0] * len(start))
+        self.ends: dict[int, _End] = {}
+        self.first_energies: list[float] = []
+
+    def go(self) -> None:
+        structures = self.record.start
+        moving = list(range(len(structures)))
+        state = self.map.start(structures)
+        neighbors = self.map.neighbor_list()
+        for t in range(self.steps + 1):
+            energies, forces = self._evaluate(structures, neighbors)
+            stopping = self._stopping(structures, energies, forces, moving, t)
+            if stopping:
+                for k, status in stopping.items():
+                    self._leave(moving[k], t, structures, energies, forces, k, status)
+                stay = [k for k in range(len(moving)) if k not in stopping]
+                if not stay:
+                    break
+                atoms, members = structures.atoms_of(stay), torch.tensor(stay, device=forces.device)
+                structures, state = structures.select(stay), state.select(atoms, members)
+                moving = [moving[k] for k in stay]
+                broken = Status.DIVERGED in stopping.values() and torch.is_grad_enabled()
+                # A tape must not hold an evaluation that was not finite: 0 * inf is NaN.
+                forces = self._evaluate(structures, neighbors)[1] if broken else forces[atoms]
+            if self.keep:
+                self.record.keep(structures.positions, state)
+            structures, state = self.map.advance(structures, state, forces)
+        ends = [self.ends[k] for k in range(len(self.record.start))]
+        self.record.final = torch.cat([end.positions for end in ends])
+
+    def _evaluate(self, structures: Structures, neighbors: Any) -> tuple[Tensor, Tensor]:
+        return self.map.potential.energy_and_forces(
+            structures, neighbors(structures), create_graph=torch.is_grad_enabled()
+        )
+
+    def _stopping(
+        self, structures: Structures, energies: Tensor, forces: Tensor, moving: list[int], t: int
+    ) -> dict[int, Status]:
+        """Which members stop before frame t, and why. The stop test is not differentiated."""
+        with torch.no_grad():
+            # One transfer to the host for the whole batch.
+            fmax, energy = torch.stack((largest_force(structures, forces), energies)).tolist()
+        if t == 0:
+            self.first_energies = energy
+        stopping = {}
+        for k, whole in enumerate(moving):
+            rise = energy[k] - self.first_energies[whole]
+            if not (math.isfinite(fmax[k]) and math.isfinite(energy[k])):
+                stopping[k] = Status.DIVERGED
+            elif fmax[k] < self.fmax:
+                stopping[k] = Status.CONVERGED
+            elif t == self.steps:
+                risen = rise > RISE * structures.counts[k]
+                stopping[k] = Status.DIVERGED if risen else Status.OUT_OF_STEPS
+        return stopping
+
+    def _leave(
+        self, whole: int, t: int, now: Structures, energies: Tensor, forces: Tensor, k: int, status: Status
+    ) -> None:
+        atoms = now.atoms_of([k])
+        self.record.nsteps[whole] = t
+        self.ends[whole] = _End(
+            now.positions[atoms], energies[k].detach(), forces[atoms].detach(), status
+        )
+
+    def relaxation(self, positions: Tensor, sources: tuple[Atoms, ...] | None, single: bool) -> Relaxation:
+        ends = [self.ends[k] for k in range(len(self.record.start))]
+        return Relaxation(
+            start=self.record.start,
+            positions=positions,
+            forces=torch.cat([end.forces for end in ends]),
+            nsteps=torch.tensor(self.record.nsteps, device=positions.device),
+            status=tuple(end.status for end in ends),
+            _energies=torch.stack([end.energy for end in ends]),
+            _record=self.record,
+            _sources=sources,
+            _single=single,
+        )
+
+
+@dataclass(eq=False)
+class _End:
+    positions: Tensor
+    energy: Tensor
+    forces: Tensor
+    status: Status
+
+
+def largest_force(structures: Structures, forces: Tensor) -> Tensor:
+    """Norm of the largest force on an atom of each structure in eV/Å, shape (n,)."""
+    square = forces.square().sum(1)
+    largest = structures.max(square)
+    # sqrt has no finite slope at zero, where the forces of symmetry sit exactly.
+    return torch.where(largest > 0, torch.where(largest > 0, largest, 1.0).sqrt(), largest)
+
+
+def _batch(
+    structures: Structures | Atoms | Sequence[Atoms], potential: Potential
+) -> tuple[Structures, tuple[Atoms, ...] | None, bool]:
+    if isinstance(structures, Structures):
+        return structures, None, False
+    single = isinstance(structures, Atoms)
+    sources = (structures,) if isinstance(structures, Atoms) else tuple(structures)
+    batch = Structures.from_atoms(sources, device=potential.device, dtype=potential.dtype)
+    return batch, sources, single
+
+
+def _refuse_constraints(structures: Structures) -> None:
+    names = sorted({name for names in structures.constraints for name in names})
+    if names:
+        raise NotImplementedError(
+            f"relax cannot project the constraints {', '.join(names)} yet, and will not ignore them: "
+            "remove them (del atoms.constraints), or relax through BPTTOptimizer with record=False."
+        )
