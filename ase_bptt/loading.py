@@ -16,6 +16,7 @@ from torch import nn
 from . import __version__
 from .files import replacing
 from .potential import Potential
+from .potentials import quiet
 
 EMBEDDED = {"mace-si": Path(__file__).parent / "data" / "mace_si"}
 FORMAT = "ase_bptt potential"
@@ -150,7 +151,9 @@ def _from_pickle(path: Path, trust: bool) -> Potential:
             f"{path} is a pickle, and loading a pickle can run any code that somebody put into it. "
             "If you trust where it comes from, say so: trust=True, or --trust in the shell."
         )
-    return _from_native(torch.load(path, weights_only=False, map_location="cpu"), str(path))
+    with quiet():
+        native = torch.load(path, weights_only=False, map_location="cpu")
+    return _from_native(native, str(path))
 
 
 def _from_native(native: Any, name: str) -> Potential:

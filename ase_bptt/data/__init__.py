@@ -1,0 +1,1 @@
+"""Embedded data: the default potential and the silicon defect relaxations."""

@@ -1,0 +1,204 @@
+"""Distances between relaxed structures and their references.
+
+All of them use true minimum images, leave out the drift of the whole structure, and have a zero
+gradient where the match is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.geometry.cell import complete_cell
+from ase.geometry.minkowski_reduction import minkowski_reduce
+from torch import Tensor
+
+from .relaxation import Relaxation
+from .structures import Structures, as_structures
+
+Comparable = Relaxation | Structures | Atoms | Sequence[Atoms]
+ANCHORS = 8
+"""Atoms tried as fixed points when the drift is sought."""
+
+
+def delta_q(a: Comparable, b: Comparable, *, align: bool = False) -> Any:
+    """Delta-Q = sqrt(sum_i m_i |dR_i|^2) in amu^1/2 Å, the configuration coordinate of defect physics.
+
+    Parameters
+    ----------
+    a, b : Relaxation, Structures, Atoms or list of Atoms
+        The same atoms in the same order.
+    align : bool
+        Also rotate isolated molecules onto each other (Kabsch).
+
+    Returns
+    -------
+    Tensor, shape (n,), differentiable in the positions; a float for two Atoms.
+
+    Raises
+    ------
+    ValueError
+        Where the two do not hold the same atoms.
+    """
+    return _distance(a, b, align, _root_sum_square, by_mass=True)
+
+
+def squared_delta_q(a: Comparable, b: Comparable, *, align: bool = False) -> Any:
+    """Delta-Q squared, in amu Å^2: a loss whose gradient fades near the match. Otherwise as `delta_q`."""
+    return _distance(a, b, align, _sum_square, by_mass=True)
+
+
+def rmsd(a: Comparable, b: Comparable, *, align: bool = False) -> Any:
+    """Root of the mean squared displacement of the atoms, in Å. Otherwise as `delta_q`."""
+    return _distance(a, b, align, _root_mean_square, by_mass=False)
+
+
+def max_displacement(a: Comparable, b: Comparable, *, align: bool = False) -> Any:
+    """Largest displacement of an atom, in Å. Otherwise as `delta_q`."""
+    return _distance(a, b, align, _largest, by_mass=False)
+
+
+def displacements(
+    a: Comparable, b: Comparable, *, align: bool = False, by_mass: bool = True
+) -> Tensor:
+    """Displacement of each atom from b to a in Å, shape (n_atoms, 3).
+
+    Minimal over lattice translations of each atom and over rigid translations of each structure,
+    in the sum of squares, weighted by mass or not.
+    """
+    now, then = _pair(a, b)
+    weights = then.masses if by_mass else torch.ones_like(then.masses)
+    d = now.positions - then.positions
+    d = d - _lattice_translation(d.detach(), then, weights)
+    d = d - _mean(d, then, weights)[then.batch]
+    return _aligned(now, then, d, weights) if align else d
+
+
+Metric = Callable[[Tensor, Structures], Tensor]
+
+
+def _distance(a: Comparable, b: Comparable, align: bool, metric: Metric, *, by_mass: bool) -> Any:
+    d = displacements(a, b, align=align, by_mass=by_mass)
+    found = metric(d, _pair(a, b)[1])
+    return found.item() if isinstance(a, Atoms) and isinstance(b, Atoms) else found
+
+
+def _sum_square(d: Tensor, of: Structures) -> Tensor:
+    return of.sum(of.masses * d.square().sum(1))
+
+
+def _root_sum_square(d: Tensor, of: Structures) -> Tensor:
+    return safe_sqrt(_sum_square(d, of))
+
+
+def _root_mean_square(d: Tensor, of: Structures) -> Tensor:
+    return safe_sqrt(of.sum(d.square().sum(1)) / torch.tensor(of.counts).to(d))
+
+
+def _largest(d: Tensor, of: Structures) -> Tensor:
+    return safe_sqrt(of.max(d.square().sum(1)))
+
+
+def safe_sqrt(square: Tensor) -> Tensor:
+    """sqrt with slope zero at zero."""
+    positive = square > 0
+    return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), torch.zeros_like(square))
+
+
+def _pair(a: Comparable, b: Comparable) -> tuple[Structures, Structures]:
+    """Both as batches, the reference detached and in the dtype and on the device of the other."""
+    now = a.structures if isinstance(a, Relaxation) else as_structures(a)
+    where = {"device": now.positions.device, "dtype": now.positions.dtype}
+    then = b.structures if isinstance(b, Relaxation) else as_structures(b, **where)
+    if now.counts != then.counts or not torch.equal(now.numbers, then.numbers.to(now.numbers.device)):
+        raise ValueError(
+            "Only structures of the same atoms in the same order can be compared: "
+            f"{_formulas(now)} is not {_formulas(then)}."
+        )
+    return now, then.replace(positions=then.positions.detach())
+
+
+def _formulas(structures: Structures) -> str:
+    return ", ".join(a.get_chemical_formula() for a in structures.to_atoms()[:3])
+
+
+def _mean(d: Tensor, of: Structures, weights: Tensor) -> Tensor:
+    return of.sum(weights[:, None] * d) / of.sum(weights)[:, None]
+
+
+def _lattice_translation(d: Tensor, of: Structures, weights: Tensor) -> Tensor:
+    """The lattice vector to take off each displacement, so that the sum of squares is least.
+
+    Which image is nearest depends on the drift and the drift on the images. From the displacement
+    of a few atoms, and from none, images and drift are improved in turn; the best end counts.
+    """
+    if not bool(of.pbc.any()):
+        return torch.zeros_like(d)
+    reduced = [_reduced(c.tobytes(), p.tobytes()) for c, p in zip(
+        of.cells.detach().double().cpu().numpy(), of.pbc.cpu().numpy(), strict=True)]
+    cells, inverses, periodic = (torch.from_numpy(np.stack(x)).to(d) for x in zip(*reduced, strict=True))
+    ends = np.cumsum(of.counts)
+    best, best_score = torch.zeros_like(d), torch.full_like(of.volumes.detach(), torch.inf)
+    for anchor in range(-1, min(ANCHORS, max(of.counts))):
+        rows = [end - n + anchor * n // ANCHORS if n > ANCHORS else end - n + anchor % n
+                for end, n in zip(ends, of.counts, strict=True)]
+        drift = torch.zeros_like(of.cells[:, 0]) if anchor < 0 else d[rows]
+        for _ in range(3):
+            translation = _nearest(d - drift[of.batch], cells, inverses, periodic, of.batch)
+            drift = _mean(d - translation, of, weights)
+        rest = d - translation - drift[of.batch]
+        score = of.sum(weights * rest.square().sum(1))
+        better = score < best_score * (1 - 1e-9)
+        best = torch.where(better[of.batch, None], translation, best)
+        best_score = torch.where(better, score, best_score)
+    return best
+
+
+def _nearest(d: Tensor, cells: Tensor, inverses: Tensor, periodic: Tensor, batch: Tensor) -> Tensor:
+    """The lattice vector nearest to each row of d, shape (n_atoms, 3).
+
+    Rounding in a Minkowski-reduced cell misses by at most one cell in each direction.
+    """
+    cell, mask = cells[batch], periodic[batch]
+    whole = ((d.unsqueeze(1) @ inverses[batch]).squeeze(1)).round() * mask
+    around = torch.tensor(list(product((0, -1, 1), repeat=3)), dtype=d.dtype, device=d.device)
+    candidates = (whole.unsqueeze(1) + around * mask.unsqueeze(1)) @ cell
+    nearest = (d.unsqueeze(1) - candidates).square().sum(2).argmin(1)
+    return candidates[torch.arange(len(d), device=d.device), nearest]
+
+
+@lru_cache(maxsize=4096)
+def _reduced(cell: bytes, pbc: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Minkowski-reduced cell, its inverse, and which of its vectors are periodic (as 0 and 1)."""
+    vectors, periodic = np.frombuffer(cell).reshape(3, 3), np.frombuffer(pbc, dtype=bool)
+    reduced, _ = minkowski_reduce(complete_cell(vectors), periodic)
+    return reduced, np.linalg.inv(reduced), periodic.astype(float)
+
+
+def _aligned(now: Structures, then: Structures, d: Tensor, weights: Tensor) -> Tensor:
+    """Displacements after the best rotation of each isolated molecule (Kabsch, Acta Cryst. A32, 922 (1976)).
+
+    The rotation is a minimum, so it can stand still while the positions are differentiated.
+    """
+    reference = then.positions - _mean(then.positions, then, weights)[then.batch]
+    pieces = []
+    columns = (x.split(then.counts) for x in (reference, d, weights))
+    for r, shift, w, periodic in zip(*columns, then.pbc.any(1).tolist(), strict=True):
+        if periodic:
+            pieces.append(shift)
+            continue
+        x = r + shift
+        u, _, vt = torch.linalg.svd((x.detach() * w[:, None]).mT @ r)
+        flip = torch.diag(torch.stack((w.new_ones(()), w.new_ones(()), torch.linalg.det(u @ vt).sign())))
+        pieces.append(x @ (u @ flip @ vt) - r)
+    return torch.cat(pieces)
+
+
+LOSSES: dict[str, Callable[..., Any]] = {
+    f.__name__: f for f in (delta_q, squared_delta_q, rmsd, max_displacement)
+}

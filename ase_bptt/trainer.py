@@ -1,0 +1,355 @@
+"""Fine-tuning: epochs, checkpoints, the best state on validation."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adjoints import Adjoint, Replay, make_adjoint
+from .evaluation import Evaluation, evaluate
+from .files import replacing
+from .loading import load_potential, save_potential
+from .losses import LOSSES, delta_q
+from .pairs import RelaxationPair
+from .potential import Potential
+from .progress import Progress
+from .relaxation import Relaxation, Status, relax
+from .steppers import GradientDescent, Stepper, make_stepper
+from .structures import Structures
+
+log = logging.getLogger(__name__)
+
+Loss = Callable[[Relaxation, Structures], Tensor]
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+
+class Trainer:
+    """Fine-tune a potential so that its relaxations end where the reference's do (arXiv 2512.01067).
+
+    Parameters
+    ----------
+    potential : Potential, module or spec
+        As for `load_potential`; trained in place.
+    stepper : Stepper or str
+        The map to unroll: the paper's gradient descent by default.
+    adjoint : Adjoint or str
+        `Replay` by default.
+    loss : callable or str
+        ``loss(relaxation, reference) -> Tensor (n,)``, or a name in `ase_bptt.losses.LOSSES`.
+    optimizer : callable
+        ``optimizer(parameters) -> torch.optim.Optimizer``; AdamW with `lr` by default.
+    lr : float
+        Learning rate of the default optimizer at the start; it falls to zero by a half cosine.
+    steps : int
+        Frames of an unroll. Few (8 to 40) teach which basin to fall into; a converged run does not.
+    fmax : float
+        eV/Å: structures stop below this, in training.
+    batch_size : int
+        Pairs in one step of the optimizer.
+    clip : float
+        Largest norm of the gradient.
+    patience : int or None
+        Stop after so many epochs without a better validation; None never stops early.
+    seed : int
+        Of the order of the pairs.
+    out : path, optional
+        Run folder: settings.json, metrics.csv, checkpoint.pt, potential/ (the best so far).
+    progress : bool or None
+        A bar on a terminal, else a line each epoch; None asks whether standard error is a terminal.
+    """
+
+    def __init__(
+        self,
+        potential: Potential | nn.Module | str,
+        *,
+        stepper: Stepper | str | None = None,
+        adjoint: Adjoint | str | None = None,
+        loss: Loss | str = "delta_q",
+        optimizer: OptimizerFactory | None = None,
+        lr: float = 3e-4,
+        steps: int = 40,
+        fmax: float = 0.01,
+        batch_size: int = 4,
+        clip: float = 1.0,
+        patience: int | None = None,
+        seed: int = 0,
+        out: str | Path | None = None,
+        progress: bool | None = None,
+    ):
+        self.potential = potential if isinstance(potential, Potential) else load_potential(potential)
+        self.stepper = make_stepper(stepper) if stepper is not None else GradientDescent()
+        self.adjoint = make_adjoint(adjoint) or Replay()
+        self.loss: Loss = LOSSES[loss] if isinstance(loss, str) else loss
+        self.steps, self.fmax, self.batch_size, self.clip = steps, fmax, batch_size, clip
+        self.patience, self.seed, self.lr = patience, seed, lr
+        self.out = None if out is None else Path(out)
+        self.progress = progress
+        make = optimizer or (lambda parameters: torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0))
+        self._trained = [p for m in (self.potential, self.stepper) for p in m.parameters() if p.requires_grad]
+        if not self._trained:
+            raise ValueError("Nothing can be trained: no weight of the potential or stepper requires gradients.")
+        self.optimizer = make(self._trained)
+        self.epoch = 0
+        self.history: list[dict[str, float]] = []
+        self.best: dict[str, Tensor] = {}
+        self.best_loss = float("inf")
+        self._epochs = 0
+        self._data = ""
+        self._generator = torch.Generator().manual_seed(seed)
+        self._base_rates = [group["lr"] for group in self.optimizer.param_groups]
+
+    # Training ---------------------------------------------------------------------------------
+
+    def fit(
+        self, train: Sequence[RelaxationPair], valid: Sequence[RelaxationPair] = (), *, epochs: int = 10
+    ) -> Trainer:
+        """Train, and leave the potential in its best state on the validation pairs.
+
+        Without validation pairs the last state is kept. A resumed Trainer goes on after its last
+        complete epoch, and needs the same pairs and epochs.
+
+        Raises
+        ------
+        ValueError
+            Before any work: for pairs whose groups stand on both sides, for other pairs than before.
+        NotImplementedError
+            Before any work: for constraints or elements that cannot be treated, by name.
+        """
+        self._check(train, valid, epochs)
+        self._epochs = epochs
+        if self.epoch == 0:
+            self._consider(self._validate(valid), valid)
+            self._save_checkpoint()
+        with Progress(epochs, len(train), done=self.epoch, bar=self.progress) as progress:
+            while self.epoch < epochs and not self._out_of_patience():
+                began = time.monotonic()
+                row = self._train_epoch(train, progress)
+                self.epoch += 1
+                found = self._validate(valid)
+                row |= {"epoch": self.epoch, "valid_delta_q": found, "seconds": time.monotonic() - began}
+                self.history.append(row)
+                self._consider(found, valid)
+                self._save_checkpoint()
+                progress.epoch(row)
+        if self.best:
+            self.potential.load_state_dict(self.best)
+        return self
+
+    def _train_epoch(self, train: Sequence[RelaxationPair], progress: Progress) -> dict[str, float]:
+        order = torch.randperm(len(train), generator=self._generator).tolist()
+        batches = [order[k : k + self.batch_size] for k in range(0, len(order), self.batch_size)]
+        losses: list[float] = []
+        norms: list[float] = []
+        for number, batch in enumerate(batches):
+            self._set_rate((self.epoch + number / len(batches)) / self._epochs)
+            found, norm = self.train_step([train[k] for k in batch])
+            losses += found
+            norms.append(norm)
+            progress.advance(len(batch), losses)
+        return {
+            "epoch": 0,
+            "train_loss": sum(losses) / len(losses) if losses else float("nan"),
+            "gradient_norm": sum(norms) / len(norms),
+            "skipped": len(train) - len(losses),
+            "lr": self.optimizer.param_groups[0]["lr"],
+        }
+
+    def train_step(self, pairs: Sequence[RelaxationPair]) -> tuple[list[float], float]:
+        """One step of the optimizer on a batch: the losses that counted, and the gradient's norm.
+
+        Pairs whose relaxation diverges are reported and left out.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        where = {"device": self.potential.device, "dtype": self.potential.dtype}
+        relaxation = relax(
+            self.potential,
+            Structures.from_atoms([p.initial for p in pairs], **where),
+            stepper=self.stepper,
+            fmax=self.fmax,
+            steps=self.steps,
+            adjoint=self.adjoint,
+        )
+        losses = self.loss(relaxation, Structures.from_atoms([p.relaxed for p in pairs], **where))
+        diverged = torch.tensor([s is Status.DIVERGED for s in relaxation.status], device=losses.device)
+        good = torch.isfinite(losses.detach()) & ~diverged
+        for pair, fine in zip(pairs, good.tolist(), strict=True):
+            if not fine:
+                log.warning("%s: left out of this step. %s", pair.id, Status.DIVERGED.sentence)
+        if not good.any() or not losses.requires_grad:
+            return [], 0.0
+        losses[good].mean().backward()
+        norm = nn.utils.clip_grad_norm_(self._trained, self.clip)
+        if not torch.isfinite(norm):
+            log.warning("%s: left out, for their gradient is not finite.", ", ".join(p.id for p in pairs))
+            self.optimizer.zero_grad(set_to_none=True)
+            return [], 0.0
+        self.optimizer.step()
+        return losses[good].tolist(), norm.item()
+
+    def _set_rate(self, done: float) -> None:
+        """Half a cosine from the optimizer's own rates to zero."""
+        factor = float(0.5 * (1 + torch.cos(torch.tensor(torch.pi * done, dtype=torch.float64))))
+        for group, rate in zip(self.optimizer.param_groups, self._base_rates, strict=True):
+            group["lr"] = rate * factor
+
+    # Validation -------------------------------------------------------------------------------
+
+    def evaluate(self, pairs: Sequence[RelaxationPair], **settings: Any) -> Evaluation:
+        """`ase_bptt.evaluation.evaluate` with the potential as it is."""
+        return evaluate(self.potential, pairs, **settings)
+
+    def _validate(self, valid: Sequence[RelaxationPair]) -> float:
+        """Mean Delta-Q of fully relaxed validation structures, in amu^1/2 Å."""
+        if not valid:
+            return float("nan")
+        with torch.no_grad():
+            run = relax(self.potential, [p.initial for p in valid], stepper="fire", fmax=0.02, steps=200)
+        found = delta_q(run, [p.relaxed for p in valid])
+        return found.mean().item()
+
+    def _consider(self, found: float, valid: Sequence[RelaxationPair]) -> None:
+        """Keep this state if it is the best yet, or the last and there is nothing to judge by."""
+        if not valid or found < self.best_loss:
+            self.best_loss = found
+            self.best = {k: v.detach().clone() for k, v in self.potential.state_dict().items()}
+            if self.out is not None:
+                save_potential(self.potential, self.out / "potential")
+
+    def _out_of_patience(self) -> bool:
+        if self.patience is None or len(self.history) <= self.patience:
+            return False
+        recent = self.history[-self.patience :]
+        return all(row["valid_delta_q"] > self.best_loss for row in recent)
+
+    # Checks -----------------------------------------------------------------------------------
+
+    def _check(
+        self, train: Sequence[RelaxationPair], valid: Sequence[RelaxationPair], epochs: int
+    ) -> None:
+        if not train:
+            raise ValueError("There are no pairs to train on.")
+        shared = sorted({p.group for p in train} & {p.group for p in valid} - {""})
+        if shared:
+            raise ValueError(f"Training and validation share the group {shared[0]}: split by group.")
+        data = fingerprint([*train, *valid])
+        if self.epoch and (data, epochs) != (self._data, self._epochs):
+            raise ValueError("This run was begun with other pairs or epochs: go on with those, or start a new run.")
+        self._data = data
+        # One frame of everything tells what cannot be relaxed, before any work is lost.
+        for pair in (*train, *valid):
+            try:
+                self.potential.check(Structures.from_atoms(pair.initial))
+            except NotImplementedError as error:
+                raise NotImplementedError(f"{pair.id}: {error}") from error
+            if pair.initial.constraints:
+                names = ", ".join(sorted({type(c).__name__ for c in pair.initial.constraints}))
+                raise NotImplementedError(f"{pair.id}: the constraints {names} cannot be differentiated yet.")
+
+    # Files ------------------------------------------------------------------------------------
+
+    def settings(self) -> dict[str, Any]:
+        """What `resume` needs to build the same Trainer, as JSON."""
+        return {
+            "family": self.potential.family,
+            "stepper": self.stepper.todict(),
+            "adjoint": self.adjoint.name,
+            "loss": getattr(self.loss, "__name__", type(self.loss).__name__),
+            "optimizer": type(self.optimizer).__name__,
+            **{k: getattr(self, k) for k in ("lr", "steps", "fmax", "batch_size", "clip", "patience", "seed")},
+            "epochs": self._epochs,
+        }
+
+    def save(self, folder: str | Path) -> None:
+        """Write the potential: our format, which loads without unpickling, and the family's native file."""
+        save_potential(self.potential, folder)
+
+    def _save_checkpoint(self) -> None:
+        if self.out is None:
+            return
+        self.out.mkdir(parents=True, exist_ok=True)
+        with replacing(self.out / "settings.json") as path:
+            path.write_text(json.dumps(self.settings(), indent=1) + "\n")
+        with replacing(self.out / "metrics.csv") as path, path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(self.history[0]) if self.history else ["epoch"])
+            writer.writeheader()
+            writer.writerows(self.history)
+        state = {
+            "epoch": self.epoch,
+            "epochs": self._epochs,
+            "data": self._data,
+            "potential": self.potential.state_dict(),
+            "stepper": self.stepper.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self._generator.get_state(),
+            "torch_rng": torch.get_rng_state(),
+            "history": self.history,
+            "best": self.best,
+            "best_loss": self.best_loss,
+        }
+        with replacing(self.out / "checkpoint.pt") as path:
+            torch.save(state, path)
+
+    @classmethod
+    def resume(
+        cls,
+        out: str | Path,
+        *,
+        optimizer: OptimizerFactory | None = None,
+        loss: Loss | None = None,
+        progress: bool | None = None,
+    ) -> Trainer:
+        """Go on after the last complete epoch of a run folder.
+
+        An optimizer or loss that was given as an object must be given again.
+        """
+        out = Path(out)
+        try:
+            settings = json.loads((out / "settings.json").read_text())
+            state = torch.load(out / "checkpoint.pt", weights_only=True)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ValueError(f"The folder {out} holds no run that can be resumed: {error}.") from error
+        if loss is None and settings["loss"] not in LOSSES:
+            raise ValueError(f"The run in {out} used its own loss {settings['loss']!r}: give it to resume again.")
+        if optimizer is None and settings["optimizer"] != "AdamW":
+            raise ValueError(f"The run in {out} used {settings['optimizer']}: give its factory to resume again.")
+        numbers = {k: v for k, v in settings["stepper"].items() if k != "name"}
+        trainer = cls(
+            load_potential(out / "potential"),
+            stepper=make_stepper(settings["stepper"]["name"], **numbers),
+            adjoint=settings["adjoint"],
+            loss=loss or settings["loss"],
+            optimizer=optimizer,
+            **{k: settings[k] for k in ("lr", "steps", "fmax", "batch_size", "clip", "patience", "seed")},
+            out=out,
+            progress=progress,
+        )
+        trainer._restore(state)
+        return trainer
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.potential.load_state_dict(state["potential"])
+        self.stepper.load_state_dict(state["stepper"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._generator.set_state(state["generator"])
+        torch.set_rng_state(state["torch_rng"])
+        self.epoch, self._epochs, self._data = state["epoch"], state["epochs"], state["data"]
+        self.history, self.best, self.best_loss = state["history"], state["best"], state["best_loss"]
+
+
+def fingerprint(pairs: Sequence[RelaxationPair]) -> str:
+    """A hash of the pairs' atoms, positions and cells."""
+    digest = hashlib.sha256()
+    for pair in pairs:
+        for atoms in (pair.initial, pair.relaxed):
+            for array in (atoms.numbers, atoms.positions, atoms.cell.array, atoms.pbc):
+                digest.update(array.tobytes())
+    return digest.hexdigest()
