@@ -88,19 +88,25 @@ class _Replayed(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any, record: Record, final: Tensor, positions: Tensor, cells: Tensor, *weights: Tensor
     ) -> Tensor:
-        ctx.record = record
+        ctx.record, ctx.weights = record, weights
         ctx.with_cells = cells.requires_grad
+        # The frames begin from these very tensors: let torch notice when they change in place.
+        ctx.save_for_backward(positions, cells)
         return final.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         ctx.record.check_weights()
-        weights = ctx.record.map.parameters()
-        sums = _Sums([ctx.record.start.cells] * ctx.with_cells + weights)
-        positions = replay(ctx.record, gradient, sums)
-        cells = sums.values.pop(0) if ctx.with_cells else None
-        return None, None, positions, cells, *sums.values
+        _, cells = ctx.saved_tensors
+        # Some may have been frozen since.
+        weights = [p for p in ctx.weights if p.requires_grad]
+        sums = _Sums([cells] * ctx.with_cells + weights)
+        positions = replay(ctx.record, gradient, weights, sums)
+        to_cells = sums.values.pop(0) if ctx.with_cells else None
+        found = iter(sums.values)
+        to_weights = [next(found) if p.requires_grad else None for p in ctx.weights]
+        return None, None, positions, to_cells, *to_weights
 
 
 class _Sums:
@@ -114,14 +120,13 @@ class _Sums:
         self.values[k] = value if old is None else old if value is None else old + value
 
 
-def replay(record: Record, gradient: Tensor, sums: _Sums) -> Tensor:
+def replay(record: Record, gradient: Tensor, weights: list[Tensor], sums: _Sums) -> Tensor:
     """Go back through the frames: from dL/dX(T) to dL/dX(0), adding up dL/dcells and dL/dweights.
 
     The adjoint equations are lambda(t) = (d frame / d X(t))^T lambda(t+1), with the stepper's state
     beside X; a structure that had stopped before frame t passes its lambda through unchanged.
     """
     iterated, start = record.map, record.start
-    weights = iterated.parameters()
     with_cells = len(sums.values) > len(weights)
     neighbors = iterated.neighbor_list()
     adjoint = gradient.clone()
@@ -162,7 +167,7 @@ def replay(record: Record, gradient: Tensor, sums: _Sums) -> Tensor:
 
 
 def _through_the_start(
-    record: Record, state_adjoint: State | None, weights: list[Any], sums: _Sums
+    record: Record, state_adjoint: State | None, weights: list[Tensor], sums: _Sums
 ) -> None:
     """The first state may depend on the stepper's own parameters."""
     if state_adjoint is None or not any(p.requires_grad for p in record.map.stepper.parameters()):

@@ -21,7 +21,7 @@ from .adjoints import Adjoint, Replay, make_adjoint
 from .frames import IteratedMap, Record
 from .loading import load_potential
 from .potential import Potential
-from .steppers import State, Stepper, make_stepper
+from .steppers import Stepper, make_stepper
 from .structures import Structures
 
 RISE = 0.05
@@ -39,7 +39,8 @@ class Status(enum.Enum):
     def sentence(self) -> str:
         return {
             Status.CONVERGED: "All forces fell below fmax.",
-            Status.OUT_OF_STEPS: "The last step was taken before all forces fell below fmax; give it more steps.",
+            Status.OUT_OF_STEPS: "The last step was taken before all forces fell below fmax: "
+            "give it more steps.",
             Status.DIVERGED: "Its forces are not finite, or it ended higher in energy than it began: "
             "the step size is too large for its stiffest bond, or the potential has a hole there.",
         }[self]
@@ -93,9 +94,19 @@ class Relaxation:
 
     def _attached(self) -> tuple[Tensor, Tensor]:
         self._record.check_weights()
-        potential, structures = self._record.map.potential, self.structures
+        finite = self.start.sum(self.forces).sum(1) + self._energies
+        sound = [k for k, value in enumerate(finite.tolist()) if math.isfinite(value)]
+        # A member that is not finite must not touch the others' gradients: 0 * inf is NaN.
+        structures = self.structures.select(sound)
         pairs = self._record.map.neighbor_list()(structures)
-        return potential.energy_and_forces(structures, pairs, create_graph=torch.is_grad_enabled())
+        energies, forces = self._record.map.potential.energy_and_forces(
+            structures, pairs, create_graph=torch.is_grad_enabled()
+        )
+        members = torch.tensor(sound, dtype=torch.int64, device=energies.device)
+        return (
+            self._energies.index_copy(0, members, energies),
+            self.forces.index_copy(0, self.start.atoms_of(sound), forces),
+        )
 
     def __getitem__(self, k: int) -> Relaxation:
         """The relaxation of structure k, attached to the same run."""
@@ -175,7 +186,8 @@ def relax(
     inputs = (start.positions, start.cells, *iterated.parameters())
     differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     if differentiable and not iterated.stepper.differentiable:
-        raise TypeError(f"The stepper {iterated.stepper.name!r} cannot be differentiated: use torch.no_grad().")
+        name = iterated.stepper.name
+        raise TypeError(f"The stepper {name!r} cannot be differentiated: use torch.no_grad().")
     with torch.set_grad_enabled(differentiable and chosen.on_tape):
         run = _Run(iterated, start, fmax, steps, keep=differentiable and chosen.keeps_frames)
         run.go()
