@@ -9,6 +9,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 from ase import Atoms
+from ase.calculators.calculator import compare_atoms
 from ase.io.jsonio import decode
 from ase.optimize.optimize import Optimizer, RestartError
 from torch import Tensor
@@ -70,6 +71,7 @@ class BPTTOptimizer(Optimizer):
         self.record = record
         self._state: State | None = None
         self._record: Record | None = None
+        self._begun = Atoms()
         self._expected: np.ndarray | None = None
         super().__init__(atoms, restart, logfile, trajectory, append_trajectory, **kwargs)
 
@@ -79,14 +81,18 @@ class BPTTOptimizer(Optimizer):
 
     def read(self) -> None:
         """Take the stepper's whole state from the restart file."""
+        like = self.stepper.init(_rows(self.optimizable.get_x()), 1)
         try:
             saved = decode(Path(self.restart).read_text(), always_array=False)
             if saved["stepper"] != self.stepper.name:
                 raise ValueError(f"it belongs to the stepper {saved['stepper']!r}, not {self.stepper.name!r}")
-            self._state = _state_from_json(saved)
+            self._state = _state_from_json(saved, like)
+            if saved["orig_cell"] is not None:
+                self.atoms.orig_cell = np.array(saved["orig_cell"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RestartError(
-                f"The restart file {self.restart} cannot be read ({error}): delete it to start afresh."
+                f"Could not decode the restart file {self.restart} ({type(error).__name__}: {error}): "
+                "delete it to start afresh."
             ) from error
 
     def step(self, forces: Any = None) -> None:
@@ -95,7 +101,7 @@ class BPTTOptimizer(Optimizer):
         x = optimizable.get_x()
         gradient = optimizable.get_gradient()
         if not np.isfinite(gradient).all():
-            log.warning("Forces are not finite at step %d: the run stops. %s", self.nsteps, Status.DIVERGED.sentence)
+            log.warning("The run stops at step %d. %s", self.nsteps, Status.DIVERGED.sentence)
             self.max_steps = self.nsteps
             return
         positions, force = _rows(x), -_rows(gradient)
@@ -103,12 +109,21 @@ class BPTTOptimizer(Optimizer):
             self._state = self.stepper.init(positions, 1)
         batch = torch.zeros(len(positions), dtype=torch.int64)
         if self.record:
-            self._keep(x, positions)
+            self._keep(positions)
         with torch.no_grad():
             moved, self._state = self.stepper.step(positions, force, self._state, batch)
         self._expected = moved.reshape(-1).numpy()
         optimizable.set_x(self._expected.copy())
-        self.dump(_state_to_json(self.stepper.name, self._state))
+        # A cell filter measures its strain from here; without it a restart takes another path.
+        orig_cell = getattr(self.atoms, "orig_cell", None)
+        self.dump(
+            {
+                "stepper": self.stepper.name,
+                "atoms": {k: v.tolist() for k, v in self._state.atoms.items()},
+                "structures": {k: v.tolist() for k, v in self._state.structures.items()},
+                "orig_cell": None if orig_cell is None else np.asarray(orig_cell).tolist(),
+            }
+        )
 
     def todict(self) -> dict[str, Any]:
         """ASE's description of the run, with the stepper's name and numbers."""
@@ -128,19 +143,29 @@ class BPTTOptimizer(Optimizer):
         atoms, record = self.optimizable_atoms(), self._record
         if record is None:
             raise RuntimeError("This run recorded no step: run it with record=True and at least one step.")
+        record.check_weights()
+        if not self._continues(record, atoms):
+            raise RuntimeError(
+                "The atoms were changed after the last step of this run: take its relaxation before that."
+            )
         record.nsteps = [len(record.frames)]
         structures = record.start
         record.final = torch.tensor(atoms.positions).to(structures.positions)
         inputs = record.map.parameters()
         final = self.adjoint.attach(record, record.final) if inputs else record.final
         forces = torch.tensor(atoms.get_forces()).to(structures.positions)
-        done = bool(self.optimizable.converged(self.optimizable.get_gradient(), self.fmax))
+        if not np.isfinite(atoms.get_forces()).all():
+            status = Status.DIVERGED
+        elif self.optimizable.converged(self.optimizable.get_gradient(), self.fmax):
+            status = Status.CONVERGED
+        else:
+            status = Status.OUT_OF_STEPS
         return Relaxation(
             start=structures,
             positions=final,
             forces=forces,
             nsteps=torch.tensor(record.nsteps),
-            status=(Status.CONVERGED if done else Status.OUT_OF_STEPS,),
+            status=(status,),
             _energies=torch.tensor([atoms.get_potential_energy()]).to(structures.positions),
             _record=record,
             _sources=(atoms,),
@@ -160,19 +185,25 @@ class BPTTOptimizer(Optimizer):
             raise NotImplementedError(f"The constraints {names} cannot be differentiated yet.")
         return atoms
 
-    def _keep(self, x: np.ndarray, positions: Tensor) -> None:
-        """Store the state before this frame; start anew where somebody else moved the atoms."""
+    def _keep(self, positions: Tensor) -> None:
+        """Store the state before this frame; start anew where somebody else changed the atoms."""
         atoms = self.atoms
         if not isinstance(atoms, Atoms) or not isinstance(atoms.calc, TorchCalculator) or atoms.constraints:
             return
-        potential = atoms.calc.potential
-        target = {"device": potential.device, "dtype": potential.dtype}
-        moved = self._expected is None or not np.array_equal(self._expected, x)
-        if self._record is None or moved:
-            start = Structures.from_atoms(atoms, **target)
+        if self._record is None or not self._continues(self._record, atoms):
+            potential = atoms.calc.potential
+            start = Structures.from_atoms(atoms, device=potential.device, dtype=potential.dtype)
             self._record = Record(IteratedMap(potential, self.stepper), start)
+            self._begun = atoms.copy()
         assert self._state is not None
         self._record.keep(positions, self._state)
+
+    def _continues(self, record: Record, atoms: Atoms) -> bool:
+        """Whether these atoms and weights are what the last recorded step left."""
+        changed = compare_atoms(self._begun, atoms, excluded_properties={"positions"})
+        as_left = self._expected is not None and np.array_equal(self._expected, self.optimizable.get_x())
+        same = atoms.calc.potential is record.map.potential and record.map.fingerprint() == record.weights
+        return as_left and same and not changed
 
 
 def _fields_of(stepper: str, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -188,22 +219,14 @@ def _rows(flat: np.ndarray) -> Tensor:
     return torch.from_numpy(np.array(flat, dtype=float)).reshape(-1, columns)
 
 
-def _state_to_json(name: str, state: State) -> dict[str, Any]:
-    return {
-        "stepper": name,
-        "atoms": {k: v.tolist() for k, v in state.atoms.items()},
-        "structures": {k: v.tolist() for k, v in state.structures.items()},
-    }
+def _state_from_json(saved: dict[str, Any], like: State) -> State:
+    """The saved state, in the dtypes and shapes of a state of this run."""
 
+    def tensors(saved: dict[str, Any], like: dict[str, Tensor]) -> dict[str, Tensor]:
+        found = {name: torch.tensor(saved[name], dtype=value.dtype) for name, value in like.items()}
+        for name, value in like.items():
+            if found[name].shape != value.shape:
+                raise ValueError(f"its {name} are those of {len(found[name])} rows, not {len(value)}")
+        return found
 
-def _state_from_json(saved: dict[str, Any]) -> State:
-    def tensor(value: Any) -> Tensor:
-        found = torch.as_tensor(np.asarray(value))
-        return found.double() if found.is_floating_point() else found
-
-    return State(
-        {k: tensor(v) for k, v in saved["atoms"].items()},
-        {k: tensor(v) for k, v in saved["structures"].items()},
-    )
-
-
+    return State(tensors(saved["atoms"], like.atoms), tensors(saved["structures"], like.structures))
