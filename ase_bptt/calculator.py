@@ -72,7 +72,7 @@ class TorchCalculator(Calculator):
         )
         self.implemented_properties = [*BASIC, *self.potential.atomic_properties]
         self._neighbors = NeighborList(self.potential.cutoff, skin)
-        self._weights: tuple[int, ...] = ()
+        self._weights: tuple[tuple[int, int], ...] = ()
         # Parameters go into trajectories and databases: JSON only, the module stays out.
         described = str(potential) if isinstance(potential, str | Path) else self.potential.family
         super().__init__(
@@ -124,8 +124,8 @@ class TorchCalculator(Calculator):
             stresses = _numpy(self.potential.stresses(structures, pairs).detach())
             self.results["stresses"] = full_3x3_to_voigt_6_stress(stresses)
 
-    def _versions(self) -> tuple[int, ...]:
-        return tuple(p._version for p in self.potential.parameters())
+    def _versions(self) -> tuple[tuple[int, int], ...]:
+        return tuple((p.data_ptr(), p._version) for p in self.potential.parameters())
 
 
 def _numpy(tensor: torch.Tensor) -> np.ndarray:
