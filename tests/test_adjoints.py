@@ -1,0 +1,445 @@
+"""The heart: gradients through whole relaxations, against differences of whole relaxations."""
+
+from contextlib import contextmanager
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from conftest import argon, cluster, lennard_jones, needs_mace, skewed, tiny_mace
+from torch import nn
+
+from ase_bptt import BPTTOptimizer, Prediction, Status, Structures, TorchCalculator, relax, steppers
+from ase_bptt.neighbors import NeighborList
+from ase_bptt.potentials.lennard_jones import LennardJones
+from ase_bptt.steppers import FIRE, GradientDescent
+
+ADJOINTS = ["full", "replay"]
+
+
+def mace_potential():
+    from ase_bptt.potentials.mace import MACE
+
+    return MACE(tiny_mace(elements=(14,), atomic_inter_scale=20.0, max_ell=1)).requires_grad_()
+
+
+def trimer() -> Atoms:
+    return Atoms("Si3", positions=[[0, 0, 0], [2.3, 0.1, 0], [0.9, 2.0, 0.3]])
+
+
+def batch(*atoms) -> Structures:
+    structures = Structures.from_atoms(atoms)
+    structures.positions.requires_grad_()
+    return structures
+
+
+def elsewhere(structures) -> torch.Tensor:
+    """References not far from the initial positions, which stay when those are perturbed."""
+    noise = np.random.default_rng(11).normal(0, 0.2, (structures.n_atoms, 3))
+    return structures.positions.detach() + torch.from_numpy(noise)
+
+
+def distance(relaxation, reference) -> torch.Tensor:
+    """Mass-weighted distances to the references, summed over the structures."""
+    square = relaxation.start.masses * (relaxation.positions - reference).square().sum(1)
+    return relaxation.start.sum(square).sqrt().sum()
+
+
+@contextmanager
+def decisions():
+    """Everything of a run that its gradient takes as given: members, pairs, caps, FIRE's branches."""
+    trace = []
+    find, cap = NeighborList.__call__, steppers._cap
+    steps = {cls: cls.step for cls in (FIRE, GradientDescent)}
+
+    def spied_find(self, structures):
+        pairs = find(self, structures)
+        rows = torch.column_stack((pairs.i, pairs.j, pairs.shifts.long())).numpy()
+        trace.append(("pairs", structures.counts, rows[np.lexsort(rows.T)].tobytes()))
+        return pairs
+
+    def spied_cap(square, maxstep):
+        trace.append(("capped", tuple((square > maxstep**2).tolist())))
+        return cap(square, maxstep)
+
+    def spied_step(self, positions, forces, state, batch):
+        moved, after = steps[type(self)](self, positions, forces, state, batch)
+        lengths = (moved - positions).norm(dim=1)
+        # Two atoms that are as long by symmetry have the same slope: rounding must not choose.
+        capped = lengths > (1 - 1e-9) * self.maxstep
+        trace.append(("longest", capped.nonzero().flatten().tolist()))
+        if isinstance(self, FIRE):
+            trace.append(("downhill", tuple(after.structures["downhill"].tolist())))
+            trace.append(("dtmax", tuple((after.structures["dt"] >= self.dtmax).tolist())))
+        return moved, after
+
+    with (
+        mock.patch.object(NeighborList, "__call__", spied_find),
+        mock.patch.object(steppers, "_cap", spied_cap),
+        mock.patch.object(FIRE, "step", spied_step),
+        mock.patch.object(GradientDescent, "step", spied_step),
+    ):
+        yield trace
+
+
+def run(potential, structures, reference, **arguments):
+    """Loss, frames of each structure, decisions."""
+    with decisions() as trace:
+        relaxation = relax(potential, structures, **arguments)
+    return distance(relaxation, reference), relaxation.nsteps.tolist(), trace
+
+
+def gradient(inputs, loss) -> list[torch.Tensor]:
+    found = torch.autograd.grad(loss, inputs, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for g, x in zip(found, inputs, strict=True)]
+
+
+def slope(evaluate, usual, inputs, direction, h) -> float | None:
+    """Five-point central difference; None where a perturbed run decides anything differently."""
+    kept = [x.detach().clone() for x in inputs]
+    losses = []
+    with torch.no_grad():
+        for step in (-2, -1, 1, 2):
+            for x, d in zip(inputs, direction, strict=True):
+                x += step * h * d
+            loss, *same = evaluate()
+            for x, value in zip(inputs, kept, strict=True):
+                x.copy_(value)
+            if same != usual:
+                return None
+            losses.append(loss.item())
+    return (losses[0] - 8 * losses[1] + 8 * losses[2] - losses[3]) / (12 * h)
+
+
+def check_slopes(evaluate, usual, inputs, analytic, *, h, directions=3, tolerance=1e-6) -> float:
+    """Compare along random unit directions; the largest error found, relative to a typical slope."""
+    size = sum(x.numel() for x in inputs)
+    norm = torch.cat([g.flatten() for g in analytic]).norm().item()
+    assert norm > 0
+    rng = torch.Generator().manual_seed(3)
+    worst, done = 0.0, 0
+    for _ in range(directions + 5):
+        direction = [torch.randn(x.shape, generator=rng, dtype=x.dtype) for x in inputs]
+        length = torch.cat([d.flatten() for d in direction]).norm()
+        direction = [d / length for d in direction]
+        expected = sum((g * d).sum().item() for g, d in zip(analytic, direction, strict=True))
+        found = slope(evaluate, usual, inputs, direction, h)
+        if found is None:
+            found = slope(evaluate, usual, inputs, direction, h / 4)
+        if found is None:
+            continue
+        worst = max(worst, abs(found - expected) / max(abs(expected), norm / size**0.5))
+        done += 1
+        if done == directions:
+            break
+    assert done == directions, "no perturbed run took the branches of the unperturbed one"
+    assert worst < tolerance
+    return worst
+
+
+class Case:
+    """A potential, a batch and a stepper, and the steps of a difference in each input."""
+
+    def __init__(self, potential, members, stepper, fmax, h_weights, capped=False):
+        self.potential, self.members, self.stepper, self.fmax = potential, members, stepper, fmax
+        self.h = {"weights": h_weights, "positions": 1e-5}
+        self.capped = capped
+
+
+LJ = (lambda: lennard_jones().requires_grad_(), (argon, cluster))
+MACE = (mace_potential, (skewed, trimer))
+CASES = {
+    "lj-gd": Case(*LJ, lambda: GradientDescent(0.002, momentum=0.5), 0.002, 1e-6),
+    "lj-fire": Case(*LJ, lambda: FIRE(dt=0.03, dtmax=0.06), 0.02, 1e-6),
+    "lj-gd-capped": Case(*LJ, lambda: GradientDescent(0.002, maxstep=0.02), 0.002, 1e-6, capped=True),
+    "lj-fire-capped": Case(*LJ, lambda: FIRE(dt=0.03, dtmax=0.06, maxstep=0.1), 0.02, 1e-6, capped=True),
+    "mace-gd": Case(*MACE, lambda: GradientDescent(0.01, anneal=0.99), 0.2, 1e-3),
+    "mace-fire": Case(*MACE, lambda: FIRE(dt=0.05, dtmax=0.2), 0.2, 1e-3),
+}
+EVERY = [pytest.param(name, marks=needs_mace if "mace" in name else ()) for name in CASES]
+
+
+@pytest.mark.parametrize("frames", [10, 50])
+@pytest.mark.parametrize("name", EVERY)
+def test_gradients_are_the_slopes_of_the_whole_relaxation(name, frames, record_property):
+    case = CASES[name]
+    potential, stepper = case.potential(), case.stepper()
+    structures = batch(*(make() for make in case.members))
+    reference = elsewhere(structures)
+
+    def evaluate():
+        return run(potential, structures, reference, stepper=stepper, fmax=case.fmax, steps=frames)
+
+    loss, *usual = evaluate()
+    nsteps, trace = usual
+    weights = [p for p in potential.parameters() if p.requires_grad]
+    grads = gradient([*weights, structures.positions], loss)
+    record_property("nsteps", nsteps)
+    assert frames < 50 or min(nsteps) < frames, "no structure stopped early"
+    assert not case.capped or any(True in step[1] for step in trace if step[0] == "capped")
+    downhill = [step[1] for step in trace if step[0] == "downhill"]
+    assert frames < 50 or not downhill or any(0 in counts for counts in downhill[1:]), "FIRE never went uphill"
+    for what, inputs, analytic in [
+        ("weights", weights, grads[:-1]),
+        ("positions", [structures.positions], grads[-1:]),
+    ]:
+        record_property(what, check_slopes(evaluate, usual, inputs, analytic, h=case.h[what]))
+
+
+def learnable(cls, **numbers):
+    """A stepper with some of its numbers as Parameters."""
+    kept = {k: v for k, v in numbers.items() if k in ("maxstep", "dtmax", "Nmin")}
+    learned = {k: torch.tensor(v, dtype=torch.float64) for k, v in numbers.items() if k not in kept}
+    return cls(**kept, **{k: nn.Parameter(v) for k, v in learned.items()})
+
+
+LEARNABLE = {
+    "gd": lambda: learnable(GradientDescent, step_size=0.002, anneal=0.97, momentum=0.3, maxstep=0.05),
+    "fire": lambda: learnable(
+        FIRE, dt=0.03, a=0.15, astart=0.1, fa=0.98, finc=1.2, fdec=0.4, dtmax=0.06, Nmin=2, maxstep=0.2
+    ),
+}
+
+
+@pytest.mark.parametrize("stepper", LEARNABLE)
+def test_gradients_in_the_steppers_own_numbers_and_the_cells_are_slopes_too(stepper):
+    potential, stepper = lennard_jones().requires_grad_(), LEARNABLE[stepper]()
+    structures = batch(argon(), cluster())
+    structures.cells.requires_grad_()
+    reference = elsewhere(structures)
+
+    def evaluate():
+        return run(potential, structures, reference, stepper=stepper, fmax=0.02, steps=20)
+
+    loss, *usual = evaluate()
+    inputs = [*stepper.parameters(), structures.cells]
+    grads = gradient(inputs, loss)
+    assert all(g.abs().sum() > 0 for g in grads)
+    for x, g in zip(inputs, grads, strict=True):
+        check_slopes(evaluate, usual, [x], [g], h=1e-6, directions=1)
+
+
+@pytest.mark.parametrize("frames", [0, 1, 30])
+@pytest.mark.parametrize("stepper", LEARNABLE)
+@pytest.mark.parametrize(
+    ("make", "members"), [LJ, pytest.param(*MACE, marks=needs_mace)], ids=["lj", "mace"]
+)
+def test_replay_gives_the_gradient_of_the_full_tape(make, members, stepper, frames):
+    potential, stepper = make(), LEARNABLE[stepper]()
+    found = {}
+    for adjoint in ADJOINTS:
+        structures = batch(*(member() for member in members), members[0](seed=5))
+        structures.cells.requires_grad_()
+        relaxation = relax(potential, structures, stepper=stepper, fmax=0.3, steps=frames, adjoint=adjoint)
+        loss = distance(relaxation, elsewhere(structures)) + relaxation.energies.sum()
+        inputs = [structures.positions, structures.cells, *potential.parameters(), *stepper.parameters()]
+        found[adjoint] = (relaxation.positions, relaxation.nsteps, gradient(inputs, loss))
+    torch.testing.assert_close(*(found[a][0] for a in ADJOINTS), rtol=0, atol=1e-12)
+    assert torch.equal(*(found[a][1] for a in ADJOINTS))
+    for full, replay in zip(*(found[a][2] for a in ADJOINTS), strict=True):
+        assert (full - replay).norm() <= 1e-10 * full.norm()
+
+
+def test_a_structure_alone_has_the_gradient_that_it_has_in_a_batch():
+    potential = lennard_jones().requires_grad_()
+    together = batch(argon(), cluster(), argon(seed=4))
+    arguments = {"stepper": FIRE(dt=0.03, dtmax=0.06), "fmax": 0.3, "steps": 30}
+    target = elsewhere(together)
+    loss = distance(relax(potential, together, **arguments), target)
+    grads = gradient([together.positions, *potential.parameters()], loss)
+    sums = [torch.zeros_like(p) for p in potential.parameters()]
+    for k, atoms in enumerate([argon(), cluster(), argon(seed=4)]):
+        alone, rows = batch(atoms), together.atoms_of([k])
+        loss = distance(relax(potential, alone, **arguments), target[rows])
+        to_positions, *to_weights = gradient([alone.positions, *potential.parameters()], loss)
+        torch.testing.assert_close(to_positions, grads[0][rows], rtol=1e-9, atol=1e-9)
+        sums = [total + g for total, g in zip(sums, to_weights, strict=True)]
+    torch.testing.assert_close(sums, grads[1:], rtol=1e-9, atol=1e-9)
+
+
+def finished(how, potential):
+    """A loss after a relaxation, differentiable."""
+    if how == "ase":
+        atoms = argon()
+        atoms.calc = TorchCalculator(potential)
+        optimizer = BPTTOptimizer(atoms, logfile=None, dt=0.03)
+        optimizer.run(steps=5)
+        return optimizer.relaxation.positions.square().sum()
+    return relax(potential, argon(), steps=5, adjoint=how).positions.square().sum()
+
+
+def add_in_place(potential):
+    with torch.no_grad():
+        potential.sigma += 0.01
+
+
+def load_state(potential):
+    potential.load_state_dict({"sigma": torch.tensor(1.01), "epsilon": torch.tensor(1.0)})
+
+
+def take_adamw_step(potential):
+    optimizer = torch.optim.AdamW(potential.parameters(), lr=0.01)
+    potential.epsilon.square().backward()
+    optimizer.step()
+
+
+def replace_weights(potential):
+    potential.load_state_dict({k: v + 0.01 for k, v in potential.state_dict().items()}, assign=True)
+
+
+CHANGES = [add_in_place, load_state, take_adamw_step, replace_weights]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("how", [*ADJOINTS, "ase"])
+def test_backward_refuses_other_weights_than_forward(how, change):
+    potential = lennard_jones().requires_grad_()
+    loss = finished(how, potential)
+    change(potential)
+    with pytest.raises(RuntimeError, match="were changed after this relaxation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("how", ADJOINTS)
+def test_backward_refuses_another_stepper_than_forward(how):
+    stepper = LEARNABLE["gd"]()
+    loss = relax(lennard_jones(), argon(), stepper=stepper, steps=5, adjoint=how).positions.sum()
+    with torch.no_grad():
+        stepper.step_size *= 2
+    with pytest.raises(RuntimeError, match="were changed after this relaxation"):
+        loss.backward()
+
+
+def test_energies_and_fmax_refuse_other_weights_than_forward():
+    potential = lennard_jones().requires_grad_()
+    relaxation = relax(potential, argon(), steps=3)
+    add_in_place(potential)
+    for name in ("energies", "fmax"):
+        with pytest.raises(RuntimeError, match="were changed after this relaxation"):
+            getattr(relaxation, name)
+
+
+def test_replay_refuses_initial_positions_that_were_changed_in_place():
+    structures = batch(argon())
+    loss = relax(lennard_jones(), structures, steps=5, adjoint="replay").positions.square().sum()
+    with torch.no_grad():
+        structures.positions += 0.1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("how", ADJOINTS)
+def test_backward_and_step_and_relaxing_again_is_the_training_loop(how):
+    potential = lennard_jones().requires_grad_()
+    optimizer = torch.optim.SGD(potential.parameters(), lr=1e-3)
+    structures = Structures.from_atoms(argon())
+    losses = []
+    for _ in range(6):
+        optimizer.zero_grad()
+        loss = distance(relax(potential, structures, steps=20, adjoint=how), structures.positions)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_weights_that_are_frozen_before_backward_get_no_gradient():
+    potential = lennard_jones().requires_grad_()
+    loss = relax(potential, argon(), steps=5, adjoint="replay").positions.square().sum()
+    potential.sigma.requires_grad_(False)
+    loss.backward()
+    assert potential.sigma.grad is None
+    assert potential.epsilon.grad.abs() > 0
+
+
+@pytest.mark.parametrize("how", ADJOINTS)
+def test_frozen_weights_leave_the_gradient_in_the_initial_positions(how):
+    potential = lennard_jones().requires_grad_(False)
+    structures = batch(argon())
+    relax(potential, structures, steps=5, adjoint=how).positions.square().sum().backward()
+    assert structures.positions.grad.abs().max() > 0
+    assert all(p.grad is None for p in potential.parameters())
+
+
+def test_replay_stores_the_states_only():
+    # 24 bytes of positions and 24 of velocities an atom, whatever the potential.
+    relaxation = relax(lennard_jones().requires_grad_(), argon(), fmax=0.0, steps=30, adjoint="replay")
+    frames = relaxation._record.frames
+    assert len(frames) == 30
+    for positions, state in frames:
+        stored = [positions, *state.atoms.values(), *state.structures.values()]
+        assert len(stored) == 6
+        assert sum(t.untyped_storage().nbytes() for t in stored) <= 48 * 4 + 4 * 8
+        assert not any(t.requires_grad for t in stored)
+    assert relaxation.positions.grad_fn.name().startswith("_Replayed")
+
+
+def test_the_full_tape_stores_no_states():
+    assert relax(lennard_jones().requires_grad_(), argon(), steps=3, adjoint="full")._record.frames == []
+
+
+@pytest.mark.parametrize("stepper", LEARNABLE)
+@pytest.mark.parametrize("how", ADJOINTS)
+def test_frames_without_any_force_are_the_identity(how, stepper):
+    # Forces and velocities are exactly zero here, where norms have no slope.
+    structures = batch(Atoms("Ar"), Atoms("Ar", positions=[[1, 2, 3]]))
+    stepper, potential = LEARNABLE[stepper](), lennard_jones().requires_grad_()
+    relaxation = relax(potential, structures, stepper=stepper, fmax=0.0, steps=5, adjoint=how)
+    assert relaxation.nsteps.tolist() == [5, 5]
+    assert torch.equal(relaxation.positions, structures.positions)
+    loss = (relaxation.positions * 3).sum() + relaxation.energies.sum() + relaxation.fmax.sum()
+    loss.backward()
+    assert torch.equal(structures.positions.grad, torch.full((2, 3), 3.0, dtype=torch.float64))
+    assert all(p.grad is None or p.grad == 0 for p in (*potential.parameters(), *stepper.parameters()))
+
+
+class Holed(LennardJones):
+    """Lennard-Jones with no energy where the atoms of a dimer are closer than `edge`."""
+
+    edge = 0.0
+
+    def forward(self, structures, pairs):
+        found = super().forward(structures, pairs)
+        length = pairs.vectors(structures).norm(dim=1)
+        shortest = length.new_full((len(structures),), 9.0)
+        shortest = shortest.scatter_reduce(0, structures.batch[pairs.i], length, "amin")
+        edges = shortest.new_tensor([self.edge if count == 2 else 0 for count in structures.counts])
+        return Prediction(found.energy + 0 * (shortest - edges).sqrt())
+
+
+@pytest.mark.parametrize("falls", ["at once", "after some frames"])
+@pytest.mark.parametrize("stepper", ["gd", "fire"])
+@pytest.mark.parametrize("how", ADJOINTS)
+def test_a_member_that_is_not_finite_leaves_the_others_alone(how, stepper, falls):
+    potential = Holed(smooth=True, rc=2.4, ro=1.8).requires_grad_()
+    dimer = Atoms("Ar2", positions=[[0, 0, 0], [1.5, 0, 0]])
+    potential.edge = 1.6 if falls == "at once" else 1.2
+    loose = Atoms("Ar3", positions=[[0, 0, 0], [1.2, 0, 0], [0.5, 1.25, 0]])
+    arguments = {"stepper": CASES[f"lj-{stepper}"].stepper(), "fmax": 1e-3, "steps": 40, "adjoint": how}
+    sound = batch(loose)
+    holed = batch(loose, dimer)
+    alone, together = (relax(potential, s, **arguments) for s in (sound, holed))
+    assert together.status[1] is Status.DIVERGED
+    assert (together.nsteps[1] == 0) == (falls == "at once")
+    assert together.nsteps[0] > together.nsteps[1]
+    torch.testing.assert_close(together.positions[:3], alone.positions, rtol=0, atol=1e-12)
+    assert torch.isfinite(together.positions).all()
+
+    reference = elsewhere(sound)
+    losses = [
+        (r.positions[:3] - reference).square().sum() + r.energies[0] + r.fmax[0] for r in (alone, together)
+    ]
+    grads = [
+        gradient([s.positions, *potential.parameters()], loss)
+        for s, loss in zip((sound, holed), losses, strict=True)
+    ]
+    torch.testing.assert_close(grads[1][0][:3], grads[0][0], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(grads[1][1:], grads[0][1:], rtol=1e-10, atol=1e-10)
+    assert not grads[1][0][3:].any()
+
+
+@pytest.mark.parametrize("name", ["tape", ""])
+def test_an_unknown_adjoint_is_named(name):
+    with pytest.raises(ValueError, match=f"no adjoint '{name}'; there are full, replay"):
+        relax(lennard_jones(), argon(), adjoint=name)
