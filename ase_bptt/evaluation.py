@@ -97,9 +97,7 @@ def evaluate(
     starts = [p.initial for p in pairs] + [p.relaxed for p in pairs]
     ends = list(_ends(potential, starts, stepper, fmax, steps, batch_size))
     rows = []
-    for pair, (end, status, nsteps), (control, _, _) in zip(
-        pairs, ends[: len(pairs)], ends[len(pairs) :], strict=True
-    ):
+    for pair, (end, status, nsteps), (control, _, _) in zip(pairs, ends[: len(pairs)], ends[len(pairs) :], strict=True):
         rows.append(
             Row(
                 id=pair.id,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import entry_points
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 

@@ -63,9 +63,7 @@ def max_displacement(a: Comparable, b: Comparable, *, align: bool = False) -> An
     return _distance(a, b, align, _largest, by_mass=False)
 
 
-def displacements(
-    a: Comparable, b: Comparable, *, align: bool = False, by_mass: bool = True
-) -> Tensor:
+def displacements(a: Comparable, b: Comparable, *, align: bool = False, by_mass: bool = True) -> Tensor:
     """Displacement of each atom from b to a in Å, shape (n_atoms, 3).
 
     Minimal over lattice translations of each atom and over rigid translations of each structure,
@@ -113,8 +111,8 @@ def safe_sqrt(square: Tensor) -> Tensor:
 def _pair(a: Comparable, b: Comparable) -> tuple[Structures, Structures]:
     """Both as batches, the reference detached and in the dtype and on the device of the other."""
     now = a.structures if isinstance(a, Relaxation) else as_structures(a)
-    where = {"device": now.positions.device, "dtype": now.positions.dtype}
-    then = b.structures if isinstance(b, Relaxation) else as_structures(b, **where)
+    x = now.positions
+    then = b.structures if isinstance(b, Relaxation) else as_structures(b, device=x.device, dtype=x.dtype)
     if now.counts != then.counts or not torch.equal(now.numbers, then.numbers.to(now.numbers.device)):
         raise ValueError(
             "Only structures of the same atoms in the same order can be compared: "
@@ -139,14 +137,18 @@ def _lattice_translation(d: Tensor, of: Structures, weights: Tensor) -> Tensor:
     """
     if not bool(of.pbc.any()):
         return torch.zeros_like(d)
-    reduced = [_reduced(c.tobytes(), p.tobytes()) for c, p in zip(
-        of.cells.detach().double().cpu().numpy(), of.pbc.cpu().numpy(), strict=True)]
+    reduced = [
+        _reduced(c.tobytes(), p.tobytes())
+        for c, p in zip(of.cells.detach().double().cpu().numpy(), of.pbc.cpu().numpy(), strict=True)
+    ]
     cells, inverses, periodic = (torch.from_numpy(np.stack(x)).to(d) for x in zip(*reduced, strict=True))
     ends = np.cumsum(of.counts)
     best, best_score = torch.zeros_like(d), torch.full_like(of.volumes.detach(), torch.inf)
     for anchor in range(-1, min(ANCHORS, max(of.counts))):
-        rows = [end - n + anchor * n // ANCHORS if n > ANCHORS else end - n + anchor % n
-                for end, n in zip(ends, of.counts, strict=True)]
+        rows = [
+            end - n + anchor * n // ANCHORS if n > ANCHORS else end - n + anchor % n
+            for end, n in zip(ends, of.counts, strict=True)
+        ]
         drift = torch.zeros_like(of.cells[:, 0]) if anchor < 0 else d[rows]
         for _ in range(3):
             translation = _nearest(d - drift[of.batch], cells, inverses, periodic, of.batch)
@@ -199,6 +201,4 @@ def _aligned(now: Structures, then: Structures, d: Tensor, weights: Tensor) -> T
     return torch.cat(pieces)
 
 
-LOSSES: dict[str, Callable[..., Any]] = {
-    f.__name__: f for f in (delta_q, squared_delta_q, rmsd, max_displacement)
-}
+LOSSES: dict[str, Callable[..., Any]] = {f.__name__: f for f in (delta_q, squared_delta_q, rmsd, max_displacement)}

@@ -133,9 +133,7 @@ def _filled(cell: np.ndarray, periodic: np.ndarray, positions: np.ndarray) -> np
         return cell
     kept = np.where(periodic[:, None], cell, 0.0)
     if (np.linalg.norm(kept, axis=1)[periodic] == 0).any():
-        raise ValueError(
-            "A structure is periodic along a cell vector of length zero: set its cell or its pbc."
-        )
+        raise ValueError("A structure is periodic along a cell vector of length zero: set its cell or its pbc.")
     filled = complete_cell(kept)
     span = float(np.ptp(positions, axis=0).max()) + 1.0 if len(positions) else 1.0
     filled[~periodic] *= span

@@ -76,8 +76,8 @@ def read_pairs(
             if not skip_invalid:
                 raise
             problems.append(str(problem))
-    for problem in problems:
-        log.warning("Left out: %s", problem)
+    for left_out in problems:
+        log.warning("Left out: %s", left_out)
     if not pairs:
         raise InvalidPair(f"None of the {len(problems)} pairs in {initial} can be used; the last: {problems[-1]}")
     return with_groups(pairs)
@@ -195,3 +195,28 @@ def _read(path: Path) -> list[Atoms]:
 def _identity(atoms: Atoms, name: str) -> str:
     known = atoms.info.get("id")
     return str(known) if known is not None else name
+
+
+def split_by_group(
+    pairs: Sequence[RelaxationPair], *, seed: int = 0, fractions: tuple[float, float] = (0.2, 0.2)
+) -> dict[str, list[RelaxationPair]]:
+    """Split into "train", "valid" and "test" so that no group stands on two sides.
+
+    Parameters
+    ----------
+    pairs : list of RelaxationPair
+    seed : int
+        Of the order of the groups.
+    fractions : two floats
+        Shares of the groups for "valid" and "test"; each gets one at least.
+    """
+    groups = sorted({p.group for p in pairs})
+    if len(groups) < 3:
+        raise InvalidPair(
+            f"The {len(pairs)} pairs form {len(groups)} group(s) by composition and final structure; "
+            "training, validation and test need one each: give more kinds of structures."
+        )
+    order = [groups[k] for k in np.random.default_rng(seed).permutation(len(groups))]
+    n_valid, n_test = (max(1, round(f * len(groups))) for f in fractions)
+    side = {g: "test" if k < n_test else "valid" if k < n_test + n_valid else "train" for k, g in enumerate(order)}
+    return {name: [p for p in pairs if side[p.group] == name] for name in ("train", "valid", "test")}

@@ -6,7 +6,7 @@ stress, the graph of a graph, dtype and device are handled here, once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -79,9 +79,7 @@ class Potential(nn.Module):
             # A lone atom's energy may not depend on its position at all.
             if not energy.requires_grad:
                 return energy, torch.zeros_like(positions)
-            (gradient,) = torch.autograd.grad(
-                energy.sum(), positions, create_graph=create_graph, allow_unused=True
-            )
+            (gradient,) = torch.autograd.grad(energy.sum(), positions, create_graph=create_graph, allow_unused=True)
         forces = torch.zeros_like(positions) if gradient is None else -gradient
         return (energy, forces) if create_graph else (energy.detach(), forces.detach())
 
@@ -138,7 +136,7 @@ class Potential(nn.Module):
     def dtype(self) -> torch.dtype:
         return next(self._floats()).dtype
 
-    def _floats(self) -> Iterable[Tensor]:
+    def _floats(self) -> Iterator[Tensor]:
         return (t for t in (*self.parameters(), *self.buffers()) if t.is_floating_point())
 
     # To be found by name, and to be saved. --------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -55,15 +55,15 @@ class Structures:
             atoms = [atoms]
         if not atoms:
             raise ValueError("There is no structure in this list: give at least one Atoms object.")
-        options = {"dtype": dtype or torch.float64, "device": device}
+        floats = partial(torch.tensor, dtype=dtype or torch.float64, device=device)
         return cls(
-            positions=torch.tensor(np.concatenate([a.positions for a in atoms]), **options),
-            cells=torch.tensor(np.stack([a.cell.array for a in atoms]), **options),
+            positions=floats(np.concatenate([a.positions for a in atoms])),
+            cells=floats(np.stack([a.cell.array for a in atoms])),
             pbc=torch.tensor(np.stack([a.pbc for a in atoms]), device=device),
             numbers=torch.tensor(
                 np.concatenate([a.numbers for a in atoms]), dtype=torch.int64, device=device
             ),
-            masses=torch.tensor(np.concatenate([a.get_masses() for a in atoms]), **options),
+            masses=floats(np.concatenate([a.get_masses() for a in atoms])),
             counts=tuple(len(a) for a in atoms),
             constraints=tuple(tuple(type(c).__name__ for c in a.constraints) for a in atoms),
         )

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import hashlib
 import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +21,7 @@ from .adjoints import Adjoint, Replay, make_adjoint
 from .evaluation import Evaluation, evaluate
 from .files import replacing
 from .loading import load_potential, save_potential
-from .losses import LOSSES, delta_q
+from .losses import LOSSES, delta_q, displacements
 from .pairs import RelaxationPair
 from .potential import Potential
 from .progress import Progress
@@ -28,6 +31,7 @@ from .structures import Structures
 
 log = logging.getLogger(__name__)
 
+NUMBERS = ("lr", "steps", "fmax", "batch_size", "clip", "patience", "along", "rattle", "seed")
 Loss = Callable[[Relaxation, Structures], Tensor]
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -59,8 +63,14 @@ class Trainer:
         Largest norm of the gradient.
     patience : int or None
         Stop after so many epochs without a better validation; None never stops early.
+    along : float
+        Share of the training starts that are drawn on the way from the initial to the reference
+        structure, anew in each epoch; the others are the initial structures. They teach the basin
+        of the reference even where the relaxation from the initial structure never reaches it.
+    rattle : float
+        Standard deviation in Å of the noise on every training start.
     seed : int
-        Of the order of the pairs.
+        Of the order of the pairs and of their starts.
     out : path, optional
         Run folder: settings.json, metrics.csv, checkpoint.pt, potential/ (the best so far).
     progress : bool or None
@@ -81,6 +91,8 @@ class Trainer:
         batch_size: int = 4,
         clip: float = 1.0,
         patience: int | None = None,
+        along: float = 0.5,
+        rattle: float = 0.02,
         seed: int = 0,
         out: str | Path | None = None,
         progress: bool | None = None,
@@ -91,6 +103,7 @@ class Trainer:
         self.loss: Loss = LOSSES[loss] if isinstance(loss, str) else loss
         self.steps, self.fmax, self.batch_size, self.clip = steps, fmax, batch_size, clip
         self.patience, self.seed, self.lr = patience, seed, lr
+        self.along, self.rattle = along, rattle
         self.out = None if out is None else Path(out)
         self.progress = progress
         make = optimizer or (lambda parameters: torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0))
@@ -146,6 +159,7 @@ class Trainer:
 
     def _train_epoch(self, train: Sequence[RelaxationPair], progress: Progress) -> dict[str, float]:
         order = torch.randperm(len(train), generator=self._generator).tolist()
+        train = varied_starts(train, self.along, self.rattle, np.random.default_rng([self.seed, self.epoch]))
         batches = [order[k : k + self.batch_size] for k in range(0, len(order), self.batch_size)]
         losses: list[float] = []
         norms: list[float] = []
@@ -169,16 +183,16 @@ class Trainer:
         Pairs whose relaxation diverges are reported and left out.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        where = {"device": self.potential.device, "dtype": self.potential.dtype}
+        batch = partial(Structures.from_atoms, device=self.potential.device, dtype=self.potential.dtype)
         relaxation = relax(
             self.potential,
-            Structures.from_atoms([p.initial for p in pairs], **where),
+            batch([p.initial for p in pairs]),
             stepper=self.stepper,
             fmax=self.fmax,
             steps=self.steps,
             adjoint=self.adjoint,
         )
-        losses = self.loss(relaxation, Structures.from_atoms([p.relaxed for p in pairs], **where))
+        losses = self.loss(relaxation, batch([p.relaxed for p in pairs]))
         diverged = torch.tensor([s is Status.DIVERGED for s in relaxation.status], device=losses.device)
         good = torch.isfinite(losses.detach()) & ~diverged
         for pair, fine in zip(pairs, good.tolist(), strict=True):
@@ -232,9 +246,7 @@ class Trainer:
 
     # Checks -----------------------------------------------------------------------------------
 
-    def _check(
-        self, train: Sequence[RelaxationPair], valid: Sequence[RelaxationPair], epochs: int
-    ) -> None:
+    def _check(self, train: Sequence[RelaxationPair], valid: Sequence[RelaxationPair], epochs: int) -> None:
         if not train:
             raise ValueError("There are no pairs to train on.")
         shared = sorted({p.group for p in train} & {p.group for p in valid} - {""})
@@ -264,7 +276,7 @@ class Trainer:
             "adjoint": self.adjoint.name,
             "loss": getattr(self.loss, "__name__", type(self.loss).__name__),
             "optimizer": type(self.optimizer).__name__,
-            **{k: getattr(self, k) for k in ("lr", "steps", "fmax", "batch_size", "clip", "patience", "seed")},
+            **{name: getattr(self, name) for name in NUMBERS},
             "epochs": self._epochs,
         }
 
@@ -328,7 +340,7 @@ class Trainer:
             adjoint=settings["adjoint"],
             loss=loss or settings["loss"],
             optimizer=optimizer,
-            **{k: settings[k] for k in ("lr", "steps", "fmax", "batch_size", "clip", "patience", "seed")},
+            **{name: settings[name] for name in NUMBERS},
             out=out,
             progress=progress,
         )
@@ -343,6 +355,20 @@ class Trainer:
         torch.set_rng_state(state["torch_rng"])
         self.epoch, self._epochs, self._data = state["epoch"], state["epochs"], state["data"]
         self.history, self.best, self.best_loss = state["history"], state["best"], state["best_loss"]
+
+
+def varied_starts(
+    pairs: Sequence[RelaxationPair], along: float, rattle: float, rng: np.random.Generator
+) -> list[RelaxationPair]:
+    """The pairs with starts drawn on the straight line to the reference (a share of them), and rattled."""
+    varied = []
+    for pair in pairs:
+        way = displacements(pair.relaxed, pair.initial).numpy()
+        share = rng.uniform() if rng.uniform() < along else 0.0
+        start = pair.initial.copy()
+        start.positions += share * way + rng.normal(0, rattle, way.shape)
+        varied.append(dataclasses.replace(pair, initial=start))
+    return varied
 
 
 def fingerprint(pairs: Sequence[RelaxationPair]) -> str:

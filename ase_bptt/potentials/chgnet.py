@@ -36,7 +36,9 @@ class CHGNet(Potential):
     native_name = "chgnet.pth.tar"
     atomic_properties = ("energies", "magmoms")
 
-    def __init__(self, model: nn.Module, version: str | None = None):
+    model: Any
+
+    def __init__(self, model: Any, version: str | None = None):
         super().__init__()
         self.model = model.eval()
         self.version = version
@@ -152,9 +154,7 @@ class Topology:
         )
         bonds, undirected = torch.unique(key, return_inverse=True)
         order = torch.arange(len(key), device=key.device)
-        representative = order.new_zeros(len(bonds)).scatter_reduce(
-            0, undirected, order, "amin", include_self=False
-        )
+        representative = order.new_zeros(len(bonds)).scatter_reduce(0, undirected, order, "amin", include_self=False)
         return cls(undirected, representative, _angles(pairs.i, short, n_atoms))
 
 
@@ -177,9 +177,7 @@ def _angles(i: Tensor, short: Tensor, n_atoms: int) -> tuple[Tensor, Tensor]:
     start = coordination.cumsum(0) - coordination
     partners = coordination[centre]
     first = torch.repeat_interleave(torch.arange(len(pair), device=i.device), partners)
-    block = torch.arange(len(first), device=i.device) - torch.repeat_interleave(
-        partners.cumsum(0) - partners, partners
-    )
+    block = torch.arange(len(first), device=i.device) - torch.repeat_interleave(partners.cumsum(0) - partners, partners)
     second = start[centre[first]] + block
     different = first != second
     return pair[first[different]], pair[second[different]]

@@ -32,7 +32,10 @@ class MACE(Potential):
     native_name = "mace.model"
     atomic_properties = ("energies",)
 
-    def __init__(self, model: nn.Module, head: str | None = None):
+    model: Any
+    _column: torch.Tensor
+
+    def __init__(self, model: Any, head: str | None = None):
         super().__init__()
         self.model = model.eval()
         self.cutoff = float(model.r_max)

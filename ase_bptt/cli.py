@@ -1,0 +1,181 @@
+"""The command line: ase-bptt demo, ase-bptt train."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import __version__, report
+from .datasets import si_defects
+from .evaluation import BASIN_RULE
+from .finetune import Outcome, finetune
+from .loading import load_potential
+from .losses import LOSSES
+from .pairs import RelaxationPair, read_pairs, split_by_group
+from .steppers import STEPPERS, make_stepper
+from .trainer import Trainer
+
+EXAMPLES = """examples:
+  ase-bptt demo
+      fine-tune the embedded potential on the embedded DFT relaxations (minutes, offline)
+  ase-bptt train my_relaxations/ --potential chgnet --out my_run
+      fine-tune CHGNet on a folder of relaxations (extxyz, .traj, vasprun.xml, OUTCAR, ...)
+  ase-bptt train initial.extxyz relaxed.extxyz --potential mace.model --trust --out my_run
+      two files in the same order, and a native MACE checkpoint
+  ase-bptt train my_relaxations/ --potential chgnet --out my_run --resume
+      go on after the last complete epoch
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; 0 done, 2 the input cannot be used (one sentence says why), 130 interrupted."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("ase_bptt").setLevel(logging.INFO)
+    try:
+        arguments.run(arguments)
+    except (ValueError, OSError, ImportError, NotImplementedError) as error:
+        print(f"ase-bptt: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("ase-bptt: stopped; --resume goes on after the last complete epoch.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ase-bptt",
+        description="Fine-tune interatomic potentials by differentiating through relaxations.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"ase_bptt {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    demo = commands.add_parser("demo", help="fine-tune the embedded potential on the embedded DFT relaxations")
+    demo.set_defaults(run=_demo)
+    _add_training(demo, out="ase-bptt-demo", potential="mace-si", dtype="float32")
+    train = commands.add_parser("train", help="fine-tune a potential on your relaxations")
+    train.set_defaults(run=_train)
+    train.add_argument("pairs", nargs="+", metavar="PAIRS",
+                       help="a file or folder of relaxations, or a file of initial and one of relaxed structures")  # fmt: skip
+    train.add_argument("--skip-invalid", action="store_true", help="leave bad pairs out with a warning")
+    train.add_argument("--group", metavar="KEY",
+                       help="split by this key of the relaxed structures' info, not by composition and structure")  # fmt: skip
+    _add_training(train, out="ase-bptt-run", potential="mace-si", dtype=None)
+    return parser
+
+
+def _add_training(parser: argparse.ArgumentParser, *, out: str, potential: str, dtype: str | None) -> None:
+    add = parser.add_argument
+    add("--potential", default=potential, help="name, folder or file (default: %(default)s)")
+    add("--trust", action="store_true", help="allow loading a native checkpoint, a pickle that can run any code")
+    add("--device", help="cpu, cuda, ... (default: where the potential is)")
+    add("--dtype", choices=("float32", "float64"), default=dtype, help="precision (default: %(default)s)")
+    add("--epochs", type=_positive, default=8, help="default: %(default)s")
+    add("--steps", type=_positive, default=30, help="frames of an unroll in training (default: %(default)s)")
+    add("--fmax", type=float, default=0.01, help="eV/Å at which training stops a relaxation (default: %(default)s)")
+    add("--stepper", choices=sorted(STEPPERS), default="gd", help="update rule in training (default: %(default)s)")
+    add("--step-size", type=float, default=0.05, help="of gd, in Å^2/eV (default: %(default)s)")
+    add("--adjoint", choices=("replay", "full"), default="replay", help="default: %(default)s")
+    add("--loss", choices=sorted(LOSSES), default="delta_q", help="default: %(default)s")
+    add("--lr", type=float, default=1e-3, help="learning rate of AdamW (default: %(default)s)")
+    add("--batch-size", type=_positive, default=4, help="pairs a step (default: %(default)s)")
+    add("--patience", type=_positive, help="stop after so many epochs without a better validation")
+    add("--seed", type=int, default=0, help="default: %(default)s")
+    add("--out", type=Path, default=Path(out), help="run folder (default: %(default)s)")
+    add("--overwrite", action="store_true", help="replace the run folder if it is there")
+    add("--resume", action="store_true", help="go on with the run in the run folder")
+    add("--json", action="store_true", help="print the result as JSON and nothing else on standard output")
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    splits = {name: si_defects(name) for name in ("train", "valid", "test")}
+    _run(arguments, splits)
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    if len(arguments.pairs) > 2:
+        raise ValueError("Give one file or folder of relaxations, or two files: initial and relaxed structures.")
+    pairs = read_pairs(*arguments.pairs, skip_invalid=arguments.skip_invalid)
+    if arguments.group:
+        pairs = [RelaxationPair(p.initial, p.relaxed, p.id, _group(p, arguments.group)) for p in pairs]
+    _run(arguments, split_by_group(pairs, seed=arguments.seed))
+
+
+def _run(arguments: argparse.Namespace, splits: dict[str, list[RelaxationPair]]) -> None:
+    base = load_potential(arguments.potential, device=arguments.device, dtype=arguments.dtype, trust=arguments.trust)
+    if arguments.resume:
+        trainer, baseline = Trainer.resume(arguments.out), base
+    else:
+        _prepare(arguments.out, arguments.overwrite)
+        numbers = {"step_size": arguments.step_size} if arguments.stepper == "gd" else {}
+        names = ("adjoint", "loss", "lr", "steps", "fmax", "batch_size", "patience", "seed", "out")
+        stepper = make_stepper(arguments.stepper, **numbers)
+        trainer = Trainer(base, stepper=stepper, **{name: getattr(arguments, name) for name in names})
+        baseline = None
+    say = _silent if arguments.json else print
+    say(_introduction(arguments, splits))
+    outcome = finetune(trainer, splits, arguments.out, epochs=arguments.epochs, baseline=baseline)
+    if arguments.json:
+        print(json.dumps(outcome.todict()))
+    else:
+        print(_conclusion(outcome))
+
+
+def _prepare(out: Path, overwrite: bool) -> None:
+    if out.exists() and any(out.iterdir()):
+        if not overwrite:
+            raise FileExistsError(f"The folder {out} is there already: --overwrite, --resume, or another --out.")
+        if not (out / "settings.json").is_file():
+            raise FileExistsError(f"The folder {out} is not one of our run folders, so it is not overwritten.")
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def _introduction(arguments: argparse.Namespace, splits: dict[str, list[RelaxationPair]]) -> str:
+    sizes = ", ".join(f"{len(v)} {k} ({len({p.group for p in v})} kinds)" for k, v in splits.items())
+    return (
+        f"{arguments.potential}, fine-tuned through {arguments.steps} frames of {arguments.stepper}\n"
+        f"relaxations: {sizes}; kinds are never split\n"
+        f"run folder: {arguments.out}"
+    )
+
+
+def _conclusion(outcome: Outcome) -> str:
+    before, after = outcome.before_bfgs, outcome.after_bfgs
+    return (
+        f"\nHeld out, relaxed by FIRE to fmax 0.02 eV/Å\n{report.table(outcome.before, outcome.after, outcome.start)}\n"
+        f"({BASIN_RULE})\n"
+        f"relaxed by BFGS instead: mean {before.mean:.2f} before, {after.mean:.2f} after, "
+        f"{report.change(before.mean, after.mean)}\n\n"
+        f"{outcome.seconds:.0f} s; tuned potential in {outcome.out / 'potential'}, picture in "
+        f"{outcome.out / 'before_after.png'}"
+    )
+
+
+def _group(pair: RelaxationPair, key: str) -> str:
+    if key not in pair.relaxed.info:
+        raise ValueError(f"{pair.id}: its info has no {key!r} to group by; it has {', '.join(pair.relaxed.info)}.")
+    return str(pair.relaxed.info[key])
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _silent(*_: Any) -> None:
+    pass
+
+
+if __name__ == "__main__":
+    sys.exit(main())

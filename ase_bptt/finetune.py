@@ -1,0 +1,111 @@
+"""From a potential and split pairs to a run folder: train, and measure before and after."""
+
+from __future__ import annotations
+
+import csv
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import report
+from .evaluation import BASIN_RULE, Evaluation, evaluate, unrelaxed
+from .files import replacing
+from .pairs import RelaxationPair
+from .potential import Potential
+from .trainer import Trainer
+
+COLUMNS = ("delta_q", "rmsd", "max_displacement", "right_basin", "status")
+
+
+@dataclass(eq=False)
+class Outcome:
+    """What a fine-tuning run found on its held-out pairs, relaxed by FIRE and again by BFGS."""
+
+    out: Path
+    before: Evaluation
+    after: Evaluation
+    before_bfgs: Evaluation
+    after_bfgs: Evaluation
+    start: list[float]
+    history: list[dict[str, float]]
+    seconds: float
+
+    def todict(self) -> dict[str, Any]:
+        """The summary that --json prints."""
+        return {
+            "test": _summary(self.before, self.after) | {"mean_unrelaxed": sum(self.start) / len(self.start)},
+            "test_bfgs": _summary(self.before_bfgs, self.after_bfgs),
+            "checkpoint": str(self.out / "potential"),
+            "run": str(self.out),
+            "epochs": len(self.history),
+            "seconds": round(self.seconds, 1),
+        }
+
+
+def finetune(
+    trainer: Trainer,
+    splits: dict[str, list[RelaxationPair]],
+    out: Path,
+    *,
+    epochs: int,
+    baseline: Potential | None = None,
+) -> Outcome:
+    """Train on "train", choose on "valid", measure on "test"; write the run folder.
+
+    Parameters
+    ----------
+    trainer : Trainer
+        New or resumed, with ``out`` as its run folder.
+    splits : dict of "train", "valid" and "test" to pairs
+    out : Path
+    epochs : int
+    baseline : Potential, optional
+        What "before" means for a resumed trainer; else its potential as it is now.
+    """
+    began = time.monotonic()
+    test = splits["test"]
+    untuned = baseline or trainer.potential
+    before, before_bfgs = _measure(untuned, test)
+    trainer.fit(splits["train"], splits["valid"], epochs=epochs)
+    trainer.save(out / "potential")
+    after, after_bfgs = _measure(trainer.potential, test)
+    seconds = time.monotonic() - began
+    outcome = Outcome(out, before, after, before_bfgs, after_bfgs, unrelaxed(test), trainer.history, seconds)
+    _write(outcome)
+    return outcome
+
+
+def _measure(potential: Potential, test: Sequence[RelaxationPair]) -> tuple[Evaluation, Evaluation]:
+    return evaluate(potential, test), evaluate(potential, test, stepper="bfgs")
+
+
+def _summary(before: Evaluation, after: Evaluation) -> dict[str, Any]:
+    return {
+        "n": len(after.rows),
+        "kinds": len({row.group for row in after.rows}),
+        "mean_before": before.mean,
+        "mean_after": after.mean,
+        "median_before": before.median,
+        "median_after": after.median,
+        "basins_before": before.basins,
+        "basins_after": after.basins,
+    }
+
+
+def _write(outcome: Outcome) -> None:
+    out = outcome.out
+    with replacing(out / "results.json") as path:
+        rows = {"rows_before": outcome.before.todict()["rows"], "rows_after": outcome.after.todict()["rows"]}
+        path.write_text(json.dumps(outcome.todict() | rows | {"rule": BASIN_RULE}, indent=1) + "\n")
+    with replacing(out / "table.csv") as path, path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        names = [f"{c}_{when}" for when in ("before", "after") for c in COLUMNS]
+        writer.writerow(["id", "group", "delta_q_unrelaxed", *names])
+        for b, a, start in zip(outcome.before.rows, outcome.after.rows, outcome.start, strict=True):
+            values = [getattr(row, c) for row in (b, a) for c in COLUMNS]
+            writer.writerow([b.id, b.group, start, *values])
+    report.plot_before_after(outcome.before, outcome.after, out / "before_after.png")
+    report.plot_learning_curve(outcome.history, out / "learning_curve.png")

@@ -1,0 +1,103 @@
+"""Tables and pictures of a fine-tuning run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from .evaluation import Evaluation
+from .files import replacing
+
+BLUE, ORANGE, GREY = "#1f5f99", "#d9762b", "#8a8a8a"
+
+
+def table(before: Evaluation, after: Evaluation, start: Sequence[float]) -> str:
+    """A row for each held-out structure, before and after; then mean, median and basins."""
+    width = max(len("structure"), *(len(row.id) for row in after.rows))
+    head = (
+        f"{'':{width}}            Delta-Q (amu^1/2 Å)        RMSD (Å)     max. displ. (Å)   right basin   status\n"
+        f"{'structure':{width}}   unrelaxed  before   after   before  after   before  after   before after   after"
+    )
+    lines = [head, "-" * len(head.splitlines()[1])]
+    for b, a, s in zip(before.rows, after.rows, start, strict=True):
+        lines.append(
+            f"{a.id:{width}}   {s:9.2f} {b.delta_q:7.2f} {a.delta_q:7.2f}   {b.rmsd:6.3f} {a.rmsd:6.3f}   "
+            f"{b.max_displacement:6.3f} {a.max_displacement:6.3f}   {_yes(b.right_basin):>6} "
+            f"{_yes(a.right_basin):>5}   {a.status}"
+        )
+    lines.append(lines[1])
+    unrelaxed = sum(start) / len(start)
+    lines.append(
+        f"{'mean':{width}}   {unrelaxed:9.2f} {before.mean:7.2f} {after.mean:7.2f}   {change(before.mean, after.mean)}"
+    )
+    lines.append(
+        f"{'median':{width}}   {'':9} {before.median:7.2f} {after.median:7.2f}   {change(before.median, after.median)}"
+    )
+    right = [sum(row.right_basin for row in e.rows) for e in (before, after)]
+    lines.append(f"right basins: {right[0]} of {len(before.rows)} before, {right[1]} after")
+    return "\n".join(lines)
+
+
+def change(before: float, after: float) -> str:
+    """The change in per cent, in words."""
+    if before == 0:
+        return ""
+    percent = 100 * (after - before) / before
+    return f"{abs(percent):.0f} % {'lower' if percent < 0 else 'higher'}"
+
+
+def plot_before_after(before: Evaluation, after: Evaluation, path: Path) -> None:
+    """Delta-Q after against before, a point for each held-out structure."""
+    figure = Figure(figsize=(5.2, 4.6), layout="constrained")
+    axes = figure.add_subplot()
+    x, y = ([max(row.delta_q, 1e-3) for row in e.rows] for e in (before, after))
+    low, high = 0.7 * min(*x, *y), 1.4 * max(*x, *y)
+    axes.plot([low, high], [low, high], color=GREY, linewidth=1)
+    axes.fill_between([low, high], [low, low], [low, high], color=BLUE, alpha=0.07, linewidth=0)
+    for right, marker, label in ((True, "o", "right basin after"), (False, "X", "other basin after")):
+        chosen = [k for k, row in enumerate(after.rows) if row.right_basin is right]
+        axes.scatter(
+            [x[k] for k in chosen], [y[k] for k in chosen], marker=marker, s=42,
+            color=BLUE if right else ORANGE, label=label, zorder=3,
+        )  # fmt: skip
+    for k in sorted(range(len(y)), key=lambda k: -y[k])[:4]:
+        axes.annotate(after.rows[k].id, (x[k], y[k]), (6, -10), textcoords="offset points", fontsize=7)
+    axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
+    axes.set_xlabel("Delta-Q before fine-tuning (amu$^{1/2}$ Å)")
+    axes.set_ylabel("Delta-Q after (amu$^{1/2}$ Å)")
+    axes.set_title(
+        f"{len(x)} held-out structures: mean {before.mean:.2f} to {after.mean:.2f}, "
+        f"{change(before.mean, after.mean)}", fontsize=10,
+    )  # fmt: skip
+    axes.legend(loc="upper left", frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def plot_learning_curve(history: Sequence[dict[str, float]], path: Path) -> None:
+    """Training loss and validation Delta-Q over the epochs."""
+    figure = Figure(figsize=(5.2, 3.4), layout="constrained")
+    axes = figure.add_subplot()
+    epochs = [row["epoch"] for row in history]
+    for name, label, colour in (
+        ("train_loss", "training loss", GREY),
+        ("valid_delta_q", "validation: mean Delta-Q, relaxed", BLUE),
+    ):
+        axes.plot(epochs, [row[name] for row in history], "o-", color=colour, label=label, markersize=4)
+    axes.set(xlabel="epoch", ylabel="amu$^{1/2}$ Å", ylim=(0, None))
+    axes.legend(frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    # Not pyplot: no window, no global state, no backend to choose.
+    FigureCanvasAgg(figure)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
