@@ -2,25 +2,39 @@
 
 __version__ = "0.1.0"
 
-from . import adjoints, steppers
+from . import adjoints, datasets, losses, steppers
 from .calculator import TorchCalculator
+from .evaluation import evaluate
 from .loading import load_potential, save_potential
+from .losses import delta_q, max_displacement, rmsd
 from .optimizer import BPTTOptimizer
+from .pairs import RelaxationPair, read_pairs, split_by_group
 from .potential import Potential, Prediction
 from .relaxation import Relaxation, Status, relax
 from .structures import Structures
+from .trainer import Trainer
 
 __all__ = [
     "BPTTOptimizer",
     "Potential",
     "Prediction",
     "Relaxation",
+    "RelaxationPair",
     "Status",
     "Structures",
     "TorchCalculator",
+    "Trainer",
     "adjoints",
+    "datasets",
+    "delta_q",
+    "evaluate",
     "load_potential",
+    "losses",
+    "max_displacement",
+    "read_pairs",
     "relax",
+    "rmsd",
     "save_potential",
+    "split_by_group",
     "steppers",
 ]

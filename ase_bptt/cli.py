@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import logging
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from . import __version__, report
+from .adjoints import ADJOINTS
 from .datasets import si_defects
 from .evaluation import BASIN_RULE
 from .finetune import Outcome, finetune
@@ -19,7 +21,7 @@ from .loading import load_potential
 from .losses import LOSSES
 from .pairs import RelaxationPair, read_pairs, split_by_group
 from .steppers import STEPPERS, make_stepper
-from .trainer import Trainer
+from .trainer import NUMBERS, Trainer
 
 EXAMPLES = """examples:
   ase-bptt demo
@@ -74,21 +76,31 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_training(parser: argparse.ArgumentParser, *, out: str, potential: str, dtype: str | None) -> None:
     add = parser.add_argument
+    # The numbers' defaults are the Trainer's own.
+    default = {name: p.default for name, p in inspect.signature(Trainer).parameters.items()}
+    default["epochs"] = inspect.signature(Trainer.fit).parameters["epochs"].default
+
+    def number(flag: str, kind: Callable[[str], Any], text: str) -> None:
+        name = flag.removeprefix("--").replace("-", "_")
+        add(flag, type=kind, default=default[name], help=f"{text} (default: %(default)s)")
+
     add("--potential", default=potential, help="name, folder or file (default: %(default)s)")
-    add("--trust", action="store_true", help="allow loading a native checkpoint, a pickle that can run any code")
+    add("--trust", action="store_true", help="allow a native checkpoint: a pickle, which can run any code")
     add("--device", help="cpu, cuda, ... (default: where the potential is)")
     add("--dtype", choices=("float32", "float64"), default=dtype, help="precision (default: %(default)s)")
-    add("--epochs", type=_positive, default=8, help="default: %(default)s")
-    add("--steps", type=_positive, default=30, help="frames of an unroll in training (default: %(default)s)")
-    add("--fmax", type=float, default=0.01, help="eV/Å at which training stops a relaxation (default: %(default)s)")
+    number("--epochs", _positive, "passes over the training pairs")
+    number("--steps", _positive, "frames of an unroll in training")
+    number("--fmax", float, "eV/Å at which a relaxation stops in training")
     add("--stepper", choices=sorted(STEPPERS), default="gd", help="update rule in training (default: %(default)s)")
     add("--step-size", type=float, default=0.05, help="of gd, in Å^2/eV (default: %(default)s)")
-    add("--adjoint", choices=("replay", "full"), default="replay", help="default: %(default)s")
-    add("--loss", choices=sorted(LOSSES), default="delta_q", help="default: %(default)s")
-    add("--lr", type=float, default=1e-3, help="learning rate of AdamW (default: %(default)s)")
-    add("--batch-size", type=_positive, default=4, help="pairs a step (default: %(default)s)")
-    add("--patience", type=_positive, help="stop after so many epochs without a better validation")
-    add("--seed", type=int, default=0, help="default: %(default)s")
+    add("--adjoint", choices=sorted(ADJOINTS), default="replay", help="default: %(default)s")
+    number("--loss", str, f"one of {', '.join(LOSSES)}")
+    number("--lr", float, "learning rate of AdamW at the start")
+    number("--batch-size", _positive, "pairs a step of the optimizer")
+    number("--along", float, "share of training starts on the way to the reference")
+    number("--rattle", float, "noise on training starts, in Å")
+    number("--patience", _positive, "stop after so many epochs without a better validation")
+    number("--seed", int, "of the order of pairs, of their starts and of the split")
     add("--out", type=Path, default=Path(out), help="run folder (default: %(default)s)")
     add("--overwrite", action="store_true", help="replace the run folder if it is there")
     add("--resume", action="store_true", help="go on with the run in the run folder")
@@ -116,9 +128,11 @@ def _run(arguments: argparse.Namespace, splits: dict[str, list[RelaxationPair]])
     else:
         _prepare(arguments.out, arguments.overwrite)
         numbers = {"step_size": arguments.step_size} if arguments.stepper == "gd" else {}
-        names = ("adjoint", "loss", "lr", "steps", "fmax", "batch_size", "patience", "seed", "out")
+        names = ("adjoint", "loss", *NUMBERS, "out")
         stepper = make_stepper(arguments.stepper, **numbers)
-        trainer = Trainer(base, stepper=stepper, **{name: getattr(arguments, name) for name in names})
+        trainer = Trainer(
+            base, stepper=stepper, **{name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
+        )
         baseline = None
     say = _silent if arguments.json else print
     say(_introduction(arguments, splits))

@@ -202,3 +202,10 @@ def _aligned(now: Structures, then: Structures, d: Tensor, weights: Tensor) -> T
 
 
 LOSSES: dict[str, Callable[..., Any]] = {f.__name__: f for f in (delta_q, squared_delta_q, rmsd, max_displacement)}
+
+
+def named_loss(name: str) -> Callable[..., Any]:
+    """The loss of this name; ValueError with the names there are."""
+    if name not in LOSSES:
+        raise ValueError(f"There is no loss {name!r}; there are {', '.join(LOSSES)}.")
+    return LOSSES[name]

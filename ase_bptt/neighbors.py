@@ -107,6 +107,9 @@ def find_pairs(structures: Structures, cutoff: float) -> Pairs:
         x = positions[first : first + count]
         if np.isfinite(x).all():
             i, j, shifts = find.compute(x, _filled(cell, periodic, x), periodic, "ijS")
+            # One order for one geometry, whenever the list was built: sums repeat bit for bit.
+            order = np.lexsort((*shifts.T, j, i))
+            i, j, shifts = i[order], j[order], shifts[order]
             found.append((i.astype(np.int64) + first, j.astype(np.int64) + first, shifts))
         first += count
     device = structures.positions.device

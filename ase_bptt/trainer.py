@@ -21,7 +21,7 @@ from .adjoints import Adjoint, Replay, make_adjoint
 from .evaluation import Evaluation, evaluate
 from .files import replacing
 from .loading import load_potential, save_potential
-from .losses import LOSSES, delta_q, displacements
+from .losses import LOSSES, delta_q, displacements, named_loss
 from .pairs import RelaxationPair
 from .potential import Potential
 from .progress import Progress
@@ -85,8 +85,8 @@ class Trainer:
         adjoint: Adjoint | str | None = None,
         loss: Loss | str = "delta_q",
         optimizer: OptimizerFactory | None = None,
-        lr: float = 3e-4,
-        steps: int = 40,
+        lr: float = 1e-3,
+        steps: int = 30,
         fmax: float = 0.01,
         batch_size: int = 4,
         clip: float = 1.0,
@@ -100,7 +100,7 @@ class Trainer:
         self.potential = potential if isinstance(potential, Potential) else load_potential(potential)
         self.stepper = make_stepper(stepper) if stepper is not None else GradientDescent()
         self.adjoint = make_adjoint(adjoint) or Replay()
-        self.loss: Loss = LOSSES[loss] if isinstance(loss, str) else loss
+        self.loss: Loss = named_loss(loss) if isinstance(loss, str) else loss
         self.steps, self.fmax, self.batch_size, self.clip = steps, fmax, batch_size, clip
         self.patience, self.seed, self.lr = patience, seed, lr
         self.along, self.rattle = along, rattle
@@ -123,7 +123,7 @@ class Trainer:
     # Training ---------------------------------------------------------------------------------
 
     def fit(
-        self, train: Sequence[RelaxationPair], valid: Sequence[RelaxationPair] = (), *, epochs: int = 10
+        self, train: Sequence[RelaxationPair], valid: Sequence[RelaxationPair] = (), *, epochs: int = 8
     ) -> Trainer:
         """Train, and leave the potential in its best state on the validation pairs.
 
