@@ -98,7 +98,7 @@ def find_pairs(structures: Structures, cutoff: float) -> Pairs:
     Any mix of boundary conditions, skewed cells, cells smaller than the cutoff and atoms outside
     of their cell. The search itself is vesin's.
     """
-    find = VesinNeighborList(cutoff=cutoff, full_list=True, sorted=True, n_threads=1)
+    find = VesinNeighborList(cutoff=cutoff, full_list=True, n_threads=1)
     positions = structures.positions.detach().double().cpu().numpy()
     cells = structures.cells.detach().double().cpu().numpy()
     pbc = structures.pbc.cpu().numpy()
@@ -108,7 +108,7 @@ def find_pairs(structures: Structures, cutoff: float) -> Pairs:
         if np.isfinite(x).all():
             i, j, shifts = find.compute(x, _filled(cell, periodic, x), periodic, "ijS")
             # One order for one geometry, whenever the list was built: sums repeat bit for bit.
-            order = np.lexsort((*shifts.T, j, i))
+            order = np.argsort(_code(i, j, shifts, count))
             i, j, shifts = i[order], j[order], shifts[order]
             found.append((i.astype(np.int64) + first, j.astype(np.int64) + first, shifts))
         first += count
@@ -124,6 +124,16 @@ def find_pairs(structures: Structures, cutoff: float) -> Pairs:
         torch.from_numpy(j).to(device),
         torch.from_numpy(shifts).to(device, structures.positions.dtype),
     )
+
+
+def _code(i: np.ndarray, j: np.ndarray, shifts: np.ndarray, n_atoms: int) -> np.ndarray:
+    """A whole number for each pair of a structure, which sorts by i, j and shifts."""
+    shifts = shifts.astype(np.int64)
+    reach = np.abs(shifts).max(initial=0)
+    code = i.astype(np.int64) * n_atoms + j.astype(np.int64)
+    for column in shifts.T:
+        code = code * (2 * reach + 1) + column + reach
+    return code
 
 
 def _filled(cell: np.ndarray, periodic: np.ndarray, positions: np.ndarray) -> np.ndarray:
