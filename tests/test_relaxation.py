@@ -200,7 +200,7 @@ class TestAtoms:
 def test_constraints_are_refused_by_name(constraints):
     atoms = argon()
     atoms.set_constraint(constraints)
-    with pytest.raises(NotImplementedError, match=r"the constraints FixAtoms.* will not ignore them") as error:
+    with pytest.raises(NotImplementedError, match=r"constraints FixAtoms.* will not ignore them") as error:
         relax(lennard_jones(), [cluster(), atoms])
     assert all(type(c).__name__ in str(error.value) for c in constraints)
 

@@ -1,0 +1,512 @@
+"""BPTTOptimizer: what ASE asks of an Optimizer, and the Relaxation that a run leaves."""
+
+import io
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.calculators.calculator import Calculator, all_changes
+from ase.calculators.lj import LennardJones as AseLennardJones
+from ase.constraints import FixAtoms
+from ase.filters import FrechetCellFilter
+from ase.io import Trajectory, read
+from ase.mep import NEB
+from ase.optimize.optimize import RestartError
+from conftest import argon, cluster, lennard_jones, needs_mace, skewed, tiny_mace
+
+from ase_bptt import BPTTOptimizer, Relaxation, Status, TorchCalculator, relax
+from ase_bptt.steppers import FIRE, GradientDescent
+
+STEPPERS = {"fire": {"dt": 0.03, "dtmax": 0.06}, "gd": {"step_size": 0.002, "momentum": 0.4}}
+
+
+def with_calculator(atoms, potential=None):
+    atoms.calc = TorchCalculator(potential or lennard_jones())
+    return atoms
+
+
+def optimizer(atoms=None, stepper="fire", **arguments):
+    atoms = with_calculator(argon()) if atoms is None else atoms
+    return BPTTOptimizer(atoms, stepper=stepper, **({"logfile": None} | STEPPERS[stepper] | arguments))
+
+
+class TestRun:
+    @pytest.mark.parametrize("stepper", STEPPERS)
+    def test_it_ends_below_fmax_and_says_so(self, stepper):
+        opt = optimizer(stepper=stepper)
+        assert bool(opt.run(fmax=0.05, steps=200)) is True
+        assert np.linalg.norm(opt.atoms.get_forces(), axis=1).max() < 0.05
+        assert 0 < opt.nsteps < 200
+        assert opt.converged()
+
+    def test_too_few_steps_are_not_converged(self):
+        opt = optimizer()
+        assert bool(opt.run(fmax=1e-6, steps=3)) is False
+        assert opt.nsteps == 3
+
+    def test_a_second_run_goes_on(self):
+        opt = optimizer()
+        opt.run(fmax=0.0, steps=5)
+        opt.run(fmax=0.0, steps=5)
+        assert opt.nsteps == opt.max_steps == opt.get_number_of_steps() == 10
+
+    @pytest.mark.parametrize("steps", [0, 1, 4])
+    def test_irun_yields_before_the_first_step_and_after_each(self, steps):
+        assert len(list(optimizer().irun(fmax=0.0, steps=steps))) == steps + 1
+
+    def test_no_steps_move_nothing(self):
+        opt = optimizer()
+        opt.run(fmax=0.0, steps=0)
+        assert np.array_equal(opt.atoms.positions, argon().positions)
+
+    def test_a_step_costs_one_evaluation(self, monkeypatch):
+        calls, calculate = [], TorchCalculator.calculate
+        counted = lambda *args: (calls.append(1), calculate(*args))  # noqa: E731
+        monkeypatch.setattr(TorchCalculator, "calculate", counted)
+        optimizer().run(fmax=0.0, steps=5)
+        assert len(calls) == 6
+
+    def test_observers_are_called_at_their_intervals(self):
+        opt, each, every_third = optimizer(), [], []
+        opt.attach(lambda: each.append(opt.nsteps))
+        opt.attach(lambda: every_third.append(opt.nsteps), interval=3)
+        opt.run(fmax=0.0, steps=7)
+        assert each == list(range(8))
+        assert every_third == [0, 3, 6]
+
+    def test_the_potential_is_left_alone(self):
+        potential = lennard_jones()
+        potential.sigma.requires_grad_(False)
+        optimizer(with_calculator(argon(), potential)).run(steps=3)
+        assert [p.requires_grad for p in (potential.epsilon, potential.sigma)] == [True, False]
+        assert potential.epsilon.grad is None
+
+
+class TestArguments:
+    def test_fields_of_the_stepper_go_to_it(self):
+        opt = BPTTOptimizer(argon(), logfile=None, dt=0.02, Nmin=3, maxstep=0.1)
+        assert (opt.stepper.dt, opt.stepper.Nmin, opt.stepper.maxstep, opt.maxstep) == (0.02, 3, 0.1, 0.1)
+
+    def test_the_first_arguments_are_in_ases_order(self):
+        log = io.StringIO()
+        opt = BPTTOptimizer(with_calculator(argon()), "a.json", log, "a.traj", False, 0.1)
+        opt.run(steps=1)
+        assert "BPTTOptimizer:" in log.getvalue()
+        assert opt.maxstep == 0.1
+        assert len(read("a.traj", ":")) == 2
+
+    @pytest.mark.parametrize("name", ["alpha", "force_consistent", "step_size"])
+    def test_unknown_keywords_are_type_errors(self, name):
+        with pytest.raises(TypeError, match=name):
+            BPTTOptimizer(argon(), logfile=None, **{name: 1.0})
+
+    def test_numbers_beside_a_stepper_object_are_type_errors(self):
+        with pytest.raises(TypeError, match="dt"):
+            BPTTOptimizer(argon(), logfile=None, stepper=FIRE(), dt=0.1)
+        with pytest.raises(TypeError, match="maxstep"):
+            BPTTOptimizer(argon(), logfile=None, maxstep=0.1, stepper=FIRE())
+
+    def test_the_full_tape_is_refused(self):
+        with pytest.raises(TypeError, match="leaves no tape behind: take adjoint='replay'"):
+            BPTTOptimizer(argon(), adjoint="full")
+
+    def test_unknown_steppers_are_named(self):
+        with pytest.raises(ValueError, match="no stepper 'newton'; there are gd, fire"):
+            BPTTOptimizer(argon(), stepper="newton")
+
+    def test_no_atom_moves_farther_than_maxstep(self):
+        opt = BPTTOptimizer(with_calculator(argon()), stepper="gd", step_size=1.0, maxstep=0.03, logfile=None)
+        opt.run(fmax=0.0, steps=1)
+        steps = np.linalg.norm(opt.atoms.positions - argon().positions, axis=1)
+        assert steps.max() == pytest.approx(0.03)
+
+
+class TestFiles:
+    def test_the_log_has_ases_format(self):
+        log = io.StringIO()
+        opt = optimizer(logfile=log)
+        opt.run(fmax=0.0, steps=2)
+        header, *lines = log.getvalue().splitlines()
+        assert header == f"{'':13}  {'Step':>4} {'Time':>8} {'Energy':>15}  {'fmax':>12}"
+        assert [line.split()[:2] for line in lines] == [["BPTTOptimizer:", str(k)] for k in range(3)]
+        fmax = np.linalg.norm(opt.atoms.get_forces(), axis=1).max()
+        assert float(lines[-1].split()[3]) == pytest.approx(opt.atoms.get_potential_energy(), abs=1e-6)
+        assert float(lines[-1].split()[4]) == pytest.approx(fmax, abs=1e-6)
+
+    def test_no_log_prints_nothing(self, capsys):
+        optimizer(logfile=None).run(steps=2)
+        assert capsys.readouterr() == ("", "")
+
+    def test_a_dash_and_the_default_print(self, capsys):
+        optimizer(logfile="-").run(steps=2)
+        dashed = capsys.readouterr().out
+        BPTTOptimizer(with_calculator(argon()), **STEPPERS["fire"]).run(steps=2)
+        default = capsys.readouterr().out
+        assert dashed.count("BPTTOptimizer:") == default.count("BPTTOptimizer:") == 3
+
+    @pytest.mark.parametrize("stepper", STEPPERS)
+    def test_the_trajectory_says_how_it_was_made(self, stepper):
+        optimizer(stepper=stepper, trajectory="a.traj").run(fmax=0.01, steps=3)
+        with Trajectory("a.traj") as trajectory:
+            assert len(trajectory) == 4
+            described = json.loads(json.dumps(trajectory.description))
+            assert trajectory[-1].get_forces().shape == (4, 3)
+        assert described["type"] == "optimization"
+        assert described["optimizer"] == "BPTTOptimizer"
+        assert described["fmax"] == 0.01
+        assert described["stepper"]["name"] == stepper
+        assert STEPPERS[stepper].items() <= described["stepper"].items()
+
+    def test_numbers_that_are_parameters_go_into_the_trajectory_too(self):
+        stepper = GradientDescent(torch.nn.Parameter(torch.tensor(0.25)))
+        opt = BPTTOptimizer(with_calculator(argon()), stepper=stepper, trajectory="a.traj", logfile=None)
+        opt.run(fmax=0.0, steps=1)
+        with Trajectory("a.traj") as trajectory:
+            assert trajectory.description["stepper"]["step_size"] == 0.25
+
+    def test_a_trajectory_can_be_appended_to(self):
+        optimizer(trajectory="a.traj").run(fmax=0.0, steps=3)
+        atoms = with_calculator(read("a.traj"))
+        optimizer(atoms, trajectory="a.traj", append_trajectory=True).run(fmax=0.0, steps=3)
+        assert len(read("a.traj", ":")) == 4 + 3
+
+
+def uninterrupted(make, stepper, steps, **arguments):
+    opt = optimizer(make(), stepper, **arguments)
+    return np.array([opt.atoms.positions.copy() for _ in opt.irun(fmax=0.0, steps=steps)])
+
+
+@pytest.mark.parametrize("stepper", STEPPERS)
+@pytest.mark.parametrize("make", [argon, cluster])
+class TestRestart:
+    def test_its_path_is_the_uninterrupted_one_bit_for_bit(self, make, stepper):
+        expected = uninterrupted(lambda: with_calculator(make()), stepper, 30)
+        optimizer(with_calculator(make()), stepper, restart="a.json", trajectory="a.traj").run(0.0, steps=12)
+        again = lambda: with_calculator(read("a.traj"))  # noqa: E731
+        found = uninterrupted(again, stepper, 18, restart="a.json")
+        assert np.array_equal(found, expected[12:])
+
+    def test_without_its_file_the_path_is_another(self, make, stepper):
+        # Otherwise the test above could not fail.
+        expected = uninterrupted(lambda: with_calculator(make()), stepper, 30)
+        optimizer(with_calculator(make()), stepper, trajectory="a.traj").run(0.0, steps=12)
+        found = uninterrupted(lambda: with_calculator(read("a.traj")), stepper, 18)
+        assert abs(found - expected[12:]).max() > 1e-6
+
+
+def test_a_restart_on_a_cell_filter_keeps_what_strain_is_measured_from():
+    def filtered(atoms):
+        return FrechetCellFilter(with_calculator(atoms))
+
+    whole, atoms, first = argon(), argon(), argon()
+    optimizer(filtered(whole)).run(fmax=0.0, steps=20)
+    optimizer(filtered(first), restart="a.json").run(fmax=0.0, steps=8)
+    atoms.set_cell(first.cell)
+    atoms.positions = first.positions
+    optimizer(filtered(atoms), restart="a.json").run(fmax=0.0, steps=12)
+    assert abs(whole.cell.array - argon().cell.array).max() > 1e-3
+    np.testing.assert_allclose(atoms.cell.array, whole.cell.array, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(atoms.positions, whole.positions, rtol=0, atol=1e-12)
+
+
+def saved(**changes):
+    """A restart file of a run on argon, with some entries replaced."""
+    optimizer(restart="good.json").run(fmax=0.0, steps=2)
+    return json.dumps(json.loads(Path("good.json").read_text()) | changes)
+
+
+BROKEN = {
+    "no json": lambda: "hello world\n",
+    "empty": lambda: "",
+    "cut": lambda: saved()[:-20],
+    "a list": lambda: "[1, 2]",
+    "nothing in it": lambda: "{}",
+    "another stepper's": lambda: saved(stepper="gd"),
+    "lacks a number": lambda: saved(structures={"dt": [0.1]}),
+    "words for numbers": lambda: saved(atoms={"velocities": "fast"}),
+    "another structure's": lambda: saved(atoms={"velocities": [[0.0, 0.0, 0.0]] * 5}),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_bad_restart_file_is_refused_with_a_sentence(what):
+    Path("a.json").write_text(BROKEN[what]())
+    with pytest.raises(RestartError, match=r"Could not decode the restart file a\.json .*: delete it"):
+        optimizer(restart="a.json")
+
+
+def test_a_bad_restart_file_is_refused_without_any_calculator():
+    Path("a.json").write_text("hello")
+    with pytest.raises(RestartError, match="Could not decode"):
+        BPTTOptimizer(Atoms(), restart="a.json")
+
+
+def test_the_stepper_that_a_restart_file_belongs_to_is_named():
+    Path("a.json").write_text(saved(stepper="gd"))
+    with pytest.raises(RestartError, match="belongs to the stepper 'gd', not 'fire'"):
+        optimizer(restart="a.json")
+
+
+class Broken(Calculator):
+    """Forces that are not finite after some evaluations."""
+
+    implemented_properties = ["energy", "forces"]
+
+    def __init__(self, after):
+        super().__init__()
+        self.after = after
+
+    def calculate(self, atoms=None, properties=None, system_changes=all_changes):
+        super().calculate(atoms, properties, system_changes)
+        self.after -= 1
+        forces = np.full((len(atoms), 3), 0.1 if self.after >= 0 else np.nan)
+        self.results = {"energy": 0.0, "forces": forces}
+
+
+@pytest.mark.parametrize("after", [0, 3])
+def test_forces_that_are_not_finite_stop_the_run_with_a_sentence(after, caplog):
+    atoms = argon()
+    atoms.calc = Broken(after)
+    opt = optimizer(atoms)
+    with caplog.at_level(logging.WARNING, logger="ase_bptt"):
+        assert bool(opt.run(fmax=0.01, steps=50)) is False
+    assert opt.nsteps == after + 1
+    assert np.isfinite(atoms.positions).all()
+    (message,) = [r.getMessage() for r in caplog.records]
+    assert "forces are not finite" in message
+
+
+def test_it_relaxes_cells_through_a_filter():
+    atoms = with_calculator(argon())
+    atoms.set_cell(atoms.cell * 1.02, scale_atoms=True)
+    opt = optimizer(FrechetCellFilter(atoms), dt=0.02)
+    assert opt.run(fmax=0.01, steps=300)
+    np.testing.assert_allclose(atoms.get_stress(), 0, atol=0.01)
+    with pytest.raises(RuntimeError, match="moves a FrechetCellFilter"):
+        opt.relaxation  # noqa: B018
+
+
+def test_it_relaxes_a_band():
+    first, last = cluster(), cluster()
+    last.positions[0] = [0.0, 1.2, 1.2]
+    images = [with_calculator(first.copy() if k < 4 else last.copy()) for k in range(5)]
+    band = NEB(images, k=5.0, method="improvedtangent")
+    band.interpolate()
+    before = np.linalg.norm(band.get_forces(), axis=1).max()
+    ends = images[0].positions.copy(), images[-1].positions.copy()
+    opt = optimizer(band, dt=0.01, dtmax=0.03)
+    opt.run(fmax=0.5, steps=100)
+    assert np.linalg.norm(band.get_forces(), axis=1).max() < before / 10
+    assert np.array_equal(images[0].positions, ends[0])
+    assert np.array_equal(images[-1].positions, ends[1])
+    with pytest.raises(RuntimeError, match="moves a NEB"):
+        opt.relaxation  # noqa: B018
+
+
+class Booth:
+    """Two variables that are no atoms."""
+
+    def __init__(self):
+        self.x = np.array([1.0, 2.0])
+
+    def __ase_optimizable__(self):
+        return self
+
+    def get_x(self):
+        return self.x.copy()
+
+    def set_x(self, x):
+        self.x = x
+
+    def get_gradient(self):
+        x, y = self.x
+        return np.array([10 * x + 8 * y - 34, 8 * x + 10 * y - 38])
+
+    def get_value(self):
+        x, y = self.x
+        return (x + 2 * y - 7) ** 2 + (2 * x + y - 5) ** 2
+
+    def ndofs(self):
+        return 2
+
+    def gradient_norm(self, gradient):
+        return np.linalg.norm(gradient)
+
+    def converged(self, gradient, fmax):
+        return self.gradient_norm(gradient) < fmax
+
+    def iterimages(self):
+        return iter([])
+
+
+@pytest.mark.parametrize("stepper", ["gd", "fire"])
+def test_it_minimises_functions_of_two_variables(stepper):
+    function = Booth()
+    assert BPTTOptimizer(function, stepper=stepper, logfile=None).run(fmax=1e-6, steps=2000)
+    np.testing.assert_allclose(function.x, [1, 3], atol=1e-5)
+
+
+def mace_potential():
+    from ase_bptt.potentials.mace import MACE
+
+    return MACE(tiny_mace(elements=(14,), atomic_inter_scale=20.0, max_ell=1)).requires_grad_()
+
+
+def gradients(relaxation, stepper):
+    potential = relaxation._record.map.potential
+    loss = relaxation.positions.pow(3).sum() + relaxation.energies.sum()
+    inputs = [*potential.parameters(), *stepper.parameters()]
+    return torch.autograd.grad(loss, inputs, allow_unused=True)
+
+
+@pytest.mark.parametrize("stepper", STEPPERS)
+@pytest.mark.parametrize(
+    ("potential", "make"),
+    [
+        pytest.param(lennard_jones, argon, id="lj-crystal"),
+        pytest.param(lennard_jones, cluster, id="lj-cluster"),
+        pytest.param(mace_potential, skewed, id="mace", marks=needs_mace),
+    ],
+)
+def test_the_relaxation_of_a_run_is_what_relax_returns(potential, make, stepper):
+    potential = potential()
+    name = {"fire": "dt", "gd": "step_size"}[stepper]
+    cls = {"fire": FIRE, "gd": GradientDescent}[stepper]
+    numbers = STEPPERS[stepper] | {name: torch.nn.Parameter(torch.tensor(STEPPERS[stepper][name]).double())}
+    stepper = cls(**numbers)
+    opt = BPTTOptimizer(with_calculator(make(), potential), stepper=stepper, logfile=None)
+    opt.run(fmax=0.3, steps=15)
+    ase, ours = opt.relaxation, relax(potential, make(), stepper=stepper, fmax=0.3, steps=15)
+    assert isinstance(ase, Relaxation)
+    assert ase.nsteps.tolist() == ours.nsteps.tolist() == [opt.nsteps]
+    assert ase.status == ours.status
+    torch.testing.assert_close(ase.positions, ours.positions, rtol=0, atol=1e-12)
+    torch.testing.assert_close(ase.energies, ours.energies, rtol=0, atol=1e-11)
+    torch.testing.assert_close(ase.fmax, ours.fmax, rtol=0, atol=1e-8)
+    pairs = list(zip(gradients(ase, stepper), gradients(ours, stepper), strict=True))
+    assert sum(a is not None for a, _ in pairs) > 2
+    for a, b in pairs:
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+class TestRelaxation:
+    def test_two_runs_in_a_row_are_one(self):
+        once, twice = optimizer(), optimizer()
+        once.run(fmax=0.0, steps=10)
+        twice.run(fmax=0.0, steps=4)
+        twice.run(fmax=0.0, steps=6)
+        assert twice.relaxation.nsteps.tolist() == [10]
+        found = [gradients(opt.relaxation, opt.stepper) for opt in (once, twice)]
+        torch.testing.assert_close(*found, rtol=0, atol=0)
+
+    def change_positions(self, opt):
+        opt.atoms.rattle(0.01, seed=3)
+
+    def change_cell(self, opt):
+        opt.atoms.set_cell(opt.atoms.cell * 1.01)
+
+    def change_weights(self, opt):
+        with torch.no_grad():
+            opt.atoms.calc.potential.sigma *= 1.01
+
+    def change_potential(self, opt):
+        opt.atoms.calc = TorchCalculator(lennard_jones(smooth=False))
+
+    CHANGES = ("positions", "cell", "weights", "potential")
+
+    @pytest.mark.parametrize("what", CHANGES)
+    def test_it_starts_anew_where_somebody_changed_something_between_two_runs(self, what):
+        opt = optimizer()
+        opt.run(fmax=0.0, steps=4)
+        getattr(self, f"change_{what}")(opt)
+        start = opt.atoms.copy()
+        opt.run(fmax=0.0, steps=3)
+        relaxation = opt.relaxation
+        assert relaxation.nsteps.tolist() == [3]
+        np.testing.assert_array_equal(relaxation.start.positions, start.positions)
+        np.testing.assert_array_equal(relaxation.start.cells[0], start.cell)
+        gradients(relaxation, opt.stepper)
+
+    @pytest.mark.parametrize("what", CHANGES)
+    def test_it_is_refused_after_somebody_changed_something(self, what):
+        opt = optimizer()
+        opt.run(fmax=0.0, steps=4)
+        getattr(self, f"change_{what}")(opt)
+        with pytest.raises(RuntimeError, match=r"changed after (the last step|this relaxation)"):
+            opt.relaxation  # noqa: B018
+
+    def test_its_status_is_that_of_the_run(self):
+        opt = optimizer()
+        opt.run(fmax=1e-3, steps=2)
+        assert opt.relaxation.status == (Status.OUT_OF_STEPS,)
+        opt.run(fmax=1e-3, steps=200)
+        assert opt.relaxation.status == (Status.CONVERGED,)
+
+    def test_it_gives_the_atoms_back(self):
+        opt = optimizer()
+        opt.atoms.info["name"] = "A1"
+        opt.run(fmax=0.0, steps=3)
+        atoms = opt.relaxation.to_atoms()
+        assert atoms is not opt.atoms
+        assert atoms.info == {"name": "A1"}
+        assert np.array_equal(atoms.positions, opt.atoms.positions)
+        assert np.array_equal(atoms.get_forces(), opt.atoms.get_forces())
+
+    def test_it_costs_no_evaluation(self, monkeypatch):
+        opt = optimizer()
+        opt.run(fmax=0.0, steps=3)
+        monkeypatch.setattr(TorchCalculator, "calculate", None)
+        assert opt.relaxation.positions.requires_grad
+
+    def test_without_record_memory_stays_flat_and_it_is_refused(self):
+        opt = optimizer(record=False)
+        opt.run(fmax=0.0, steps=5)
+        assert opt._record is None
+        with pytest.raises(RuntimeError, match="run it with record=True"):
+            opt.relaxation  # noqa: B018
+
+    def test_a_record_is_48_bytes_an_atom_and_step(self):
+        opt = optimizer()
+        opt.run(fmax=0.0, steps=50)
+        frames = opt._record.frames
+        assert len(frames) == 50
+        stored = [t for positions, state in frames for t in (positions, *state.atoms.values())]
+        assert sum(t.untyped_storage().nbytes() for t in stored) == 48 * 4 * 50
+        assert not any(t.requires_grad for t in stored)
+
+    def test_before_any_step_it_is_refused(self):
+        opt = optimizer()
+        opt.run(fmax=1e9)
+        with pytest.raises(RuntimeError, match="recorded no step"):
+            opt.relaxation  # noqa: B018
+
+    def test_constraints_are_refused_by_name(self):
+        atoms = with_calculator(argon())
+        atoms.set_constraint(FixAtoms([0]))
+        opt = optimizer(atoms)
+        opt.run(fmax=0.0, steps=5)
+        assert np.array_equal(atoms.positions[0], argon().positions[0])
+        with pytest.raises(NotImplementedError, match="constraints FixAtoms cannot be differentiated"):
+            opt.relaxation  # noqa: B018
+
+    def test_other_calculators_are_refused_by_name(self):
+        atoms = argon()
+        atoms.calc = AseLennardJones(rc=2.4)
+        opt = optimizer(atoms)
+        opt.run(fmax=0.0, steps=3)
+        with pytest.raises(RuntimeError, match="moves a Atoms with LennardJones"):
+            opt.relaxation  # noqa: B018
+
+    def test_a_float32_potential_has_one_too(self):
+        opt = optimizer(with_calculator(argon(), lennard_jones().to(torch.float32)))
+        opt.run(fmax=0.0, steps=10)
+        exact = optimizer()
+        exact.run(fmax=0.0, steps=10)
+        for a, b in zip(*(gradients(o.relaxation, o.stepper) for o in (opt, exact)), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3, check_dtype=False)
