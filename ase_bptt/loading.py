@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import entry_points
@@ -20,6 +21,17 @@ from .potentials import quiet
 
 EMBEDDED = {"mace-si": Path(__file__).parent / "data" / "mace_si"}
 FORMAT = "ase_bptt potential"
+VERSION = 1
+UNREADABLE = (
+    AttributeError,
+    EOFError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+)
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
 
@@ -53,11 +65,13 @@ def load_potential(
     ImportError
         Where the family's package is missing, with the extra that brings it.
     """
-    dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise ValueError(f"There is no dtype {dtype!r}; there are {', '.join(DTYPES)}.")
+        dtype = DTYPES[dtype]
     if isinstance(spec, nn.Module):
-        potential = spec if isinstance(spec, Potential) else _from_native(spec, "this module")
-        if (dtype or potential.dtype) != potential.dtype or _elsewhere(potential, device):
-            potential = copy.deepcopy(potential)
+        module = copy.deepcopy(spec) if _differs(spec, device, dtype) else spec
+        potential = module if isinstance(module, Potential) else _from_native(module, "this module")
     else:
         potential = _from_spec(str(spec), trust)
     return potential.to(device=device, dtype=dtype).requires_grad_()
@@ -73,7 +87,7 @@ def save_potential(potential: Potential, folder: str | Path) -> None:
     config = potential.config()
     description = {
         "format": FORMAT,
-        "version": 1,
+        "version": VERSION,
         "family": potential.family,
         "dtype": str(potential.dtype).removeprefix("torch."),
         "written_by": f"ase_bptt {__version__}",
@@ -121,21 +135,24 @@ def _from_spec(spec: str, trust: bool) -> Potential:
 
 def _from_folder(folder: Path) -> Potential:
     # A run folder holds its best potential in "potential".
-    if not (folder / "model.json").is_file():
+    if (folder / "potential" / "model.json").is_file():
         folder = folder / "potential"
     try:
         description = json.loads((folder / "model.json").read_text())
-        if description.get("format") != FORMAT:
-            raise ValueError("its model.json is not ours")
+        if (description["format"], description["version"]) != (FORMAT, VERSION):
+            raise ValueError(f"this release reads {FORMAT!r} of version {VERSION} only")
+        known = families()
+        if description["family"] not in known:
+            raise ValueError(f"its family {description['family']!r} is none of {', '.join(known)}")
         weights = torch.load(folder / "weights.pt", weights_only=True, map_location="cpu")
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"The folder {folder} holds no potential that can be read: {error}.") from error
-    family = description["family"]
-    known = families()
-    if family not in known:
-        raise ValueError(f"The folder {folder} holds a potential of the unknown family {family!r}.")
-    potential = _rebuild(known[family], description["config"], DTYPES[description["dtype"]])
-    missing, unexpected = potential.load_state_dict(weights, strict=False)
+        potential = _rebuild(
+            known[description["family"]], description["config"], DTYPES[description["dtype"]]
+        )
+        missing, unexpected = potential.load_state_dict(weights, strict=False)
+    except UNREADABLE as error:
+        raise ValueError(
+            f"The folder {folder} holds no potential that can be read ({_in_short(error)})."
+        ) from error
     lost = set(missing) & {name for name, _ in potential.named_parameters()}
     if lost or unexpected:
         raise ValueError(
@@ -151,8 +168,11 @@ def _from_pickle(path: Path, trust: bool) -> Potential:
             f"{path} is a pickle, and loading a pickle can run any code that somebody put into it. "
             "If you trust where it comes from, say so: trust=True, or --trust in the shell."
         )
-    with quiet():
-        native = torch.load(path, weights_only=False, map_location="cpu")
+    try:
+        with quiet():
+            native = torch.load(path, weights_only=False, map_location="cpu")
+    except UNREADABLE as error:
+        raise ValueError(f"{path} cannot be unpickled ({_in_short(error)}).") from error
     return _from_native(native, str(path))
 
 
@@ -182,5 +202,17 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _elsewhere(potential: Potential, device: torch.device | str | None) -> bool:
-    return device is not None and torch.device(device) != potential.device
+def _differs(module: nn.Module, device: torch.device | str | None, dtype: torch.dtype | None) -> bool:
+    """Whether anything of the module would have to be cast or moved."""
+    floats = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
+    return any(
+        (dtype is not None and t.dtype != dtype)
+        or (device is not None and t.device != torch.empty(0, device=device).device)
+        for t in floats
+    )
+
+
+def _in_short(error: Exception) -> str:
+    """The error's name and first line; torch's go on for many."""
+    first = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
