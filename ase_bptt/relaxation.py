@@ -96,6 +96,8 @@ class Relaxation:
         self._record.check_weights()
         finite = self.start.sum(self.forces).sum(1) + self._energies
         sound = [k for k, value in enumerate(finite.tolist()) if math.isfinite(value)]
+        if not sound:
+            return self._energies, self.forces
         # A member that is not finite must not touch the others' gradients: 0 * inf is NaN.
         structures = self.structures.select(sound)
         pairs = self._record.map.neighbor_list()(structures)

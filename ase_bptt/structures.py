@@ -93,7 +93,7 @@ class Structures:
     @cached_property
     def batch(self) -> Tensor:
         """Index of the structure that each atom belongs to, shape (n_atoms,)."""
-        counts = torch.tensor(self.counts, device=self.numbers.device)
+        counts = torch.tensor(self.counts, dtype=torch.int64, device=self.numbers.device)
         return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
 
     @cached_property

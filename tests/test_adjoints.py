@@ -184,7 +184,9 @@ def test_gradients_are_the_slopes_of_the_whole_relaxation(name, frames, record_p
         ("weights", weights, grads[:-1]),
         ("positions", [structures.positions], grads[-1:]),
     ]:
-        record_property(what, check_slopes(evaluate, usual, inputs, analytic, h=case.h[what]))
+        directions = 2 if frames == 50 and "mace" in name else 3
+        worst = check_slopes(evaluate, usual, inputs, analytic, h=case.h[what], directions=directions)
+        record_property(what, worst)
 
 
 def learnable(cls, **numbers):
@@ -437,6 +439,17 @@ def test_a_member_that_is_not_finite_leaves_the_others_alone(how, stepper, falls
     torch.testing.assert_close(grads[1][0][:3], grads[0][0], rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(grads[1][1:], grads[0][1:], rtol=1e-10, atol=1e-10)
     assert not grads[1][0][3:].any()
+
+
+@pytest.mark.parametrize("how", ADJOINTS)
+def test_a_batch_where_nothing_is_finite_is_still_a_relaxation(how):
+    potential = Holed(smooth=True, rc=2.4, ro=1.8).requires_grad_()
+    potential.edge = 1.6
+    structures = batch(Atoms("Ar2", positions=[[0, 0, 0], [1.5, 0, 0]]))
+    relaxation = relax(potential, structures, adjoint=how)
+    assert torch.equal(relaxation.positions, structures.positions)
+    assert torch.isnan(relaxation.energies).all()
+    assert torch.isnan(relaxation.fmax).all()
 
 
 @pytest.mark.parametrize("name", ["tape", ""])
