@@ -83,12 +83,13 @@ class BPTTOptimizer(Optimizer):
         """Take the stepper's whole state from the restart file."""
         like = self.stepper.init(_rows(self.optimizable.get_x()), 1)
         try:
-            saved = decode(Path(self.restart).read_text(), always_array=False)
+            saved = decode(Path(str(self.restart)).read_text(), always_array=False)
             if saved["stepper"] != self.stepper.name:
                 raise ValueError(f"it belongs to the stepper {saved['stepper']!r}, not {self.stepper.name!r}")
             self._state = _state_from_json(saved, like)
             if saved["orig_cell"] is not None:
-                self.atoms.orig_cell = np.array(saved["orig_cell"])
+                filtered: Any = self.atoms
+                filtered.orig_cell = np.array(saved["orig_cell"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RestartError(
                 f"Could not decode the restart file {self.restart} ({type(error).__name__}: {error}): "
