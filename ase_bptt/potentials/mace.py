@@ -65,7 +65,10 @@ class MACE(Potential):
             "ptr": nn.functional.pad(ends, (1, 0)),
             "head": torch.full_like(ends, self.head),
         }
-        out = self.model(data, training=True, compute_force=False)
+        # TorchScript's optimised graphs set in after some calls and round differently: a run that
+        # was resumed would not repeat an uninterrupted one bit for bit.
+        with torch.jit.optimized_execution(False):
+            out = self.model(data, training=True, compute_force=False)
         return Prediction(out["energy"], atomic_energies=out["node_energy"].to(positions))
 
     @classmethod
