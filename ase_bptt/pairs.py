@@ -97,7 +97,7 @@ def check_pair(initial: Atoms, relaxed: Atoms, name: str) -> None:
     if not np.array_equal(initial.pbc, relaxed.pbc):
         raise InvalidPair(f"{name}: periodic boundaries change from {initial.pbc} to {relaxed.pbc}.")
     change = np.abs(initial.cell.array - relaxed.cell.array).max()
-    if change > 1e-3:
+    if not change <= 1e-3:
         raise InvalidPair(
             f"{name}: its cell changes by {change:.3f} Å; only relaxations at a fixed cell can be used so far."
         )
@@ -186,7 +186,7 @@ def _read(path: Path) -> list[Atoms]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
     try:
-        frames: Iterable[Atoms] | Atoms = read(path, index=":")
+        frames: Iterable[Atoms] | Atoms = read(path, index=":", do_not_split_by_at_sign=True)
     except Exception as error:  # ASE's readers raise whatever their parsers do
         raise InvalidPair(f"{path}: ASE cannot read it ({type(error).__name__}: {error}).") from error
     return [frames] if isinstance(frames, Atoms) else list(frames)
