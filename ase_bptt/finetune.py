@@ -66,10 +66,11 @@ def finetune(
         What "before" means for a resumed trainer; else its potential as it is now.
     """
     began = time.monotonic()
-    test = splits["test"]
+    train, valid, test = (splits[name] for name in ("train", "valid", "test"))
+    trainer.check(train, valid, test, epochs=epochs)
     untuned = baseline or trainer.potential
     before, before_bfgs = _measure(untuned, test)
-    trainer.fit(splits["train"], splits["valid"], epochs=epochs)
+    trainer.fit(train, valid, epochs=epochs)
     trainer.save(out / "potential")
     after, after_bfgs = _measure(trainer.potential, test)
     seconds = time.monotonic() - began

@@ -151,7 +151,7 @@ def _from_folder(folder: Path) -> Potential:
         missing, unexpected = potential.load_state_dict(weights, strict=False)
     except UNREADABLE as error:
         raise ValueError(
-            f"The folder {folder} holds no potential that can be read ({_in_short(error)})."
+            f"The folder {folder} holds no potential that can be read ({in_short(error)})."
         ) from error
     lost = set(missing) & {name for name, _ in potential.named_parameters()}
     if lost or unexpected:
@@ -172,7 +172,7 @@ def _from_pickle(path: Path, trust: bool) -> Potential:
         with quiet():
             native = torch.load(path, weights_only=False, map_location="cpu")
     except UNREADABLE as error:
-        raise ValueError(f"{path} cannot be unpickled ({_in_short(error)}).") from error
+        raise ValueError(f"{path} cannot be unpickled ({in_short(error)}).") from error
     return _from_native(native, str(path))
 
 
@@ -212,7 +212,7 @@ def _differs(module: nn.Module, device: torch.device | str | None, dtype: torch.
     )
 
 
-def _in_short(error: Exception) -> str:
+def in_short(error: Exception) -> str:
     """The error's name and first line; torch's go on for many."""
     first = next(iter(str(error).splitlines()), "")
     return f"{type(error).__name__}: {first}" if first else type(error).__name__

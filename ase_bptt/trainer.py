@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from .adjoints import Adjoint, Replay, make_adjoint
 from .evaluation import Evaluation, evaluate
 from .files import replacing
-from .loading import load_potential, save_potential
+from .loading import UNREADABLE, in_short, load_potential, save_potential
 from .losses import LOSSES, delta_q, displacements, named_loss
 from .pairs import RelaxationPair
 from .potential import Potential
@@ -115,6 +116,7 @@ class Trainer:
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Tensor] = {}
         self.best_loss = float("inf")
+        self.best_epoch = 0
         self._epochs = 0
         self._data = ""
         self._generator = torch.Generator().manual_seed(seed)
@@ -122,9 +124,7 @@ class Trainer:
 
     # Training ---------------------------------------------------------------------------------
 
-    def fit(
-        self, train: Sequence[RelaxationPair], valid: Sequence[RelaxationPair] = (), *, epochs: int = 8
-    ) -> Trainer:
+    def fit(self, train: Sequence[RelaxationPair], valid: Sequence[RelaxationPair] = (), *, epochs: int = 8) -> Trainer:
         """Train, and leave the potential in its best state on the validation pairs.
 
         Without validation pairs the last state is kept. A resumed Trainer goes on after its last
@@ -137,8 +137,8 @@ class Trainer:
         NotImplementedError
             Before any work: for constraints or elements that cannot be treated, by name.
         """
-        self._check(train, valid, epochs)
-        self._epochs = epochs
+        self.check(train, valid, epochs=epochs)
+        self._epochs, self._data = epochs, fingerprint([*train, *valid])
         if self.epoch == 0:
             self._consider(self._validate(valid), valid)
             self._save_checkpoint()
@@ -232,39 +232,46 @@ class Trainer:
 
     def _consider(self, found: float, valid: Sequence[RelaxationPair]) -> None:
         """Keep this state if it is the best yet, or the last and there is nothing to judge by."""
-        if not valid or found < self.best_loss:
-            self.best_loss = found
+        if not valid or not self.best or found < self.best_loss:
+            self.best_loss, self.best_epoch = found, self.epoch
             self.best = {k: v.detach().clone() for k, v in self.potential.state_dict().items()}
             if self.out is not None:
                 save_potential(self.potential, self.out / "potential")
 
     def _out_of_patience(self) -> bool:
-        if self.patience is None or len(self.history) <= self.patience:
-            return False
-        recent = self.history[-self.patience :]
-        return all(row["valid_delta_q"] > self.best_loss for row in recent)
+        return self.patience is not None and self.epoch - self.best_epoch >= self.patience
 
     # Checks -----------------------------------------------------------------------------------
 
-    def _check(self, train: Sequence[RelaxationPair], valid: Sequence[RelaxationPair], epochs: int) -> None:
+    def check(
+        self,
+        train: Sequence[RelaxationPair],
+        valid: Sequence[RelaxationPair] = (),
+        test: Sequence[RelaxationPair] = (),
+        *,
+        epochs: int,
+    ) -> None:
+        """Raise what `fit` would raise for these pairs, before any work is lost."""
         if not train:
             raise ValueError("There are no pairs to train on.")
-        shared = sorted({p.group for p in train} & {p.group for p in valid} - {""})
-        if shared:
-            raise ValueError(f"Training and validation share the group {shared[0]}: split by group.")
-        data = fingerprint([*train, *valid])
-        if self.epoch and (data, epochs) != (self._data, self._epochs):
+        for (one, a), (other, b) in combinations({"training": train, "validation": valid, "test": test}.items(), 2):
+            shared = sorted({p.group for p in a} & {p.group for p in b} - {""})
+            if shared:
+                raise ValueError(f"{one.capitalize()} and {other} share the group {shared[0]}: split by group.")
+        if self.epoch and (fingerprint([*train, *valid]), epochs) != (self._data, self._epochs):
             raise ValueError("This run was begun with other pairs or epochs: go on with those, or start a new run.")
-        self._data = data
-        # One frame of everything tells what cannot be relaxed, before any work is lost.
-        for pair in (*train, *valid):
+        for pair in (*train, *valid, *test):
+            ends = (pair.initial, pair.relaxed)
             try:
-                self.potential.check(Structures.from_atoms(pair.initial))
+                self.potential.check(Structures.from_atoms(ends))
             except NotImplementedError as error:
                 raise NotImplementedError(f"{pair.id}: {error}") from error
-            if pair.initial.constraints:
-                names = ", ".join(sorted({type(c).__name__ for c in pair.initial.constraints}))
-                raise NotImplementedError(f"{pair.id}: the constraints {names} cannot be differentiated yet.")
+            names = sorted({type(c).__name__ for atoms in ends for c in atoms.constraints})
+            if names:
+                raise NotImplementedError(
+                    f"{pair.id}: the constraints {', '.join(names)} cannot be differentiated yet, and are not ignored: "
+                    "remove them (del atoms.constraints), or leave the pair out."
+                )
 
     # Files ------------------------------------------------------------------------------------
 
@@ -300,12 +307,15 @@ class Trainer:
             "data": self._data,
             "potential": self.potential.state_dict(),
             "stepper": self.stepper.state_dict(),
+            "frozen": [name for name, p in self.potential.named_parameters() if not p.requires_grad],
             "optimizer": self.optimizer.state_dict(),
+            "base_rates": self._base_rates,
             "generator": self._generator.get_state(),
             "torch_rng": torch.get_rng_state(),
             "history": self.history,
             "best": self.best,
             "best_loss": self.best_loss,
+            "best_epoch": self.best_epoch,
         }
         with replacing(self.out / "checkpoint.pt") as path:
             torch.save(state, path)
@@ -327,16 +337,22 @@ class Trainer:
         try:
             settings = json.loads((out / "settings.json").read_text())
             state = torch.load(out / "checkpoint.pt", weights_only=True)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ValueError(f"The folder {out} holds no run that can be resumed: {error}.") from error
+        except UNREADABLE as error:
+            raise ValueError(f"The folder {out} holds no run that can be resumed ({in_short(error)}).") from error
+        for unfinished in out.rglob(".*.part"):
+            unfinished.unlink()
         if loss is None and settings["loss"] not in LOSSES:
             raise ValueError(f"The run in {out} used its own loss {settings['loss']!r}: give it to resume again.")
         if optimizer is None and settings["optimizer"] != "AdamW":
             raise ValueError(f"The run in {out} used {settings['optimizer']}: give its factory to resume again.")
+        potential = load_potential(out / "potential")
+        for name, parameter in potential.named_parameters():
+            parameter.requires_grad_(name not in state["frozen"])
         numbers = {k: v for k, v in settings["stepper"].items() if k != "name"}
+        learnt = {k: nn.Parameter(v) for k, v in state["stepper"].items()}
         trainer = cls(
-            load_potential(out / "potential"),
-            stepper=make_stepper(settings["stepper"]["name"], **numbers),
+            potential,
+            stepper=make_stepper(settings["stepper"]["name"], **numbers | learnt),
             adjoint=settings["adjoint"],
             loss=loss or settings["loss"],
             optimizer=optimizer,
@@ -354,7 +370,8 @@ class Trainer:
         self._generator.set_state(state["generator"])
         torch.set_rng_state(state["torch_rng"])
         self.epoch, self._epochs, self._data = state["epoch"], state["epochs"], state["data"]
-        self.history, self.best, self.best_loss = state["history"], state["best"], state["best_loss"]
+        self.history, self._base_rates = state["history"], state["base_rates"]
+        self.best, self.best_loss, self.best_epoch = state["best"], state["best_loss"], state["best_epoch"]
 
 
 def varied_starts(
