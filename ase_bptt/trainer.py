@@ -84,22 +84,22 @@ class Trainer:
         *,
         stepper: Stepper | str | None = None,
         adjoint: Adjoint | str | None = None,
-        loss: Loss | str = "delta_q",
+        loss: Loss | str = "log_delta_q",
         optimizer: OptimizerFactory | None = None,
         lr: float = 1e-3,
-        steps: int = 30,
+        steps: int = 16,
         fmax: float = 0.01,
         batch_size: int = 4,
         clip: float = 1.0,
         patience: int | None = None,
         along: float = 0.5,
-        rattle: float = 0.02,
+        rattle: float = 0.03,
         seed: int = 0,
         out: str | Path | None = None,
         progress: bool | None = None,
     ):
         self.potential = potential if isinstance(potential, Potential) else load_potential(potential)
-        self.stepper = make_stepper(stepper) if stepper is not None else GradientDescent()
+        self.stepper = make_stepper(stepper) if stepper is not None else GradientDescent(momentum=MOMENTUM)
         self.adjoint = make_adjoint(adjoint) or Replay()
         self.loss: Loss = named_loss(loss) if isinstance(loss, str) else loss
         self.steps, self.fmax, self.batch_size, self.clip = steps, fmax, batch_size, clip
@@ -124,7 +124,7 @@ class Trainer:
 
     # Training ---------------------------------------------------------------------------------
 
-    def fit(self, train: Sequence[RelaxationPair], valid: Sequence[RelaxationPair] = (), *, epochs: int = 8) -> Trainer:
+    def fit(self, train: Sequence[RelaxationPair], valid: Sequence[RelaxationPair] = (), *, epochs: int = 10) -> Trainer:
         """Train, and leave the potential in its best state on the validation pairs.
 
         Without validation pairs the last state is kept. A resumed Trainer goes on after its last
@@ -233,7 +233,7 @@ class Trainer:
     def _consider(self, found: float, valid: Sequence[RelaxationPair]) -> None:
         """Keep this state if it is the best yet, or the last and there is nothing to judge by."""
         if not valid or not self.best or found < self.best_loss:
-            self.best_loss, self.best_epoch = found, self.epoch
+            self.best_loss, self.best_epoch = min(self.best_loss, found), self.epoch
             self.best = {k: v.detach().clone() for k, v in self.potential.state_dict().items()}
             if self.out is not None:
                 save_potential(self.potential, self.out / "potential")
