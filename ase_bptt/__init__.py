@@ -10,7 +10,8 @@ from .losses import delta_q, max_displacement, rmsd
 from .optimizer import BPTTOptimizer
 from .pairs import RelaxationPair, read_pairs, split_by_group
 from .potential import Potential, Prediction
-from .relaxation import Relaxation, Status, relax
+from .relaxation import relax
+from .result import Relaxation, Status
 from .structures import Structures
 from .trainer import Trainer
 

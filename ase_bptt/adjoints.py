@@ -166,9 +166,7 @@ def replay(record: Record, gradient: Tensor, weights: list[Tensor], sums: _Sums)
     return adjoint
 
 
-def _through_the_start(
-    record: Record, state_adjoint: State | None, weights: list[Tensor], sums: _Sums
-) -> None:
+def _through_the_start(record: Record, state_adjoint: State | None, weights: list[Tensor], sums: _Sums) -> None:
     """The first state may depend on the stepper's own parameters."""
     if state_adjoint is None or not any(p.requires_grad for p in record.map.stepper.parameters()):
         return
@@ -179,9 +177,7 @@ def _through_the_start(
         sums.add(k + offset, g)
 
 
-def _pull_back(
-    outputs: Sequence[Tensor], gradients: Sequence[Tensor], inputs: Sequence[Tensor]
-) -> list[Tensor | None]:
+def _pull_back(outputs: Sequence[Tensor], gradients: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor | None]:
     live = [(o, g) for o, g in zip(outputs, gradients, strict=True) if o.requires_grad]
     if not live:
         return [None] * len(inputs)
@@ -189,9 +185,7 @@ def _pull_back(
     return list(torch.autograd.grad(outs, list(inputs), grads, allow_unused=True))
 
 
-def _widened(
-    old: State | None, like: State, before: list[int], now: list[int], counts: tuple[int, ...]
-) -> State:
+def _widened(old: State | None, like: State, before: list[int], now: list[int], counts: tuple[int, ...]) -> State:
     """The state's adjoint of the structures `now`: zero, but for those that moved before."""
     new = like.map(torch.zeros_like)
     if old is None:

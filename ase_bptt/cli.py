@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from . import __version__, report
 from .adjoints import ADJOINTS
 from .datasets import si_defects
@@ -21,7 +23,7 @@ from .loading import load_potential
 from .losses import LOSSES
 from .pairs import RelaxationPair, read_pairs, split_by_group
 from .steppers import STEPPERS, make_stepper
-from .trainer import NUMBERS, Trainer
+from .trainer import MOMENTUM, NUMBERS, Trainer
 
 EXAMPLES = """examples:
   ase-bptt demo
@@ -66,10 +68,10 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="fine-tune a potential on your relaxations")
     train.set_defaults(run=_train)
     train.add_argument("pairs", nargs="+", metavar="PAIRS",
-                       help="a file or folder of relaxations, or a file of initial and one of relaxed structures")  # fmt: skip
+                       help="file or folder of relaxations, or files of initial and of relaxed structures")  # fmt: skip
     train.add_argument("--skip-invalid", action="store_true", help="leave bad pairs out with a warning")
     train.add_argument("--group", metavar="KEY",
-                       help="split by this key of the relaxed structures' info, not by composition and structure")  # fmt: skip
+                       help="split by this key of the info instead of by composition and structure")  # fmt: skip
     _add_training(train, out="ase-bptt-run", potential="mace-si", dtype=None)
     return parser
 
@@ -86,13 +88,14 @@ def _add_training(parser: argparse.ArgumentParser, *, out: str, potential: str, 
 
     add("--potential", default=potential, help="name, folder or file (default: %(default)s)")
     add("--trust", action="store_true", help="allow a native checkpoint: a pickle, which can run any code")
-    add("--device", help="cpu, cuda, ... (default: where the potential is)")
+    add("--device", type=_device, help="cpu, cuda, ... (default: where the potential is)")
     add("--dtype", choices=("float32", "float64"), default=dtype, help="precision (default: %(default)s)")
     number("--epochs", _positive, "passes over the training pairs")
     number("--steps", _positive, "frames of an unroll in training")
     number("--fmax", float, "eV/Å at which a relaxation stops in training")
     add("--stepper", choices=sorted(STEPPERS), default="gd", help="update rule in training (default: %(default)s)")
     add("--step-size", type=float, default=0.05, help="of gd, in Å^2/eV (default: %(default)s)")
+    add("--momentum", type=float, default=MOMENTUM, help="of gd (default: %(default)s)")
     add("--adjoint", choices=sorted(ADJOINTS), default="replay", help="default: %(default)s")
     number("--loss", str, f"one of {', '.join(LOSSES)}")
     number("--lr", float, "learning rate of AdamW at the start")
@@ -126,14 +129,17 @@ def _run(arguments: argparse.Namespace, splits: dict[str, list[RelaxationPair]])
     if arguments.resume:
         trainer, baseline = Trainer.resume(arguments.out), base
     else:
-        _prepare(arguments.out, arguments.overwrite)
-        numbers = {"step_size": arguments.step_size} if arguments.stepper == "gd" else {}
+        gd = {"step_size": arguments.step_size, "momentum": arguments.momentum}
+        stepper = make_stepper(arguments.stepper, **(gd if arguments.stepper == "gd" else {}))
         names = ("adjoint", "loss", *NUMBERS, "out")
-        stepper = make_stepper(arguments.stepper, **numbers)
         trainer = Trainer(
             base, stepper=stepper, **{name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
         )
         baseline = None
+    # What cannot be trained on must not cost the last run.
+    trainer.check(*splits.values(), epochs=arguments.epochs)
+    if not arguments.resume:
+        _prepare(arguments.out, arguments.overwrite)
     say = _silent if arguments.json else print
     say(_introduction(arguments, splits))
     outcome = finetune(trainer, splits, arguments.out, epochs=arguments.epochs, baseline=baseline)
@@ -185,6 +191,13 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
+
+
+def _device(text: str) -> torch.device:
+    try:
+        return torch.empty(0, device=text).device
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"there is no device {text!r} here") from error
 
 
 def _silent(*_: Any) -> None:

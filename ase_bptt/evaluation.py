@@ -15,7 +15,8 @@ from .calculator import TorchCalculator
 from .losses import delta_q, max_displacement, rmsd
 from .pairs import RelaxationPair
 from .potential import Potential
-from .relaxation import Status, relax
+from .relaxation import relax
+from .result import Status
 from .steppers import Stepper
 
 SAME_END = 0.1

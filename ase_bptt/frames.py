@@ -20,16 +20,12 @@ class IteratedMap:
     potential: Potential
     stepper: Stepper
 
-    def advance(
-        self, structures: Structures, state: State, forces: Tensor
-    ) -> tuple[Structures, State]:
+    def advance(self, structures: Structures, state: State, forces: Tensor) -> tuple[Structures, State]:
         """One frame from forces that are known."""
         positions, state = self.stepper.step(structures.positions, forces, state, structures.batch)
         return structures.replace(positions=positions), state
 
-    def frame(
-        self, structures: Structures, state: State, neighbors: NeighborList
-    ) -> tuple[Tensor, State]:
+    def frame(self, structures: Structures, state: State, neighbors: NeighborList) -> tuple[Tensor, State]:
         """One frame on autograd's tape, forces included."""
         _, forces = self.potential.energy_and_forces(structures, neighbors(structures), create_graph=True)
         structures, state = self.advance(structures, state, forces)
@@ -91,9 +87,7 @@ class Record:
         """Positions and stepper state before frame t, where and in the dtype the potential computes."""
         like = self.start.positions
         positions, state = self.frames[t]
-        return positions.to(like), state.map(
-            lambda s: s.to(like) if s.is_floating_point() else s.to(like.device)
-        )
+        return positions.to(like), state.map(lambda s: s.to(like) if s.is_floating_point() else s.to(like.device))
 
     def moving(self, t: int) -> list[int]:
         """The structures that took frame t."""

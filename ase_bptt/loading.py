@@ -145,14 +145,10 @@ def _from_folder(folder: Path) -> Potential:
         if description["family"] not in known:
             raise ValueError(f"its family {description['family']!r} is none of {', '.join(known)}")
         weights = torch.load(folder / "weights.pt", weights_only=True, map_location="cpu")
-        potential = _rebuild(
-            known[description["family"]], description["config"], DTYPES[description["dtype"]]
-        )
+        potential = _rebuild(known[description["family"]], description["config"], DTYPES[description["dtype"]])
         missing, unexpected = potential.load_state_dict(weights, strict=False)
     except UNREADABLE as error:
-        raise ValueError(
-            f"The folder {folder} holds no potential that can be read ({in_short(error)})."
-        ) from error
+        raise ValueError(f"The folder {folder} holds no potential that can be read ({in_short(error)}).") from error
     lost = set(missing) & {name for name, _ in potential.named_parameters()}
     if lost or unexpected:
         raise ValueError(

@@ -18,10 +18,12 @@ from ase.geometry.cell import complete_cell
 from ase.geometry.minkowski_reduction import minkowski_reduce
 from torch import Tensor
 
-from .relaxation import Relaxation
+from .result import Relaxation
 from .structures import Structures, as_structures
 
 Comparable = Relaxation | Structures | Atoms | Sequence[Atoms]
+SCALE = 0.1
+"""amu^1/2 Å: below this, `log_delta_q` is nearly proportional to Delta-Q."""
 ANCHORS = 8
 """Atoms tried as fixed points when the drift is sought."""
 
@@ -51,6 +53,15 @@ def delta_q(a: Comparable, b: Comparable, *, align: bool = False) -> Any:
 def squared_delta_q(a: Comparable, b: Comparable, *, align: bool = False) -> Any:
     """Delta-Q squared, in amu Å^2: a loss whose gradient fades near the match. Otherwise as `delta_q`."""
     return _distance(a, b, align, _sum_square, by_mass=True)
+
+
+def log_delta_q(a: Comparable, b: Comparable, *, align: bool = False) -> Any:
+    """log(1 + Delta-Q / 0.1 amu^1/2 Å): a loss in which relative errors count.
+
+    Each structure pulls by 1/(Delta-Q + 0.1), so that one which sits in another basin, far away and
+    perhaps out of reach, does not drown those that can be mended. Otherwise as `delta_q`.
+    """
+    return _distance(a, b, align, lambda d, of: torch.log1p(_root_sum_square(d, of) / SCALE), by_mass=True)
 
 
 def rmsd(a: Comparable, b: Comparable, *, align: bool = False) -> Any:
@@ -212,7 +223,9 @@ def _aligned(now: Structures, then: Structures, d: Tensor, weights: Tensor) -> T
     return torch.cat(pieces)
 
 
-LOSSES: dict[str, Callable[..., Any]] = {f.__name__: f for f in (delta_q, squared_delta_q, rmsd, max_displacement)}
+LOSSES: dict[str, Callable[..., Any]] = {
+    f.__name__: f for f in (delta_q, log_delta_q, squared_delta_q, rmsd, max_displacement)
+}
 
 
 def named_loss(name: str) -> Callable[..., Any]:

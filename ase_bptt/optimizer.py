@@ -17,7 +17,7 @@ from torch import Tensor
 from .adjoints import Adjoint, FullTape, Replay, make_adjoint
 from .calculator import TorchCalculator
 from .frames import IteratedMap, Record
-from .relaxation import Relaxation, Status
+from .result import Relaxation, Status
 from .steppers import STEPPERS, State, Stepper, make_stepper
 from .structures import Structures
 

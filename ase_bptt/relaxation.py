@@ -6,7 +6,6 @@ is differentiated the adjoint's; here frames run until every structure has stopp
 
 from __future__ import annotations
 
-import enum
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,133 +13,18 @@ from typing import Any
 
 import torch
 from ase import Atoms
-from ase.calculators.singlepoint import SinglePointCalculator
 from torch import Tensor, nn
 
 from .adjoints import Adjoint, Replay, make_adjoint
 from .frames import IteratedMap, Record
 from .loading import load_potential
 from .potential import Potential
+from .result import Relaxation, Status, largest_force
 from .steppers import Stepper, make_stepper
 from .structures import Structures
 
 RISE = 0.05
 """eV per atom above the start at which a run that did not converge counts as diverged."""
-
-
-class Status(enum.Enum):
-    """How the relaxation of a structure ended; `sentence` says what that means."""
-
-    CONVERGED = "converged"
-    OUT_OF_STEPS = "out of steps"
-    DIVERGED = "diverged"
-
-    @property
-    def sentence(self) -> str:
-        return {
-            Status.CONVERGED: "All forces fell below fmax.",
-            Status.OUT_OF_STEPS: "The last step was taken before all forces fell below fmax: "
-            "give it more steps.",
-            Status.DIVERGED: "Its forces are not finite, or it ended higher in energy than it began: "
-            "the step size is too large for its stiffest bond, or the potential has a hole there.",
-        }[self]
-
-
-@dataclass(eq=False)
-class Relaxation:
-    """Where a batch of structures ended.
-
-    Attributes
-    ----------
-    start : Structures
-        Where it began, n structures of n_atoms atoms in all.
-    positions : Tensor, shape (n_atoms, 3)
-        The relaxed positions in Å, with the gradient that the adjoint attached.
-    forces : Tensor, shape (n_atoms, 3)
-        There, in eV/Å, detached.
-    nsteps : Tensor of int64, shape (n,)
-        Frames that each structure took.
-    status : tuple of Status, length n
-    """
-
-    start: Structures
-    positions: Tensor
-    forces: Tensor
-    nsteps: Tensor
-    status: tuple[Status, ...]
-    _energies: Tensor
-    _record: Record
-    _sources: tuple[Atoms, ...] | None = None
-    _single: bool = False
-
-    def __len__(self) -> int:
-        return len(self.start)
-
-    @property
-    def structures(self) -> Structures:
-        """The relaxed batch."""
-        return self.start.replace(positions=self.positions)
-
-    @property
-    def energies(self) -> Tensor:
-        """Energies of the relaxed structures in eV, shape (n,); attached where positions are."""
-        return self._attached()[0] if self.positions.requires_grad else self._energies
-
-    @property
-    def fmax(self) -> Tensor:
-        """Largest force on an atom of each relaxed structure in eV/Å, shape (n,); attached likewise."""
-        forces = self._attached()[1] if self.positions.requires_grad else self.forces
-        return largest_force(self.structures, forces)
-
-    def _attached(self) -> tuple[Tensor, Tensor]:
-        self._record.check_weights()
-        finite = self.start.sum(self.forces).sum(1) + self._energies
-        sound = [k for k, value in enumerate(finite.tolist()) if math.isfinite(value)]
-        if not sound:
-            return self._energies, self.forces
-        # A member that is not finite must not touch the others' gradients: 0 * inf is NaN.
-        structures = self.structures.select(sound)
-        pairs = self._record.map.neighbor_list()(structures)
-        energies, forces = self._record.map.potential.energy_and_forces(
-            structures, pairs, create_graph=torch.is_grad_enabled()
-        )
-        members = torch.tensor(sound, dtype=torch.int64, device=energies.device)
-        return (
-            self._energies.index_copy(0, members, energies),
-            self.forces.index_copy(0, self.start.atoms_of(sound), forces),
-        )
-
-    def __getitem__(self, k: int) -> Relaxation:
-        """The relaxation of structure k, attached to the same run."""
-        k = range(len(self))[k]
-        atoms = self.start.atoms_of([k])
-        return Relaxation(
-            start=self.start.select([k]),
-            positions=self.positions[atoms],
-            forces=self.forces[atoms],
-            nsteps=self.nsteps[k : k + 1],
-            status=self.status[k : k + 1],
-            _energies=self._energies[k : k + 1],
-            _record=self._record,
-            _sources=None if self._sources is None else (self._sources[k],),
-            _single=True,
-        )
-
-    def to_atoms(self) -> Any:
-        """The relaxed Atoms with energy and forces: one for Atoms, a list for a list.
-
-        Everything else of the Atoms that were given (info, arrays, constraints) is kept.
-        """
-        relaxed = self.structures.to_atoms()
-        energies = self._energies.cpu().double().tolist()
-        forces = self.forces.cpu().double().split(self.start.counts)
-        for k, atoms in enumerate(relaxed):
-            if self._sources is not None:
-                positions = atoms.positions
-                relaxed[k] = atoms = self._sources[k].copy()
-                atoms.positions = positions
-            atoms.calc = SinglePointCalculator(atoms, energy=energies[k], forces=forces[k].numpy())
-        return relaxed[0] if self._single else relaxed
 
 
 def relax(
@@ -263,9 +147,7 @@ class _Run:
     ) -> None:
         atoms = now.atoms_of([k])
         self.record.nsteps[whole] = t
-        self.ends[whole] = _End(
-            now.positions[atoms], energies[k].detach(), forces[atoms].detach(), status
-        )
+        self.ends[whole] = _End(now.positions[atoms], energies[k].detach(), forces[atoms].detach(), status)
 
     def relaxation(self, positions: Tensor, sources: tuple[Atoms, ...] | None, single: bool) -> Relaxation:
         ends = [self.ends[k] for k in range(len(self.record.start))]
@@ -290,14 +172,6 @@ class _End:
     status: Status
 
 
-def largest_force(structures: Structures, forces: Tensor) -> Tensor:
-    """Norm of the largest force on an atom of each structure in eV/Å, shape (n,)."""
-    square = forces.square().sum(1)
-    largest = structures.max(square)
-    # sqrt has no finite slope at zero, where the forces of symmetry sit exactly.
-    return torch.where(largest > 0, torch.where(largest > 0, largest, 1.0).sqrt(), largest)
-
-
 def _batch(
     structures: Structures | Atoms | Sequence[Atoms], potential: Potential
 ) -> tuple[Structures, tuple[Atoms, ...] | None, bool]:
@@ -314,5 +188,5 @@ def _refuse_constraints(structures: Structures) -> None:
     if names:
         raise NotImplementedError(
             f"relax cannot project the constraints {', '.join(names)} yet, and will not ignore them: "
-            "remove them (del atoms.constraints), or relax through BPTTOptimizer with record=False."
+            "remove them (del atoms.constraints), or relax without a gradient by BPTTOptimizer."
         )

@@ -130,9 +130,7 @@ class GradientDescent(Stepper):
         anneal = torch.as_tensor(self.anneal, dtype=positions.dtype, device=positions.device)
         eta = self.step_size * anneal ** frame.to(positions.dtype)
         moves = eta[batch, None] * velocities
-        longest = frame.new_zeros(len(frame), dtype=moves.dtype).scatter_reduce(
-            0, batch, moves.square().sum(1), "amax"
-        )
+        longest = frame.new_zeros(len(frame), dtype=moves.dtype).scatter_reduce(0, batch, moves.square().sum(1), "amax")
         moves = moves * _cap(longest, self.maxstep)[batch, None]
         return positions + moves, State(atoms, {"frame": frame + 1})
 

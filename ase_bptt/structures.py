@@ -60,9 +60,7 @@ class Structures:
             positions=floats(np.concatenate([a.positions for a in atoms])),
             cells=floats(np.stack([a.cell.array for a in atoms])),
             pbc=torch.tensor(np.stack([a.pbc for a in atoms]), device=device),
-            numbers=torch.tensor(
-                np.concatenate([a.numbers for a in atoms]), dtype=torch.int64, device=device
-            ),
+            numbers=torch.tensor(np.concatenate([a.numbers for a in atoms]), dtype=torch.int64, device=device),
             masses=floats(np.concatenate([a.get_masses() for a in atoms])),
             counts=tuple(len(a) for a in atoms),
             constraints=tuple(tuple(type(c).__name__ for c in a.constraints) for a in atoms),

@@ -26,12 +26,15 @@ from .losses import LOSSES, delta_q, displacements, named_loss
 from .pairs import RelaxationPair
 from .potential import Potential
 from .progress import Progress
-from .relaxation import Relaxation, Status, relax
+from .relaxation import relax
+from .result import Relaxation, Status
 from .steppers import GradientDescent, Stepper, make_stepper
 from .structures import Structures
 
 log = logging.getLogger(__name__)
 
+MOMENTUM = 0.6
+"""Of the default gradient descent: 16 frames go as far as 40 without."""
 NUMBERS = ("lr", "steps", "fmax", "batch_size", "clip", "patience", "along", "rattle", "seed")
 Loss = Callable[[Relaxation, Structures], Tensor]
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -45,7 +48,7 @@ class Trainer:
     potential : Potential, module or spec
         As for `load_potential`; trained in place.
     stepper : Stepper or str
-        The map to unroll: the paper's gradient descent by default.
+        The map to unroll: the paper's gradient descent by default, with momentum.
     adjoint : Adjoint or str
         `Replay` by default.
     loss : callable or str
@@ -63,7 +66,7 @@ class Trainer:
     clip : float
         Largest norm of the gradient.
     patience : int or None
-        Stop after so many epochs without a better validation; None never stops early.
+        Stop after so many epochs without a better validation (by the loss); None never stops early.
     along : float
         Share of the training starts that are drawn on the way from the initial to the reference
         structure, anew in each epoch; the others are the initial structures. They teach the basin
@@ -124,7 +127,9 @@ class Trainer:
 
     # Training ---------------------------------------------------------------------------------
 
-    def fit(self, train: Sequence[RelaxationPair], valid: Sequence[RelaxationPair] = (), *, epochs: int = 10) -> Trainer:
+    def fit(
+        self, train: Sequence[RelaxationPair], valid: Sequence[RelaxationPair] = (), *, epochs: int = 10
+    ) -> Trainer:
         """Train, and leave the potential in its best state on the validation pairs.
 
         Without validation pairs the last state is kept. A resumed Trainer goes on after its last
@@ -140,7 +145,7 @@ class Trainer:
         self.check(train, valid, epochs=epochs)
         self._epochs, self._data = epochs, fingerprint([*train, *valid])
         if self.epoch == 0:
-            self._consider(self._validate(valid), valid)
+            self._consider(self._validate(valid)["valid_loss"], valid)
             self._save_checkpoint()
         with Progress(epochs, len(train), done=self.epoch, bar=self.progress) as progress:
             while self.epoch < epochs and not self._out_of_patience():
@@ -148,9 +153,9 @@ class Trainer:
                 row = self._train_epoch(train, progress)
                 self.epoch += 1
                 found = self._validate(valid)
-                row |= {"epoch": self.epoch, "valid_delta_q": found, "seconds": time.monotonic() - began}
+                row |= {"epoch": self.epoch, **found, "seconds": time.monotonic() - began}
                 self.history.append(row)
-                self._consider(found, valid)
+                self._consider(found["valid_loss"], valid)
                 self._save_checkpoint()
                 progress.epoch(row)
         if self.best:
@@ -221,14 +226,15 @@ class Trainer:
         """`ase_bptt.evaluation.evaluate` with the potential as it is."""
         return evaluate(self.potential, pairs, **settings)
 
-    def _validate(self, valid: Sequence[RelaxationPair]) -> float:
-        """Mean Delta-Q of fully relaxed validation structures, in amu^1/2 Å."""
+    def _validate(self, valid: Sequence[RelaxationPair]) -> dict[str, float]:
+        """Mean loss and mean Delta-Q (amu^1/2 Å) of the validation structures, fully relaxed."""
         if not valid:
-            return float("nan")
+            return {"valid_loss": float("nan"), "valid_delta_q": float("nan")}
         with torch.no_grad():
             run = relax(self.potential, [p.initial for p in valid], stepper="fire", fmax=0.02, steps=200)
-        found = delta_q(run, [p.relaxed for p in valid])
-        return found.mean().item()
+            references = Structures.from_atoms([p.relaxed for p in valid])
+            losses, distances = self.loss(run, references), delta_q(run, references)
+        return {"valid_loss": losses.mean().item(), "valid_delta_q": distances.mean().item()}
 
     def _consider(self, found: float, valid: Sequence[RelaxationPair]) -> None:
         """Keep this state if it is the best yet, or the last and there is nothing to judge by."""

@@ -30,7 +30,7 @@ from ase_bptt.evaluation import evaluate, unrelaxed
 from ase_bptt.files import replacing
 from ase_bptt.neighbors import NeighborList
 
-FORCE_EPOCHS, FORCE_BATCH = 20, 16
+FORCE_EPOCHS, FORCE_BATCH = 8, 16
 
 
 def run_fold(fold: int, arguments: argparse.Namespace) -> dict:
@@ -154,7 +154,7 @@ def main() -> None:
     add = parser.add_argument
     add("--potential", default="mace-si")
     add("--dtype", choices=("float32", "float64"))
-    add("--epochs", type=int, default=8)
+    add("--epochs", type=int, default=10)
     add("--force-lr", type=float, default=1e-3, help="learning rate of force matching")
     add("--seed", type=int, default=0)
     add("--threads", type=int, default=2)

@@ -24,7 +24,7 @@ def _deterministic():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    np.random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 (for what ASE draws from the global state)
     yield
     torch.set_num_threads(threads)
     assert torch.get_default_dtype() is torch.float32, "a test changed torch's default dtype"
@@ -60,7 +60,7 @@ def cluster(n: int = 6, seed: int = 1) -> Atoms:
 def skewed(seed: int = 1) -> Atoms:
     """A two-atom primitive cell, strained."""
     atoms = bulk("Si", a=5.43)
-    atoms.set_cell(atoms.cell.array @ (np.eye(3) + [[0.02, 0.03, 0], [0, -0.02, 0.05], [0, 0, 0.01]]), scale_atoms=True)
+    atoms.set_cell(atoms.cell.array @ ([*np.eye(3), [0.02, 0.03, 0], [0, -0.02, 0.05], [0, 0, 0.01]]), scale_atoms=True)
     return rattled(atoms, 0.1, seed)
 
 

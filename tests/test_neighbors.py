@@ -4,10 +4,10 @@ import torch
 from ase import Atoms
 from ase.build import bulk, molecule
 from ase.neighborlist import neighbor_list
+from conftest import silicon
 
 from ase_bptt.neighbors import NeighborList, find_pairs
 from ase_bptt.structures import Structures
-from conftest import silicon
 
 
 def as_set(pairs):

@@ -6,11 +6,11 @@ import torch
 from ase import Atoms
 from ase.build import bulk
 from ase.calculators.lj import LennardJones as AseLennardJones
+from conftest import argon, cluster, lennard_jones, methanol, needs_chgnet, needs_mace, silicon, skewed, tiny_mace
 
 from ase_bptt.neighbors import NeighborList
 from ase_bptt.potentials.lennard_jones import LennardJones
 from ase_bptt.structures import Structures
-from conftest import argon, cluster, lennard_jones, methanol, needs_chgnet, needs_mace, silicon, skewed, tiny_mace
 
 
 def evaluate(potential, atoms):
