@@ -24,7 +24,10 @@ from ase_bptt.potentials.lennard_jones import LennardJones
 from ase_bptt.steppers import GradientDescent
 from ase_bptt.trainer import fingerprint, varied_starts
 
-SETTINGS = {"steps": 6, "batch_size": 2, "lr": 0.02, "seed": 4, "progress": False}
+SETTINGS = {
+    "loss": "delta_q", "steps": 6, "fmax": 0.01, "batch_size": 2, "lr": 0.02, "clip": 1.0, "along": 0.5,
+    "rattle": 0.02, "seed": 4, "progress": False,
+}  # fmt: skip
 EPOCHS = 3
 
 
@@ -59,7 +62,7 @@ def pairs():
 
 
 def trainer(potential=None, **changes) -> Trainer:
-    return Trainer(potential or untuned(), **SETTINGS | changes)
+    return Trainer(potential or untuned(), **SETTINGS | {"stepper": GradientDescent(0.05)} | changes)
 
 
 def same(a, b) -> bool:
@@ -190,7 +193,8 @@ class Scripted(Trainer):
 
     def _validate(self, valid):
         self.sigmas.append(self.potential.sigma.item())
-        return next(self.script)
+        found = next(self.script)
+        return {"valid_loss": found, "valid_delta_q": 7.0}
 
 
 class TestChoosing:
@@ -507,7 +511,7 @@ class TestFiles:
     def test_metrics_have_a_row_for_each_epoch(self, run):
         rows = list(csv.DictReader((run.out / "metrics.csv").read_text().splitlines()))
         assert list(rows[0]) == [
-            "epoch", "train_loss", "gradient_norm", "skipped", "lr", "valid_delta_q", "seconds"
+            "epoch", "train_loss", "gradient_norm", "skipped", "lr", "valid_loss", "valid_delta_q", "seconds"
         ]  # fmt: skip
         assert [{k: float(v) for k, v in row.items()} for row in rows] == run.history
         assert [row["epoch"] for row in run.history] == [1, 2]
