@@ -60,7 +60,9 @@ def cluster(n: int = 6, seed: int = 1) -> Atoms:
 def skewed(seed: int = 1) -> Atoms:
     """A two-atom primitive cell, strained."""
     atoms = bulk("Si", a=5.43)
-    atoms.set_cell(atoms.cell.array @ ([*np.eye(3), [0.02, 0.03, 0], [0, -0.02, 0.05], [0, 0, 0.01]]), scale_atoms=True)
+    atoms.set_cell(
+        atoms.cell.array @ (np.eye(3) + np.array([[0.02, 0.03, 0], [0, -0.02, 0.05], [0, 0, 0.01]])), scale_atoms=True
+    )
     return rattled(atoms, 0.1, seed)
 
 

@@ -10,9 +10,9 @@ from ase.build import bulk, molecule
 from conftest import argon, lennard_jones, methanol, rattled, silicon, skewed
 
 from ase_bptt import Structures, delta_q, relax
-from ase_bptt.losses import displacements, max_displacement, rmsd, squared_delta_q
+from ase_bptt.losses import displacements, log_delta_q, max_displacement, rmsd, squared_delta_q
 
-METRICS = [delta_q, squared_delta_q, rmsd, max_displacement]
+METRICS = [delta_q, log_delta_q, squared_delta_q, rmsd, max_displacement]
 every_metric = pytest.mark.parametrize("metric", METRICS, ids=lambda f: f.__name__)
 
 
@@ -142,6 +142,10 @@ class TestDrift:
         assert rmsd(a, b) == pytest.approx(0.1)
         assert max_displacement(a, b) == pytest.approx(0.1)
 
+    def test_log_delta_q_counts_relative_errors(self):
+        a, b = moved(silicon(), 0.1), silicon()
+        assert np.expm1(log_delta_q(a, b)) * 0.1 == pytest.approx(delta_q(a, b))
+
     def test_masses_given_by_the_user_count(self):
         b = Atoms("H2", positions=[[0, 0, 0], [1, 0, 0]], masses=[2.0, 6.0])
         a = moved(b, 0.0)
@@ -170,7 +174,7 @@ class TestGradients:
     # The rotation makes the sum of squares least, not the largest displacement.
     @pytest.mark.parametrize(
         ("metric", "align"),
-        [*product(METRICS, [False]), *product(METRICS[:3], [True])],
+        [*product(METRICS, [False]), *product(METRICS[:4], [True])],
         ids=lambda x: getattr(x, "__name__", x),
     )
     @every_structure
