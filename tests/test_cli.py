@@ -1,0 +1,382 @@
+"""The shell: what it prints where, what it writes, and what it refuses."""
+
+import csv
+import io
+import json
+import logging
+import os
+import re
+import socket
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from ase.constraints import FixAtoms
+from ase.io import read, write
+from conftest import cluster, needs_mace, rattled
+from matplotlib.image import imread
+
+import ase_bptt
+from ase_bptt import load_potential, relax, save_potential
+from ase_bptt.cli import main
+from ase_bptt.datasets import si_defects
+from ase_bptt.evaluation import evaluate
+from ase_bptt.potentials.lennard_jones import LennardJones
+
+KEYS = {"n", "kinds", "mean_before", "mean_after", "median_before", "median_after", "basins_before", "basins_after"}
+FILES = {
+    "settings.json", "metrics.csv", "checkpoint.pt", "potential", "results.json", "table.csv",
+    "before_after.png", "learning_curve.png",
+}  # fmt: skip
+QUICK = ["--epochs", "1", "--steps", "2"]
+KINDS = ["Ne", "Ar", "Kr", "Xe"]
+
+
+@pytest.fixture(autouse=True)
+def _levels():
+    yield
+    logging.getLogger("ase_bptt").setLevel(logging.NOTSET)
+
+
+def lennard_jones(sigma: float) -> LennardJones:
+    return LennardJones(epsilon=0.3, sigma=sigma, rc=6.0, ro=4.5, smooth=True)
+
+
+def relaxation(k: int) -> list:
+    start = cluster(seed=k)
+    start.positions *= 2.5
+    start.symbols[:] = KINDS[k % len(KINDS)]
+    start = rattled(start, 0.1, k)
+    with torch.no_grad():
+        end = relax(lennard_jones(2.5), start, fmax=1e-3, steps=300).to_atoms()
+    end.info |= {"id": f"cluster {k}", "kind": f"kind {k % 3}"}
+    return [start, end]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder of relaxations, the same as two files, and a potential that wants tuning."""
+    folder = tmp_path_factory.mktemp("data")
+    relaxations = [relaxation(k) for k in range(5)]
+    (folder / "pairs").mkdir()
+    for k, frames in enumerate(relaxations):
+        write(folder / "pairs" / f"{k}.extxyz", frames)
+    write(folder / "initial.extxyz", [frames[0] for frames in relaxations])
+    write(folder / "relaxed.extxyz", [frames[-1] for frames in relaxations])
+    save_potential(lennard_jones(2.65), folder / "lj")
+    return folder
+
+
+def run(*arguments) -> tuple[int, str, str]:
+    """Exit code, standard output, standard error."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            code = main([str(a) for a in arguments])
+        except SystemExit as end:
+            code = end.code
+    return code, out.getvalue(), err.getvalue()
+
+
+def train(data, *arguments, quick=QUICK):
+    return run("train", data / "pairs", "--potential", data / "lj", "--out", "run", *quick, *arguments)
+
+
+def is_refused(result, *texts) -> None:
+    """One sentence on standard error, nothing on standard output."""
+    code, out, err = result
+    assert code == 2
+    assert out == ""
+    assert err.startswith("ase-bptt: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    for text in texts:
+        assert text in err
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The demo on few pairs, without a network."""
+    folder = tmp_path_factory.mktemp("demo") / "run"
+    every = {p.id: p for p in si_defects()}
+    few = {"train": ["P_s_00", "Al_s_02"], "valid": ["crystal_00"], "test": ["S_s_24", "Ge_s_21"]}
+
+    def no_network(*args, **kwargs):
+        raise AssertionError("the demo went to the network")
+
+    with (
+        mock.patch("ase_bptt.cli.si_defects", lambda split: [every[k] for k in few[split]]),
+        mock.patch("ase_bptt.finetune.evaluate", partial(evaluate, steps=20)),
+        mock.patch.object(socket, "socket", no_network),
+        mock.patch.object(socket, "create_connection", no_network),
+    ):
+        result = run("demo", *QUICK, "--json", "--out", folder)
+    return folder, result
+
+
+@needs_mace
+class TestDemo:
+    def test_standard_output_is_json_alone_with_the_keys_promised(self, demo):
+        folder, (code, out, err) = demo
+        assert code == 0, err
+        found = json.loads(out)
+        assert set(found) == {"test", "test_bfgs", "checkpoint", "run", "epochs", "seconds"}
+        assert set(found["test"]) == KEYS | {"mean_unrelaxed"}
+        assert set(found["test_bfgs"]) == KEYS
+        assert (found["test"]["n"], found["test"]["kinds"]) == (2, 2)
+        assert all(np.isfinite(x) for x in found["test"].values())
+        assert (found["checkpoint"], found["run"], found["epochs"]) == (str(folder / "potential"), str(folder), 1)
+
+    def test_the_run_folder_is_complete(self, demo):
+        folder, _ = demo
+        assert {p.name for p in folder.iterdir()} == FILES
+        assert {p.name for p in (folder / "potential").iterdir()} == {"model.json", "weights.pt", "mace.model"}
+        for name in ("before_after.png", "learning_curve.png"):
+            assert imread(folder / name).std() > 0.01
+
+    def test_the_numbers_are_those_of_the_saved_potential(self, demo):
+        folder, (_, out, _) = demo
+        every = {p.id: p for p in si_defects()}
+        found = evaluate(load_potential(folder), [every["S_s_24"], every["Ge_s_21"]], steps=20)
+        assert json.loads(out)["test"]["mean_after"] == pytest.approx(found.mean, abs=1e-4)
+        assert load_potential(folder).dtype is torch.float32
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    arguments = ["--epochs", 3, "--steps", 10, "--lr", 0.03, "--batch-size", 1, "--seed", 1, "--loss", "delta_q"]
+    return folder, run("train", data / "pairs", "--potential", data / "lj", *arguments, "--out", folder)
+
+
+class TestTrain:
+    def test_it_learns_and_says_so_in_a_table(self, trained):
+        folder, (code, out, err) = trained
+        assert code == 0, err
+        results = json.loads((folder / "results.json").read_text())
+        for test in (results["test"], results["test_bfgs"]):
+            assert test["mean_after"] < 0.7 * test["mean_before"]
+        assert abs(load_potential(folder).sigma.item() - 2.5) < 0.1
+        assert re.search(r"^cluster \d ", out, re.MULTILINE)
+        assert "% lower" in out
+        assert "relaxed by BFGS instead" in out
+        assert "right basin: relaxed from the initial" in out
+        assert str(folder / "potential") in out
+
+    def test_the_table_file_has_a_row_for_each_held_out_structure(self, trained):
+        folder, _ = trained
+        rows = list(csv.DictReader((folder / "table.csv").read_text().splitlines()))
+        results = json.loads((folder / "results.json").read_text())
+        assert [row["id"] for row in rows] == [row["id"] for row in results["rows_after"]]
+        for row, before, after in zip(rows, results["rows_before"], results["rows_after"], strict=True):
+            assert float(row["delta_q_before"]) == before["delta_q"]
+            assert float(row["delta_q_after"]) == after["delta_q"]
+            assert row["status_after"] == after["status"]
+
+    def test_the_run_folder_is_complete(self, trained):
+        assert {p.name for p in trained[0].iterdir()} == FILES
+        settings = json.loads((trained[0] / "settings.json").read_text())
+        assert (settings["lr"], settings["steps"], settings["batch_size"], settings["seed"]) == (0.03, 10, 1, 1)
+
+    def test_two_files_do_as_well(self, data):
+        files = (data / "initial.extxyz", data / "relaxed.extxyz")
+        code, out, err = run("train", *files, "--potential", data / "lj", "--out", "run", "--json", *QUICK)
+        assert code == 0, err
+        assert json.loads(out)["test"]["kinds"] == 1
+
+    def test_a_key_of_the_info_groups(self, data):
+        code, out, _ = train(data, "--group", "kind", "--json")
+        assert code == 0
+        tested = {row["group"] for row in json.loads(open_text("run/results.json"))["rows_after"]}
+        assert len(tested) == json.loads(out)["test"]["kinds"] == 1
+        assert tested <= {"kind 0", "kind 1", "kind 2"}
+
+    @pytest.mark.parametrize("stepper", ["gd", "fire"])
+    @pytest.mark.parametrize("adjoint", ["full", "replay"])
+    def test_steppers_and_adjoints_are_taken_by_name(self, data, stepper, adjoint):
+        code, _, err = train(data, "--stepper", stepper, "--adjoint", adjoint, "--loss", "rmsd", "--dtype", "float64")
+        assert code == 0, err
+        settings = json.loads(open_text("run/settings.json"))
+        assert (settings["stepper"]["name"], settings["adjoint"], settings["loss"]) == (stepper, adjoint, "rmsd")
+
+    @needs_mace
+    def test_the_embedded_potential_is_the_default(self, tmp_path):
+        pairs = {p.id: p for p in si_defects()}
+        (tmp_path / "pairs").mkdir()
+        for name in ("crystal_00", "P_s_00", "Ge_s_21"):
+            write(tmp_path / "pairs" / f"{name}.extxyz", [pairs[name].initial, pairs[name].relaxed])
+        with mock.patch("ase_bptt.finetune.evaluate", partial(evaluate, steps=5)):
+            code, _, err = run("train", "pairs", "--epochs", 1, "--steps", 1)
+        assert code == 0, err
+        assert json.loads(open_text("ase-bptt-run/settings.json"))["family"] == "mace"
+
+    def test_bad_pairs_are_left_out_if_asked_to(self, data, tmp_path, caplog):
+        folder = tmp_path / "pairs"
+        folder.mkdir()
+        for path in (data / "pairs").iterdir():
+            (folder / path.name).write_text(path.read_text())
+        (folder / "bad.extxyz").write_text("nothing")
+        arguments = ("train", folder, "--potential", data / "lj", "--out", "run", *QUICK)
+        is_refused(run(*arguments), "bad.extxyz")
+        assert run(*arguments, "--skip-invalid")[0] == 0
+        assert "Left out" in caplog.text
+
+
+def open_text(path: str) -> str:
+    with open(path) as file:
+        return file.read()
+
+
+class TestRunFolder:
+    def test_a_folder_that_is_there_is_not_touched_unless_asked(self, data, tmp_path):
+        assert train(data)[0] == 0
+        (tmp_path / "run" / "mine.txt").write_text("keep")
+        is_refused(train(data), "run is there already", "--overwrite", "--resume", "--out")
+        assert (tmp_path / "run" / "mine.txt").exists()
+        assert train(data, "--overwrite")[0] == 0
+        assert not (tmp_path / "run" / "mine.txt").exists()
+
+    def test_a_folder_that_is_not_ours_is_never_deleted(self, data, tmp_path):
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "thesis.tex").write_text("years")
+        is_refused(train(data, "--overwrite"), "not one of our run folders")
+        assert (tmp_path / "run" / "thesis.tex").read_text() == "years"
+
+    def test_an_empty_folder_is_used(self, data, tmp_path):
+        (tmp_path / "run").mkdir()
+        assert train(data)[0] == 0
+
+    def test_a_file_in_its_place_is_refused(self, data, tmp_path):
+        (tmp_path / "run").write_text("a file")
+        is_refused(train(data), "run")
+
+    def test_what_cannot_be_trained_on_does_not_delete_the_last_run(self, data, tmp_path):
+        assert train(data)[0] == 0
+        spoilt = tmp_path / "spoilt"
+        spoilt.mkdir()
+        for path in sorted((data / "pairs").iterdir()):
+            frames = read(path, index=":")
+            frames[0].set_constraint(FixAtoms([0]))
+            write(spoilt / f"{path.stem}.traj", frames)
+        result = run("train", spoilt, "--potential", data / "lj", "--out", "run", "--overwrite", *QUICK)
+        is_refused(result, "cluster", "FixAtoms")
+        assert (tmp_path / "run" / "results.json").exists()
+
+
+class TestResume:
+    def test_it_goes_on_and_ends_as_an_uninterrupted_run(self, data, tmp_path):
+        more = ["--epochs", 2, "--steps", 3, "--batch-size", 1, "--lr", 0.02]
+        assert train(data, "--json", quick=more)[0] == 0
+        (tmp_path / "run").rename(tmp_path / "whole")
+
+        class Killed(BaseException):
+            pass
+
+        real, calls = ase_bptt.Trainer.train_step, iter(range(100))
+
+        def dying(self, pairs):
+            if next(calls) == 3:
+                raise Killed
+            return real(self, pairs)
+
+        with mock.patch.object(ase_bptt.Trainer, "train_step", dying), pytest.raises(Killed):
+            train(data, quick=more)
+        assert len(open_text("run/metrics.csv").splitlines()) == 2
+        code, out, err = train(data, "--resume", "--json", quick=more)
+        assert code == 0, err
+        whole = json.loads(open_text("whole/results.json"))
+        assert json.loads(out)["test"] == whole["test"]
+        assert load_potential("run").sigma.item() == load_potential("whole").sigma.item()
+
+    def test_other_epochs_are_refused(self, data):
+        assert train(data)[0] == 0
+        is_refused(train(data, "--resume", quick=["--epochs", 5]), "other pairs or epochs")
+
+    def test_nothing_to_resume_is_refused(self, data):
+        is_refused(train(data, "--resume"), "run", "holds no run that can be resumed")
+
+
+class TestRefusing:
+    def test_a_missing_folder(self, data):
+        is_refused(run("train", "nowhere", "--potential", data / "lj"), "There is no file or folder nowhere.")
+
+    def test_an_unknown_potential_with_those_there_are(self, data):
+        is_refused(run("train", data / "pairs", "--potential", "gold"), "'gold'", "mace-si", "chgnet")
+
+    def test_a_pickle_without_trust_with_the_flag_that_allows_it(self, data, tmp_path):
+        torch.save({"any": "code"}, tmp_path / "native.model")
+        is_refused(run("train", data / "pairs", "--potential", "native.model"), "--trust")
+
+    def test_three_files(self, data):
+        is_refused(run("train", "a", "b", "c"), "one file or folder of relaxations, or two files")
+
+    def test_too_few_kinds(self, data, tmp_path):
+        result = run("train", data / "pairs" / "0.extxyz", "--potential", data / "lj")
+        is_refused(result, "training, validation and test need one each")
+        assert not list(tmp_path.iterdir())
+
+    def test_an_unknown_key_with_those_there_are(self, data):
+        is_refused(train(data, "--group", "colour"), "'colour'", "kind")
+
+    @pytest.mark.parametrize(
+        ("flags", "texts"),
+        [
+            (["--epochs", "0"], ["--epochs", "at least 1"]),
+            (["--steps", "-3"], ["--steps", "at least 1"]),
+            (["--batch-size", "two"], ["--batch-size"]),
+            (["--stepper", "newton"], ["newton", "fire"]),
+            (["--adjoint", "magic"], ["magic", "replay"]),
+            (["--dtype", "float16"], ["float16", "float32"]),
+            (["--loss", "energy"], ["energy", "delta_q", "rmsd"]),
+            (["--device", "abacus"], ["abacus"]),
+            (["--lr", "-1"], ["rate", "-1"]),
+        ],
+        ids=lambda x: "".join(x) if x[0].startswith("--") else "",
+    )
+    def test_flags_that_make_no_sense(self, data, tmp_path, flags, texts):
+        code, out, err = train(data, *flags)
+        assert (code, out) == (2, "")
+        assert "Traceback" not in err
+        assert all(text in err for text in texts)
+        assert not (tmp_path / "run").exists()
+
+    def test_an_interrupt_says_how_to_go_on(self, data):
+        with mock.patch("ase_bptt.cli.finetune", side_effect=KeyboardInterrupt):
+            code, out, err = train(data, "--json")
+        assert (code, out) == (130, "")
+        assert "--resume" in err
+
+    def test_no_command_at_all_is_a_matter_of_usage(self):
+        code, out, err = run()
+        assert (code, out) == (2, "")
+        assert "usage" in err
+
+
+def test_help_shows_examples_and_defaults():
+    code, out, _ = run("--help")
+    assert code == 0
+    assert "ase-bptt demo" in out
+    code, out, _ = run("train", "--help")
+    assert code == 0
+    assert "default: mace-si" in out
+
+
+def test_version_is_that_of_the_package():
+    assert run("--version")[1].strip() == f"ase_bptt {ase_bptt.__version__}"
+
+
+def test_in_a_shell_json_is_all_of_standard_output_and_progress_goes_elsewhere(data, tmp_path):
+    arguments = ["train", data / "pairs", "--potential", data / "lj", "--out", "run", "--json", *QUICK]
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "ase_bptt.cli", *map(str, arguments)],
+        cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["test"]["n"] > 0
+    assert "epoch   1/1" in done.stderr
+    assert "Traceback" not in done.stderr
