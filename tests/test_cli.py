@@ -43,6 +43,15 @@ def _levels():
     logging.getLogger("ase_bptt").setLevel(logging.NOTSET)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    # Fixtures of a module begin before those of a test.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def lennard_jones(sigma: float) -> LennardJones:
     return LennardJones(epsilon=0.3, sigma=sigma, rc=6.0, ro=4.5, smooth=True)
 
@@ -112,8 +121,8 @@ def demo(tmp_path_factory):
     with (
         mock.patch("ase_bptt.cli.si_defects", lambda split: [every[k] for k in few[split]]),
         mock.patch("ase_bptt.finetune.evaluate", partial(evaluate, steps=20)),
-        mock.patch.object(socket, "socket", no_network),
-        mock.patch.object(socket, "create_connection", no_network),
+        mock.patch.object(socket.socket, "connect", no_network),
+        mock.patch.object(socket, "getaddrinfo", no_network),
     ):
         result = run("demo", *QUICK, "--json", "--out", folder)
     return folder, result
