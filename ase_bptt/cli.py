@@ -127,7 +127,7 @@ def _train(arguments: argparse.Namespace) -> None:
 def _run(arguments: argparse.Namespace, splits: dict[str, list[RelaxationPair]]) -> None:
     base = load_potential(arguments.potential, device=arguments.device, dtype=arguments.dtype, trust=arguments.trust)
     if arguments.resume:
-        trainer, baseline = Trainer.resume(arguments.out), base
+        trainer, baseline = Trainer.resume(arguments.out, device=arguments.device), base
     else:
         gd = {"step_size": arguments.step_size, "momentum": arguments.momentum}
         stepper = make_stepper(arguments.stepper, **(gd if arguments.stepper == "gd" else {}))

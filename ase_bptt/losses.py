@@ -24,6 +24,8 @@ from .structures import Structures, as_structures
 Comparable = Relaxation | Structures | Atoms | Sequence[Atoms]
 SCALE = 0.1
 """amu^1/2 Å: below this, `log_delta_q` is nearly proportional to Delta-Q."""
+TINY = 1e-3
+"""amu^1/2 Å: below this, `root_delta_q` is nearly proportional to Delta-Q."""
 ANCHORS = 8
 """Atoms tried as fixed points when the drift is sought."""
 
@@ -62,6 +64,16 @@ def log_delta_q(a: Comparable, b: Comparable, *, align: bool = False) -> Any:
     perhaps out of reach, does not drown those that can be mended. Otherwise as `delta_q`.
     """
     return _distance(a, b, align, lambda d, of: torch.log1p(_root_sum_square(d, of) / SCALE), by_mass=True)
+
+
+def root_delta_q(a: Comparable, b: Comparable, *, align: bool = False) -> Any:
+    """sqrt(Delta-Q), a loss between `delta_q` and `log_delta_q`. Otherwise as `delta_q`.
+
+    Each structure pulls by 1/(2 sqrt(Delta-Q)): the far ones less than those that are nearly right,
+    but enough to bring some of them over. The Trainer's default.
+    """
+    # The small constant keeps the slope finite near the match.
+    return _distance(a, b, align, lambda d, of: (_root_sum_square(d, of) + TINY).sqrt() - TINY**0.5, by_mass=True)
 
 
 def rmsd(a: Comparable, b: Comparable, *, align: bool = False) -> Any:
@@ -224,7 +236,7 @@ def _aligned(now: Structures, then: Structures, d: Tensor, weights: Tensor) -> T
 
 
 LOSSES: dict[str, Callable[..., Any]] = {
-    f.__name__: f for f in (delta_q, log_delta_q, squared_delta_q, rmsd, max_displacement)
+    f.__name__: f for f in (delta_q, root_delta_q, log_delta_q, squared_delta_q, rmsd, max_displacement)
 }
 
 

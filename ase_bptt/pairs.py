@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -220,3 +221,13 @@ def split_by_group(
     n_valid, n_test = (max(1, round(f * len(groups))) for f in fractions)
     side = {g: "test" if k < n_test else "valid" if k < n_test + n_valid else "train" for k, g in enumerate(order)}
     return {name: [p for p in pairs if side[p.group] == name] for name in ("train", "valid", "test")}
+
+
+def fingerprint(pairs: Sequence[RelaxationPair]) -> str:
+    """A hash of the pairs' atoms, positions and cells."""
+    digest = hashlib.sha256()
+    for pair in pairs:
+        for atoms in (pair.initial, pair.relaxed):
+            for array in (atoms.numbers, atoms.positions, atoms.cell.array, atoms.pbc):
+                digest.update(array.tobytes())
+    return digest.hexdigest()

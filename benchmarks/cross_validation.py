@@ -1,7 +1,7 @@
 """Five-fold cross-validation over kinds of defect: is the tuned potential better on kinds never seen?
 
     python benchmarks/cross_validation.py --potential mace-si --dtype float32 --out cv/mace-si
-    python benchmarks/cross_validation.py --potential chgnet --out cv/chgnet
+    python benchmarks/cross_validation.py --potential chgnet --epochs 6 --lr 1e-3 --force-lr 3e-4 --out cv/chgnet
 
 For each fold of the embedded silicon defects: fine-tuning through the relaxation with the Trainer's
 defaults, and, as a rival that uses more data, force matching on every DFT frame of the same training
@@ -42,7 +42,7 @@ def run_fold(fold: int, arguments: argparse.Namespace) -> dict:
     found["untuned"] = measure(base, test)
 
     clock = time.monotonic()
-    trainer = Trainer(load_potential(arguments.potential, dtype=arguments.dtype), seed=arguments.seed)
+    trainer = Trainer(load_potential(arguments.potential, dtype=arguments.dtype), lr=arguments.lr, seed=arguments.seed)
     trainer.fit(splits["train"], splits["valid"], epochs=arguments.epochs)
     found["bptt_seconds"] = time.monotonic() - clock
     found["bptt"] = measure(trainer.potential, test)
@@ -154,7 +154,8 @@ def main() -> None:
     add = parser.add_argument
     add("--potential", default="mace-si")
     add("--dtype", choices=("float32", "float64"))
-    add("--epochs", type=int, default=10)
+    add("--epochs", type=int, default=16)
+    add("--lr", type=float, default=2e-3, help="learning rate of the fine-tuning")
     add("--force-lr", type=float, default=1e-3, help="learning rate of force matching")
     add("--seed", type=int, default=0)
     add("--threads", type=int, default=2)
