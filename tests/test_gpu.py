@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from conftest import argon, cluster, lennard_jones, needs_mace, silicon
 
 from ase_bptt import Structures, TorchCalculator, load_potential, relax
-from conftest import argon, cluster, lennard_jones, needs_mace, silicon
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
