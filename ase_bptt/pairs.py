@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
@@ -111,8 +112,11 @@ def check_pair(initial: Atoms, relaxed: Atoms, name: str) -> None:
 def with_groups(pairs: Sequence[RelaxationPair]) -> list[RelaxationPair]:
     """Give every pair without a group one: same composition and same final structure, by `same_structure`."""
     together = classes(len(pairs), lambda a, b: same_structure(pairs[a].relaxed, pairs[b].relaxed))
+    names: dict[int, str] = {}
+    for pair, first in zip(pairs, together, strict=True):
+        names[first] = names.get(first) or pair.group
     return [
-        RelaxationPair(p.initial, p.relaxed, p.id, p.group or pairs[first].id)
+        dataclasses.replace(p, group=p.group or names[first] or pairs[first].id)
         for p, first in zip(pairs, together, strict=True)
     ]
 
