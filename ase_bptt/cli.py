@@ -16,7 +16,7 @@ import torch
 
 from . import __version__, report
 from .adjoints import ADJOINTS
-from .datasets import si_defects
+from .datasets import DEMO_FOLD, FOLDS, si_defects
 from .evaluation import BASIN_RULE
 from .finetune import Outcome, finetune
 from .loading import load_potential
@@ -64,6 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     demo = commands.add_parser("demo", help="fine-tune the embedded potential on the embedded DFT relaxations")
     demo.set_defaults(run=_demo)
+    demo.add_argument("--fold", type=int, choices=range(FOLDS), default=DEMO_FOLD,
+                      help="which fifth of the kinds is held out (default: %(default)s)")  # fmt: skip
     _add_training(demo, out="ase-bptt-demo", potential="mace-si", dtype="float32")
     train = commands.add_parser("train", help="fine-tune a potential on your relaxations")
     train.set_defaults(run=_train)
@@ -111,7 +113,7 @@ def _add_training(parser: argparse.ArgumentParser, *, out: str, potential: str, 
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    splits = {name: si_defects(name) for name in ("train", "valid", "test")}
+    splits = {name: si_defects(name, fold=arguments.fold) for name in ("train", "valid", "test")}
     _run(arguments, splits)
 
 
