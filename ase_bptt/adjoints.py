@@ -43,8 +43,7 @@ class FullTape(Adjoint):
 class Replay(Adjoint):
     """Keep the stepper's states only and run each frame again on the way back: exact, flat in memory.
 
-    A frame costs one more force call, and its tape never leaves the processor's caches for long;
-    see benchmarks/tape.py.
+    A frame costs one more force call; benchmarks/tape.py compares time and memory.
     """
 
     name = "replay"

@@ -17,9 +17,8 @@ from ase.calculators.calculator import (
 from ase.stress import full_3x3_to_voigt_6_stress
 from torch import nn
 
-from .loading import load_potential
+from .loading import as_potential
 from .neighbors import NeighborList
-from .potential import Potential
 from .structures import Structures
 
 BASIC = ["energy", "free_energy", "forces", "stress"]
@@ -64,12 +63,7 @@ class TorchCalculator(Calculator):
         trust: bool = False,
         **kwargs: Any,
     ):
-        as_it_is = isinstance(potential, Potential) and device is None and dtype is None
-        self.potential: Potential = (
-            potential  # type: ignore[assignment]
-            if as_it_is
-            else load_potential(potential, device=device, dtype=dtype, trust=trust)
-        )
+        self.potential = as_potential(potential, device=device, dtype=dtype, trust=trust)
         self.implemented_properties = [*BASIC, *self.potential.atomic_properties]
         self._neighbors = NeighborList(self.potential.cutoff, skin)
         self._weights: tuple[tuple[int, int], ...] = ()
@@ -102,6 +96,8 @@ class TorchCalculator(Calculator):
         periodic = atoms.cell.rank == 3
         if not periodic and {"stress", "stresses"} & set(properties):
             raise PropertyNotImplementedError("There is no stress without a three-dimensional cell.")
+        if not np.isfinite(atoms.positions).all():
+            raise CalculationFailed(f"A position of {atoms.symbols} is not a finite number.")
         structures = Structures.from_atoms(atoms, device=self.potential.device, dtype=self.potential.dtype)
         self.potential.check(structures)
         pairs = self._neighbors(structures)
@@ -109,7 +105,7 @@ class TorchCalculator(Calculator):
         found = self.potential.results(structures, pairs)
         arrays = {name: _numpy(value) for name, value in found.items()}
         energy = float(arrays["energy"][0])
-        if not np.isfinite(energy) and np.isfinite(atoms.positions).all():
+        if not np.isfinite(energy):
             raise CalculationFailed(
                 f"The potential gives the energy {energy} for {atoms.symbols}: are two atoms on one spot?"
             )

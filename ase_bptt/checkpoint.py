@@ -32,7 +32,7 @@ def read(out: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     out = Path(out)
     try:
         settings = json.loads((out / "settings.json").read_text())
-        state = torch.load(out / "checkpoint.pt", weights_only=True)
+        state = torch.load(out / "checkpoint.pt", weights_only=True, map_location="cpu")
     except UNREADABLE as error:
         raise ValueError(f"The folder {out} holds no run that can be resumed ({in_short(error)}).") from error
     for unfinished in out.rglob(".*.part"):

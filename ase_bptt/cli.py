@@ -96,8 +96,8 @@ def _add_training(parser: argparse.ArgumentParser, *, out: str, potential: str, 
     number("--steps", _positive, "frames of an unroll in training")
     number("--fmax", float, "eV/Å at which a relaxation stops in training")
     add("--stepper", choices=sorted(STEPPERS), default="gd", help="update rule in training (default: %(default)s)")
-    add("--step-size", type=float, default=0.05, help="of gd, in Å^2/eV (default: %(default)s)")
-    add("--momentum", type=float, default=MOMENTUM, help="of gd (default: %(default)s)")
+    add("--step-size", type=float, help="of gd, in Å^2/eV (default: 0.05)")
+    add("--momentum", type=float, help=f"of gd (default: {MOMENTUM})")
     add("--adjoint", choices=sorted(ADJOINTS), default="replay", help="default: %(default)s")
     number("--loss", str, f"one of {', '.join(LOSSES)}")
     number("--lr", float, "learning rate of AdamW at the start")
@@ -109,6 +109,7 @@ def _add_training(parser: argparse.ArgumentParser, *, out: str, potential: str, 
     add("--out", type=Path, default=Path(out), help="run folder (default: %(default)s)")
     add("--overwrite", action="store_true", help="replace the run folder if it is there")
     add("--resume", action="store_true", help="go on with the run in the run folder")
+    add("--dry-run", action="store_true", help="check everything, say what would be done, and write nothing")
     add("--json", action="store_true", help="print the result as JSON and nothing else on standard output")
 
 
@@ -127,28 +128,37 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _run(arguments: argparse.Namespace, splits: dict[str, list[RelaxationPair]]) -> None:
-    base = load_potential(arguments.potential, device=arguments.device, dtype=arguments.dtype, trust=arguments.trust)
-    if arguments.resume:
-        trainer, baseline = Trainer.resume(arguments.out, device=arguments.device), base
-    else:
-        gd = {"step_size": arguments.step_size, "momentum": arguments.momentum}
-        stepper = make_stepper(arguments.stepper, **(gd if arguments.stepper == "gd" else {}))
-        names = ("adjoint", "loss", *NUMBERS, "out")
-        trainer = Trainer(
-            base, stepper=stepper, **{name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
-        )
-        baseline = None
+    trainer = Trainer.resume(arguments.out, device=arguments.device) if arguments.resume else _new_trainer(arguments)
     # What cannot be trained on must not cost the last run.
     trainer.check(*splits.values(), epochs=arguments.epochs)
+    say = _silent if arguments.json else print
+    say(_introduction(trainer, arguments, splits))
+    if arguments.dry_run:
+        say("A dry run: nothing was trained, nothing was written.")
+        return
     if not arguments.resume:
         _prepare(arguments.out, arguments.overwrite)
-    say = _silent if arguments.json else print
-    say(_introduction(arguments, splits))
-    outcome = finetune(trainer, splits, arguments.out, epochs=arguments.epochs, baseline=baseline)
+    outcome = finetune(trainer, splits, arguments.out, epochs=arguments.epochs)
     if arguments.json:
         print(json.dumps(outcome.todict()))
     else:
         print(_conclusion(outcome))
+
+
+def _new_trainer(arguments: argparse.Namespace) -> Trainer:
+    potential = load_potential(
+        arguments.potential, device=arguments.device, dtype=arguments.dtype, trust=arguments.trust
+    )
+    given = {"step_size": arguments.step_size, "momentum": arguments.momentum}
+    given = {name: value for name, value in given.items() if value is not None}
+    if arguments.stepper == "gd":
+        stepper = make_stepper("gd", **{"momentum": MOMENTUM} | given)
+    elif given:
+        raise ValueError("--step-size and --momentum belong to --stepper gd.")
+    else:
+        stepper = make_stepper(arguments.stepper)
+    names = [name for name in ("adjoint", "loss", *NUMBERS, "out") if hasattr(arguments, name)]
+    return Trainer(potential, stepper=stepper, **{name: getattr(arguments, name) for name in names})
 
 
 def _prepare(out: Path, overwrite: bool) -> None:
@@ -161,10 +171,11 @@ def _prepare(out: Path, overwrite: bool) -> None:
     out.mkdir(parents=True, exist_ok=True)
 
 
-def _introduction(arguments: argparse.Namespace, splits: dict[str, list[RelaxationPair]]) -> str:
+def _introduction(trainer: Trainer, arguments: argparse.Namespace, splits: dict[str, list[RelaxationPair]]) -> str:
     sizes = ", ".join(f"{len(v)} {k} ({len({p.group for p in v})} kinds)" for k, v in splits.items())
     return (
-        f"{arguments.potential}, fine-tuned through {arguments.steps} frames of {arguments.stepper}\n"
+        f"{trainer.potential.family if arguments.resume else arguments.potential}, fine-tuned through "
+        f"{trainer.steps} frames of {trainer.stepper.name}\n"
         f"relaxations: {sizes}; kinds are never split\n"
         f"run folder: {arguments.out}"
     )

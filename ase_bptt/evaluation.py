@@ -7,8 +7,10 @@ from dataclasses import asdict, dataclass
 from statistics import fmean, median
 from typing import Any
 
+import numpy as np
 import torch
 from ase import Atoms
+from ase.calculators.calculator import CalculationFailed
 from ase.optimize import BFGS
 
 from .calculator import TorchCalculator
@@ -46,6 +48,11 @@ class Evaluation:
     """Rows of `evaluate`, and their summary."""
 
     rows: tuple[Row, ...]
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[dict[str, Any]]) -> Evaluation:
+        """From the rows that `todict` gives."""
+        return cls(tuple(Row(**row) for row in rows))
 
     @property
     def mean(self) -> float:
@@ -138,5 +145,8 @@ def _by_bfgs(potential: Potential, start: Atoms, fmax: float, steps: int) -> End
     atoms = start.copy()
     atoms.calc = TorchCalculator(potential)
     with BFGS(atoms, logfile=None) as optimizer:
-        done = optimizer.run(fmax=fmax, steps=steps)
-        return atoms, Status.CONVERGED if done else Status.OUT_OF_STEPS, optimizer.nsteps
+        try:
+            status = Status.CONVERGED if optimizer.run(fmax=fmax, steps=steps) else Status.OUT_OF_STEPS
+        except (CalculationFailed, np.linalg.LinAlgError):
+            status = Status.DIVERGED
+        return atoms, status, optimizer.nsteps

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,8 +35,8 @@ class Outcome:
     seconds: float
 
     def todict(self) -> dict[str, Any]:
-        """The summary that --json prints."""
-        return {
+        """The summary that --json prints; a number that is not finite is null."""
+        found = {
             "test": _summary(self.before, self.after) | {"mean_unrelaxed": sum(self.start) / len(self.start)},
             "test_bfgs": _summary(self.before_bfgs, self.after_bfgs),
             "checkpoint": str(self.out / "potential"),
@@ -43,6 +44,7 @@ class Outcome:
             "epochs": len(self.history),
             "seconds": round(self.seconds, 1),
         }
+        return without_nan(found)
 
 
 def finetune(
@@ -51,7 +53,6 @@ def finetune(
     out: Path,
     *,
     epochs: int,
-    baseline: Potential | None = None,
 ) -> Outcome:
     """Train on "train", choose on "valid", measure on "test"; write the run folder.
 
@@ -62,14 +63,14 @@ def finetune(
     splits : dict of "train", "valid" and "test" to pairs
     out : Path
     epochs : int
-    baseline : Potential, optional
-        What "before" means for a resumed trainer; else its potential as it is now.
+
+    What the untuned potential gives is measured first and kept in before.json, for a run that is
+    stopped and resumed.
     """
     began = time.monotonic()
     train, valid, test = (splits[name] for name in ("train", "valid", "test"))
     trainer.check(train, valid, test, epochs=epochs)
-    untuned = baseline or trainer.potential
-    before, before_bfgs = _measure(untuned, test)
+    before, before_bfgs = _before(trainer, test, out / "before.json")
     trainer.fit(train, valid, epochs=epochs)
     trainer.save(out / "potential")
     after, after_bfgs = _measure(trainer.potential, test)
@@ -77,6 +78,29 @@ def finetune(
     outcome = Outcome(out, before, after, before_bfgs, after_bfgs, unrelaxed(test), trainer.history, seconds)
     _write(outcome)
     return outcome
+
+
+def _before(trainer: Trainer, test: Sequence[RelaxationPair], file: Path) -> tuple[Evaluation, Evaluation]:
+    if trainer.epoch > 0:
+        if not file.is_file():
+            raise ValueError(f"There is no {file} to compare with: only a run that ase-bptt began can be resumed so.")
+        one, other = json.loads(file.read_text())
+        return Evaluation.from_rows(one), Evaluation.from_rows(other)
+    found = _measure(trainer.potential, test)
+    out = file.parent
+    out.mkdir(parents=True, exist_ok=True)
+    with replacing(file) as path:
+        path.write_text(json.dumps([evaluation.todict()["rows"] for evaluation in found], indent=1) + "\n")
+    return found
+
+
+def without_nan(value: Any) -> Any:
+    """The same with None for every number that is not finite: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {k: without_nan(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [without_nan(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _measure(potential: Potential, test: Sequence[RelaxationPair]) -> tuple[Evaluation, Evaluation]:
@@ -100,7 +124,8 @@ def _write(outcome: Outcome) -> None:
     out = outcome.out
     with replacing(out / "results.json") as path:
         rows = {"rows_before": outcome.before.todict()["rows"], "rows_after": outcome.after.todict()["rows"]}
-        path.write_text(json.dumps(outcome.todict() | rows | {"rule": BASIN_RULE}, indent=1) + "\n")
+        found = outcome.todict() | without_nan(rows) | {"rule": BASIN_RULE}
+        path.write_text(json.dumps(found, indent=1) + "\n")
     with replacing(out / "table.csv") as path, path.open("w", newline="") as file:
         writer = csv.writer(file)
         names = [f"{c}_{when}" for when in ("before", "after") for c in COLUMNS]

@@ -32,6 +32,7 @@ UNREADABLE = (
     ValueError,
     pickle.UnpicklingError,
 )
+GROUP = "ase_bptt.potentials"
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
 
@@ -65,6 +66,17 @@ def load_potential(
     ImportError
         Where the family's package is missing, with the extra that brings it.
     """
+    return as_potential(spec, device=device, dtype=dtype, trust=trust).requires_grad_()
+
+
+def as_potential(
+    spec: str | Path | nn.Module,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    trust: bool = False,
+) -> Potential:
+    """`load_potential`, but a module that is given keeps its ``requires_grad`` flags."""
     if isinstance(dtype, str):
         if dtype not in DTYPES:
             raise ValueError(f"There is no dtype {dtype!r}; there are {', '.join(DTYPES)}.")
@@ -73,8 +85,8 @@ def load_potential(
         module = copy.deepcopy(spec) if _differs(spec, device, dtype) else spec
         potential = module if isinstance(module, Potential) else _from_native(module, "this module")
     else:
-        potential = _from_spec(str(spec), trust)
-    return potential.to(device=device, dtype=dtype).requires_grad_()
+        potential = _from_spec(str(spec), trust).requires_grad_()
+    return potential.to(device=device, dtype=dtype)
 
 
 def save_potential(potential: Potential, folder: str | Path) -> None:
@@ -110,23 +122,30 @@ def save_potential(potential: Potential, folder: str | Path) -> None:
             potential.save_native(path)
 
 
-def families() -> dict[str, type[Potential]]:
-    """The registered families by name."""
-    return {entry.name: entry.load() for entry in entry_points(group="ase_bptt.potentials")}
+def families() -> tuple[str, ...]:
+    """Names of the registered families."""
+    return tuple(sorted(entry_points(group=GROUP).names))
+
+
+def family(name: str) -> type[Potential]:
+    """The adapter of a family. Only its own module is imported."""
+    (entry, *_) = entry_points(group=GROUP, name=name)
+    return entry.load()
 
 
 def _from_spec(spec: str, trust: bool) -> Potential:
     if spec in EMBEDDED:
         return _from_folder(EMBEDDED[spec])
+    name, _, variant = spec.partition(":")
+    known = families()
+    # Names go first: a clone of chgnet in the working directory must not hide the family (./chgnet is the folder).
+    if name in known:
+        return family(name).from_name(variant or None)
     path = Path(spec).expanduser()
     if path.is_dir():
         return _from_folder(path)
     if path.is_file():
         return _from_pickle(path, trust)
-    name, _, variant = spec.partition(":")
-    known = families()
-    if name in known:
-        return known[name].from_name(variant or None)
     raise ValueError(
         f"There is no potential {spec!r}: it is no file or folder here, and the names are "
         f"{', '.join([*EMBEDDED, *known])} (a family takes a variant: chgnet:r2scan)."
@@ -141,11 +160,10 @@ def _from_folder(folder: Path) -> Potential:
         description = json.loads((folder / "model.json").read_text())
         if (description["format"], description["version"]) != (FORMAT, VERSION):
             raise ValueError(f"this release reads {FORMAT!r} of version {VERSION} only")
-        known = families()
-        if description["family"] not in known:
-            raise ValueError(f"its family {description['family']!r} is none of {', '.join(known)}")
+        if description["family"] not in families():
+            raise ValueError(f"its family {description['family']!r} is none of {', '.join(families())}")
         weights = torch.load(folder / "weights.pt", weights_only=True, map_location="cpu")
-        potential = _rebuild(known[description["family"]], description["config"], DTYPES[description["dtype"]])
+        potential = _rebuild(family(description["family"]), description["config"], DTYPES[description["dtype"]])
         missing, unexpected = potential.load_state_dict(weights, strict=False)
     except UNREADABLE as error:
         raise ValueError(f"The folder {folder} holds no potential that can be read ({in_short(error)}).") from error
@@ -167,25 +185,29 @@ def _from_pickle(path: Path, trust: bool) -> Potential:
     try:
         with quiet():
             native = torch.load(path, weights_only=False, map_location="cpu")
+    except ImportError as error:
+        raise ImportError(
+            f"{path} needs a package that is not here ({error}): install its family, "
+            'for MACE by pip install "ase_bptt[mace]", for CHGNet by pip install "ase_bptt[chgnet]".'
+        ) from error
     except UNREADABLE as error:
         raise ValueError(f"{path} cannot be unpickled ({in_short(error)}).") from error
     return _from_native(native, str(path))
 
 
 def _from_native(native: Any, name: str) -> Potential:
-    known = families()
-    for family in known.values():
-        if family.owns(native):
-            return family.from_native(native)
+    for candidate in map(family, families()):
+        if candidate.owns(native):
+            return candidate.from_native(native)
     raise ValueError(
         f"No family of potentials knows what to do with {name} (a {type(native).__module__}."
-        f"{type(native).__name__}); the families are {', '.join(known)}."
+        f"{type(native).__name__}); the families are {', '.join(families())}."
     )
 
 
-def _rebuild(family: type[Potential], config: dict[str, Any], dtype: torch.dtype) -> Potential:
+def _rebuild(adapter: type[Potential], config: dict[str, Any], dtype: torch.dtype) -> Potential:
     with _default_dtype(dtype), torch.random.fork_rng():
-        return family.from_config(config).to(dtype)
+        return adapter.from_config(config).to(dtype)
 
 
 @contextmanager

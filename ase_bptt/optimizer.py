@@ -64,7 +64,7 @@ class BPTTOptimizer(Optimizer):
         if maxstep is not None:
             numbers["maxstep"] = maxstep
         self.stepper = make_stepper(stepper, **numbers)
-        self.maxstep = self.stepper.maxstep
+        self.maxstep = getattr(self.stepper, "maxstep", None)
         self.adjoint = make_adjoint(adjoint) or Replay()
         if isinstance(self.adjoint, FullTape):
             raise TypeError("An ASE run leaves no tape behind: take adjoint='replay', or ase_bptt.relax.")
@@ -102,8 +102,7 @@ class BPTTOptimizer(Optimizer):
         x = optimizable.get_x()
         gradient = optimizable.get_gradient()
         if not np.isfinite(gradient).all():
-            log.warning("The run stops at step %d. %s", self.nsteps, Status.DIVERGED.sentence)
-            self.max_steps = self.nsteps
+            self._stop()
             return
         positions, force = _rows(x), -_rows(gradient)
         if self._state is None:
@@ -113,6 +112,9 @@ class BPTTOptimizer(Optimizer):
             self._keep(positions)
         with torch.no_grad():
             moved, self._state = self.stepper.step(positions, force, self._state, batch)
+        if not bool(torch.isfinite(moved).all()):
+            self._stop()
+            return
         self._expected = moved.reshape(-1).numpy()
         optimizable.set_x(self._expected.copy())
         # A cell filter measures its strain from here; without it a restart takes another path.
@@ -125,6 +127,11 @@ class BPTTOptimizer(Optimizer):
                 "orig_cell": None if orig_cell is None else np.asarray(orig_cell).tolist(),
             }
         )
+
+    def _stop(self) -> None:
+        """End the run after this step, and say why."""
+        log.warning("The run stops at step %d. %s", self.nsteps, Status.DIVERGED.sentence)
+        self.max_steps = self.nsteps
 
     def todict(self) -> dict[str, Any]:
         """ASE's description of the run, with the stepper's name and numbers."""

@@ -16,6 +16,8 @@ from ase.io import read
 log = logging.getLogger(__name__)
 
 SUFFIXES = (".extxyz", ".xyz", ".traj", "vasprun.xml", "vasprun.xml.gz", "OUTCAR", ".pwo", ".espresso")
+VASP = ("vasprun.xml", "vasprun.xml.gz", "OUTCAR")
+"""Files of one VASP run, the preferred first."""
 RESIDUAL = 0.05
 """eV/Å: references whose last forces exceed this are named in a warning."""
 
@@ -162,7 +164,17 @@ def _relaxations(path: Path) -> list[tuple[str, Load]]:
     files = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES))
     if not files:
         raise FileNotFoundError(f"The folder {path} holds no relaxation: no file that ends with {', '.join(SUFFIXES)}.")
-    return [(str(file), lambda file=file: _ends(file)) for file in files]  # type: ignore[misc]
+    chosen = [file for file in files if not _doubled(file)]
+    return [(str(file), lambda file=file: _ends(file)) for file in chosen]  # type: ignore[misc]
+
+
+def _doubled(file: Path) -> bool:
+    """Whether a VASP run's other file, which is preferred, tells the same relaxation."""
+    better = VASP[: VASP.index(file.name)] if file.name in VASP else ()
+    twin = next((name for name in better if (file.parent / name).is_file()), None)
+    if twin is not None:
+        log.info("%s: left out, for %s beside it is the same run.", file, twin)
+    return twin is not None
 
 
 def _ends(path: Path) -> tuple[Atoms, Atoms]:
@@ -219,7 +231,8 @@ def split_by_group(
     if len(groups) < 3:
         raise InvalidPair(
             f"The {len(pairs)} pairs form {len(groups)} group(s) by composition and final structure; "
-            "training, validation and test need one each: give more kinds of structures."
+            "training, validation and test need one each: give more kinds of structures, or name the groups "
+            "yourself (--group KEY in the shell, with_groups in Python)."
         )
     order = [groups[k] for k in np.random.default_rng(seed).permutation(len(groups))]
     n_valid, n_test = (max(1, round(f * len(groups))) for f in fractions)

@@ -137,7 +137,9 @@ class Potential(nn.Module):
         return next(self._floats()).dtype
 
     def _floats(self) -> Iterator[Tensor]:
-        return (t for t in (*self.parameters(), *self.buffers()) if t.is_floating_point())
+        """Floating-point tensors of the module; a stand-in last, for a potential without any."""
+        stand_in = torch.empty(0, dtype=torch.float64)
+        return (t for t in (*self.parameters(), *self.buffers(), stand_in) if t.is_floating_point())
 
     # To be found by name, and to be saved. --------------------------------------------------
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .adjoints import Adjoint, Replay, make_adjoint
 from .frames import IteratedMap, Record
-from .loading import load_potential
+from .loading import as_potential
 from .potential import Potential
 from .result import Relaxation, Status, largest_force
 from .steppers import Stepper, make_stepper
@@ -63,7 +63,7 @@ def relax(
     """
     if cell != "fixed":
         raise NotImplementedError(f"Only cell='fixed' relaxes so far, got {cell!r}.")
-    potential = potential if isinstance(potential, Potential) else load_potential(potential)
+    potential = as_potential(potential)
     start, sources, single = _batch(structures, potential)
     _refuse_constraints(start)
     potential.check(start)
@@ -127,13 +127,15 @@ class _Run:
         """Which members stop before frame t, and why. The stop test is not differentiated."""
         with torch.no_grad():
             # One transfer to the host for the whole batch.
-            fmax, energy = torch.stack((largest_force(structures, forces), energies)).tolist()
+            # An atom at NaN has no neighbours and so no force: the positions are asked, too.
+            place = structures.sum(structures.positions).sum(1)
+            fmax, energy, place = torch.stack((largest_force(structures, forces), energies, place)).tolist()
         if t == 0:
             self.first_energies = energy
         stopping = {}
         for k, whole in enumerate(moving):
             rise = energy[k] - self.first_energies[whole]
-            if not (math.isfinite(fmax[k]) and math.isfinite(energy[k])):
+            if not all(map(math.isfinite, (fmax[k], energy[k], place[k]))):
                 stopping[k] = Status.DIVERGED
             elif fmax[k] < self.fmax:
                 stopping[k] = Status.CONVERGED
@@ -176,7 +178,7 @@ def _batch(
     structures: Structures | Atoms | Sequence[Atoms], potential: Potential
 ) -> tuple[Structures, tuple[Atoms, ...] | None, bool]:
     if isinstance(structures, Structures):
-        return structures, None, False
+        return structures.to(potential.device, potential.dtype), None, False
     single = isinstance(structures, Atoms)
     sources = (structures,) if isinstance(structures, Atoms) else tuple(structures)
     batch = Structures.from_atoms(sources, device=potential.device, dtype=potential.dtype)

@@ -87,7 +87,7 @@ def plot_learning_curve(history: Sequence[dict[str, float]], path: Path) -> None
         ("valid_delta_q", "validation: mean Delta-Q, relaxed", BLUE),
     ):
         axes.plot(epochs, [row[name] for row in history], "o-", color=colour, label=label, markersize=4)
-    axes.set(xlabel="epoch", ylabel="amu$^{1/2}$ Å", ylim=(0, None))
+    axes.set(xlabel="epoch", ylabel="Delta-Q in amu$^{1/2}$ Å; loss in its own unit", ylim=(0, None))
     axes.legend(frameon=False, fontsize=8)
     _save(figure, path)
 

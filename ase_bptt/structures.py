@@ -99,6 +99,13 @@ class Structures:
         """Cell volumes in Å^3, shape (n,); zero where the cell is not three-dimensional."""
         return torch.linalg.det(self.cells).abs()
 
+    def to(self, device: torch.device, dtype: torch.dtype) -> Structures:
+        """The same batch elsewhere or in another precision, attached to this one's positions and cells."""
+        floats = {name: getattr(self, name).to(device, dtype) for name in ("positions", "cells", "masses")}
+        if all(value is getattr(self, name) for name, value in floats.items()):
+            return self
+        return self.replace(**floats, numbers=self.numbers.to(device), pbc=self.pbc.to(device))
+
     def replace(self, **changes: Tensor) -> Structures:
         """The same batch with some tensors replaced; shares the others."""
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]

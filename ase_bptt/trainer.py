@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -17,8 +19,8 @@ from torch import Tensor, nn
 from . import checkpoint
 from .adjoints import Adjoint, Replay, make_adjoint
 from .evaluation import Evaluation, evaluate
-from .loading import load_potential, save_potential
-from .losses import LOSSES, delta_q, named_loss
+from .loading import as_potential, load_potential, save_potential
+from .losses import LOSSES, SCALE, delta_q, named_loss
 from .pairs import RelaxationPair, fingerprint
 from .potential import Potential
 from .progress import Progress
@@ -30,6 +32,8 @@ from .structures import Structures
 
 log = logging.getLogger(__name__)
 
+VALIDATED_TOGETHER = 16
+"""Validation structures in one batch."""
 MOMENTUM = 0.7
 """Of the default gradient descent: 10 frames go nearly as far as 30 without."""
 NUMBERS = ("lr", "steps", "fmax", "batch_size", "clip", "patience", "along", "rattle", "seed")
@@ -43,7 +47,7 @@ class Trainer:
     Parameters
     ----------
     potential : Potential, module or spec
-        As for `load_potential`; trained in place.
+        As for `load_potential`; a module that is given is trained in place, its frozen weights stay.
     stepper : Stepper or str
         The map to unroll: the paper's gradient descent by default, with momentum.
     adjoint : Adjoint or str
@@ -63,7 +67,8 @@ class Trainer:
     clip : float
         Largest norm of the gradient.
     patience : int or None
-        Stop after so many epochs without a better validation (by the loss); None never stops early.
+        Stop after so many epochs without a better validation score (the mean `log_delta_q` of the validation
+        structures, relaxed by FIRE); None never stops early.
     along : float
         Share of the training starts that are drawn on the way from the initial to the reference
         structure, anew in each epoch; the others are the initial structures. They teach the basin
@@ -75,7 +80,8 @@ class Trainer:
     out : path, optional
         Run folder: settings.json, metrics.csv, checkpoint.pt, potential/ (the best so far).
     progress : bool or None
-        A bar on a terminal, else a line each epoch; None asks whether standard error is a terminal.
+        A bar on a terminal, else a line each epoch through logging (level INFO, logger "ase_bptt"); None
+        asks whether standard error is a terminal.
     """
 
     def __init__(
@@ -98,7 +104,7 @@ class Trainer:
         out: str | Path | None = None,
         progress: bool | None = None,
     ):
-        self.potential = potential if isinstance(potential, Potential) else load_potential(potential)
+        self.potential = as_potential(potential)
         self.stepper = make_stepper(stepper) if stepper is not None else GradientDescent(momentum=MOMENTUM)
         self.adjoint = make_adjoint(adjoint) or Replay()
         self.loss: Loss = named_loss(loss) if isinstance(loss, str) else loss
@@ -142,7 +148,7 @@ class Trainer:
         self.check(train, valid, epochs=epochs)
         self._epochs, self._data = epochs, fingerprint([*train, *valid])
         if self.epoch == 0:
-            self._consider(self._validate(valid)["valid_loss"], valid)
+            self._consider(self._validate(valid)["valid_score"], valid)
             self._save_checkpoint()
         with Progress(epochs, len(train), done=self.epoch, bar=self.progress) as progress:
             while self.epoch < epochs and not self._out_of_patience():
@@ -152,7 +158,7 @@ class Trainer:
                 found = self._validate(valid)
                 row |= {"epoch": self.epoch, **found, "seconds": time.monotonic() - began}
                 self.history.append(row)
-                self._consider(found["valid_loss"], valid)
+                self._consider(found["valid_score"], valid)
                 self._save_checkpoint()
                 progress.epoch(row)
         if self.best:
@@ -226,14 +232,18 @@ class Trainer:
         return evaluate(self.potential, pairs, **settings)
 
     def _validate(self, valid: Sequence[RelaxationPair]) -> dict[str, float]:
-        """Mean loss and mean Delta-Q (amu^1/2 Å) of the validation structures, fully relaxed."""
+        """Of the validation structures, fully relaxed: mean `log_delta_q` (the score), mean Delta-Q (amu^1/2 Å)."""
         if not valid:
-            return {"valid_loss": float("nan"), "valid_delta_q": float("nan")}
-        with torch.no_grad():
-            run = relax(self.potential, [p.initial for p in valid], stepper="fire", fmax=0.02, steps=200)
-            references = self._batch([p.relaxed for p in valid])
-            losses, distances = self.loss(run, references), delta_q(run, references)
-        return {"valid_loss": losses.mean().item(), "valid_delta_q": distances.mean().item()}
+            return {"valid_score": float("nan"), "valid_delta_q": float("nan")}
+        distances: list[float] = []
+        for first in range(0, len(valid), VALIDATED_TOGETHER):
+            pairs = valid[first : first + VALIDATED_TOGETHER]
+            with torch.no_grad():
+                run = relax(self.potential, [p.initial for p in pairs], stepper="fire", fmax=0.02, steps=200)
+                distances += delta_q(run, self._batch([p.relaxed for p in pairs])).tolist()
+        # One structure in a far basin must not decide for all: judged by the logarithm, as log_delta_q.
+        score = fmean(math.log1p(d / SCALE) for d in distances)
+        return {"valid_score": score, "valid_delta_q": fmean(distances)}
 
     def _consider(self, found: float, valid: Sequence[RelaxationPair]) -> None:
         """Keep this state if it is the best yet, or the last and there is nothing to judge by."""
@@ -259,6 +269,8 @@ class Trainer:
         """Raise what `fit` would raise for these pairs, before any work is lost."""
         if not train:
             raise ValueError("There are no pairs to train on.")
+        if self.out is not None:
+            self.potential.config()  # raises where it could not be saved
         for (one, a), (other, b) in combinations({"training": train, "validation": valid, "test": test}.items(), 2):
             shared = sorted({p.group for p in a} & {p.group for p in b} - {""})
             if shared:
@@ -324,12 +336,14 @@ class Trainer:
         *,
         optimizer: OptimizerFactory | None = None,
         loss: Loss | None = None,
+        stepper: Stepper | None = None,
+        adjoint: Adjoint | None = None,
         device: torch.device | str | None = None,
         progress: bool | None = None,
     ) -> Trainer:
         """Go on after the last complete epoch of a run folder.
 
-        An optimizer or loss that was given as an object must be given again.
+        An optimizer, loss, stepper or adjoint of your own must be given again.
         """
         settings, state = checkpoint.read(out)
         if loss is None and settings["loss"] not in LOSSES:
@@ -343,8 +357,8 @@ class Trainer:
         learnt = {k: nn.Parameter(v) for k, v in state["stepper"].items()}
         trainer = cls(
             potential,
-            stepper=make_stepper(settings["stepper"]["name"], **numbers | learnt),
-            adjoint=settings["adjoint"],
+            stepper=stepper or make_stepper(settings["stepper"]["name"], **numbers | learnt),
+            adjoint=adjoint or settings["adjoint"],
             loss=loss or settings["loss"],
             optimizer=optimizer,
             **{name: settings[name] for name in NUMBERS},

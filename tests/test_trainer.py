@@ -195,7 +195,7 @@ class Scripted(Trainer):
     def _validate(self, valid):
         self.sigmas.append(self.potential.sigma.item())
         found = next(self.script)
-        return {"valid_loss": found, "valid_delta_q": 7.0}
+        return {"valid_score": found, "valid_delta_q": 7.0}
 
 
 class TestChoosing:
@@ -512,7 +512,7 @@ class TestFiles:
     def test_metrics_have_a_row_for_each_epoch(self, run):
         rows = list(csv.DictReader((run.out / "metrics.csv").read_text().splitlines()))
         assert list(rows[0]) == [
-            "epoch", "train_loss", "gradient_norm", "skipped", "lr", "valid_loss", "valid_delta_q", "seconds"
+            "epoch", "train_loss", "gradient_norm", "skipped", "lr", "valid_score", "valid_delta_q", "seconds"
         ]  # fmt: skip
         assert [{k: float(v) for k, v in row.items()} for row in rows] == run.history
         assert [row["epoch"] for row in run.history] == [1, 2]
