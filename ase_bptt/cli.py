@@ -131,13 +131,13 @@ def _run(arguments: argparse.Namespace, splits: dict[str, list[RelaxationPair]])
     trainer = Trainer.resume(arguments.out, device=arguments.device) if arguments.resume else _new_trainer(arguments)
     # What cannot be trained on must not cost the last run.
     trainer.check(*splits.values(), epochs=arguments.epochs)
+    if not arguments.resume and not arguments.dry_run:
+        _prepare(arguments.out, arguments.overwrite)
     say = _silent if arguments.json else print
     say(_introduction(trainer, arguments, splits))
     if arguments.dry_run:
         say("A dry run: nothing was trained, nothing was written.")
         return
-    if not arguments.resume:
-        _prepare(arguments.out, arguments.overwrite)
     outcome = finetune(trainer, splits, arguments.out, epochs=arguments.epochs)
     if arguments.json:
         print(json.dumps(outcome.todict()))

@@ -5,10 +5,10 @@
 
 For each fold of the embedded silicon defects: fine-tuning through the relaxation with the Trainer's
 defaults, and, as a rival that uses more data, force matching on every DFT frame of the same training
-relaxations (validated every second of its eight epochs on the same structures by the same score, the
-best kept). Both start from the same potential. Measured on the held-out kinds: Delta-Q by FIRE and by BFGS to fmax 0.02 eV/Å, and the force error on
-the DFT frames. Every fold is written when it is done; a second call goes on with the missing ones and
-prints the table. Intervals are 95 %, by bootstrap over kinds.
+relaxations (validated every second of its eight epochs by the same score, the best kept). Both start
+from the same potential. Measured on the held-out kinds: Delta-Q by FIRE and by BFGS to fmax 0.02 eV/Å,
+and the force error on the DFT frames. Every fold is written when it is done; a second call goes on with
+the missing ones and prints the table. Intervals are 95 %, by bootstrap over kinds.
 """
 
 from __future__ import annotations

@@ -346,3 +346,18 @@ def test_one_calculator_serves_many_structures():
         atoms, alone = make(), with_calculator(make())
         atoms.calc = calc
         assert atoms.get_potential_energy() == alone.get_potential_energy()
+
+
+def test_a_position_that_is_not_a_number_is_refused():
+    atoms = argon()
+    atoms.positions[0, 0] = np.nan
+    atoms.calc = TorchCalculator(lennard_jones())
+    with pytest.raises(CalculationFailed, match="not a finite number"):
+        atoms.get_potential_energy()
+
+
+def test_flags_of_a_given_potential_stay_even_where_it_is_cast():
+    potential = lennard_jones().requires_grad_(False)
+    calc = TorchCalculator(potential, dtype="float32")
+    assert calc.potential is not potential
+    assert not any(p.requires_grad for p in (*potential.parameters(), *calc.potential.parameters()))

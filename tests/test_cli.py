@@ -9,6 +9,7 @@ import re
 import socket
 import subprocess
 import sys
+import warnings
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from unittest import mock
@@ -22,7 +23,7 @@ from conftest import cluster, needs_mace, rattled
 from matplotlib.image import imread
 
 import ase_bptt
-from ase_bptt import load_potential, relax, save_potential
+from ase_bptt import TorchCalculator, load_potential, relax, save_potential
 from ase_bptt.cli import main
 from ase_bptt.datasets import si_defects
 from ase_bptt.evaluation import evaluate
@@ -31,7 +32,7 @@ from ase_bptt.potentials.lennard_jones import LennardJones
 KEYS = {"n", "kinds", "mean_before", "mean_after", "median_before", "median_after", "basins_before", "basins_after"}
 FILES = {
     "settings.json", "metrics.csv", "checkpoint.pt", "potential", "results.json", "table.csv",
-    "before_after.png", "learning_curve.png",
+    "before_after.png", "learning_curve.png", "before.json",
 }  # fmt: skip
 QUICK = ["--epochs", "1", "--steps", "2"]
 KINDS = ["Ne", "Ar", "Kr", "Xe"]
@@ -119,7 +120,7 @@ def demo(tmp_path_factory):
         raise AssertionError("the demo went to the network")
 
     with (
-        mock.patch("ase_bptt.cli.si_defects", lambda split: [every[k] for k in few[split]]),
+        mock.patch("ase_bptt.cli.si_defects", lambda split, fold: [every[k] for k in few[split]]),
         mock.patch("ase_bptt.finetune.evaluate", partial(evaluate, steps=20)),
         mock.patch.object(socket.socket, "connect", no_network),
         mock.patch.object(socket, "getaddrinfo", no_network),
@@ -154,6 +155,23 @@ class TestDemo:
         found = evaluate(load_potential(folder), [every["S_s_24"], every["Ge_s_21"]], steps=20)
         assert json.loads(out)["test"]["mean_after"] == pytest.approx(found.mean, abs=1e-4)
         assert load_potential(folder).dtype is torch.float32
+
+    def test_mace_reads_the_native_file_and_agrees(self, demo):
+        from ase_bptt.potentials import require
+
+        folder, _ = demo
+        calculators = require("mace.calculators", extra="mace")
+        atoms = next(p.initial for p in si_defects() if p.id == "V_01")
+        twin = atoms.copy()
+        # Both in float64, so that only the model can differ.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            native = str(folder / "potential" / "mace.model")
+            twin.calc = calculators.MACECalculator(native, device="cpu", default_dtype="float64")
+        atoms.calc = TorchCalculator(folder, dtype="float64")
+        assert atoms.get_potential_energy() == pytest.approx(twin.get_potential_energy(), abs=1e-6)
+        np.testing.assert_allclose(atoms.get_forces(), twin.get_forces(), atol=1e-6)
+        np.testing.assert_allclose(atoms.get_stress(), twin.get_stress(), atol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -389,3 +407,22 @@ def test_in_a_shell_json_is_all_of_standard_output_and_progress_goes_elsewhere(d
     assert json.loads(done.stdout)["test"]["n"] > 0
     assert "epoch   1/1" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+class TestDryRun:
+    def test_it_says_what_it_would_do_and_writes_nothing(self, data, tmp_path):
+        code, out, err = train(data, "--dry-run")
+        assert code == 0, err
+        assert "nothing was written" in out
+        assert not (tmp_path / "run").exists()
+
+    def test_it_refuses_what_a_run_would_refuse(self, data):
+        is_refused(train(data, "--dry-run", "--stepper", "fire", "--momentum", "0.5"), "--stepper gd")
+
+
+def test_a_resumed_run_compares_with_the_untuned_potential_it_began_with(data, tmp_path):
+    assert train(data, quick=["--epochs", "2", "--steps", "2"])[0] == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    code, out, err = run("train", data / "pairs", "--out", "run", "--epochs", "2", "--resume", "--json")
+    assert code == 0, err
+    assert json.loads(out)["test"]["mean_before"] == results["test"]["mean_before"]

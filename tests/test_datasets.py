@@ -12,7 +12,7 @@ import torch
 from conftest import needs_mace
 
 from ase_bptt import load_potential, loading
-from ase_bptt.datasets import FOLDER, FOLDS, si_defects
+from ase_bptt.datasets import DEMO_FOLD, FOLDER, FOLDS, si_defects
 from ase_bptt.pairs import RESIDUAL, same_structure
 from ase_bptt.potentials import require
 
@@ -80,8 +80,8 @@ def test_each_relaxation_is_tested_once_over_the_folds(everything, splits):
     assert sorted(tested) == sorted(ids(everything))
 
 
-def test_the_first_fold_is_the_split_without_further_words(splits):
-    assert ids(si_defects("test")) == ids(splits[0]["test"])
+def test_the_demos_fold_is_the_split_without_further_words(splits):
+    assert ids(si_defects("test")) == ids(splits[DEMO_FOLD]["test"])
 
 
 @pytest.mark.parametrize("split", ["validation", "", None])

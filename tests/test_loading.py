@@ -296,7 +296,7 @@ def test_the_package_imports_no_familys_package():
 
 
 def test_families_are_found_through_their_entry_points():
-    assert {"lj", "mace", "chgnet"} <= families().keys()
+    assert {"lj", "mace", "chgnet"} <= set(families())
     assert all(family.family == name for name, family in families().items())
 
 
@@ -367,3 +367,20 @@ def test_a_single_atom_and_a_cluster_survive_the_round_trip():
     save_potential(lennard_jones(), "saved")
     for atoms in (Atoms("Ar"), cluster()):
         assert results(load_potential("saved"), atoms)[0] == results(lennard_jones(), atoms)[0]
+
+
+def test_a_folder_of_the_same_name_does_not_hide_a_family(tmp_path):
+    (tmp_path / "lj").mkdir()
+    assert load_potential("lj").family == "lj"
+    with pytest.raises(ValueError, match="holds no potential"):
+        load_potential("./lj")
+
+
+def test_a_checkpoint_of_a_missing_package_names_the_extra(tmp_path, monkeypatch):
+    def missing(*_, **__):
+        raise ModuleNotFoundError("No module named 'mace'")
+
+    (tmp_path / "some.model").write_bytes(b"pickle")
+    monkeypatch.setattr(torch, "load", missing)
+    with pytest.raises(ImportError, match=r"ase_bptt\[mace\]"):
+        load_potential(tmp_path / "some.model", trust=True)

@@ -510,3 +510,16 @@ class TestRelaxation:
         exact.run(fmax=0.0, steps=10)
         for a, b in zip(*(gradients(o.relaxation, o.stepper) for o in (opt, exact)), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3, check_dtype=False)
+
+
+def test_steps_to_nowhere_end_the_run_with_a_sentence(caplog):
+    class Nowhere(GradientDescent):
+        def step(self, positions, forces, state, batch):
+            return positions * float("nan"), state
+
+    atoms = argon()
+    atoms.calc = TorchCalculator(lennard_jones())
+    optimizer = BPTTOptimizer(atoms, logfile=None, stepper=Nowhere())
+    assert not optimizer.run(fmax=1e-9, steps=5)
+    assert "The run stops" in caplog.text
+    assert np.isfinite(atoms.positions).all()

@@ -1,15 +1,17 @@
 """Reading and splitting pairs: what is taken, what is refused and how it is said."""
 
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
-from ase.io import write
-from conftest import cluster, methanol, rattled, silicon
+from ase.io import read, write
+from conftest import argon, cluster, methanol, rattled, silicon
 
 from ase_bptt import RelaxationPair, read_pairs
+from ase_bptt import pairs as pairs_module
 from ase_bptt.pairs import InvalidPair, classes, same_structure, split_by_group
 
 
@@ -326,3 +328,14 @@ class TestSplitting:
     def test_fewer_than_three_groups_are_refused(self, groups):
         with pytest.raises(InvalidPair, match=f"{len(groups)} pairs form {len(set(groups))} group.*give more kinds"):
             split_by_group(named(*groups))
+
+
+def test_two_files_of_one_vasp_run_are_one_relaxation(tmp_path, monkeypatch):
+    monkeypatch.setattr(pairs_module, "_read", lambda path: list(read(str(path), index=":", format="extxyz")))
+    frames = [argon(), argon(2)]
+    for folder, names in {"a": ("vasprun.xml", "OUTCAR"), "b": ("OUTCAR",)}.items():
+        (tmp_path / folder).mkdir()
+        for name in names:
+            write(tmp_path / folder / name, frames, format="extxyz")
+    found = read_pairs(tmp_path)
+    assert [Path(p.id).relative_to(tmp_path).as_posix() for p in found] == ["a/vasprun.xml", "b/OUTCAR"]

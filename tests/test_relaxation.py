@@ -300,3 +300,21 @@ def test_a_float32_potential_relaxes_in_float32():
     assert relaxation.positions.dtype is torch.float32
     relaxation.positions.sum().backward()
     assert relaxation.to_atoms().get_forces().dtype == np.float64
+
+
+def test_a_position_that_is_not_a_number_is_not_converged():
+    broken = argon()
+    broken.positions[0, 0] = float("nan")
+    run = relax(lennard_jones(), [broken, argon()], fmax=0.5, steps=3)
+    assert run.status[0] is Status.DIVERGED
+    assert run.status[1] is not Status.DIVERGED
+
+
+def test_structures_in_another_precision_are_computed_in_the_potentials():
+    start = Structures.from_atoms(argon())
+    start.positions.requires_grad_()
+    run = relax(lennard_jones().float(), start, steps=3)
+    assert run.positions.dtype is torch.float32
+    run.positions.square().sum().backward()
+    assert start.positions.grad.dtype is torch.float64
+    assert start.positions.grad.abs().max() > 0

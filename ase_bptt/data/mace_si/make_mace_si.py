@@ -11,6 +11,7 @@ The published model was made on one core of a busy machine (times for other mach
         SnV SbV V2 TeV InV Al_i Mg_i Ga_i S_i                      4,300 cells: 3.5 min
     train a.extxyz b.extxyz c.extxyz d.extxyz --out final --go-on first --rate 5e-3 --minutes 36
     check final ../si_defects                                      CHGNet 70 s, MACE 30 s
+    pack final .                                                   model.json and weights.pt, as they are here
 
 The published model held out every twentieth of the sorted walkers of a and b, not those whose seed is a multiple of 20.
 Training ends by the clock, so a faster machine makes more steps and a slightly different model.
@@ -347,6 +348,22 @@ def check(args):
     (args.folder / "report.json").write_text(json.dumps(report | {"delta_q": rows}, indent=1))
 
 
+def pack(args):
+    """Write the trained model as the package holds it: rebuilt in float64, the weights as they were trained."""
+    from ase_bptt.loading import load_potential, save_potential
+    from ase_bptt.potentials.mace import MACE
+
+    trained = load_potential(args.folder / "mace_si.model", trust=True)
+    torch.set_default_dtype(torch.float64)
+    packed = MACE.from_config(trained.config()).double()
+    with torch.no_grad():
+        for (name, value), (same, target) in zip(trained.named_parameters(), packed.named_parameters(), strict=True):
+            assert name == same
+            target.copy_(value)
+    save_potential(packed, args.out)
+    (args.out / "mace.model").unlink()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
@@ -371,6 +388,10 @@ def main():
     p.set_defaults(run=check)
     p.add_argument("folder", type=Path)
     p.add_argument("pairs", type=Path, metavar="PAIRS_DIR")
+    p = commands.add_parser("pack", help="write model.json and weights.pt of a trained model")
+    p.set_defaults(run=pack)
+    p.add_argument("folder", type=Path)
+    p.add_argument("out", type=Path, metavar="OUT")
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.run(args)
