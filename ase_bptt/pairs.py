@@ -232,7 +232,7 @@ def split_by_group(
         raise InvalidPair(
             f"The {len(pairs)} pairs form {len(groups)} group(s) by composition and final structure; "
             "training, validation and test need one each: give more kinds of structures, or name the groups "
-            "yourself (--group KEY in the shell, with_groups in Python)."
+            "yourself (--group KEY in the shell, RelaxationPair(group=...) in Python)."
         )
     order = [groups[k] for k in np.random.default_rng(seed).permutation(len(groups))]
     n_valid, n_test = (max(1, round(f * len(groups))) for f in fractions)
