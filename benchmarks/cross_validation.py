@@ -133,35 +133,57 @@ def table(folds: list[dict]) -> str:
         columns[name] = {row["id"]: row["delta_q"] for fold in folds for row in fold[name]["fire"]}
         columns[f"{name}, BFGS"] = merge(fold[name]["bfgs"] for fold in folds)
     lines.append(f"{len(kinds)} held-out structures of {len(set(kinds.values()))} kinds, {len(folds)} folds")
-    lines.append(f"{'':18} mean   median   against untuned [95 %]      right basins   force error")
+    lines.append(
+        f"{'':18} mean   median   change of the mean [95 %]   of the geometric mean   right basins   force error"
+    )
     for name, column in columns.items():
         values = np.array([column[k] for k in kinds])
         text = f"{name:16} {values.mean():6.3f}   {np.median(values):6.3f}"
         if name.startswith(("bptt", "forces")):
             reference = columns["untuned, BFGS" if "BFGS" in name else "untuned"]
-            ratio, low, high = bootstrap(column, reference, kinds)
-            text += f"   {100 * (ratio - 1):+5.1f} % [{100 * (low - 1):+.1f}, {100 * (high - 1):+.1f}]"
+            for geometric in (False, True):
+                ratio, low, high = bootstrap(column, reference, kinds, geometric)
+                text += f"   {100 * (ratio - 1):+5.1f} % [{100 * (low - 1):+.0f}, {100 * (high - 1):+.0f}]"
         if name in methods:
             basins = [row["right_basin"] for fold in folds for row in fold[name]["fire"]]
             error = np.mean([fold[name]["force_error"] for fold in folds])
-            text = f"{text:58} {sum(basins)} of {len(basins)}   {1000 * error:5.0f} meV/Å"
+            text = f"{text:76} {sum(basins)} of {len(basins)}   {1000 * error:5.0f} meV/Å"
         lines.append(text)
     for name in methods[1:]:
         lines.append(f"{name}: {np.mean([fold[f'{name}_seconds'] for fold in folds]):.0f} s of training a fold")
+    changes = by_kind(columns["bptt"], columns["untuned"], kinds)
+    lines.append("bptt, change of the summed Delta-Q by kind: " + ", ".join(f"{k} {v:+.1f}" for k, v in changes))
     return "\n".join(lines)
+
+
+def by_kind(after: dict, before: dict, kinds: dict, most: int = 5) -> list[tuple[str, float]]:
+    """The kinds that add most to the change of the mean, up and down."""
+    sums: dict[str, float] = {}
+    for name, kind in kinds.items():
+        sums[kind] = sums.get(kind, 0.0) + after[name] - before[name]
+    ordered = sorted(sums.items(), key=lambda item: item[1])
+    return ordered[:most] + ordered[-most:]
 
 
 def merge(dictionaries) -> dict:
     return {k: v for d in dictionaries for k, v in d.items()}
 
 
-def bootstrap(after: dict, before: dict, kinds: dict, repeats: int = 10_000) -> tuple[float, float, float]:
-    """Ratio of the means, and its 95 % interval when kinds are drawn with replacement."""
+def bootstrap(after: dict, before: dict, kinds: dict, geometric: bool) -> tuple[float, float, float]:
+    """Ratio of the (geometric) means, and its 95 % interval when kinds are drawn with replacement."""
     names = sorted(set(kinds.values()))
-    sums = np.array([[sum(c[k] for k in kinds if kinds[k] == n) for n in names] for c in (after, before)])
-    draws = np.random.default_rng(0).integers(0, len(names), (repeats, len(names)))
-    ratios = sums[0][draws].sum(1) / sums[1][draws].sum(1)
-    return float(sums[0].sum() / sums[1].sum()), *map(float, np.percentile(ratios, [2.5, 97.5]))
+    members = [[k for k in kinds if kinds[k] == n] for n in names]
+    counts = np.array([len(m) for m in members])
+    draws = np.random.default_rng(0).integers(0, len(names), (10_000, len(names)))
+    shape = np.log if geometric else np.asarray
+    sums = np.array([[sum(shape(c[k]) for k in m) for m in members] for c in (after, before)])
+
+    def ratio(rows: np.ndarray) -> np.ndarray:
+        means = sums[:, rows].sum(-1) / counts[rows].sum(-1)
+        return np.exp(means[0] - means[1]) if geometric else means[0] / means[1]
+
+    whole = np.arange(len(names))[None]
+    return float(ratio(whole)[0]), *map(float, np.percentile(ratio(draws), [2.5, 97.5]))
 
 
 def main() -> None:
