@@ -64,8 +64,8 @@ def plot_before_after(before: Evaluation, after: Evaluation, path: Path) -> None
             [x[k] for k in chosen], [y[k] for k in chosen], marker=marker, s=42,
             color=BLUE if right else ORANGE, label=label, zorder=3,
         )  # fmt: skip
-    for k in sorted(range(len(y)), key=lambda k: -y[k])[:4]:
-        axes.annotate(after.rows[k].id, (x[k], y[k]), (6, -10), textcoords="offset points", fontsize=7)
+    for k in sorted(range(len(y)), key=lambda k: -y[k])[:3]:
+        axes.annotate(after.rows[k].id, (x[k], y[k]), (-7, -3), textcoords="offset points", fontsize=7, ha="right")
     axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
     axes.set_xlabel("Delta-Q before fine-tuning (amu$^{1/2}$ Å)")
     axes.set_ylabel("Delta-Q after (amu$^{1/2}$ Å)")
