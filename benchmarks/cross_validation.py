@@ -48,19 +48,21 @@ def run_fold(fold: int, arguments: argparse.Namespace) -> dict:
     found["bptt_seconds"] = time.monotonic() - clock
     found["bptt"] = measure(trainer.potential, test)
 
-    if not arguments.without_forces:
-        clock = time.monotonic()
-        rival = load_potential(arguments.potential, dtype=arguments.dtype)
-        match_forces(rival, splits, arguments)
-        found["forces_seconds"] = time.monotonic() - clock
-        found["forces"] = measure(rival, test)
     found["seconds"] = time.monotonic() - began
     return found | {"settings": trainer.settings(), "fold": fold, "arguments": described(arguments)}
 
 
+def run_rival(fold: int, arguments: argparse.Namespace) -> dict:
+    splits = {name: si_defects(name, fold=fold) for name in ("train", "valid", "test")}
+    clock = time.monotonic()
+    rival = load_potential(arguments.potential, dtype=arguments.dtype)
+    match_forces(rival, splits, arguments)
+    return {"forces_seconds": time.monotonic() - clock, "forces": measure(rival, splits["test"])}
+
+
 def described(arguments: argparse.Namespace) -> dict:
     """What the figures depend on."""
-    return {k: v for k, v in vars(arguments).items() if k not in ("out", "folds", "threads")}
+    return {k: v for k, v in vars(arguments).items() if k not in ("out", "folds", "threads", "without_forces")}
 
 
 def measure(potential, test) -> dict:
@@ -205,10 +207,11 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     for fold in arguments.folds:
         file = arguments.out / f"fold_{fold}.json"
-        if not file.exists():
-            found = run_fold(fold, arguments)
-            with replacing(file) as path:
-                path.write_text(json.dumps(found, indent=1))
+        found = json.loads(file.read_text()) if file.exists() else run_fold(fold, arguments)
+        if not arguments.without_forces and "forces" not in found:
+            found |= run_rival(fold, arguments)
+        with replacing(file) as path:
+            path.write_text(json.dumps(found, indent=1))
     done = [json.loads(file.read_text()) for file in sorted(arguments.out.glob("fold_*.json"))]
     for fold in done:
         if fold["arguments"] != described(arguments):
