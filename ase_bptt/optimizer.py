@@ -162,7 +162,7 @@ class BPTTOptimizer(Optimizer):
         inputs = record.map.parameters()
         final = self.adjoint.attach(record, record.final) if inputs else record.final
         forces = torch.tensor(atoms.get_forces()).to(structures.positions)
-        if not np.isfinite(atoms.get_forces()).all():
+        if not bool(torch.isfinite(forces).all()):
             status = Status.DIVERGED
         elif self.optimizable.converged(self.optimizable.get_gradient(), self.fmax):
             status = Status.CONVERGED
@@ -189,7 +189,7 @@ class BPTTOptimizer(Optimizer):
                 f"{type(atoms).__name__} with {type(getattr(atoms, 'calc', None)).__name__}."
             )
         if atoms.constraints:
-            names = ", ".join(sorted({type(c).__name__ for c in atoms.constraints}))
+            names = ", ".join(Structures.from_atoms(atoms).constraint_names)
             raise NotImplementedError(f"The constraints {names} cannot be differentiated yet.")
         return atoms
 

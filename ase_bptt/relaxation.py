@@ -186,7 +186,7 @@ def _batch(
 
 
 def _refuse_constraints(structures: Structures) -> None:
-    names = sorted({name for names in structures.constraints for name in names})
+    names = structures.constraint_names
     if names:
         raise NotImplementedError(
             f"relax cannot project the constraints {', '.join(names)} yet, and will not ignore them: "

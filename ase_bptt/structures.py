@@ -88,6 +88,11 @@ class Structures:
     def n_atoms(self) -> int:
         return int(self.numbers.shape[0])
 
+    @property
+    def constraint_names(self) -> list[str]:
+        """Class names of all constraints in the batch, each once, sorted."""
+        return sorted({name for names in self.constraints for name in names})
+
     @cached_property
     def batch(self) -> Tensor:
         """Index of the structure that each atom belongs to, shape (n_atoms,)."""

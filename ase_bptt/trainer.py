@@ -278,12 +278,12 @@ class Trainer:
         if self.epoch and (fingerprint([*train, *valid]), epochs) != (self._data, self._epochs):
             raise ValueError("This run was begun with other pairs or epochs: go on with those, or start a new run.")
         for pair in (*train, *valid, *test):
-            ends = (pair.initial, pair.relaxed)
+            ends = Structures.from_atoms((pair.initial, pair.relaxed))
             try:
-                self.potential.check(Structures.from_atoms(ends))
+                self.potential.check(ends)
             except NotImplementedError as error:
                 raise NotImplementedError(f"{pair.id}: {error}") from error
-            names = sorted({type(c).__name__ for atoms in ends for c in atoms.constraints})
+            names = ends.constraint_names
             if names:
                 raise NotImplementedError(
                     f"{pair.id}: the constraints {', '.join(names)} cannot be differentiated yet, and are not ignored: "
