@@ -184,7 +184,7 @@ def _introduction(trainer: Trainer, arguments: argparse.Namespace, splits: dict[
 def _conclusion(outcome: Outcome) -> str:
     before, after = outcome.before_bfgs, outcome.after_bfgs
     return (
-        f"\nHeld out, relaxed by FIRE to fmax 0.02 eV/Å\n{report.table(outcome.before, outcome.after, outcome.start)}\n"
+        f"\nHeld out, relaxed by FIRE to fmax 0.02 eV/Å\n{report.table(outcome.before, outcome.after)}\n"
         f"({BASIN_RULE})\n"
         f"relaxed by BFGS instead: mean {before.mean:.2f} before, {after.mean:.2f} after, "
         f"{report.change(before.mean, after.mean)}\n\n"

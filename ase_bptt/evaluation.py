@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from statistics import fmean, median
 from typing import Any
 
@@ -14,12 +14,15 @@ from ase.calculators.calculator import CalculationFailed
 from ase.optimize import BFGS
 
 from .calculator import TorchCalculator
-from .losses import delta_q, max_displacement, rmsd
+from .losses import delta_q, displacements, max_displacement, rmsd
+from .neighbors import NeighborList
 from .pairs import RelaxationPair
 from .potential import Potential
 from .relaxation import relax
-from .result import Status
+from .result import Status, largest_force
 from .steppers import Stepper
+from .structures import Structures
+from .symmetry import space_group
 
 SAME_END = 0.1
 """Å: ends of two relaxations that differ by less, at the farthest atom, are in one basin."""
@@ -31,28 +34,63 @@ BASIN_RULE = (
 
 @dataclass(frozen=True)
 class Row:
-    """How one structure ended: Delta-Q in amu^1/2 Å, RMSD and largest displacement in Å."""
+    """How one structure ended.
+
+    Attributes
+    ----------
+    id, group : str
+    unrelaxed : float
+        Delta-Q of the start to the reference, amu^1/2 Å: what no relaxation at all would give.
+    delta_q : float
+        Delta-Q of the end to the reference, amu^1/2 Å.
+    rmsd, max_displacement : float
+        Of the end from the reference, Å.
+    right_basin : bool
+        By `BASIN_RULE`.
+    reference_moves : float
+        Å by which the farthest atom of the reference moves where the potential relaxes it.
+    residual_force : float
+        The potential's largest force on an atom at the reference, eV/Å.
+    space_group, reference_space_group : str
+        Of end and reference, as "Fd-3m (227)"; empty where the structure is not a crystal.
+    status : str
+    nsteps : int
+    displacements : tuple of float
+        Of each atom from the reference, Å.
+    """
 
     id: str
     group: str
+    unrelaxed: float
     delta_q: float
     rmsd: float
     max_displacement: float
     right_basin: bool
+    reference_moves: float
+    residual_force: float
+    space_group: str
+    reference_space_group: str
     status: str
     nsteps: int
+    displacements: tuple[float, ...]
+
+    @property
+    def symmetry_kept(self) -> bool:
+        """Whether the end has the reference's space group."""
+        return self.space_group == self.reference_space_group
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Rows of `evaluate`, and their summary."""
+    """Rows of `evaluate`, and their summary; `ends` are the relaxed structures, if they were kept."""
 
     rows: tuple[Row, ...]
+    ends: tuple[Atoms, ...] = field(default=(), compare=False, repr=False)
 
     @classmethod
     def from_rows(cls, rows: Sequence[dict[str, Any]]) -> Evaluation:
         """From the rows that `todict` gives."""
-        return cls(tuple(Row(**row) for row in rows))
+        return cls(tuple(Row(**row | {"displacements": tuple(row["displacements"])}) for row in rows))
 
     @property
     def mean(self) -> float:
@@ -65,18 +103,33 @@ class Evaluation:
         return median(row.delta_q for row in self.rows)
 
     @property
+    def mean_unrelaxed(self) -> float:
+        """Mean Delta-Q of the starts, amu^1/2 Å."""
+        return fmean(row.unrelaxed for row in self.rows)
+
+    @property
     def basins(self) -> float:
         """Share of structures in the right basin."""
         return fmean(row.right_basin for row in self.rows)
+
+    def by_group(self) -> dict[str, Evaluation]:
+        """An evaluation for each group, in the order in which they come."""
+        groups: dict[str, list[Row]] = {}
+        for row in self.rows:
+            groups.setdefault(row.group, []).append(row)
+        return {name: Evaluation(tuple(rows)) for name, rows in groups.items()}
 
     def todict(self) -> dict[str, Any]:
         """Rows and summary, as JSON."""
         return {
             "n": len(self.rows),
+            "kinds": len(self.by_group()),
             "mean": self.mean,
             "median": self.median,
+            "mean_unrelaxed": self.mean_unrelaxed,
             "basins": self.basins,
-            "rows": [asdict(row) for row in self.rows],
+            "symmetry_kept": fmean(row.symmetry_kept for row in self.rows),
+            "rows": [asdict(row) | {"displacements": list(row.displacements)} for row in self.rows],
         }
 
 
@@ -104,29 +157,43 @@ def evaluate(
     """
     starts = [p.initial for p in pairs] + [p.relaxed for p in pairs]
     ends = list(_ends(potential, starts, stepper, fmax, steps, batch_size))
-    rows = []
-    for pair, (end, status, nsteps), (control, _, _) in zip(pairs, ends[: len(pairs)], ends[len(pairs) :], strict=True):
-        rows.append(
-            Row(
-                id=pair.id,
-                group=pair.group,
-                delta_q=delta_q(end, pair.relaxed),
-                rmsd=rmsd(end, pair.relaxed),
-                max_displacement=max_displacement(end, pair.relaxed),
-                right_basin=max_displacement(end, control) < SAME_END,
-                status=status.value,
-                nsteps=nsteps,
-            )
-        )
-    return Evaluation(tuple(rows))
-
-
-def unrelaxed(pairs: Sequence[RelaxationPair]) -> list[float]:
-    """Delta-Q of each start to its reference, amu^1/2 Å: what no relaxation at all would give."""
-    return [delta_q(p.initial, p.relaxed) for p in pairs]
+    controls = [atoms for atoms, _, _ in ends[len(pairs) :]]
+    residuals = _residual_forces(potential, [p.relaxed for p in pairs], batch_size)
+    rows = [_row(*found) for found in zip(pairs, ends[: len(pairs)], controls, residuals, strict=True)]
+    return Evaluation(tuple(rows), tuple(atoms for atoms, _, _ in ends[: len(pairs)]))
 
 
 End = tuple[Atoms, Status, int]
+
+
+def _row(pair: RelaxationPair, found: End, control: Atoms, residual: float) -> Row:
+    end, status, nsteps = found
+    reference = pair.relaxed
+    return Row(
+        id=pair.id,
+        group=pair.group,
+        unrelaxed=delta_q(pair.initial, reference),
+        delta_q=delta_q(end, reference),
+        rmsd=rmsd(end, reference),
+        max_displacement=max_displacement(end, reference),
+        right_basin=max_displacement(end, control) < SAME_END,
+        reference_moves=max_displacement(control, reference),
+        residual_force=residual,
+        space_group=space_group(end),
+        reference_space_group=space_group(reference),
+        status=status.value,
+        nsteps=nsteps,
+        displacements=tuple(displacements(end, reference, by_mass=False).norm(dim=1).tolist()),
+    )
+
+
+def _residual_forces(potential: Potential, structures: Sequence[Atoms], size: int) -> list[float]:
+    found: list[float] = []
+    for first in range(0, len(structures), size):
+        batch = Structures.from_atoms(structures[first : first + size], device=potential.device, dtype=potential.dtype)
+        neighbors = NeighborList(potential.cutoff, skin=0.0)(batch)
+        found += largest_force(batch, potential.energy_and_forces(batch, neighbors)[1]).tolist()
+    return found
 
 
 def _ends(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from . import report
-from .evaluation import BASIN_RULE, Evaluation, evaluate, unrelaxed
+from .evaluation import BASIN_RULE, Evaluation, evaluate
 from .files import replacing
 from .pairs import RelaxationPair
 from .potential import Potential
@@ -30,14 +30,13 @@ class Outcome:
     after: Evaluation
     before_bfgs: Evaluation
     after_bfgs: Evaluation
-    start: list[float]
     history: list[dict[str, float]]
     seconds: float
 
     def todict(self) -> dict[str, Any]:
         """The summary that --json prints; a number that is not finite is null."""
         found = {
-            "test": _summary(self.before, self.after) | {"mean_unrelaxed": sum(self.start) / len(self.start)},
+            "test": _summary(self.before, self.after) | {"mean_unrelaxed": self.before.mean_unrelaxed},
             "test_bfgs": _summary(self.before_bfgs, self.after_bfgs),
             "checkpoint": str(self.out / "potential"),
             "run": str(self.out),
@@ -75,7 +74,7 @@ def finetune(
     trainer.save(out / "potential")
     after, after_bfgs = _measure(trainer.potential, test)
     seconds = time.monotonic() - began
-    outcome = Outcome(out, before, after, before_bfgs, after_bfgs, unrelaxed(test), trainer.history, seconds)
+    outcome = Outcome(out, before, after, before_bfgs, after_bfgs, trainer.history, seconds)
     _write(outcome)
     return outcome
 
@@ -130,8 +129,8 @@ def _write(outcome: Outcome) -> None:
         writer = csv.writer(file)
         names = [f"{c}_{when}" for when in ("before", "after") for c in COLUMNS]
         writer.writerow(["id", "group", "delta_q_unrelaxed", *names])
-        for b, a, start in zip(outcome.before.rows, outcome.after.rows, outcome.start, strict=True):
+        for b, a in zip(outcome.before.rows, outcome.after.rows, strict=True):
             values = [getattr(row, c) for row in (b, a) for c in COLUMNS]
-            writer.writerow([b.id, b.group, start, *values])
+            writer.writerow([b.id, b.group, b.unrelaxed, *values])
     report.plot_before_after(outcome.before, outcome.after, out / "before_after.png")
     report.plot_learning_curve(outcome.history, out / "learning_curve.png")

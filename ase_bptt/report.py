@@ -15,7 +15,7 @@ from .files import replacing
 BLUE, ORANGE, GREY = "#1f5f99", "#d9762b", "#8a8a8a"
 
 
-def table(before: Evaluation, after: Evaluation, start: Sequence[float]) -> str:
+def table(before: Evaluation, after: Evaluation) -> str:
     """A row for each held-out structure, before and after; then mean, median and basins."""
     width = max(len("structure"), *(len(row.id) for row in after.rows))
     head = (
@@ -23,16 +23,16 @@ def table(before: Evaluation, after: Evaluation, start: Sequence[float]) -> str:
         f"{'structure':{width}}   unrelaxed  before   after   before  after   before  after   before after   after"
     )
     lines = [head, "-" * len(head.splitlines()[1])]
-    for b, a, s in zip(before.rows, after.rows, start, strict=True):
+    for b, a in zip(before.rows, after.rows, strict=True):
         lines.append(
-            f"{a.id:{width}}   {s:9.2f} {b.delta_q:7.2f} {a.delta_q:7.2f}   {b.rmsd:6.3f} {a.rmsd:6.3f}   "
+            f"{a.id:{width}}   {b.unrelaxed:9.2f} {b.delta_q:7.2f} {a.delta_q:7.2f}   {b.rmsd:6.3f} {a.rmsd:6.3f}   "
             f"{b.max_displacement:6.3f} {a.max_displacement:6.3f}   {_yes(b.right_basin):>6} "
             f"{_yes(a.right_basin):>5}   {a.status}"
         )
     lines.append(lines[1])
-    unrelaxed = sum(start) / len(start)
     lines.append(
-        f"{'mean':{width}}   {unrelaxed:9.2f} {before.mean:7.2f} {after.mean:7.2f}   {change(before.mean, after.mean)}"
+        f"{'mean':{width}}   {before.mean_unrelaxed:9.2f} {before.mean:7.2f} {after.mean:7.2f}   "
+        f"{change(before.mean, after.mean)}"
     )
     lines.append(
         f"{'median':{width}}   {'':9} {before.median:7.2f} {after.median:7.2f}   {change(before.median, after.median)}"

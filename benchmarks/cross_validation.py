@@ -26,9 +26,9 @@ from ase.io import read
 
 from ase_bptt import Structures, Trainer, load_potential, relax
 from ase_bptt.datasets import FOLDER, FOLDS, si_defects
-from ase_bptt.evaluation import evaluate, unrelaxed
+from ase_bptt.evaluation import evaluate
 from ase_bptt.files import replacing
-from ase_bptt.losses import log_delta_q
+from ase_bptt.losses import delta_q, log_delta_q
 from ase_bptt.neighbors import NeighborList
 
 FORCE_EPOCHS, FORCE_BATCH = 8, 16
@@ -38,7 +38,7 @@ def run_fold(fold: int, arguments: argparse.Namespace) -> dict:
     splits = {name: si_defects(name, fold=fold) for name in ("train", "valid", "test")}
     test, began = splits["test"], time.monotonic()
     base = load_potential(arguments.potential, dtype=arguments.dtype)
-    found = {"unrelaxed": dict(zip([p.id for p in test], unrelaxed(test), strict=True))}
+    found = {"unrelaxed": {p.id: delta_q(p.initial, p.relaxed) for p in test}}
     found["groups"] = {p.id: p.group for p in test}
     found["untuned"] = measure(base, test)
 

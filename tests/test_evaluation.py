@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
+from ase.build import bulk
 from ase.calculators.lj import LennardJones as AseLennardJones
 from ase.optimize import BFGS
 from ase.optimize import FIRE as AseFIRE
 from conftest import argon, cluster, lennard_jones, rattled
 
 from ase_bptt import RelaxationPair, Status, delta_q
-from ase_bptt.evaluation import BASIN_RULE, Evaluation, Row, evaluate, unrelaxed
+from ase_bptt.evaluation import BASIN_RULE, Evaluation, Row, evaluate
 from ase_bptt.losses import max_displacement, rmsd
 from ase_bptt.potentials.lennard_jones import LennardJones
 from ase_bptt.steppers import FIRE
@@ -103,6 +104,8 @@ def test_batches_do_not_matter(batch_size):
         assert a.pop("delta_q") == pytest.approx(b.pop("delta_q"))
         assert a.pop("rmsd") == pytest.approx(b.pop("rmsd"))
         assert a.pop("max_displacement") == pytest.approx(b.pop("max_displacement"))
+        for name in ("reference_moves", "residual_force", "displacements"):
+            assert a.pop(name) == pytest.approx(b.pop(name))
         assert a == b
 
 
@@ -130,13 +133,64 @@ def test_nothing_of_the_weights_is_touched():
 
 def test_unrelaxed_is_the_distance_of_the_starts():
     pairs = [pair(rattled(argon(), 0.1, k), argon()) for k in range(3)]
-    assert unrelaxed(pairs) == [delta_q(p.initial, p.relaxed) for p in pairs]
+    found = evaluate(lennard_jones(), pairs, stepper=fire(), **SETTINGS)
+    starts = [delta_q(p.initial, p.relaxed) for p in pairs]
+    assert [row.unrelaxed for row in found.rows] == starts
+    assert found.mean_unrelaxed == pytest.approx(np.mean(starts))
+
+
+def test_the_force_at_the_reference_is_the_potentials_own():
+    reference = argon(3)
+    (row,) = evaluate(lennard_jones(), [pair(argon(), reference)], stepper=fire(), **SETTINGS).rows
+    reference.calc = AseLennardJones(smooth=True, rc=2.4, ro=1.8)
+    assert row.residual_force == pytest.approx(np.linalg.norm(reference.get_forces(), axis=1).max())
+
+
+def test_a_reference_at_a_minimum_does_not_move():
+    end, _ = by_ase(argon(), AseFIRE, dt=0.03, dtmax=0.06, downhill_check=False)
+    pairs = [pair(argon(), end), pair(argon(), argon(3))]
+    still, moved = evaluate(lennard_jones(), pairs, stepper=fire(), **SETTINGS).rows
+    assert still.reference_moves == 0
+    assert moved.reference_moves > 0.05
+
+
+def test_the_space_group_of_end_and_reference_is_told():
+    settings = {"stepper": FIRE(dt=0.03, dtmax=0.06), "fmax": 1e-3, "steps": 300}
+    perfect, vacancy = bulk("Ar", "fcc", a=1.6, cubic=True), argon(3)
+    pairs = [pair(argon(), perfect), pair(argon(), vacancy), pair(cluster(), cluster(seed=2))]
+    kept, lost, molecule = evaluate(lennard_jones(), pairs, **settings).rows
+    assert (kept.space_group, kept.reference_space_group, kept.symmetry_kept) == ("Fm-3m (225)", "Fm-3m (225)", True)
+    assert (lost.reference_space_group, lost.symmetry_kept) == ("P1 (1)", False)
+    assert (molecule.space_group, molecule.symmetry_kept) == ("", True)
+
+
+def test_displacements_are_those_of_each_atom():
+    (row,) = evaluate(lennard_jones(), [pair(argon(), argon(3))], stepper=fire(), **SETTINGS).rows
+    d = np.array(row.displacements)
+    assert d.shape == (4,)
+    assert d.max() == pytest.approx(row.max_displacement)
+    assert np.sqrt((d**2).mean()) == pytest.approx(row.rmsd)
+
+
+def test_the_ends_are_kept_in_order():
+    pairs = [pair(argon(), argon(3), "a"), pair(cluster(), cluster(seed=2), "b")]
+    found = evaluate(lennard_jones(), pairs, stepper=fire(), **SETTINGS)
+    assert [len(atoms) for atoms in found.ends] == [4, 6]
+    for row, atoms, p in zip(found.rows, found.ends, pairs, strict=True):
+        assert delta_q(atoms, p.relaxed) == pytest.approx(row.delta_q)
+
+
+def row(id: str, group: str, delta_q: float) -> Row:
+    return Row(
+        id=id, group=group, unrelaxed=7.0, delta_q=delta_q, rmsd=delta_q / 5, max_displacement=delta_q / 2,
+        right_basin=delta_q < 2, reference_moves=0.02, residual_force=0.1, space_group="P1 (1)",
+        reference_space_group="P1 (1)" if delta_q < 5 else "Fd-3m (227)", status="converged", nsteps=3,
+        displacements=(0.1, delta_q / 2),
+    )  # fmt: skip
 
 
 class TestSummary:
-    found = Evaluation(
-        tuple(Row(str(k), "g", q, q / 5, q / 2, q < 2, "converged", 3) for k, q in enumerate([1, 2, 6.0]))
-    )
+    found = Evaluation(tuple(row(str(k), "gh"[k > 1], q) for k, q in enumerate([1, 2, 6.0])))
 
     def test_mean_median_and_share_of_basins(self):
         assert self.found.mean == pytest.approx(3)
@@ -145,10 +199,15 @@ class TestSummary:
 
     def test_it_survives_json(self):
         loaded = json.loads(json.dumps(self.found.todict(), allow_nan=False))
-        assert {k: loaded[k] for k in ("n", "mean", "median", "basins")} == {
-            "n": 3, "mean": 3, "median": 2, "basins": pytest.approx(1 / 3)
+        assert {k: loaded[k] for k in loaded if k != "rows"} == {
+            "n": 3, "kinds": 2, "mean": 3, "median": 2, "mean_unrelaxed": 7, "basins": pytest.approx(1 / 3),
+            "symmetry_kept": pytest.approx(2 / 3),
         }  # fmt: skip
-        assert Evaluation(tuple(Row(**row) for row in loaded["rows"])) == self.found
+        assert Evaluation.from_rows(loaded["rows"]) == self.found
+
+    def test_groups_have_summaries_of_their_own(self):
+        groups = self.found.by_group()
+        assert {name: (len(e.rows), e.mean) for name, e in groups.items()} == {"g": (2, 1.5), "h": (1, 6)}
 
     def test_an_evaluation_survives_json(self):
         found = evaluate(lennard_jones(), [pair(argon(), argon(3))], stepper=fire(), **SETTINGS)
