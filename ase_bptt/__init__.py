@@ -5,11 +5,13 @@ __version__ = "0.1.0"
 from . import adjoints, datasets, losses, steppers
 from .calculator import TorchCalculator
 from .evaluation import evaluate
+from .groups import split_by_group
 from .loading import load_potential, save_potential
 from .losses import delta_q, max_displacement, rmsd
 from .optimizer import BPTTOptimizer
-from .pairs import RelaxationPair, read_pairs, split_by_group
+from .pairs import RelaxationPair
 from .potential import Potential, Prediction
+from .reading import read_pairs
 from .relaxation import relax
 from .result import Relaxation, Status
 from .structures import Structures

@@ -19,9 +19,11 @@ from .adjoints import ADJOINTS
 from .datasets import DEMO_FOLD, FOLDS, si_defects
 from .evaluation import BASIN_RULE
 from .finetune import Outcome, finetune
+from .groups import split_by_group
 from .loading import load_potential
 from .losses import LOSSES
-from .pairs import RelaxationPair, read_pairs, split_by_group
+from .pairs import RelaxationPair
+from .reading import read_pairs
 from .steppers import STEPPERS, make_stepper
 from .trainer import MOMENTUM, NUMBERS, Trainer
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from .pairs import RelaxationPair, classes, read_pairs, same_structure
+from .groups import classes, same_structure
+from .pairs import RelaxationPair
+from .reading import read_pairs
 
 FOLDER = Path(__file__).parent / "data" / "si_defects"
 FOLDS = 5
