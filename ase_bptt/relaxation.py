@@ -7,7 +7,7 @@ is differentiated the adjoint's; here frames run until every structure has stopp
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,9 +76,33 @@ def relax(
         raise TypeError(f"The stepper {name!r} cannot be differentiated: use torch.no_grad().")
     with torch.set_grad_enabled(differentiable and chosen.on_tape):
         run = _Run(iterated, start, fmax, steps, keep=differentiable and chosen.keeps_frames)
-        run.go()
+        for _ in run.go():
+            pass
     positions = chosen.attach(run.record, run.record.final) if differentiable else run.record.final
     return run.relaxation(positions, sources, single)
+
+
+@torch.no_grad()
+def relax_each(
+    potential: Potential,
+    structures: Sequence[Atoms],
+    *,
+    stepper: Stepper | str | None = None,
+    fmax: float = 0.05,
+    steps: int = 200,
+) -> Iterator[tuple[int, Relaxation]]:
+    """Relax a batch without a gradient; gives each structure's index and relaxation as soon as it has stopped.
+
+    Parameters and errors are those of `relax`.
+    """
+    batch, sources, _ = _batch(structures, potential)
+    _refuse_constraints(batch)
+    potential.check(batch)
+    iterated = IteratedMap(potential, make_stepper(stepper).to(batch.positions.device))
+    run = _Run(iterated, batch, fmax, steps, keep=False)
+    for stopped in run.go():
+        for k in stopped:
+            yield k, run.member(k, sources)
 
 
 class _Run:
@@ -90,7 +114,8 @@ class _Run:
         self.ends: dict[int, _End] = {}
         self.first_energies: list[float] = []
 
-    def go(self) -> None:
+    def go(self) -> Iterator[list[int]]:
+        """Run all frames; gives the members that stopped, as they do."""
         structures = self.record.start
         moving = list(range(len(structures)))
         state = self.map.start(structures)
@@ -101,6 +126,7 @@ class _Run:
             if stopping:
                 for k, status in stopping.items():
                     self._leave(moving[k], t, structures, energies, forces, k, status)
+                yield [moving[k] for k in stopping]
                 stay = [k for k in range(len(moving)) if k not in stopping]
                 if not stay:
                     break
@@ -152,12 +178,21 @@ class _Run:
         self.ends[whole] = _End(now.positions[atoms], energies[k].detach(), forces[atoms].detach(), status)
 
     def relaxation(self, positions: Tensor, sources: tuple[Atoms, ...] | None, single: bool) -> Relaxation:
-        ends = [self.ends[k] for k in range(len(self.record.start))]
+        return self._relaxation(range(len(self.record.start)), positions, sources, single)
+
+    def member(self, k: int, sources: tuple[Atoms, ...] | None) -> Relaxation:
+        """The relaxation of one member that has stopped, while others may still move."""
+        return self._relaxation([k], self.ends[k].positions, sources and (sources[k],), single=True)
+
+    def _relaxation(
+        self, members: Sequence[int], positions: Tensor, sources: tuple[Atoms, ...] | None, single: bool
+    ) -> Relaxation:
+        ends = [self.ends[k] for k in members]
         return Relaxation(
-            start=self.record.start,
+            start=self.record.start.select(members),
             positions=positions,
             forces=torch.cat([end.forces for end in ends]),
-            nsteps=torch.tensor(self.record.nsteps, device=positions.device),
+            nsteps=torch.tensor([self.record.nsteps[k] for k in members], device=positions.device),
             status=tuple(end.status for end in ends),
             _energies=torch.stack([end.energy for end in ends]),
             _record=self.record,

@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .positive import check_positive
+
 
 @dataclass(eq=False)
 class State:
@@ -109,6 +111,7 @@ class GradientDescent(Stepper):
         maxstep: float = 0.2,
     ):
         super().__init__()
+        check_positive(step_size=step_size, anneal=anneal, maxstep=maxstep)
         self.step_size = step_size
         self.anneal = anneal
         self.momentum = momentum
@@ -170,6 +173,7 @@ class FIRE(Stepper):
         a: float | nn.Parameter = 0.1,
     ):
         super().__init__()
+        check_positive(dt=dt, dtmax=dtmax, maxstep=maxstep)
         self.dt, self.dtmax, self.finc, self.fdec = dt, dtmax, finc, fdec
         self.a, self.astart, self.fa = a, astart, fa
         self.maxstep = maxstep

@@ -6,7 +6,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from itertools import combinations
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -18,10 +17,12 @@ from torch import Tensor, nn
 
 from . import checkpoint
 from .adjoints import Adjoint, Replay, make_adjoint
+from .checks import check_apart, check_usable
 from .evaluation import Evaluation, evaluate
 from .loading import as_potential, load_potential, save_potential
 from .losses import LOSSES, SCALE, delta_q, named_loss
 from .pairs import RelaxationPair, fingerprint
+from .positive import check_positive
 from .potential import Potential
 from .progress import Progress
 from .relaxation import relax
@@ -104,6 +105,7 @@ class Trainer:
         out: str | Path | None = None,
         progress: bool | None = None,
     ):
+        check_positive(steps=steps, batch_size=batch_size, lr=lr, fmax=fmax, clip=clip, patience=patience)
         self.potential = as_potential(potential)
         self.stepper = make_stepper(stepper) if stepper is not None else GradientDescent(momentum=MOMENTUM)
         self.adjoint = make_adjoint(adjoint) or Replay()
@@ -145,8 +147,7 @@ class Trainer:
         NotImplementedError
             Before any work: for constraints or elements that cannot be treated, by name.
         """
-        self.check(train, valid, epochs=epochs)
-        self._epochs, self._data = epochs, fingerprint([*train, *valid])
+        self.begin(train, valid, epochs=epochs)
         if self.epoch == 0:
             self._consider(self._validate(valid)["valid_score"], valid)
             self._save_checkpoint()
@@ -164,6 +165,25 @@ class Trainer:
         if self.best:
             self.potential.load_state_dict(self.best)
         return self
+
+    def begin(
+        self,
+        train: Sequence[RelaxationPair],
+        valid: Sequence[RelaxationPair] = (),
+        test: Sequence[RelaxationPair] = (),
+        *,
+        epochs: int,
+    ) -> None:
+        """Check the pairs, and write a run folder that can be resumed, before the first epoch and what leads to it.
+
+        `fit` does it by itself; whoever measures something first calls it first.
+        """
+        self.check(train, valid, test, epochs=epochs)
+        fresh = not self._data
+        self._epochs, self._data = epochs, fingerprint([*train, *valid])
+        if fresh and self.out is not None:
+            save_potential(self.potential, self.out / "potential")
+            self._save_checkpoint()
 
     def _train_epoch(self, train: Sequence[RelaxationPair], progress: Progress) -> dict[str, float]:
         order = torch.randperm(len(train), generator=self._generator).tolist()
@@ -190,6 +210,19 @@ class Trainer:
 
         Pairs whose relaxation diverges are reported and left out.
         """
+        losses = self.backward(pairs)
+        if not losses:
+            return [], 0.0
+        norm = nn.utils.clip_grad_norm_(self._trained, self.clip)
+        if not torch.isfinite(norm):
+            log.warning("%s: left out, for their gradient is not finite.", ", ".join(p.id for p in pairs))
+            self.optimizer.zero_grad(set_to_none=True)
+            return [], 0.0
+        self.optimizer.step()
+        return losses, norm.item()
+
+    def backward(self, pairs: Sequence[RelaxationPair]) -> list[float]:
+        """Gradients of the mean loss of a batch, into ``.grad``; the losses of the pairs that counted."""
         self.optimizer.zero_grad(set_to_none=True)
         relaxation = relax(
             self.potential,
@@ -206,15 +239,9 @@ class Trainer:
             if not fine:
                 log.warning("%s: left out of this step. %s", pair.id, Status.DIVERGED.sentence)
         if not good.any() or not losses.requires_grad:
-            return [], 0.0
+            return []
         losses[good].mean().backward()
-        norm = nn.utils.clip_grad_norm_(self._trained, self.clip)
-        if not torch.isfinite(norm):
-            log.warning("%s: left out, for their gradient is not finite.", ", ".join(p.id for p in pairs))
-            self.optimizer.zero_grad(set_to_none=True)
-            return [], 0.0
-        self.optimizer.step()
-        return losses[good].tolist(), norm.item()
+        return losses[good].tolist()
 
     def _batch(self, atoms: Sequence[Atoms]) -> Structures:
         return Structures.from_atoms(atoms, device=self.potential.device, dtype=self.potential.dtype)
@@ -267,28 +294,16 @@ class Trainer:
         epochs: int,
     ) -> None:
         """Raise what `fit` would raise for these pairs, before any work is lost."""
+        check_positive(epochs=epochs)
         if not train:
             raise ValueError("There are no pairs to train on.")
         if self.out is not None:
             self.potential.config()  # raises where it could not be saved
-        for (one, a), (other, b) in combinations({"training": train, "validation": valid, "test": test}.items(), 2):
-            shared = sorted({p.group for p in a} & {p.group for p in b} - {""})
-            if shared:
-                raise ValueError(f"{one.capitalize()} and {other} share the group {shared[0]}: split by group.")
-        if self.epoch and (fingerprint([*train, *valid]), epochs) != (self._data, self._epochs):
+        check_apart(training=train, validation=valid, test=test)
+        if self._data and (fingerprint([*train, *valid]), epochs) != (self._data, self._epochs):
             raise ValueError("This run was begun with other pairs or epochs: go on with those, or start a new run.")
         for pair in (*train, *valid, *test):
-            ends = Structures.from_atoms((pair.initial, pair.relaxed))
-            try:
-                self.potential.check(ends)
-            except NotImplementedError as error:
-                raise NotImplementedError(f"{pair.id}: {error}") from error
-            names = ends.constraint_names
-            if names:
-                raise NotImplementedError(
-                    f"{pair.id}: the constraints {', '.join(names)} cannot be differentiated yet, and are not ignored: "
-                    "remove them (del atoms.constraints), or leave the pair out."
-                )
+            check_usable(self.potential, pair)
 
     # Files ------------------------------------------------------------------------------------
 

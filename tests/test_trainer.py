@@ -606,7 +606,7 @@ def train_in(out, *, resume=False, die_in_step=None, die_in_save=None):
     os._exit(0)
 
 assert train_in("whole") == 0
-for name, death in {"first": {"die_in_step": 2}, "second": {"die_in_step": 4}, "save": {"die_in_save": 3}}.items():
+for name, death in {"first": {"die_in_step": 2}, "second": {"die_in_step": 4}, "save": {"die_in_save": 4}}.items():
     assert train_in(name, **death) == -signal.SIGKILL
     assert not Path(name + ".pt").exists()
     print(name, torch.load(Path(name) / "checkpoint.pt")["epoch"])

@@ -1,0 +1,64 @@
+"""Whether a potential can relax a pair with a gradient, said before any work is lost."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from itertools import combinations
+
+from .pairs import InvalidPair, RelaxationPair
+from .potential import Potential
+from .structures import Structures
+
+log = logging.getLogger(__name__)
+
+
+def check_usable(potential: Potential, pair: RelaxationPair) -> None:
+    """Raise NotImplementedError, naming the pair, for elements or constraints that cannot be treated."""
+    ends = Structures.from_atoms((pair.initial, pair.relaxed))
+    try:
+        potential.check(ends)
+    except NotImplementedError as error:
+        raise NotImplementedError(f"{pair.id}: {error}") from error
+    names = ends.constraint_names
+    if names:
+        raise NotImplementedError(
+            f"{pair.id}: the constraints {', '.join(names)} cannot be differentiated yet, and are not ignored: "
+            "remove them (del atoms.constraints), or leave the pair out (--skip-invalid in the shell)."
+        )
+
+
+def usable(
+    potential: Potential, pairs: Sequence[RelaxationPair], *, skip_invalid: bool = False
+) -> list[RelaxationPair]:
+    """The pairs that the potential can treat; the others are left out with a warning each, or the first of them raises.
+
+    Raises
+    ------
+    NotImplementedError
+        As `check_usable`, without skip_invalid.
+    InvalidPair
+        Where none is left.
+    """
+    kept = []
+    problem = ""
+    for pair in pairs:
+        try:
+            check_usable(potential, pair)
+            kept.append(pair)
+        except NotImplementedError as error:
+            if not skip_invalid:
+                raise
+            problem = str(error)
+            log.warning("Left out: %s", problem)
+    if not kept:
+        raise InvalidPair(f"None of the {len(pairs)} pairs can be used; the last: {problem}")
+    return kept
+
+
+def check_apart(**splits: Sequence[RelaxationPair]) -> None:
+    """Raise ValueError where a group stands in two of the named splits."""
+    for (one, a), (other, b) in combinations(splits.items(), 2):
+        shared = sorted({p.group for p in a} & {p.group for p in b} - {""})
+        if shared:
+            raise ValueError(f"{one.capitalize()} and {other} share the group {shared[0]}: split by group.")
