@@ -1,0 +1,193 @@
+"""One HTML page that tells a whole run: it needs no other file, no network and no script."""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined, Template
+from markupsafe import Markup, escape
+from matplotlib.figure import Figure
+
+from ..comparison import Comparison
+from ..evaluation import BASIN_RULE, Evaluation
+from ..files import replacing
+from .figures import png
+from .pagetables import UNIT, Table, facts_table, groups_table, structures_table, summary_table
+from .plots import MOST_ATOMS, atom_displacements, before_after, by_group, learning_curve
+from .tables import sorted_groups
+from .words import LABELS, check_same, comparison_sentences, headline, plural
+
+CSS_WIDTH = 480
+TERMS = (
+    ("Delta-Q", "The distance of a relaxed structure from its reference, with each atom's displacement weighted by its "
+     "mass: the square root of the sum of m |displacement|² over the atoms, in amu^1/2 Å. Zero where the two are the "
+     "same. Drift of the whole structure is left out and periodic images are minimal."),
+    ("Start", "Delta-Q of the structure before it is relaxed: what doing nothing would give."),
+    ("RMSD, largest displacement", "Root of the mean squared displacement of the atoms from the reference, and that of "
+     "the atom that is farthest from it, in Å."),
+    ("Right basin", BASIN_RULE[0].upper() + BASIN_RULE[1:] + ". It asks whether the relaxation fell into the hollow "
+     "where the reference lies, not how well the potential knows the bottom of that hollow."),
+    ("Force at the reference", "The largest force that the potential finds on an atom of the reference structure, in "
+     "eV/Å. A potential that agreed with the reference calculation would find nearly none."),
+    ("Space group", "Whether the relaxed structure has the space group of its reference. “lost” and its new "
+     "space group: fewer rotations and reflections than the reference; “other”: a different group, but not fewer."),
+    ("Frames, status", "Steps of the relaxation, and how it ended: converged, out of steps, or diverged."),
+    ("Group", "Structures that are alike, as those of one kind of defect. They are not independent, so intervals and "
+     "the test are over groups."),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG in base64, its size in pixels of the page, and what it says in words."""
+
+    data: str
+    width: int
+    height: int
+    alt: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """What stands below one heading."""
+
+    name: str
+    sentences: Sequence[str] = ()
+    tables: Sequence[Table] = ()
+    pictures: Sequence[Picture] = ()
+
+
+def write_page(
+    path: str | Path,
+    *,
+    title: str,
+    evaluation: Evaluation,
+    after: Evaluation | None = None,
+    labels: tuple[str, str] = LABELS,
+    comparison: Comparison | None = None,
+    history: Sequence[dict[str, float]] | None = None,
+    facts: Iterable[tuple[str, str]] = (),
+    best_epoch: int | None = None,
+) -> None:
+    """Write a page that opens in any browser, whole or not at all.
+
+    Parameters
+    ----------
+    path : path of the HTML file
+    title : str
+    evaluation : Evaluation
+        The only one, or that before.
+    after : Evaluation, optional
+        Of the same structures.
+    labels : two str
+        What the two are called.
+    comparison : Comparison, optional
+        Of the two, in words.
+    history : sequence of dict, optional
+        Of the training, as for `learning_curve`; best_epoch too.
+    facts : pairs of str
+        Names and values: potential, settings, versions, command, date, ...
+
+    Raises
+    ------
+    ValueError
+        Where the two are not of the same structures.
+    """
+    if after is not None:
+        check_same(evaluation, after)
+    chosen = list(facts)
+    sections = [Section("How it was made", tables=[facts_table(chosen)])] if chosen else []
+    sections += _results(evaluation, after, labels, comparison)
+    if history:
+        sections.append(Section("Training", pictures=[_learning(history, best_epoch)]))
+    text = _template().render(title=title, headline=headline(evaluation, after, labels, UNIT), sections=sections,
+                              terms=TERMS)  # fmt: skip
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _template() -> Template:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["raised"] = _raised
+    return environment.from_string(files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
+
+
+def _raised(text: str) -> Markup:
+    """Escaped, with the exponent of the unit as one."""
+    return Markup(escape(text).replace("amu^1/2", Markup("amu<sup>1/2</sup>")))
+
+
+def _results(
+    evaluation: Evaluation, after: Evaluation | None, labels: tuple[str, str], comparison: Comparison | None
+) -> list[Section]:
+    scatter = [_scatter(evaluation, after, labels)] if after is not None else []
+    found = [Section("Summary", tables=[summary_table(evaluation, after, labels)], pictures=scatter)]
+    if comparison is not None:
+        found.append(Section("Is it more than chance?", comparison_sentences(comparison, labels)))
+    groups = [groups_table(evaluation, after, labels)]
+    structures = [structures_table(evaluation, after, labels)]
+    return [
+        *found,
+        Section("By group", tables=groups, pictures=[_dots(evaluation, after, labels)]),
+        Section("Each structure", tables=structures, pictures=[_bars(evaluation, after, labels)]),
+    ]
+
+
+def _picture(figure: Figure, alt: str, caption: str) -> Picture:
+    height = round(CSS_WIDTH * figure.get_figheight() / figure.get_figwidth())
+    return Picture(b64encode(png(figure)).decode(), CSS_WIDTH, height, alt, caption)
+
+
+def _scatter(before: Evaluation, after: Evaluation, labels: tuple[str, str]) -> Picture:
+    pairs = list(zip(before.rows, after.rows, strict=True))
+    nearer = sum(a.delta_q < b.delta_q for b, a in pairs)
+    alt = (
+        f"Delta-Q {labels[1]} against Delta-Q {labels[0]}, both on axes of logarithms: {nearer} of "
+        f"{plural(len(pairs), 'point')} below the diagonal."
+    )
+    caption = (
+        f"A point is a structure. On the line nothing changed; in the shaded part below it the structure ends nearer "
+        f"to its reference {labels[1]}. A cross ends in another basin {labels[1]}. The farthest are named."
+    )
+    return _picture(before_after(before, after, labels), alt, caption)
+
+
+def _dots(evaluation: Evaluation, after: Evaluation | None, labels: tuple[str, str]) -> Picture:
+    worst = next(iter(sorted_groups(evaluation, after)))
+    alt = f"Delta-Q of each structure by group, on an axis of logarithms; the farthest group is {worst}."
+    colours = f" Grey squares: {labels[0]}; blue dots: {labels[1]}." if after is not None else ""
+    caption = (
+        f"A line is a group, the farthest on top; a point is a structure, a bar the mean of the group. Left is "
+        f"nearer to the reference.{colours}"
+    )
+    return _picture(by_group(evaluation, after, labels), alt, caption)
+
+
+def _bars(evaluation: Evaluation, after: Evaluation | None, labels: tuple[str, str]) -> Picture:
+    figure = atom_displacements(evaluation, after, labels)
+    names = "; ".join(axes.get_title(loc="left") for axes in figure.axes)
+    caption = (
+        f"How far each atom ends from its place in the reference, for the structures that are farthest from theirs. "
+        f"One high bar: one atom sits elsewhere; bars alike: all are off a little. Of more than {MOST_ATOMS} atoms "
+        "the farthest are shown. Each structure has its own scale."
+    )
+    return _picture(figure, f"Bars of the displacement of each atom: {names}.", caption)
+
+
+def _learning(history: Sequence[dict[str, float]], best_epoch: int | None) -> Picture:
+    first, last = history[0], history[-1]
+    alt = (
+        f"Training loss from {first['train_loss']:.3g} to {last['train_loss']:.3g} over {plural(len(history), 'epoch')}"
+        f"; validation Delta-Q from {first['valid_delta_q']:.3g} to {last['valid_delta_q']:.3g}."
+    )
+    caption = (
+        "Above, the loss on the training structures; below, mean Delta-Q of the validation structures, fully relaxed. "
+        "The star marks the epoch whose weights were kept. Epochs are judged by the mean of the logarithm of Delta-Q, "
+        "so it need not be the lowest point."
+    )
+    return _picture(learning_curve(history, best_epoch), alt, caption)
