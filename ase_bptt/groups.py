@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 from ase import Atoms
+from ase.geometry import find_mic
 
 from .pairs import InvalidPair, RelaxationPair
+
+TOLERANCE = 0.05
+"""Å: two structures are one if their distances differ by less, as root mean square."""
+LARGEST = 4
+"""Tolerances by which no single distance may differ. The noise that relaxations leave (0.02 Å in each direction)
+reaches three in hundreds of atoms; one atom half an Å away exceeds six."""
+NEIGHBORS = 12
+"""Of each atom and of each element, whose distances are compared atom by atom."""
+SHORTEST = 30
+"""Distances per atom that are compared all together: more would fill the memory in large cells."""
 
 
 def with_groups(pairs: Sequence[RelaxationPair]) -> list[RelaxationPair]:
     """Give every pair without a group one: same composition and same final structure, by `same_structure`."""
-    together = classes(len(pairs), lambda a, b: same_structure(pairs[a].relaxed, pairs[b].relaxed))
+    relaxed = [pair.relaxed for pair in pairs]
+    alike: dict[bytes, list[int]] = {}
+    for k, atoms in enumerate(relaxed):
+        alike.setdefault(np.sort(atoms.numbers).tobytes(), []).append(k)
+    together = _joined(len(pairs), (edge for members in alike.values() for edge in _same(relaxed, members)))
     names: dict[int, str] = {}
     for pair, first in zip(pairs, together, strict=True):
         names[first] = names.get(first) or pair.group
@@ -25,31 +40,87 @@ def with_groups(pairs: Sequence[RelaxationPair]) -> list[RelaxationPair]:
 
 def classes(n: int, related: Callable[[int, int], bool]) -> list[int]:
     """For each of n items the first item that it is related to, in one or more steps."""
-    first = list(range(n))
-    for b in range(n):
-        for a in range(b):
-            if first[a] != first[b] and related(a, b):
-                low, high = sorted((first[a], first[b]))
-                first = [low if f == high else f for f in first]
-    return first
+    return _joined(n, ((a, b) for b in range(n) for a in range(b) if related(a, b)))
 
 
-def same_structure(a: Atoms, b: Atoms, tolerance: float = 0.05) -> bool:
+def _joined(n: int, edges: Iterable[tuple[int, int]]) -> list[int]:
+    first = np.arange(n)
+    for a, b in edges:
+        low, high = sorted((first[a], first[b]))
+        if low != high:
+            first[first == high] = low
+    return first.tolist()
+
+
+def same_structure(a: Atoms, b: Atoms, tolerance: float = TOLERANCE) -> bool:
     """Whether two structures are one up to motions, symmetry and the order of their atoms.
 
-    Compares the sorted interatomic distances (nearest images) of each pair of elements: their root
-    mean square difference must stay below the tolerance, in Å.
+    Compares the sorted interatomic distances (nearest images) of each pair of elements, all
+    together and those of the first, second, ... neighbour of the atoms. Their root mean square
+    difference must stay below the tolerance, in Å, and their largest below four times that: so one
+    atom that sits elsewhere counts in a large cell, too.
     """
-    if sorted(a.numbers) != sorted(b.numbers) or not np.allclose(a.cell.cellpar(), b.cell.cellpar(), atol=0.05):
+    if sorted(a.numbers) != sorted(b.numbers):
         return False
-    return bool(np.sqrt(np.mean((_distances(a) - _distances(b)) ** 2)) < tolerance) if len(a) > 1 else True
+    return next(_same([a, b], [0, 1], tolerance), None) is not None
+
+
+def _same(structures: Sequence[Atoms], members: list[int], tolerance: float = TOLERANCE) -> Iterator[tuple[int, int]]:
+    """Enough of the members, all of one composition, that are the same structure to join all that are."""
+    if len(members) < 2:
+        return
+    cells = np.stack([structures[k].cell.cellpar() for k in members])
+    compared = [_compared(structures[k]) for k in members]
+    distances, environments = (np.stack(kind) for kind in zip(*compared, strict=True))
+    few = np.concatenate([x[:, :: max(1, x.shape[1] // 64)] for x in (distances, environments)], axis=1)
+    label = np.arange(len(members))
+    for b in range(1, len(members)):
+        near = np.flatnonzero(np.isclose(cells[:b], cells[b], atol=0.05).all(axis=1))
+        # A few distances tell most structures apart.
+        near = near[(np.abs(few[near] - few[b]) < LARGEST * tolerance).all(axis=1)]
+        for a in near:
+            if label[a] == label[b]:
+                continue
+            change = distances[a] - distances[b]
+            local = environments[a] - environments[b]
+            largest = max(np.abs(change).max(initial=0.0), np.abs(local).max(initial=0.0))
+            if largest < LARGEST * tolerance and np.sum(change**2) <= tolerance**2 * change.size:
+                label[label == label[b]] = label[a]
+                yield members[a], members[b]
+
+
+def _compared(atoms: Atoms) -> tuple[np.ndarray, np.ndarray]:
+    """What two structures of one composition have in common if they are one, in any order of their atoms.
+
+    The shortest distances of each pair of elements; and for each two elements and each k the
+    distances from atoms of the one to their k-th neighbours of the other. All sorted, in Å.
+    Sorted numbers move no more than the largest of them does, so noise moves these little.
+    """
+    distances = _distances(atoms)
+    elements = [np.flatnonzero(atoms.numbers == z) for z in np.unique(atoms.numbers)]
+    every: list[np.ndarray] = []
+    local: list[np.ndarray] = []
+    for p, first in enumerate(elements):
+        for q, second in enumerate(elements):
+            block = distances[np.ix_(first, second)]
+            if q > p:
+                every.append(np.sort(block, axis=None)[: SHORTEST * len(atoms)])
+            elif q == p:
+                every.append(np.sort(block[np.triu_indices(len(first), 1)])[: SHORTEST * len(atoms)])
+            ordered = np.sort(block, axis=1)[:, int(q == p) :][:, :NEIGHBORS]
+            local.append(np.sort(ordered, axis=0).ravel())
+    return np.concatenate(every).astype(np.float32), np.concatenate(local).astype(np.float32)
 
 
 def _distances(atoms: Atoms) -> np.ndarray:
-    i, j = np.triu_indices(len(atoms), 1)
-    d = atoms.get_all_distances(mic=bool(atoms.pbc.any()))[i, j]
-    z = np.sort(atoms.numbers[np.stack((i, j))], axis=0)
-    return d[np.lexsort((d, z[1], z[0]))]
+    """Distance of the nearest images of each two atoms, shape (n, n), in Å."""
+    x, found = atoms.positions, np.zeros((len(atoms), len(atoms)))
+    # Row by row: the images of all pairs of a large structure at once would fill the memory.
+    rows = max(1, 20_000 // len(atoms))
+    for k in range(0, len(atoms), rows):
+        vectors = x[None] - x[k : k + rows, None]
+        found[k : k + rows] = find_mic(vectors.reshape(-1, 3), atoms.cell, atoms.pbc)[1].reshape(-1, len(atoms))
+    return found
 
 
 def split_by_group(
@@ -65,14 +136,60 @@ def split_by_group(
     fractions : two floats
         Shares of the groups for "valid" and "test"; each gets one at least.
     """
-    groups = sorted({p.group for p in pairs})
-    if len(groups) < 3:
-        raise InvalidPair(
-            f"The {len(pairs)} pairs form {len(groups)} group(s) by composition and final structure; "
-            "training, validation and test need one each: give more kinds of structures, or name the groups "
-            "yourself (--group KEY in the shell, RelaxationPair(group=...) in Python)."
-        )
-    order = [groups[k] for k in np.random.default_rng(seed).permutation(len(groups))]
-    n_valid, n_test = (max(1, round(f * len(groups))) for f in fractions)
+    order = _shuffled(pairs, 3, "training, validation and test need one each", seed)
+    n_valid, n_test = (max(1, round(f * len(order))) for f in fractions)
     side = {g: "test" if k < n_test else "valid" if k < n_test + n_valid else "train" for k, g in enumerate(order)}
     return {name: [p for p in pairs if side[p.group] == name] for name in ("train", "valid", "test")}
+
+
+def split_into_folds(
+    pairs: Sequence[RelaxationPair], k: int, *, seed: int = 0
+) -> list[dict[str, list[RelaxationPair]]]:
+    """Split k times into "train", "valid" and "test" so that each pair is in one "test", for a cross-validation.
+
+    The groups, shuffled and the largest first, go to the part that has the fewest pairs so far. In
+    fold i, part i is "test", part i+1 "valid" (the first follows the last) and the others "train".
+    No group is in two parts.
+
+    Parameters
+    ----------
+    pairs : list of RelaxationPair
+    k : int
+        Number of folds, 3 at least.
+    seed : int
+        Of the order of the groups.
+
+    Raises
+    ------
+    ValueError
+        Where k is less than 3.
+    InvalidPair
+        Where there are fewer groups than folds.
+    """
+    if k < 3:
+        raise ValueError(f"A cross-validation needs 3 folds at least, for training, validation and test; got {k}.")
+    order = _shuffled(pairs, k, f"{k} folds need one each", seed)
+    size = dict.fromkeys(order, 0)
+    for pair in pairs:
+        size[pair.group] += 1
+    filled, part = [0] * k, {}
+    for group in sorted(order, key=lambda group: -size[group]):
+        part[group] = filled.index(min(filled))
+        filled[part[group]] += size[group]
+    sides = [{i: "test", (i + 1) % k: "valid"} for i in range(k)]
+    return [
+        {name: [p for p in pairs if side.get(part[p.group], "train") == name] for name in ("train", "valid", "test")}
+        for side in sides
+    ]
+
+
+def _shuffled(pairs: Sequence[RelaxationPair], least: int, purpose: str, seed: int) -> list[str]:
+    """The groups in a random order, or InvalidPair where they are too few."""
+    groups = sorted({p.group for p in pairs})
+    if len(groups) < least:
+        raise InvalidPair(
+            f"The {len(pairs)} pairs form {len(groups)} group(s) by composition and final structure; "
+            f"{purpose}: give more kinds of structures, or name the groups "
+            "yourself (--group KEY in the shell, RelaxationPair(group=...) in Python)."
+        )
+    return [groups[k] for k in np.random.default_rng(seed).permutation(len(groups))]

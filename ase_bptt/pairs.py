@@ -9,11 +9,21 @@ from dataclasses import dataclass
 
 import numpy as np
 from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.geometry import complete_cell, find_mic
+from scipy.optimize import linear_sum_assignment
+
+from .neighbors import find_pairs
+from .structures import Structures
 
 log = logging.getLogger(__name__)
 
 RESIDUAL = 0.05
 """eV/Å: references whose last forces exceed this are named in a warning."""
+CLASH = 0.5
+"""Å: atoms nearer than this are a mistake."""
+FAR = 1.5
+"""Å: below this nobody asks whether the order of the atoms has changed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,9 +51,14 @@ class InvalidPair(ValueError):
 
 
 def check_pair(initial: Atoms, relaxed: Atoms, name: str) -> None:
-    """Raise InvalidPair where the two cannot be the ends of one relaxation at a fixed cell."""
+    """Raise InvalidPair where the two cannot be the ends of one relaxation at a fixed cell.
+
+    Warns of a reference that still has forces above `RESIDUAL`.
+    """
     if len(initial) != len(relaxed):
         raise InvalidPair(f"{name}: {len(initial)} atoms begin and {len(relaxed)} end; check the two structures.")
+    if not len(initial):
+        raise InvalidPair(f"{name}: it has no atoms; check the two structures.")
     if not np.array_equal(initial.numbers, relaxed.numbers):
         raise InvalidPair(
             f"{name}: its atoms change from {initial.symbols} to {relaxed.symbols}; "
@@ -52,16 +67,105 @@ def check_pair(initial: Atoms, relaxed: Atoms, name: str) -> None:
     if not (np.isfinite(initial.positions).all() and np.isfinite(relaxed.positions).all()):
         raise InvalidPair(f"{name}: a position is not a finite number; write the file again.")
     if not np.array_equal(initial.pbc, relaxed.pbc):
-        raise InvalidPair(f"{name}: periodic boundaries change from {initial.pbc} to {relaxed.pbc}.")
+        raise InvalidPair(
+            f"{name}: periodic boundaries change from {initial.pbc} to {relaxed.pbc}; set both structures' pbc alike."
+        )
     change = np.abs(initial.cell.array - relaxed.cell.array).max()
     if not change <= 1e-3:
         raise InvalidPair(
-            f"{name}: its cell changes by {change:.3f} Å; only relaxations at a fixed cell can be used so far."
+            f"{name}: its cell changes by {change:.3f} Å, and variable cells are not treated yet (cells come later): "
+            "relax it again at a fixed cell, or leave it out."
         )
+    for atoms, end in ((initial, "initial"), (relaxed, "relaxed")):
+        _check_distances(atoms, f"{name}: in its {end} structure")
     if "forces" in getattr(relaxed.calc, "results", {}):
         residual = np.linalg.norm(relaxed.get_forces(), axis=1).max()
-        if residual > RESIDUAL:
+        if not residual <= RESIDUAL:
             log.warning("%s: the reference still has a force of %.3f eV/Å; is it relaxed?", name, residual)
+
+
+def _check_distances(atoms: Atoms, where: str) -> None:
+    periodic = atoms.cell.array[atoms.pbc]
+    if len(periodic) and np.linalg.matrix_rank(periodic) < len(periodic):
+        raise InvalidPair(f"{where} the periodic cell vectors span nothing; set its cell or its pbc.")
+    structures = Structures.from_atoms(atoms)
+    found = find_pairs(structures, CLASH)
+    if len(found.i):
+        distances = found.vectors(structures).norm(dim=1)
+        k = int(distances.argmin())
+        raise InvalidPair(
+            f"{where} atoms {found.i[k]} and {found.j[k]} are {distances[k]:.2f} Å apart, nearer than {CLASH} Å; "
+            "check its positions, its cell and their units."
+        )
+
+
+def unwrapped(initial: Atoms, relaxed: Atoms) -> Atoms:
+    """The relaxed structure with each atom at the periodic image nearest to where it began.
+
+    A drift of the whole structure does not count. Positions change by whole cell vectors only, so
+    none changes where no atom was wrapped; results stay with the structure.
+    """
+    moves = relaxed.positions - initial.positions
+    cell, pbc = initial.cell, initial.pbc
+    nearest = min((_about(drift, moves, cell, pbc) for drift in _drifts(moves, cell, pbc)), key=_spread)
+    # A drift by a whole cell vector is none.
+    mean = nearest.mean(axis=0)
+    nearest = nearest - mean + find_mic(mean, cell, pbc)[0]
+    shifts = np.rint((nearest - moves) @ np.linalg.inv(complete_cell(cell))) * pbc
+    if not shifts.any():
+        return relaxed
+    found = relaxed.copy()
+    found.positions += shifts @ relaxed.cell.array
+    if relaxed.calc is not None:
+        found.calc = SinglePointCalculator(found, **relaxed.calc.results)
+    return found
+
+
+def _drifts(moves: np.ndarray, cell: np.ndarray, pbc: np.ndarray) -> list[np.ndarray]:
+    """None, and the mean on the circle that each periodic direction is; shape (3,) each, in Å."""
+    full = complete_cell(cell)
+    angles = 2 * np.pi * moves @ np.linalg.inv(full)
+    turns = np.angle(np.exp(1j * angles).mean(axis=0)) / (2 * np.pi)
+    return [np.zeros(3), (turns * pbc) @ full]
+
+
+def _about(drift: np.ndarray, moves: np.ndarray, cell: np.ndarray, pbc: np.ndarray) -> np.ndarray:
+    """The images of the moves that are nearest to their own mean, found from a drift."""
+    for _ in range(3):
+        found = find_mic(moves - drift, cell, pbc)[0] + drift
+        drift = found.mean(axis=0)
+    return found
+
+
+def _spread(moves: np.ndarray) -> float:
+    """Mean square distance from the mean, in Å^2."""
+    return float(moves.var(axis=0).sum())
+
+
+def warn_of_order(initial: Atoms, relaxed: Atoms, name: str) -> None:
+    """Warn where the atoms of an element seem to be stored in another order at the end."""
+    moves = relaxed.positions - initial.positions
+    drift = moves.mean(axis=0)
+    if np.linalg.norm(moves - drift, axis=1).max() <= FAR:
+        return
+    matched = min(_matched(initial, relaxed, d) for d in (np.zeros(3), drift))
+    direct = np.sqrt(_spread(moves))
+    if matched < direct / 2:
+        log.warning(
+            "%s: its atoms seem to be stored in another order at the end, for they move by %.2f Å (root mean square) "
+            "and by %.2f Å if matched anew; write both structures in the same order.", name, direct, matched,
+        )  # fmt: skip
+
+
+def _matched(initial: Atoms, relaxed: Atoms, drift: np.ndarray) -> float:
+    """Root mean square displacement, in Å, if each atom ended at the best place that its element has at the end."""
+    total = 0.0
+    for z in np.unique(initial.numbers):
+        of = initial.numbers == z
+        ends = relaxed.positions[of] - drift
+        squares = np.stack([find_mic(ends - x, initial.cell, initial.pbc)[1] ** 2 for x in initial.positions[of]])
+        total += squares[linear_sum_assignment(squares)].sum()
+    return float(np.sqrt(total / len(initial)))
 
 
 def fingerprint(pairs: Sequence[RelaxationPair]) -> str:
