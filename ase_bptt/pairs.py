@@ -77,14 +77,15 @@ def check_pair(initial: Atoms, relaxed: Atoms, name: str) -> None:
             "relax it again at a fixed cell, or leave it out."
         )
     for atoms, end in ((initial, "initial"), (relaxed, "relaxed")):
-        _check_distances(atoms, f"{name}: in its {end} structure")
+        check_distances(atoms, f"{name}: in its {end} structure")
     if "forces" in getattr(relaxed.calc, "results", {}):
         residual = np.linalg.norm(relaxed.get_forces(), axis=1).max()
         if not residual <= RESIDUAL:
             log.warning("%s: the reference still has a force of %.3f eV/Å; is it relaxed?", name, residual)
 
 
-def _check_distances(atoms: Atoms, where: str) -> None:
+def check_distances(atoms: Atoms, where: str) -> None:
+    """Raise InvalidPair where two atoms, or an atom and an image, are nearer than `CLASH`, or the cell is flat."""
     periodic = atoms.cell.array[atoms.pbc]
     if len(periodic) and np.linalg.matrix_rank(periodic) < len(periodic):
         raise InvalidPair(f"{where} the periodic cell vectors span nothing; set its cell or its pbc.")
@@ -97,6 +98,9 @@ def _check_distances(atoms: Atoms, where: str) -> None:
             f"{where} atoms {found.i[k]} and {found.j[k]} are {distances[k]:.2f} Å apart, nearer than {CLASH} Å; "
             "check its positions, its cell and their units."
         )
+
+
+_check_distances = check_distances
 
 
 def unwrapped(initial: Atoms, relaxed: Atoms) -> Atoms:
