@@ -119,7 +119,8 @@ def write_espresso(path: Path, frames: list[Atoms]) -> None:
     steps = [_self_consistency(frame) for frame in frames]
     moves = [_atomic_positions(frame) for frame in [*frames[1:], frames[-1]]]
     moves[-1] = (
-        f"     bfgs converged in {len(frames):3d} scf cycles\nBegin final coordinates\n{moves[-1]}End final coordinates\n\n"
+        f"     bfgs converged in {len(frames):3d} scf cycles\n"
+        f"Begin final coordinates\n{moves[-1]}End final coordinates\n\n"
     )
     path.write_text(
         "\n     Program PWSCF v.7.2 starts on  1Jan2024 at 12: 0: 0 \n\n"

@@ -1,12 +1,15 @@
 """Which structures are the same, which pairs belong together, and splits that keep them together."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 from ase import Atoms
+from ase.build import bulk
 from conftest import cluster, methanol, rattled, silicon
 
-from ase_bptt import RelaxationPair
-from ase_bptt.groups import classes, same_structure, split_by_group
+from ase_bptt import RelaxationPair, groups
+from ase_bptt.groups import classes, same_structure, split_by_group, split_into_folds
 from ase_bptt.pairs import InvalidPair
 
 
@@ -35,6 +38,22 @@ def mirrored(atoms: Atoms) -> Atoms:
 STRUCTURES = pytest.mark.parametrize("make", [silicon, cluster, methanol], ids=lambda f: f.__name__)
 
 
+def sodium_chloride() -> Atoms:
+    return bulk("NaCl", "rocksalt", a=5.64, cubic=True)
+
+
+LARGE = pytest.mark.parametrize(
+    "make",
+    [
+        lambda: bulk("Si", a=5.43, cubic=True) * 2,
+        lambda: bulk("Si", a=5.43, cubic=True) * 3,
+        lambda: sodium_chloride() * 3,
+        lambda: bulk("Mg") * (4, 4, 4),
+    ],
+    ids=["64 Si", "216 Si", "216 NaCl", "128 Mg"],
+)
+
+
 class TestSameStructure:
     @pytest.mark.parametrize(
         "copy", [lambda a: moved_about(a, 3), turned, mirrored], ids=["moved", "turned", "mirrored"]
@@ -52,6 +71,26 @@ class TestSameStructure:
 
     def test_noise_of_a_relaxation_does_not(self):
         assert same_structure(silicon(), rattled(silicon(), 0.01))
+
+    @pytest.mark.parametrize("amplitude", [0.01, 0.02])
+    @LARGE
+    def test_noise_in_a_large_cell_does_not(self, make, amplitude):
+        first, *others = [rattled(make(), amplitude, seed) for seed in range(4)]
+        assert all(same_structure(first, other) for other in [make(), *others])
+
+    @pytest.mark.parametrize("direction", [(1, 0, 0), (1, 1, 0), (1, 1, 1), (-1, -1, -1), (0.3, -0.9, 0.5)])
+    @LARGE
+    def test_one_atom_of_many_does(self, make, direction):
+        moved = rattled(make(), 0.01)
+        moved.positions[17] += 0.5 * np.array(direction) / np.linalg.norm(direction)
+        assert not same_structure(make(), moved)
+
+    @LARGE
+    def test_how_far_two_dopants_are_apart_does(self, make):
+        near, far = make(), make()
+        partner = np.argsort(near.get_distances(0, range(len(near)), mic=True))
+        near.symbols[[0, partner[1]]] = far.symbols[[0, partner[20]]] = "As"
+        assert not same_structure(near, far)
 
     def test_elements_do(self):
         a, b = silicon(), silicon()
@@ -72,6 +111,33 @@ class TestSameStructure:
     def test_single_atoms_are_all_alike(self):
         assert same_structure(Atoms("Si"), Atoms("Si", positions=[[1, 2, 3]]))
         assert not same_structure(Atoms("Si"), Atoms("C"))
+
+
+class TestGroups:
+    def pairs(self, n: int) -> list[RelaxationPair]:
+        """Every third in one of its own, the others in two large groups."""
+        kinds = [silicon(k, 0.6) if k % 3 == 0 else moved_about(silicon(9_000 + k % 3, 0.6), k) for k in range(n)]
+        return [RelaxationPair(atoms, atoms, str(k)) for k, atoms in enumerate(kinds)]
+
+    def test_a_thousand_pairs_cost_a_look_at_each_structure(self):
+        pairs = self.pairs(1000)
+        with mock.patch.object(groups, "_distances", side_effect=groups._distances) as measured:
+            found = groups.with_groups(pairs)
+        assert measured.call_count == 1000
+        names = [p.group for p in found]
+        assert len(set(names)) == 334 + 2
+        assert {names.count(name) for name in names} == {1, 333}
+
+    def test_structures_without_a_partner_of_their_composition_are_not_looked_at(self):
+        pairs = [RelaxationPair(a, a, str(k)) for k, a in enumerate([silicon(), silicon()[:-1], methanol()])]
+        with mock.patch.object(groups, "_distances", side_effect=AssertionError):
+            assert [p.group for p in groups.with_groups(pairs)] == ["0", "1", "2"]
+
+    def test_a_group_that_is_given_stays_and_names_its_structure(self):
+        given = [
+            RelaxationPair(p.initial, p.relaxed, p.id, g) for p, g in zip(self.pairs(6), ["", "", "", "", "x", ""])
+        ]
+        assert [p.group for p in groups.with_groups(given)] == ["0", "x", "2", "3", "x", "2"]
 
 
 @pytest.mark.parametrize(
@@ -120,3 +186,41 @@ class TestSplitting:
     def test_fewer_than_three_groups_are_refused(self, groups):
         with pytest.raises(InvalidPair, match=f"{len(groups)} pairs form {len(set(groups))} group.*give more kinds"):
             split_by_group(named(*groups))
+
+
+class TestFolds:
+    pairs = named(*"aaaaabbbcddddefghij")
+
+    @pytest.mark.parametrize("seed", range(3))
+    @pytest.mark.parametrize("k", [3, 4, 5, 10])
+    def test_each_pair_is_tested_once_and_no_group_is_split(self, k, seed):
+        found = split_into_folds(self.pairs, k, seed=seed)
+        assert len(found) == k
+        assert sorted(p.id for fold in found for p in fold["test"]) == sorted(p.id for p in self.pairs)
+        for i, fold in enumerate(found):
+            assert {p.id for p in fold["valid"]} == {p.id for p in found[(i + 1) % k]["test"]}
+            assert sorted(p.id for side in fold.values() for p in side) == sorted(p.id for p in self.pairs)
+            assert len(set().union(*({p.group for p in side} for side in fold.values()))) == sum(
+                len({p.group for p in side}) for side in fold.values()
+            )
+
+    @pytest.mark.parametrize("seed", range(5))
+    def test_folds_are_of_one_size_as_far_as_groups_allow(self, seed):
+        sizes = [len(fold["test"]) for fold in split_into_folds(self.pairs, 4, seed=seed)]
+        assert max(sizes) - min(sizes) <= 1
+
+    def test_a_seed_gives_one_split_whatever_the_order_of_the_pairs_and_others_give_others(self):
+        def tests(pairs, seed):
+            return [frozenset(p.id for p in fold["test"]) for fold in split_into_folds(pairs, 4, seed=seed)]
+
+        assert tests(self.pairs, 3) == tests(self.pairs[::-1], 3)
+        assert len({frozenset(tests(self.pairs, seed)) for seed in range(4)}) > 1
+
+    def test_more_folds_than_groups_are_refused(self):
+        with pytest.raises(InvalidPair, match=r"4 pairs form 4 group.*5 folds need one each.*give more kinds"):
+            split_into_folds(named(*"abcd"), 5)
+
+    @pytest.mark.parametrize("k", [2, 0, -1])
+    def test_fewer_than_three_folds_are_refused(self, k):
+        with pytest.raises(ValueError, match=f"needs 3 folds at least.*got {k}"):
+            split_into_folds(self.pairs, k)

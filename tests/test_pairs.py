@@ -1,0 +1,185 @@
+"""One pair: what is refused, periodic images, the order of atoms."""
+
+import logging
+from unittest import mock
+
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.build import bulk, make_supercell
+from ase.calculators.singlepoint import SinglePointCalculator
+from conftest import cluster, methanol, rattled, silicon, skewed
+
+from ase_bptt import pairs as pairs_module
+from ase_bptt.pairs import InvalidPair, check_pair, unwrapped, warn_of_order
+
+
+def large_and_skewed() -> Atoms:
+    """18 atoms in a cell with angles of 40 and 140 degrees, where rounding scaled positions fails."""
+    atoms = make_supercell(skewed(), [[3, 0, 0], [2, 3, 0], [-2, 1, 1]])
+    return rattled(atoms, 0.02)
+
+
+def slab() -> Atoms:
+    atoms = silicon()
+    atoms.center(vacuum=4, axis=2)
+    atoms.pbc = (True, True, False)
+    return atoms
+
+
+def surface_without_a_third_vector() -> Atoms:
+    atoms = slab()
+    atoms.cell[2] = 0
+    return atoms
+
+
+ZOO = pytest.mark.parametrize(
+    "make", [silicon, skewed, large_and_skewed, slab, surface_without_a_third_vector], ids=lambda f: f.__name__
+)
+
+
+class TestImages:
+    @pytest.mark.parametrize("drift", [0, 0.3, 5.0], ids=lambda d: f"drift {d}")
+    @pytest.mark.parametrize("seed", range(4))
+    @ZOO
+    def test_wrapped_atoms_come_back_whatever_the_drift(self, make, seed, drift):
+        rng = np.random.default_rng(seed)
+        initial = make()
+        along = rng.normal(size=3) * initial.pbc
+        drift = drift * along / np.linalg.norm(along)
+        moves = rng.normal(scale=0.15, size=(len(initial), 3))
+        wrapped = initial.copy()
+        wrapped.positions += moves + drift
+        wrapped.positions += rng.integers(-3, 4, (len(initial), 3)) * initial.pbc @ initial.cell.array
+        found = unwrapped(initial, wrapped)
+        change = found.positions - initial.positions
+        np.testing.assert_allclose(change - change.mean(0), moves - moves.mean(0), atol=1e-9)
+        # The drift that is left is the shortest of its images.
+        shorter = change.mean(0) + np.stack(np.meshgrid(*3 * [[-1, 0, 1]])).reshape(3, -1).T @ (
+            initial.cell.array * initial.pbc[:, None]
+        )
+        assert np.linalg.norm(change.mean(0)) <= np.linalg.norm(shorter, axis=1).min() + 1e-9
+
+    @ZOO
+    def test_positions_change_by_whole_cell_vectors(self, make):
+        rng = np.random.default_rng(0)
+        initial, relaxed = make(), make()
+        relaxed.positions = rng.normal(scale=9, size=relaxed.positions.shape)
+        moved = unwrapped(initial, relaxed).positions - relaxed.positions
+        shifts = moved @ np.linalg.inv(relaxed.cell.complete().array)
+        assert np.abs(shifts).max() > 0.5
+        np.testing.assert_allclose(shifts, np.rint(shifts), atol=1e-9)
+        np.testing.assert_allclose(shifts[:, ~initial.pbc], 0, atol=1e-9)
+
+    @pytest.mark.parametrize("make", [silicon, cluster, methanol], ids=lambda f: f.__name__)
+    def test_nothing_changes_where_nothing_was_wrapped(self, make):
+        initial = make()
+        relaxed = rattled(initial, 0.1, seed=5)
+        assert unwrapped(initial, relaxed) is relaxed
+
+    def test_isolated_atoms_may_go_where_they_like(self):
+        initial = cluster()
+        relaxed = rattled(initial, 20, seed=5)
+        assert unwrapped(initial, relaxed) is relaxed
+
+    def test_results_stay_with_the_structure(self):
+        initial, relaxed = silicon(), silicon()
+        relaxed.positions[3] += relaxed.cell[1]
+        forces = np.random.default_rng(0).normal(size=(8, 3))
+        relaxed.calc = SinglePointCalculator(relaxed, energy=-1.5, forces=forces)
+        found = unwrapped(initial, relaxed)
+        np.testing.assert_array_equal(found.get_forces(), forces)
+        assert found.get_potential_energy() == -1.5
+
+
+class TestOrder:
+    def relaxed_in_order(self, order, drift=0.0) -> tuple[Atoms, Atoms]:
+        initial = bulk("Si", a=5.43, cubic=True) * (2, 1, 1)
+        initial.symbols[[0, 5]] = "P"
+        relaxed = rattled(initial, 0.05)
+        relaxed.positions += drift
+        relaxed = relaxed[order]
+        relaxed.wrap()
+        return initial, unwrapped(initial, relaxed)
+
+    @pytest.mark.parametrize("drift", [0.0, 0.4])
+    def test_another_order_within_an_element_is_warned_of_with_the_mend(self, caplog, drift):
+        order = [5, *range(1, 5), 0, *range(15, 5, -1)]
+        warn_of_order(*self.relaxed_in_order(order, drift), "a/OUTCAR")
+        (record,) = caplog.records
+        assert record.levelno == logging.WARNING
+        assert "a/OUTCAR" in record.message
+        assert "write both structures in the same order." in record.message
+
+    def test_the_same_order_is_not(self, caplog):
+        warn_of_order(*self.relaxed_in_order(list(range(16)), drift=0.4), "a")
+        assert not caplog.records
+
+    def test_a_hop_into_a_vacancy_is_not(self, caplog):
+        sites = bulk("Si", a=5.43, cubic=True) * (2, 2, 2)
+        initial, relaxed = sites[1:], sites[1:]
+        near = np.argmin(sites.get_distances(0, range(1, 64), mic=True))
+        relaxed.positions[near] = sites.positions[0]
+        relaxed = unwrapped(initial, relaxed)
+        assert np.linalg.norm(relaxed.positions - initial.positions, axis=1).max() > 2
+        warn_of_order(initial, relaxed, "a")
+        assert not caplog.records
+
+
+class TestClashes:
+    @pytest.mark.parametrize("which", ["initial", "relaxed"])
+    @pytest.mark.parametrize("make", [silicon, skewed, slab, cluster], ids=lambda f: f.__name__)
+    def test_two_atoms_on_one_place_are_refused_with_both_and_the_structure(self, make, which):
+        pair = {"initial": make(), "relaxed": make()}
+        across = pair[which].cell[0] * pair[which].pbc[0]
+        pair[which].positions[1] = pair[which].positions[0] + across + [0.3, 0, 0]
+        with pytest.raises(InvalidPair, match=f"x: in its {which} structure atoms . and . are 0.30 Å apart") as error:
+            check_pair(**pair, name="x")
+        assert {"0", "1"} <= set(str(error.value).split())
+        pair[which].positions[1] = make().positions[1]
+        check_pair(**pair, name="x")
+
+    def test_an_atom_too_near_to_its_own_image_is_refused(self):
+        atoms = Atoms("Si", cell=[0.4, 5, 5], pbc=True)
+        with pytest.raises(InvalidPair, match=r"0\.40 Å apart.*its cell and their units"):
+            check_pair(atoms, atoms, "x")
+
+    @pytest.mark.parametrize("cell", [[5, 5, 0], [[5, 0, 0], [0, 5, 0], [5, 5, 0]]])
+    def test_a_periodic_cell_without_a_volume_is_refused(self, cell):
+        atoms = Atoms("Si2", positions=[[0, 0, 0], [2, 0, 0]], cell=cell, pbc=True)
+        with pytest.raises(InvalidPair, match=r"cell vectors span nothing; set its cell or its pbc\."):
+            check_pair(atoms, atoms, "x")
+
+    def test_work_grows_with_the_number_of_atoms_not_with_its_square(self):
+        found = []
+
+        def counted(*arguments):
+            found.append(real(*arguments))
+            return found[-1]
+
+        real = pairs_module.find_pairs
+        big = bulk("Si", a=5.43, cubic=True) * (8, 8, 8)
+        with mock.patch.object(pairs_module, "find_pairs", counted):
+            check_pair(big, rattled(big, 0.02), "x")
+        assert [len(f.i) for f in found] == [0, 0]
+
+
+class TestChecks:
+    def test_a_pair_that_did_not_move_is_taken(self):
+        check_pair(silicon(), silicon(), "x")
+
+    def test_no_atoms_are_refused(self):
+        with pytest.raises(InvalidPair, match="x: it has no atoms"):
+            check_pair(Atoms(), Atoms(), "x")
+
+    def test_a_variable_cell_is_refused_with_what_to_do(self):
+        relaxed = silicon()
+        relaxed.set_cell(relaxed.cell * 1.01, scale_atoms=True)
+        with pytest.raises(InvalidPair, match=r"variable cells are not treated yet \(cells come later\).*fixed cell"):
+            check_pair(silicon(), relaxed, "x")
+
+    def test_forces_that_are_not_numbers_are_warned_of(self, caplog):
+        relaxed = silicon()
+        relaxed.calc = SinglePointCalculator(relaxed, forces=np.full((8, 3), np.nan))
+        check_pair(silicon(), relaxed, "x")
+        assert "x: the reference still has a force of nan" in caplog.text
