@@ -18,6 +18,8 @@ BLUE, ORANGE, GREY = "#1f5f99", "#d9762b", "#949494"
 WIDTH = 4.8
 """Inches: at 480 pixels the type is as large as it is meant to be."""
 DPI = 200
+UNIT = "amu$^{1/2}$ Å"
+"""Of Delta-Q."""
 
 
 def new_figure(height: float) -> Figure:
@@ -30,7 +32,7 @@ def new_figure(height: float) -> Figure:
 
 def plain_logarithms(axis: Axis, low: float, high: float) -> None:
     """Plain numbers, which do not run into each other, on an axis of logarithms from low to high."""
-    steps = (1.0, 2.0, 5.0) if high / low < 50 else (1.0,)
+    steps = (1.0, 2.0, 5.0) if high / low < 500 else (1.0,)
     axis.set_major_locator(LogLocator(subs=steps))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from base64 import b64encode
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,13 +16,15 @@ from matplotlib.figure import Figure
 from ..comparison import Comparison
 from ..evaluation import BASIN_RULE, Evaluation
 from ..files import replacing
+from .curve import learning_curve
 from .figures import png
 from .pagetables import UNIT, Table, facts_table, groups_table, structures_table, summary_table
-from .plots import MOST_ATOMS, atom_displacements, before_after, by_group, learning_curve
+from .plots import MOST_ATOMS, atom_displacements, before_after, by_group
 from .tables import sorted_groups
 from .words import LABELS, check_same, comparison_sentences, headline, plural
 
 CSS_WIDTH = 480
+RULE = BASIN_RULE.removeprefix("right basin: ")
 TERMS = (
     ("Delta-Q", "The distance of a relaxed structure from its reference, with each atom's displacement weighted by its "
      "mass: the square root of the sum of m |displacement|² over the atoms, in amu^1/2 Å. Zero where the two are the "
@@ -29,13 +32,14 @@ TERMS = (
     ("Start", "Delta-Q of the structure before it is relaxed: what doing nothing would give."),
     ("RMSD, largest displacement", "Root of the mean squared displacement of the atoms from the reference, and that of "
      "the atom that is farthest from it, in Å."),
-    ("Right basin", BASIN_RULE[0].upper() + BASIN_RULE[1:] + ". It asks whether the relaxation fell into the hollow "
+    ("Right basin", RULE[0].upper() + RULE[1:] + ". It asks whether the relaxation fell into the hollow "
      "where the reference lies, not how well the potential knows the bottom of that hollow."),
     ("Force at the reference", "The largest force that the potential finds on an atom of the reference structure, in "
      "eV/Å. A potential that agreed with the reference calculation would find nearly none."),
     ("Space group", "Whether the relaxed structure has the space group of its reference. “lost” and its new "
      "space group: fewer rotations and reflections than the reference; “other”: a different group, but not fewer."),
-    ("Frames, status", "Steps of the relaxation, and how it ended: converged, out of steps, or diverged."),
+    ("Frames", "Steps of the relaxation. Where it did not converge, how it ended is said below: out of steps, or "
+     "diverged."),
     ("Group", "Structures that are alike, as those of one kind of defect. They are not independent, so intervals and "
      "the test are over groups."),
 )  # fmt: skip
@@ -113,12 +117,14 @@ def write_page(
 
 def _template() -> Template:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["raised"] = _raised
+    environment.filters["typeset"] = _typeset
     return environment.from_string(files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
 
 
-def _raised(text: str) -> Markup:
-    """Escaped, with the exponent of the unit as one."""
+def _typeset(text: str) -> Markup:
+    """Escaped; the exponent of the unit raised, and units not parted from their numbers."""
+    text = text.replace(" %", "\N{NO-BREAK SPACE}%").replace(" Å", "\N{NO-BREAK SPACE}Å")
+    text = text.replace("eV/Å", "eV/\N{WORD JOINER}Å")
     return Markup(escape(text).replace("amu^1/2", Markup("amu<sup>1/2</sup>")))
 
 
@@ -151,8 +157,8 @@ def _scatter(before: Evaluation, after: Evaluation, labels: tuple[str, str]) -> 
         f"{plural(len(pairs), 'point')} below the diagonal."
     )
     caption = (
-        f"A point is a structure. On the line nothing changed; in the shaded part below it the structure ends nearer "
-        f"to its reference {labels[1]}. A cross ends in another basin {labels[1]}. The farthest are named."
+        f"A point is a structure. On the line nothing changed; in the shaded part below it, “{labels[1]}” ends nearer "
+        f"to the reference than “{labels[0]}”. A cross: “{labels[1]}” ends in another basin. The farthest are named."
     )
     return _picture(before_after(before, after, labels), alt, caption)
 
@@ -180,14 +186,17 @@ def _bars(evaluation: Evaluation, after: Evaluation | None, labels: tuple[str, s
 
 
 def _learning(history: Sequence[dict[str, float]], best_epoch: int | None) -> Picture:
-    first, last = history[0], history[-1]
-    alt = (
-        f"Training loss from {first['train_loss']:.3g} to {last['train_loss']:.3g} over {plural(len(history), 'epoch')}"
-        f"; validation Delta-Q from {first['valid_delta_q']:.3g} to {last['valid_delta_q']:.3g}."
-    )
-    caption = (
-        "Above, the loss on the training structures; below, mean Delta-Q of the validation structures, fully relaxed. "
-        "The star marks the epoch whose weights were kept. Epochs are judged by the mean of the logarithm of Delta-Q, "
-        "so it need not be the lowest point."
-    )
-    return _picture(learning_curve(history, best_epoch), alt, caption)
+    alt = f"Training loss {_course(history, 'train_loss')} over {plural(len(history), 'epoch')}"
+    caption = "The loss on the training structures; nothing was validated, so the last weights were kept."
+    if any(math.isfinite(row["valid_delta_q"]) for row in history):
+        alt += f"; validation Delta-Q {_course(history, 'valid_delta_q')}"
+        caption = (
+            "Above, the loss on the training structures; below, mean Delta-Q of the validation structures, fully "
+            "relaxed. The star marks the epoch whose weights were kept. Epochs are judged by the mean of the "
+            "logarithm of Delta-Q, so it need not be the lowest point."
+        )
+    return _picture(learning_curve(history, best_epoch), f"{alt}.", caption)
+
+
+def _course(history: Sequence[dict[str, float]], name: str) -> str:
+    return f"from {history[0][name]:.3g} to {history[-1][name]:.3g}"

@@ -9,11 +9,11 @@ from statistics import fmean
 from ..evaluation import Evaluation, Row
 from ..result import Status
 from .tables import sorted_groups
-from .words import change, count, number, plural, shorten, symmetry, yes
+from .words import change, count, median, number, plural, shorten, symmetry, yes
 
-NUMBER, WORD, WRONG = "number", "word", "word wrong"
+NUMBER, WORD, WRONG = "number", "", "wrong"
 UNIT = "amu^1/2 Å"
-ID_WIDTH = 40
+ID_WIDTH, LABEL_WIDTH = 40, 16
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def summary_table(evaluation: Evaluation, after: Evaluation | None, labels: tupl
     both = [evaluation] if after is None else [evaluation, after]
     measures: list[tuple[str, Callable[[Evaluation], float], int]] = [
         (f"Mean Delta-Q ({UNIT})", lambda e: e.mean, 2),
-        (f"Median Delta-Q ({UNIT})", lambda e: e.median, 2),
+        (f"Median Delta-Q ({UNIT})", median, 2),
         ("Mean force at the reference (eV/Å)", lambda e: fmean(row.residual_force for row in e.rows), 3),
     ]
     rows = [[Cell(f"Mean Delta-Q of the starts ({UNIT})"),
@@ -75,10 +75,10 @@ def groups_table(evaluation: Evaluation, after: Evaluation | None, labels: tuple
     """A group a row, the farthest first."""
     groups = sorted_groups(evaluation, after)
     rows = []
-    for (b, a), short in zip(groups.values(), shorten(list(groups), ID_WIDTH), strict=True):
+    for (b, a), shown in zip(groups.values(), shorten(list(groups), ID_WIDTH), strict=True):
         both = [b] if a is None else [b, a]
         rows.append([
-            Cell(short), Cell(str(len(b.rows)), NUMBER), Cell(number(b.mean_unrelaxed, 2), NUMBER),
+            Cell(shown), Cell(str(len(b.rows)), NUMBER), Cell(number(b.mean_unrelaxed, 2), NUMBER),
             *(Cell(number(e.mean, 2), NUMBER) for e in both), *([Cell(change(b.mean, a.mean), WORD)] if a else []),
             *(Cell(count(e, "basin"), NUMBER) for e in both),
         ])  # fmt: skip
@@ -86,10 +86,11 @@ def groups_table(evaluation: Evaluation, after: Evaluation | None, labels: tuple
     if after is None:
         heads = [[Cell("Group"), *(Cell(t, NUMBER) for t in ("Structures", "Start", "Delta-Q", "Right basin"))]]
     else:
+        short = [Cell(label, NUMBER) for label in shorten(labels, LABEL_WIDTH)]
         heads = [
             [Cell("Group", rows=2), Cell("Structures", NUMBER, rows=2), Cell("Start", NUMBER, rows=2),
              Cell("Delta-Q", span=3), Cell("Right basin", span=2)],
-            [*(Cell(label, NUMBER) for label in labels), Cell("change"), *(Cell(label, NUMBER) for label in labels)],
+            [*short, Cell("change"), *short],
         ]  # fmt: skip
     return Table(caption, heads, rows, "names")
 
@@ -103,12 +104,17 @@ def structures_table(evaluation: Evaluation, after: Evaluation | None, labels: t
         cells = [measure(e.rows[k]) for _, _, measure in MEASURES for e in both]
         below = row.group if row.group != row.id else ""
         rows.append([Cell(names[k], below=below), Cell(number(row.unrelaxed, 2), NUMBER), *cells])
-    caption = f"Delta-Q in {UNIT}; group below the name"
+    caption = f"Delta-Q in {UNIT}; below each name its group"
     if after is None:
         heads = [Cell("Structure"), Cell("Start", NUMBER), *(Cell(name, kind) for name, kind, _ in MEASURES)]
         return Table(caption, [heads], rows, "names")
     top = [Cell("Structure", rows=2), Cell("Start", NUMBER, rows=2), *(Cell(name, span=2) for name, _, _ in MEASURES)]
-    return Table(caption, [top, [Cell(label, kind) for _, kind, _ in MEASURES for label in labels]], rows, "names")
+    return Table(
+        caption,
+        [top, [Cell(label, kind) for _, kind, _ in MEASURES for label in shorten(labels, LABEL_WIDTH)]],
+        rows,
+        "names",
+    )
 
 
 def _converged(row: Row) -> bool:
@@ -119,6 +125,10 @@ def _symmetry(row: Row) -> Cell:
     return Cell(symmetry(row), WORD if row.symmetry_kept else WRONG)
 
 
+def _frames(row: Row) -> Cell:
+    return Cell(str(row.nsteps), NUMBER) if _converged(row) else Cell(str(row.nsteps), f"{NUMBER} wrong", row.status)
+
+
 MEASURES: tuple[tuple[str, str, Callable[[Row], Cell]], ...] = (
     ("Delta-Q", NUMBER, lambda row: Cell(number(row.delta_q, 2), NUMBER)),
     ("RMSD (Å)", NUMBER, lambda row: Cell(number(row.rmsd, 3), NUMBER)),
@@ -126,7 +136,6 @@ MEASURES: tuple[tuple[str, str, Callable[[Row], Cell]], ...] = (
     ("Right basin", WORD, lambda row: Cell(yes(row.right_basin), WORD if row.right_basin else WRONG)),
     ("Force at the reference (eV/Å)", NUMBER, lambda row: Cell(number(row.residual_force, 3), NUMBER)),
     ("Space group", WORD, _symmetry),
-    ("Frames", NUMBER, lambda row: Cell(str(row.nsteps), NUMBER)),
-    ("Status", WORD, lambda row: Cell(row.status, WORD if _converged(row) else WRONG)),
+    ("Frames", NUMBER, _frames),
 )
 """Of each structure: the head of its column, how it is set, and the cell."""

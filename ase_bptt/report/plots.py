@@ -1,4 +1,4 @@
-"""Pictures of evaluations and of training, to be read at 480 pixels of width."""
+"""Pictures of evaluations, to be read at 480 pixels of width."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
 from ..evaluation import Evaluation
-from .figures import BLUE, GREY, ORANGE, limits, new_figure, plain_logarithms, save
+from .figures import BLUE, GREY, ORANGE, UNIT, limits, new_figure, plain_logarithms, save
 from .tables import sorted_groups
 from .words import LABELS, change, check_same, plural, shorten
 
-NAME_WIDTH = 18
+NAME_WIDTH, LABEL_WIDTH = 18, 24
 LEAST = 1e-3
 """amu^1/2 Å: where points that lie nearer are drawn on an axis of logarithms."""
-UNIT = "amu$^{1/2}$ Å"
 MOST_GROUPS, MOST_ATOMS = 40, 24
 
 
@@ -31,6 +31,7 @@ def before_after(before: Evaluation, after: Evaluation, labels: tuple[str, str] 
         Where the two are not of the same structures.
     """
     check_same(before, after)
+    labels = _short(labels)
     figure = new_figure(4.6)
     axes = figure.add_subplot()
     shown = [
@@ -44,7 +45,7 @@ def before_after(before: Evaluation, after: Evaluation, labels: tuple[str, str] 
     for right, marker, colour in ((True, "o", BLUE), (False, "X", ORANGE)):
         chosen = [(x, y) for x, y, row in shown if row.right_basin is right]
         x, y = ([point[k] for point in chosen] for k in (0, 1))
-        label = f"{'right' if right else 'other'} basin {labels[1]}"
+        label = f"{'right' if right else 'other'} basin ({labels[1]})"
         if chosen:
             axes.scatter(x, y, marker=marker, s=48, color=colour, label=label, zorder=3)
     axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
@@ -56,7 +57,8 @@ def before_after(before: Evaluation, after: Evaluation, labels: tuple[str, str] 
     said = change(before.mean, after.mean)
     axes.set_title(f"{plural(len(shown), 'structure')}{f', mean {said}' if said else ''}", fontsize=10)
     if shown:
-        axes.legend(loc="upper left", frameon=False, fontsize=9)
+        # Outside, for a point may lie anywhere.
+        _legend(figure, axes)
     return figure
 
 
@@ -70,6 +72,7 @@ def by_group(evaluation: Evaluation, after: Evaluation | None = None, labels: tu
     ValueError
         Where the two are not of the same structures.
     """
+    labels = _short(labels)
     groups = list(sorted_groups(evaluation, after).items())[:MOST_GROUPS]
     total = len(evaluation.by_group())
     figure = new_figure(1.3 + (0.26 if after is None else 0.34) * len(groups))
@@ -88,7 +91,7 @@ def by_group(evaluation: Evaluation, after: Evaluation | None = None, labels: tu
     if total > len(groups):
         axes.set_title(f"the farthest {len(groups)} of {total} groups", fontsize=10)
     if after is not None:
-        figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=9)
+        _legend(figure, axes)
     return figure
 
 
@@ -121,6 +124,7 @@ def atom_displacements(
     """
     if after is not None:
         check_same(evaluation, after)
+    labels = _short(labels)
     last = after or evaluation
     finite = [k for k, row in enumerate(last.rows) if math.isfinite(row.delta_q)]
     worst = sorted(finite, key=lambda k: -last.rows[k].delta_q)[:most]
@@ -129,12 +133,11 @@ def atom_displacements(
     panels = figure.subplots(max(1, len(worst)), squeeze=False)[:, 0]
     for axes, k in zip(panels, worst):
         _bars(axes, k, evaluation, after, labels)
-        axes.set_title(f"{axes.get_title()}{names[k]}, Delta-Q {last.rows[k].delta_q:.2f}", fontsize=10, loc="left")
+        axes.set_title(f"{names[k]}, Delta-Q {last.rows[k].delta_q:.2f}", fontsize=10, loc="left")
     panels[-1].set_xlabel("atom (counted from 0)")
     figure.supylabel("displacement (Å)", fontsize=10)
     if after is not None and worst:
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False,
-                      fontsize=9)  # fmt: skip
+        _legend(figure, panels[0])
     return figure
 
 
@@ -144,7 +147,8 @@ def _bars(axes: Axes, k: int, evaluation: Evaluation, after: Evaluation | None, 
     atoms = list(range(len(distances)))
     if len(atoms) > MOST_ATOMS:
         atoms = sorted(atoms, key=lambda atom: -distances[atom])[:MOST_ATOMS]
-        axes.set_title(f"{MOST_ATOMS} farthest of {len(distances)} atoms: ")
+        said = f"{MOST_ATOMS} farthest of {len(distances)} atoms"
+        axes.text(0.98, 0.9, said, transform=axes.transAxes, ha="right", va="top", fontsize=9)
     series: list[tuple[Evaluation, float, float, str, str | None]] = [(evaluation, 0.0, 0.7, BLUE, None)]
     if after is not None:
         series = [(evaluation, -0.2, 0.4, GREY, labels[0]), (after, 0.2, 0.4, BLUE, labels[1])]
@@ -157,58 +161,24 @@ def _bars(axes: Axes, k: int, evaluation: Evaluation, after: Evaluation | None, 
     axes.yaxis.set_major_locator(MaxNLocator(4))
 
 
-def learning_curve(history: Sequence[dict[str, float]], best_epoch: int | None = None) -> Figure:
-    """Training loss and, below it, validation Delta-Q over the epochs; the epoch that was kept is marked.
-
-    Parameters
-    ----------
-    history : sequence of dict
-        With "epoch", "train_loss", "valid_score" and "valid_delta_q".
-    best_epoch : int, optional
-        That whose weights were kept, 0 for those before training. Where it is not given, the one
-        whose "valid_score" is lowest; none if nothing was validated.
-    """
-    validated = [row for row in history if math.isfinite(row["valid_delta_q"])]
-    figure = new_figure(4.4 if validated else 2.6)
-    panels = figure.subplots(2 if validated else 1, sharex=True, squeeze=False)[:, 0]
-    epochs = [row["epoch"] for row in history]
-    panels[0].plot(epochs, [row["train_loss"] for row in history], "s-", color=GREY, markersize=4)
-    panels[0].set_ylabel("training loss\n(unit of the loss)")
-    if validated:
-        x, y = ([row[name] for row in validated] for name in ("epoch", "valid_delta_q"))
-        panels[1].plot(x, y, "o-", color=BLUE, markersize=4)
-        panels[1].set_ylabel(f"validation: mean\nDelta-Q ({UNIT})")
-        best = min(validated, key=lambda row: row["valid_score"])["epoch"] if best_epoch is None else best_epoch
-        _mark(list(panels), int(best), dict(zip(x, y, strict=True)))
-    for axes in panels:
-        axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
-    panels[-1].set_xlabel("epoch")
-    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    return figure
-
-
-def _mark(panels: Sequence[Axes], best: int, found: dict[float, float]) -> None:
-    if best not in found:
-        panels[0].set_title(f"kept: the weights of epoch {best}", fontsize=10)
-        return
-    for axes in panels:
-        axes.axvline(best, color=ORANGE, linewidth=1, linestyle="--", zorder=0)
-    panels[1].plot([best], [found[best]], "*", color=ORANGE, markersize=14, zorder=3)
-    panels[0].set_title(f"kept: epoch {best} (best validation)", fontsize=10)
-
-
 def plot_before_after(before: Evaluation, after: Evaluation, path: Path) -> None:
     """Write the picture of `before_after`."""
     save(before_after(before, after), path)
 
 
-def plot_learning_curve(history: Sequence[dict[str, float]], path: Path) -> None:
-    """Write the picture of `learning_curve`."""
-    save(learning_curve(history), path)
+def _short(labels: tuple[str, str]) -> tuple[str, str]:
+    first, last = shorten(labels, LABEL_WIDTH)
+    return first, last
 
 
 def _drawn(value: float) -> float:
     return max(value, LEAST)
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    handles, names = axes.get_legend_handles_labels()
+    columns = 2 if sum(map(len, names)) < 48 else 1
+    figure.legend(handles, names, loc="outside upper center", ncols=columns, frameon=False, fontsize=9)
 
 
 def _name_the_worst(axes: Axes, points: Sequence[tuple[float, float, str]], most: int = 3) -> None:
@@ -223,4 +193,5 @@ def _name_the_worst(axes: Axes, points: Sequence[tuple[float, float, str]], most
             continue
         last = height
         offset, align = ((-8, -3), "right") if right > 0.5 else ((8, -3), "left")
-        axes.annotate(short[name], (x, y), offset, textcoords="offset points", fontsize=8, ha=align)
+        axes.annotate(short[name], (x, y), offset, textcoords="offset points", fontsize=8, ha=align, zorder=4,
+                      path_effects=[withStroke(linewidth=2, foreground="white")])  # fmt: skip

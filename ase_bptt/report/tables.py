@@ -10,7 +10,7 @@ from ..comparison import Comparison
 from ..evaluation import Evaluation
 from ..files import replacing
 from .grid import Column, grid
-from .words import LABELS, change, check_same, comparison_sentences, count, number, shorten, symmetry, yes
+from .words import LABELS, change, check_same, comparison_sentences, count, median, number, shorten, symmetry, yes
 
 ID_WIDTH, LABEL_WIDTH = 20, 8
 CSV_COLUMNS = (
@@ -37,7 +37,7 @@ def evaluation_table(evaluation: Evaluation) -> str:
     ]  # fmt: skip
     foot = [
         ["mean", number(evaluation.mean_unrelaxed, 2), number(evaluation.mean, 2)],
-        ["median", "", number(evaluation.median, 2)],
+        ["median", "", number(median(evaluation), 2)],
     ]
     last = f"right basin: {count(evaluation, 'basin')}; space group kept: {count(evaluation, 'symmetry')}"
     return "\n".join([f"{UNITS}; force in eV/Å", *grid(columns, rows, foot), last])
@@ -68,9 +68,9 @@ def table(before: Evaluation, after: Evaluation, labels: tuple[str, str] = LABEL
     ]  # fmt: skip
     foot = [
         ["mean", number(before.mean_unrelaxed, 2), number(before.mean, 2), number(after.mean, 2)],
-        ["median", "", number(before.median, 2), number(after.median, 2)],
+        ["median", "", number(median(before), 2), number(median(after), 2)],
     ]
-    said = [change(before.mean, after.mean), change(before.median, after.median)]
+    said = [change(before.mean, after.mean), change(median(before), median(after))]
     last = f"right basin: {count(before, 'basin')} {labels[0]}, {count(after, 'basin')} {labels[1]}"
     return "\n".join([UNITS, *legend, *grid(columns, rows, foot, said), last])
 
@@ -142,4 +142,4 @@ def _heads(labels: tuple[str, str]) -> tuple[tuple[str, str], list[str]]:
     """What stands above the columns, and a line that explains it where the labels are too long for that."""
     if max(map(len, labels)) <= LABEL_WIDTH:
         return labels, []
-    return ("(1)", "(2)"), [f"(1) {labels[0]}, (2) {labels[1]}"]
+    return ("(1)", "(2)"), [f"(1) {labels[0]}; (2) {labels[1]}"]

@@ -15,7 +15,8 @@ from ..evaluation import Evaluation, Row
 
 LABELS = ("before", "after")
 NONE = "-"
-ALPHA = 0.05
+MANY = 10
+"""From so many times on, per cent are no longer read."""
 
 
 def number(value: float, digits: int) -> str:
@@ -38,6 +39,8 @@ def change(before: float, after: float) -> str:
 def _percent(value: float) -> str:
     if value == 0:
         return "unchanged"
+    if value >= MANY - 1:
+        return f"{1 + value:.0f} times as high"
     amount = "less than 1 %" if abs(value) < 0.005 else f"{100 * abs(value):.0f} %"
     return f"{amount} {'lower' if value < 0 else 'higher'}"
 
@@ -64,6 +67,11 @@ def _order(space_group: str) -> int:
         return 0
     rotations, _ = Spacegroup(int(found[1])).get_op()
     return len({rotation.tobytes() for rotation in rotations})
+
+
+def median(evaluation: Evaluation) -> float:
+    """Median Delta-Q; NaN where one is not finite, for then there is no order."""
+    return evaluation.median if math.isfinite(evaluation.mean) else math.nan
 
 
 def count(evaluation: Evaluation, what: str) -> str:
@@ -118,10 +126,11 @@ def headline(evaluation: Evaluation, after: Evaluation | None, labels: tuple[str
             f"(unrelaxed: {number(evaluation.mean_unrelaxed, 2)}). {basins} are in the right basin."
         )
     said = change(evaluation.mean, after.mean)
+    said = f", {said}" if said else ""
+    first, last = (number(e.mean, 2) if math.isfinite(e.mean) else "not finite" for e in (evaluation, after))
     return (
-        f"Mean Delta-Q to the reference over {n}: {number(evaluation.mean, 2)} {unit} {labels[0]}, "
-        f"{number(after.mean, 2)} {labels[1]}{f', {said}' if said else ''}. "
-        f"In the right basin: {basins} {labels[0]}, {count(after, 'basin')} {labels[1]}."
+        f"Mean Delta-Q to the reference over {n}, in {unit}: {first} ({labels[0]}), {last} ({labels[1]}){said}. "
+        f"In the right basin: {basins} ({labels[0]}), {count(after, 'basin')} ({labels[1]})."
     )
 
 
@@ -158,6 +167,6 @@ def _test(comparison: Comparison) -> str:
     sentence = f"Wilcoxon's signed-rank test over {plural(groups, 'group')}: {said}"
     # Two-sided: all groups change the same way in 2 of 2^groups cases.
     least = 2 / 2**groups
-    if least >= ALPHA:
-        sentence += f"; so few groups cannot give less than {min(least, 1):.2g}, so it cannot show p < {ALPHA}"
+    if least >= 1 - LEVEL:
+        sentence += f"; with so few groups it cannot fall below {min(least, 1):.2g}, whatever the change"
     return sentence + "."
