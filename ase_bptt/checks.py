@@ -6,11 +6,27 @@ import logging
 from collections.abc import Sequence
 from itertools import combinations
 
-from .pairs import InvalidPair, RelaxationPair
+import numpy as np
+from ase import Atoms
+
+from .pairs import InvalidPair, RelaxationPair, check_distances
 from .potential import Potential
 from .structures import Structures
 
 log = logging.getLogger(__name__)
+
+
+def check_structure(potential: Potential, atoms: Atoms, name: str) -> None:
+    """Raise InvalidPair or NotImplementedError, naming the structure, where it cannot be relaxed."""
+    if not len(atoms):
+        raise InvalidPair(f"{name}: it has no atoms; leave it out.")
+    if not (np.isfinite(atoms.positions).all() and np.isfinite(atoms.cell.array).all()):
+        raise InvalidPair(f"{name}: a position or its cell is not a finite number; write the file again.")
+    check_distances(atoms, f"{name}:")
+    try:
+        potential.check(Structures.from_atoms(atoms))
+    except NotImplementedError as error:
+        raise NotImplementedError(f"{name}: {error}") from error
 
 
 def check_usable(potential: Potential, pair: RelaxationPair) -> None:

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import fmean, median
 from typing import Any
 
-import numpy as np
-import torch
 from ase import Atoms
-from ase.calculators.calculator import CalculationFailed
-from ase.optimize import BFGS
 
-from .calculator import TorchCalculator
+from .batches import End, relax_all, whole
 from .losses import delta_q, displacements, max_displacement, rmsd
 from .neighbors import NeighborList
 from .pairs import RelaxationPair
 from .potential import Potential
-from .relaxation import relax
-from .result import Status, largest_force
+from .result import largest_force
 from .steppers import Stepper
 from .structures import Structures
 from .symmetry import space_group
@@ -156,14 +151,11 @@ def evaluate(
         Structures relaxed together.
     """
     starts = [p.initial for p in pairs] + [p.relaxed for p in pairs]
-    ends = list(_ends(potential, starts, stepper, fmax, steps, batch_size))
-    controls = [atoms for atoms, _, _ in ends[len(pairs) :]]
+    ends = whole(relax_all(potential, starts, stepper=stepper, fmax=fmax, steps=steps, batch_size=batch_size))
+    controls = [end.atoms for end in ends[len(pairs) :]]
     residuals = _residual_forces(potential, [p.relaxed for p in pairs], batch_size)
     rows = [_row(*found) for found in zip(pairs, ends[: len(pairs)], controls, residuals, strict=True)]
-    return Evaluation(tuple(rows), tuple(atoms for atoms, _, _ in ends[: len(pairs)]))
-
-
-End = tuple[Atoms, Status, int]
+    return Evaluation(tuple(rows), tuple(end.atoms for end in ends[: len(pairs)]))
 
 
 def _row(pair: RelaxationPair, found: End, control: Atoms, residual: float) -> Row:
@@ -194,26 +186,3 @@ def _residual_forces(potential: Potential, structures: Sequence[Atoms], size: in
         neighbors = NeighborList(potential.cutoff, skin=0.0)(batch)
         found += largest_force(batch, potential.energy_and_forces(batch, neighbors)[1]).tolist()
     return found
-
-
-def _ends(
-    potential: Potential, starts: Sequence[Atoms], stepper: Stepper | str, fmax: float, steps: int, size: int
-) -> Iterator[End]:
-    if stepper == "bfgs":
-        yield from (_by_bfgs(potential, atoms, fmax, steps) for atoms in starts)
-        return
-    for first in range(0, len(starts), size):
-        with torch.no_grad():
-            run = relax(potential, starts[first : first + size], stepper=stepper, fmax=fmax, steps=steps)
-        yield from zip(run.to_atoms(), run.status, run.nsteps.tolist(), strict=True)
-
-
-def _by_bfgs(potential: Potential, start: Atoms, fmax: float, steps: int) -> End:
-    atoms = start.copy()
-    atoms.calc = TorchCalculator(potential)
-    with BFGS(atoms, logfile=None) as optimizer:
-        try:
-            status = Status.CONVERGED if optimizer.run(fmax=fmax, steps=steps) else Status.OUT_OF_STEPS
-        except (CalculationFailed, np.linalg.LinAlgError):
-            status = Status.DIVERGED
-        return atoms, status, optimizer.nsteps

@@ -1,49 +1,20 @@
-"""From a potential and split pairs to a run folder: train, and measure before and after."""
+"""From a potential and pairs to a run folder: train, and measure before and after."""
 
 from __future__ import annotations
 
-import csv
-import json
-import math
+import logging
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-from . import report
-from .evaluation import BASIN_RULE, Evaluation, evaluate
-from .files import replacing
-from .pairs import RelaxationPair
+from .evaluation import Evaluation, evaluate
+from .groups import split_into_folds
+from .outcome import BEFORE, RESULTS, Outcome, read_rows, write_rows
+from .pairs import RelaxationPair, fingerprint
 from .potential import Potential
 from .trainer import Trainer
 
-COLUMNS = ("delta_q", "rmsd", "max_displacement", "right_basin", "status")
-
-
-@dataclass(eq=False)
-class Outcome:
-    """What a fine-tuning run found on its held-out pairs, relaxed by FIRE and again by BFGS."""
-
-    out: Path
-    before: Evaluation
-    after: Evaluation
-    before_bfgs: Evaluation
-    after_bfgs: Evaluation
-    history: list[dict[str, float]]
-    seconds: float
-
-    def todict(self) -> dict[str, Any]:
-        """The summary that --json prints; a number that is not finite is null."""
-        found = {
-            "test": _summary(self.before, self.after) | {"mean_unrelaxed": self.before.mean_unrelaxed},
-            "test_bfgs": _summary(self.before_bfgs, self.after_bfgs),
-            "checkpoint": str(self.out / "potential"),
-            "run": str(self.out),
-            "epochs": len(self.history),
-            "seconds": round(self.seconds, 1),
-        }
-        return without_nan(found)
+log = logging.getLogger(__name__)
 
 
 def finetune(
@@ -52,6 +23,7 @@ def finetune(
     out: Path,
     *,
     epochs: int,
+    facts: dict[str, str] | None = None,
 ) -> Outcome:
     """Train on "train", choose on "valid", measure on "test"; write the run folder.
 
@@ -62,75 +34,115 @@ def finetune(
     splits : dict of "train", "valid" and "test" to pairs
     out : Path
     epochs : int
+    facts : dict of str to str
+        What else the page shall say of the run.
 
     What the untuned potential gives is measured first and kept in before.json, for a run that is
     stopped and resumed.
     """
-    began = time.monotonic()
+    clock = time.monotonic()
     train, valid, test = (splits[name] for name in ("train", "valid", "test"))
-    trainer.check(train, valid, test, epochs=epochs)
-    before, before_bfgs = _before(trainer, test, out / "before.json")
+    trainer.begin(train, valid, test, epochs=epochs)
+    before, before_bfgs = _before(trainer, test, out / BEFORE)
     trainer.fit(train, valid, epochs=epochs)
     trainer.save(out / "potential")
     after, after_bfgs = _measure(trainer.potential, test)
-    seconds = time.monotonic() - began
-    outcome = Outcome(out, before, after, before_bfgs, after_bfgs, trainer.history, seconds)
-    _write(outcome)
+    # A resumed run adds up what its epochs took, since nobody knows how long it stood still.
+    seconds = max(time.monotonic() - clock, sum(row["seconds"] for row in trainer.history))
+    outcome = Outcome(out, before, after, before_bfgs, after_bfgs, trainer.history, seconds, facts=dict(facts or {}))
+    outcome.write()
     return outcome
 
 
+def cross_validate(
+    make: Callable[[Path], Trainer],
+    pairs: Sequence[RelaxationPair],
+    out: Path,
+    *,
+    folds: int,
+    epochs: int,
+    seed: int = 0,
+    facts: dict[str, str] | None = None,
+) -> Outcome:
+    """Fine-tune once for each fold of the groups, and measure every pair where it was held out.
+
+    Parameters
+    ----------
+    make : callable
+        ``make(folder)`` gives a new Trainer with the untuned potential and that run folder.
+    pairs : sequence of RelaxationPair
+    out : Path
+        A run folder for each fold is made in it. Folds that are there and finished are read, one that
+        was stopped goes on.
+    folds, epochs : int
+    seed : int
+        Of the folds.
+
+    Raises
+    ------
+    ValueError
+        For fewer groups than folds, or folders of other pairs or epochs.
+    """
+    clock = time.monotonic()
+    splits = split_into_folds(pairs, folds, seed=seed)
+    outcomes = []
+    for k, split in enumerate(splits):
+        folder = out / f"fold_{k}"
+        log.info("fold %d of %d: %d held out", k + 1, folds, len(split["test"]))
+        outcomes.append(_fold(make, split, folder, epochs, facts))
+    seconds = max(time.monotonic() - clock, sum(o.seconds for o in outcomes))
+    merged = Outcome(
+        out,
+        before=_in_order([o.before for o in outcomes], pairs),
+        after=_in_order([o.after for o in outcomes], pairs),
+        before_bfgs=_in_order([o.before_bfgs for o in outcomes], pairs),
+        after_bfgs=_in_order([o.after_bfgs for o in outcomes], pairs),
+        history=[],
+        seconds=seconds,
+        folds=folds,
+        facts=dict(facts or {}),
+    )
+    merged.write()
+    return merged
+
+
+def _fold(
+    make: Callable[[Path], Trainer],
+    split: dict[str, list[RelaxationPair]],
+    folder: Path,
+    epochs: int,
+    facts: dict[str, str] | None,
+) -> Outcome:
+    data = {"held-out data": fingerprint(split["test"])[:16]}
+    if (folder / RESULTS).is_file():
+        found = Outcome.load(folder)
+        if found.facts.get("held-out data") != data["held-out data"]:
+            raise ValueError(f"{folder} holds a fold of other pairs: give those again, or --overwrite.")
+        return found
+    begun = (folder / "checkpoint.pt").is_file()
+    trainer = Trainer.resume(folder) if begun else make(folder)
+    return finetune(trainer, split, folder, epochs=epochs, facts={**(facts or {}), **data})
+
+
+def _in_order(evaluations: Sequence[Evaluation], pairs: Sequence[RelaxationPair]) -> Evaluation:
+    """All folds' rows and ends in one evaluation, in the order of the pairs."""
+    place = {pair.id: k for k, pair in enumerate(pairs)}
+    rows = [row for e in evaluations for row in e.rows]
+    ends = [atoms for e in evaluations for atoms in e.ends]
+    order = sorted(range(len(rows)), key=lambda k: place[rows[k].id])
+    return Evaluation(tuple(rows[k] for k in order), tuple(ends[k] for k in order) if len(ends) == len(rows) else ())
+
+
 def _before(trainer: Trainer, test: Sequence[RelaxationPair], file: Path) -> tuple[Evaluation, Evaluation]:
+    if file.is_file():
+        fire, bfgs = read_rows(file)
+        return fire, bfgs
     if trainer.epoch > 0:
-        if not file.is_file():
-            raise ValueError(f"There is no {file} to compare with: only a run that ase-bptt began can be resumed so.")
-        one, other = json.loads(file.read_text())
-        return Evaluation.from_rows(one), Evaluation.from_rows(other)
+        raise ValueError(f"There is no {file} to compare with: only a run that ase-bptt began can be resumed so.")
     found = _measure(trainer.potential, test)
-    out = file.parent
-    out.mkdir(parents=True, exist_ok=True)
-    with replacing(file) as path:
-        path.write_text(json.dumps([evaluation.todict()["rows"] for evaluation in found], indent=1) + "\n")
+    write_rows(file, *found)
     return found
-
-
-def without_nan(value: Any) -> Any:
-    """The same with None for every number that is not finite: JSON has no NaN."""
-    if isinstance(value, dict):
-        return {k: without_nan(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [without_nan(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _measure(potential: Potential, test: Sequence[RelaxationPair]) -> tuple[Evaluation, Evaluation]:
     return evaluate(potential, test), evaluate(potential, test, stepper="bfgs")
-
-
-def _summary(before: Evaluation, after: Evaluation) -> dict[str, Any]:
-    return {
-        "n": len(after.rows),
-        "kinds": len({row.group for row in after.rows}),
-        "mean_before": before.mean,
-        "mean_after": after.mean,
-        "median_before": before.median,
-        "median_after": after.median,
-        "basins_before": before.basins,
-        "basins_after": after.basins,
-    }
-
-
-def _write(outcome: Outcome) -> None:
-    out = outcome.out
-    with replacing(out / "results.json") as path:
-        rows = {"rows_before": outcome.before.todict()["rows"], "rows_after": outcome.after.todict()["rows"]}
-        found = outcome.todict() | without_nan(rows) | {"rule": BASIN_RULE}
-        path.write_text(json.dumps(found, indent=1) + "\n")
-    with replacing(out / "table.csv") as path, path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        names = [f"{c}_{when}" for when in ("before", "after") for c in COLUMNS]
-        writer.writerow(["id", "group", "delta_q_unrelaxed", *names])
-        for b, a in zip(outcome.before.rows, outcome.after.rows, strict=True):
-            values = [getattr(row, c) for row in (b, a) for c in COLUMNS]
-            writer.writerow([b.id, b.group, b.unrelaxed, *values])
-    report.plot_before_after(outcome.before, outcome.after, out / "before_after.png")
-    report.plot_learning_curve(outcome.history, out / "learning_curve.png")

@@ -29,10 +29,10 @@ from ase_bptt.datasets import si_defects
 from ase_bptt.evaluation import evaluate
 from ase_bptt.potentials.lennard_jones import LennardJones
 
-KEYS = {"n", "kinds", "mean_before", "mean_after", "median_before", "median_after", "basins_before", "basins_after"}
+KEYS = {"n", "kinds", "mean_unrelaxed", "mean_before", "mean_after", "median_before", "median_after", "basins_before", "basins_after"}
 FILES = {
     "settings.json", "metrics.csv", "checkpoint.pt", "potential", "results.json", "table.csv",
-    "before_after.png", "learning_curve.png", "before.json",
+    "before_after.png", "learning_curve.png", "before.json", "after.json", "report.html", "command.json",
 }  # fmt: skip
 QUICK = ["--epochs", "1", "--steps", "2"]
 KINDS = ["Ne", "Ar", "Kr", "Xe"]
@@ -120,7 +120,7 @@ def demo(tmp_path_factory):
         raise AssertionError("the demo went to the network")
 
     with (
-        mock.patch("ase_bptt.cli.si_defects", lambda split, fold: [every[k] for k in few[split]]),
+        mock.patch("ase_bptt.cli.demo.si_defects", lambda split, fold: [every[k] for k in few[split]]),
         mock.patch("ase_bptt.finetune.evaluate", partial(evaluate, steps=20)),
         mock.patch.object(socket.socket, "connect", no_network),
         mock.patch.object(socket, "getaddrinfo", no_network),
@@ -135,8 +135,8 @@ class TestDemo:
         folder, (code, out, err) = demo
         assert code == 0, err
         found = json.loads(out)
-        assert set(found) == {"test", "test_bfgs", "checkpoint", "run", "epochs", "seconds"}
-        assert set(found["test"]) == KEYS | {"mean_unrelaxed"}
+        assert set(found) == {"test", "test_bfgs", "comparison", "checkpoint", "run", "folds", "epochs", "seconds"}
+        assert set(found["test"]) == KEYS
         assert set(found["test_bfgs"]) == KEYS
         assert (found["test"]["n"], found["test"]["kinds"]) == (2, 2)
         assert all(np.isfinite(x) for x in found["test"].values())
@@ -322,7 +322,7 @@ class TestResume:
 
     def test_other_epochs_are_refused(self, data):
         assert train(data)[0] == 0
-        is_refused(train(data, "--resume", quick=["--epochs", 5]), "other pairs or epochs")
+        is_refused(train(data, "--resume", quick=["--epochs", 5]), "--epochs 1, not 5", "leave the flag out")
 
     def test_nothing_to_resume_is_refused(self, data):
         is_refused(train(data, "--resume"), "run", "holds no run that can be resumed")
@@ -361,7 +361,7 @@ class TestRefusing:
             (["--dtype", "float16"], ["float16", "float32"]),
             (["--loss", "energy"], ["energy", "delta_q", "rmsd"]),
             (["--device", "abacus"], ["abacus"]),
-            (["--lr", "-1"], ["rate", "-1"]),
+            (["--lr", "-1"], ["--lr", "positive", "-1"]),
         ],
         ids=lambda x: "".join(x) if x[0].startswith("--") else "",
     )
@@ -373,10 +373,11 @@ class TestRefusing:
         assert not (tmp_path / "run").exists()
 
     def test_an_interrupt_says_how_to_go_on(self, data):
-        with mock.patch("ase_bptt.cli.finetune", side_effect=KeyboardInterrupt):
+        with mock.patch("ase_bptt.cli.train.finetune", side_effect=KeyboardInterrupt):
             code, out, err = train(data, "--json")
         assert (code, out) == (130, "")
-        assert "--resume" in err
+        assert "Nothing was trained yet" in err
+        assert "--overwrite" in err
 
     def test_no_command_at_all_is_a_matter_of_usage(self):
         code, out, err = run()
@@ -390,7 +391,7 @@ def test_help_shows_examples_and_defaults():
     assert "ase-bptt demo" in out
     code, out, _ = run("train", "--help")
     assert code == 0
-    assert "default: mace-si" in out
+    assert "(default: 0.002)" in out
 
 
 def test_version_is_that_of_the_package():
@@ -400,7 +401,7 @@ def test_version_is_that_of_the_package():
 def test_in_a_shell_json_is_all_of_standard_output_and_progress_goes_elsewhere(data, tmp_path):
     arguments = ["train", data / "pairs", "--potential", data / "lj", "--out", "run", "--json", *QUICK]
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "ase_bptt.cli", *map(str, arguments)],
+        [sys.executable, "-W", "error", "-m", "ase_bptt", *map(str, arguments)],
         cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -1,0 +1,97 @@
+"""Relaxing many structures without a gradient: in batches, or by ASE's drivers where that must be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from ase import Atoms
+from ase.calculators.calculator import CalculationFailed
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.optimize import BFGS
+from ase.optimize.optimize import Optimizer
+
+from .calculator import TorchCalculator
+from .optimizer import BPTTOptimizer
+from .potential import Potential
+from .relaxation import relax_each
+from .result import Status
+from .steppers import Stepper, make_stepper
+
+
+class End(NamedTuple):
+    """Where one structure ended: its atoms with energy and forces, how, and after how many frames."""
+
+    atoms: Atoms
+    status: Status
+    nsteps: int
+
+
+def relax_all(
+    potential: Potential,
+    structures: Sequence[Atoms],
+    *,
+    stepper: Stepper | str = "fire",
+    fmax: float = 0.05,
+    steps: int = 500,
+    batch_size: int = 16,
+) -> Iterator[tuple[int, End]]:
+    """Relax structures, and give each one's index and end as soon as it has stopped.
+
+    Parameters
+    ----------
+    potential : Potential
+    structures : sequence of Atoms
+        Those with constraints are moved one by one by ASE's driver, which knows them all.
+    stepper : Stepper or str
+        A stepper of ours, or "bfgs" for ASE's BFGS, one structure at a time.
+    fmax : float
+        eV/Å.
+    steps : int
+        Frames at most.
+    batch_size : int
+        Structures relaxed together.
+
+    Raises
+    ------
+    NotImplementedError
+        For elements that the potential does not know.
+    """
+    alone = [k for k, atoms in enumerate(structures) if stepper == "bfgs" or atoms.constraints]
+    together = sorted(set(range(len(structures))) - set(alone))
+    for first in range(0, len(together), batch_size):
+        members = together[first : first + batch_size]
+        batch = [structures[k] for k in members]
+        for k, run in relax_each(potential, batch, stepper=stepper, fmax=fmax, steps=steps):
+            yield members[k], End(run.to_atoms(), run.status[0], int(run.nsteps[0]))
+    for k in alone:
+        yield k, _by_ase(potential, structures[k], stepper, fmax, steps)
+
+
+def _by_ase(potential: Potential, start: Atoms, stepper: Stepper | str, fmax: float, steps: int) -> End:
+    atoms = start.copy()
+    atoms.calc = TorchCalculator(potential)
+    with _optimizer(atoms, stepper) as optimizer:
+        try:
+            status = Status.CONVERGED if optimizer.run(fmax=fmax, steps=steps) else Status.OUT_OF_STEPS
+            results = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces(apply_constraint=False)}
+        except (CalculationFailed, np.linalg.LinAlgError):
+            status = Status.DIVERGED
+            results = {"energy": float("nan"), "forces": np.full((len(atoms), 3), np.nan)}
+        if not np.isfinite(results["forces"]).all():
+            status = Status.DIVERGED
+        end = atoms.copy()
+        end.calc = SinglePointCalculator(end, **results)
+        return End(end, status, optimizer.nsteps)
+
+
+def _optimizer(atoms: Atoms, stepper: Stepper | str) -> Optimizer:
+    if stepper == "bfgs":
+        return BFGS(atoms, logfile=None)
+    return BPTTOptimizer(atoms, stepper=make_stepper(stepper), logfile=None, record=False)
+
+
+def whole(ends: Iterator[tuple[int, End]]) -> list[End]:
+    """All ends, in the order of the structures."""
+    return [end for _, end in sorted(ends, key=lambda item: item[0])]

@@ -1,0 +1,62 @@
+"""The command line: ase-bptt demo, train, relax, evaluate, info."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from .. import __version__
+from . import demo, evaluate, info, relax, train
+from .flags import Formatter, completed
+from .stopping import Terminated, terminable
+
+COMMANDS = (demo, train, relax, evaluate, info)
+INTRODUCTION = """\
+Relax structures with machine-learning interatomic potentials, and fine-tune
+the potential by differentiating through the relaxation.
+
+one evening with a folder of VASP runs:
+  ase-bptt info chgnet --pairs runs/                   will it help?
+  ase-bptt train runs/ --potential chgnet --dry-run    what would be done
+  ase-bptt train runs/ --potential chgnet --out tuned  fine-tune and measure
+  ase-bptt relax new.extxyz --potential tuned          use it
+  ase-bptt demo                                        see all of it first
+"""
+CODES = """\
+exit codes:
+    0  done
+    1  an error of ase_bptt itself: please report it, with its traceback
+    2  the input cannot be used; one sentence says why and what to do
+    3  relax: done, but some structures did not converge or were left out
+  130  stopped by Ctrl-C, 143 by SIGTERM; --resume goes on
+"""
+USABLE = (ValueError, OSError, ImportError, NotImplementedError)
+"""What bad input raises: told in a sentence. Anything else is our own mistake, and shows its traceback."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command of the shell, and return its exit code (see `CODES`)."""
+    arguments = completed(build_parser(), argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("ase_bptt").setLevel(logging.INFO)
+    try:
+        with terminable():
+            return arguments.run(arguments)
+    except USABLE as error:
+        print(f"ase-bptt: {error}", file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, Terminated) as stop:
+        print(f"ase-bptt: stopped. {arguments.stopped(arguments)}", file=sys.stderr)
+        return 143 if isinstance(stop, Terminated) else 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(prog="ase-bptt", description=INTRODUCTION, epilog=CODES, formatter_class=Formatter)
+    parser.add_argument("--version", action="version", version=f"ase_bptt {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
+    for command in COMMANDS:
+        command.add(commands)
+    return parser

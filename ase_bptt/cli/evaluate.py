@@ -1,0 +1,149 @@
+"""ase-bptt evaluate: where a potential's relaxations end, alone or beside another's."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from textwrap import fill
+from typing import Any
+
+from ase.io import write
+
+from .. import report
+from ..checks import usable
+from ..comparison import Comparison, compare
+from ..evaluation import BASIN_RULE, Evaluation, evaluate
+from ..files import replacing
+from ..outcome import RESULTS, summary, without_nan, write_json
+from ..pairs import fingerprint
+from ..potential import Potential
+from ..steppers import STEPPERS
+from . import runfolder, words
+from .flags import WIDTH, add_output, add_pairs, add_potential, command, count, flag, positive
+from .inputs import potential_of, read_grouped
+
+DESCRIPTION = """\
+Relax from each initial structure, and measure how far from the reference it
+ends: Delta-Q, RMSD, largest displacement, right basins, residual force at the
+reference, space group kept or lost. With --against a second potential is
+measured beside it, with intervals and a paired test.
+
+examples:
+  ase-bptt evaluate held_out/ --potential tuned --against chgnet
+  ase-bptt evaluate runs/ --potential mace-si --group kind --out base
+"""
+ENDS = "relaxed.extxyz"
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    parser = command(
+        commands,
+        "evaluate PAIRS [RELAXED] [options]",
+        (run, stopped),
+        "measure a potential, or two, on relaxations",
+        DESCRIPTION,
+    )
+    add_pairs(parser)
+    group = add_potential(parser)
+    flag(group, parser, "--against", "a second potential to compare with", metavar="NAME")
+    group = parser.add_argument_group("relaxation")
+    flag(group, parser, "--stepper", "update rule", "fire", choices=[*sorted(STEPPERS), "bfgs"])
+    flag(group, parser, "--fmax", "eV/Å at which a structure is relaxed", 0.02, type=positive, metavar="X")
+    flag(group, parser, "--steps", "frames at most", 500, type=count, metavar="N")
+    flag(group, parser, "--batch-size", "structures relaxed together", 16, type=count, metavar="N")
+    flag(group, parser, "--seed", "of the bootstrap", 0, type=int, metavar="N")
+    add_output(parser, "ase-bptt-evaluation", "folder of tables, pictures and the page", resume=False)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command."""
+    runfolder.refuse_if_there(arguments)
+    potential = potential_of(arguments)
+    other = potential_of(arguments, arguments.against) if arguments.against else None
+    pairs = read_grouped(arguments)
+    for each in (potential, other):
+        if each is not None:
+            pairs = usable(each, pairs, skip_invalid=arguments.skip_invalid)
+    say = words.quiet_if(arguments.json)
+    kinds = len({p.group for p in pairs})
+    say(f"{len(pairs)} relaxations of {kinds} kinds, by {arguments.stepper} to {arguments.fmax} eV/Å")
+    if arguments.dry_run:
+        say("A dry run: nothing was relaxed, nothing was written.")
+        if arguments.json:
+            print(json.dumps({"dry_run": True, "n": len(pairs), "kinds": kinds, "run": str(arguments.out)}))
+        return 0
+    runfolder.prepare(arguments)
+    settings = {name: getattr(arguments, name) for name in ("stepper", "fmax", "steps", "batch_size")}
+    found = evaluate(potential, pairs, **settings)
+    reference = evaluate(other, pairs, **settings) if other is not None else None
+    comparison = compare(reference, found, seed=arguments.seed) if reference is not None else None
+    result = {
+        "test": summary(reference, found),
+        "comparison": comparison.todict() if comparison else None,
+        "checkpoint": arguments.potential,
+        "against": arguments.against,
+        "run": str(arguments.out),
+    }
+    facts = _facts(arguments, potential) | {"data": fingerprint(pairs)[:16]}
+    _write(arguments, result, found, reference, comparison, facts)
+    if arguments.json:
+        print(json.dumps(without_nan(result)))
+    else:
+        print(_tables(arguments, found, reference, comparison))
+    return 0
+
+
+def stopped(arguments: argparse.Namespace) -> str:
+    """What is left after an interrupt."""
+    return f"An evaluation is not kept in parts: run it again, with --overwrite if {arguments.out} is there."
+
+
+def _labels(arguments: argparse.Namespace) -> tuple[str, str]:
+    return (arguments.against or "", arguments.potential)
+
+
+def _tables(
+    arguments: argparse.Namespace, found: Evaluation, reference: Evaluation | None, comparison: Comparison | None
+) -> str:
+    labels = _labels(arguments)
+    if reference is None or comparison is None:
+        tables = f"{report.evaluation_table(found)}\n\n{report.group_table(found)}"
+    else:
+        tables = "\n\n".join(
+            (
+                report.table(reference, found, labels),
+                report.group_table(reference, found, labels),
+                report.comparison_text(comparison, labels),
+            )
+        )
+    return f"\n{tables}\n{fill(BASIN_RULE, WIDTH)}\n\nall figures and pictures in {arguments.out / 'report.html'}"
+
+
+def _write(
+    arguments: argparse.Namespace,
+    result: dict[str, Any],
+    found: Evaluation,
+    reference: Evaluation | None,
+    comparison: Comparison | None,
+    facts: dict[str, str],
+) -> None:
+    out: Path = arguments.out
+    labels = _labels(arguments)
+    first, second = (found, None) if reference is None else (reference, found)
+    with replacing(out / ENDS) as path:
+        write(path, list(found.ends), format="extxyz")
+    report.write_csv(out / "table.csv", first, second)
+    report.write_page(
+        out / "report.html", title="Evaluation", evaluation=first, after=second,
+        labels=labels if reference is not None else (labels[1], ""), comparison=comparison, facts=tuple(facts.items()),
+    )  # fmt: skip
+    rows = {"rows_before": reference.todict()["rows"] if reference else None, "rows_after": found.todict()["rows"]}
+    write_json(out / RESULTS, result | rows | {"rule": BASIN_RULE, "facts": facts})
+
+
+def _facts(arguments: argparse.Namespace, potential: Potential) -> dict[str, str]:
+    settings = f"{arguments.stepper} to {arguments.fmax} eV/Å, {arguments.steps} frames at most"
+    found = {"potential": f"{arguments.potential} ({potential.family})", "relaxation": settings}
+    return found | ({"against": arguments.against} if arguments.against else {}) | words.versions()

@@ -1,0 +1,151 @@
+"""Flags that several commands share, and which of them a person gave."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+WIDTH = 80
+
+
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """Help at 80 columns at most, whatever the terminal."""
+
+    def __init__(self, prog: str):
+        width = min(WIDTH, shutil.get_terminal_size().columns)
+        super().__init__(prog, max_help_position=24, width=width)
+
+
+Actions = tuple[Callable[[argparse.Namespace], int], Callable[[argparse.Namespace], str]]
+
+
+def command(commands: Any, usage: str, actions: Actions, summary: str, description: str) -> argparse.ArgumentParser:
+    """A parser for the command that the usage begins with; its actions run it and say what an interrupt leaves."""
+    run, stopped = actions
+    name = usage.split()[0]
+    parser = commands.add_parser(
+        name,
+        usage=f"ase-bptt {usage}",
+        help=summary,
+        description=description,
+        formatter_class=Formatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.set_defaults(command=name, run=run, stopped=stopped, flag_defaults={})
+    return parser
+
+
+def flag(group: Any, parser: argparse.ArgumentParser, name: str, text: str, default: Any = None, **how: Any) -> None:
+    """Add a flag; its default is set afterwards, by `completed`, so that one can tell what was given."""
+    said = "" if default is None or default is False else f" (default: {default})"
+    action = group.add_argument(name, help=(text + said).replace("%", "%%"), default=argparse.SUPPRESS, **how)
+    parser.get_default("flag_defaults")[action.dest] = default
+
+
+def completed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parsed arguments with defaults filled in; `given` holds the names of those that were typed."""
+    found = vars(parser.parse_args(argv))
+    defaults = found.pop("flag_defaults", {})
+    given = frozenset(found) - {"command", "run", "stopped"}
+    return argparse.Namespace(**(defaults | found), given=given)
+
+
+def add_potential(parser: argparse.ArgumentParser, *, positional: bool = False) -> Any:
+    """--potential --trust --device --dtype, as one group."""
+    group = parser.add_argument_group("potential")
+    text = "a name (mace-si, chgnet, chgnet:r2scan, mace:medium), a run folder of ours, or a native checkpoint"
+    if positional:
+        group.add_argument("potential", metavar="POTENTIAL", help=text)
+    else:
+        flag(group, parser, "--potential", text, "mace-si", metavar="NAME")
+    flag(group, parser, "--trust", "allow a native checkpoint: a pickle, which can run any code", False,
+         action="store_true")  # fmt: skip
+    flag(group, parser, "--device", "cpu, cuda, ... (default: the GPU where there is one)", type=device)
+    flag(group, parser, "--dtype", "precision (default: the potential's own)", choices=("float32", "float64"))
+    return group
+
+
+def add_pairs(parser: argparse.ArgumentParser, nargs: str = "+", option: str | None = None) -> None:
+    """PAIRS (or an option of this name), --group and --skip-invalid."""
+    group = parser.add_argument_group("reference relaxations")
+    text = (
+        "a file or folder of relaxations (vasprun.xml, OUTCAR, POSCAR + CONTCAR, Espresso output, extxyz, .traj, "
+        "ase.db), or two files of initial and of relaxed structures in the same order"
+    )
+    if option:
+        flag(group, parser, option, text, nargs=nargs, metavar="PAIRS", type=Path)
+    else:
+        group.add_argument("pairs", nargs=nargs, metavar="PAIRS", help=text, type=Path)
+        parser.get_default("flag_defaults")["pairs"] = []
+    flag(group, parser, "--group", "this key of the structures' info names the kinds, which are never split "
+         "(default: what has one composition and ends in one structure)", metavar="KEY")  # fmt: skip
+    flag(group, parser, "--skip-invalid", "list pairs that cannot be used, and go on without them", False,
+         action="store_true")  # fmt: skip
+
+
+def add_output(parser: argparse.ArgumentParser, out: str, text: str, *, resume: bool) -> None:
+    """--out --overwrite --resume --dry-run --json, as one group."""
+    group = parser.add_argument_group("output")
+    flag(group, parser, "--out", text, Path(out), type=Path, metavar="PATH")
+    flag(group, parser, "--overwrite", "replace what is there", False, action="store_true")
+    if resume:
+        flag(group, parser, "--resume", "go on with the run that was stopped", False, action="store_true")
+    flag(group, parser, "--dry-run", "check everything, say what would be done, and write nothing", False,
+         action="store_true")  # fmt: skip
+    flag(group, parser, "--json", "print JSON, and nothing else, on standard output", False, action="store_true")
+
+
+def count(text: str) -> int:
+    """A whole number above zero."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def positive(text: str) -> float:
+    """A finite number above zero."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
+    return value
+
+
+def between(low: float, high: float) -> Callable[[str], float]:
+    """A number within these limits."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be between {low:g} and {high:g}, got {text}")
+        return value
+
+    return parse
+
+
+def device(text: str) -> torch.device:
+    """A device that is there."""
+    try:
+        return torch.empty(0, device=text).device
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"there is no device {text!r} here") from error
+
+
+def best_device() -> torch.device:
+    """The GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

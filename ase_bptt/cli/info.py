@@ -1,0 +1,85 @@
+"""ase-bptt info: what a potential is, and whether fine-tuning it would help."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from tqdm import tqdm
+
+from ..checks import usable
+from ..diagnosis import diagnose
+from ..outcome import without_nan
+from ..potential import Potential, symbols
+from .flags import add_pairs, add_potential, command, count, flag
+from .inputs import potential_of, read_grouped
+
+DESCRIPTION = """\
+Tell what a potential is; with --pairs, whether fine-tuning it on these
+relaxations is likely to help, and why. Nothing is written.
+
+examples:
+  ase-bptt info chgnet:r2scan
+  ase-bptt info chgnet --pairs runs/
+"""
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    parser = command(
+        commands,
+        "info POTENTIAL [--pairs PAIRS] [options]",
+        (run, stopped),
+        "what a potential is, and whether training helps",
+        DESCRIPTION,
+    )
+    add_potential(parser, positional=True)
+    add_pairs(parser, option="--pairs")
+    group = parser.add_argument_group("diagnosis")
+    flag(group, parser, "--sample", "pairs whose surroundings are explored", 8, type=count, metavar="N")
+    flag(group, parser, "--seed", "of the sample and of the noise", 0, type=int, metavar="N")
+    flag(group, parser, "--json", "print JSON, and nothing else, on standard output", False, action="store_true")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command."""
+    potential = potential_of(arguments)
+    facts = _facts(arguments, potential)
+    diagnosis = None
+    if arguments.pairs:
+        pairs = usable(potential, read_grouped(arguments), skip_invalid=arguments.skip_invalid)
+        with tqdm(disable=None, leave=False) as bar:
+
+            def progress(done: int, total: int, what: str) -> None:
+                bar.total, bar.n = total, done
+                bar.set_description_str(what)
+
+            diagnosis = diagnose(potential, pairs, seed=arguments.seed, sample=arguments.sample, progress=progress)
+    if arguments.json:
+        print(json.dumps(without_nan(facts | {"diagnosis": diagnosis.todict() if diagnosis else None})))
+        return 0
+    for name, value in facts.items():
+        print(f"{name.replace('_', ' '):20} {value}")
+    if diagnosis:
+        print(f"\n{diagnosis.text()}")
+    return 0
+
+
+def stopped(arguments: argparse.Namespace) -> str:
+    """What is left after an interrupt."""
+    return "Nothing was to be written."
+
+
+def _facts(arguments: argparse.Namespace, potential: Potential) -> dict[str, Any]:
+    known = potential.atomic_numbers
+    return {
+        "potential": arguments.potential,
+        "family": potential.family,
+        "elements": "all" if known is None else symbols(known),
+        "weights": sum(p.numel() for p in potential.parameters()),
+        "cutoff_angstrom": float(potential.cutoff),
+        "dtype": str(potential.dtype).removeprefix("torch."),
+        "device": str(potential.device),
+        "native_checkpoint": potential.native_name or "none",
+    }

@@ -1,0 +1,215 @@
+"""ase-bptt relax: many structures, written as they finish."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+from ase.io import write
+from ase.io.formats import filetype, ioformats
+from tqdm import tqdm
+
+from ..batches import End, relax_all
+from ..checks import check_structure
+from ..files import replacing
+from ..formats import read_frames
+from ..journal import Journal, run_key
+from ..outcome import without_nan
+from ..pairs import InvalidPair
+from ..potential import Potential
+from ..result import Status
+from ..steppers import STEPPERS, make_stepper
+from . import words
+from .flags import add_output, add_potential, command, count, flag, positive
+from .inputs import potential_of
+
+log = logging.getLogger(__name__)
+
+DESCRIPTION = """\
+Relax the structures of one or more files at fixed cells, many at once.
+Structures are kept as they finish, and a stopped run goes on with --resume.
+Constraints of the structures are obeyed.
+
+examples:
+  ase-bptt relax starts.extxyz --potential chgnet --out relaxed.extxyz
+  ase-bptt relax */POSCAR --potential tuned --out relaxed.traj --fmax 0.01
+  ase-bptt relax starts.extxyz --potential tuned --resume
+"""
+NOT_DONE = 3
+"""Exit code where structures did not converge or were left out."""
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    parser = command(
+        commands, "relax FILE [FILE ...] [options]", (run, stopped), "relax the structures of files", DESCRIPTION
+    )
+    parser.add_argument("files", nargs="+", metavar="FILE", type=Path,
+                        help="structures in any format that ASE reads; every frame counts")  # fmt: skip
+    add_potential(parser)
+    group = parser.add_argument_group("relaxation")
+    flag(group, parser, "--stepper", "update rule", "fire", choices=[*sorted(STEPPERS), "bfgs"])
+    flag(group, parser, "--step-size", "of gd, in Å^2/eV (default: 0.05)", type=positive, metavar="X")
+    flag(group, parser, "--fmax", "eV/Å at which a structure is relaxed", 0.05, type=positive, metavar="X")
+    flag(group, parser, "--steps", "frames at most", 500, type=count, metavar="N")
+    flag(group, parser, "--batch-size", "structures relaxed together", 16, type=count, metavar="N")
+    flag(group, parser, "--skip-invalid", "list structures that cannot be relaxed, and go on without them", False,
+         action="store_true")  # fmt: skip
+    add_output(parser, "relaxed.extxyz", "file of the relaxed structures, in any format that ASE writes", resume=True)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command."""
+    clock = time.monotonic()
+    out = _checked_output(arguments)
+    potential = potential_of(arguments)
+    stepper = _stepper(arguments)
+    names, structures, left_out = _structures(arguments, potential)
+    if len(structures) > 1 and ioformats[_format(out)].single:
+        raise ValueError(f"{out}: this format holds one structure, and there are {len(structures)}: take .extxyz.")
+    settings = {"stepper": arguments.stepper, "step_size": arguments.step_size, "fmax": arguments.fmax,
+                "steps": arguments.steps}  # fmt: skip
+    journal = Journal(_journal(out), run_key(potential, structures, settings))
+    ends = journal.read(structures) if arguments.resume else {}
+    say = words.quiet_if(arguments.json)
+    again = f", {len(ends)} of them done before" if ends else ""
+    say(f"{len(structures)} structures{again}; {arguments.potential}, {arguments.stepper} to {arguments.fmax} eV/Å")
+    if arguments.dry_run:
+        return _planned(arguments, structures, left_out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    journal.rewrite(ends)
+    waiting = [k for k in range(len(structures)) if k not in ends]
+    found = relax_all(
+        potential, [structures[k] for k in waiting], stepper=stepper, fmax=arguments.fmax, steps=arguments.steps,
+        batch_size=arguments.batch_size,
+    )  # fmt: skip
+    for member, end in tqdm(found, total=len(structures), initial=len(ends), unit="structure", disable=None):
+        ends[waiting[member]] = end
+        journal.add(waiting[member], end)
+        _tell(names[waiting[member]], end)
+    _write(out, [ends[k] for k in range(len(structures))])
+    journal.remove()
+    return _conclude(arguments, names, ends, left_out, time.monotonic() - clock)
+
+
+def stopped(arguments: argparse.Namespace) -> str:
+    """What is left after an interrupt."""
+    journal = _journal(arguments.out)
+    if not journal.exists():
+        return "Nothing was relaxed yet, and nothing is lost."
+    return (
+        f"The structures that have finished are in {journal} (an ASE trajectory); the same command with --resume "
+        "goes on with the others."
+    )
+
+
+def _journal(out: Path) -> Path:
+    return out.with_name(out.name + ".part.traj")
+
+
+def _checked_output(arguments: argparse.Namespace) -> Path:
+    out = arguments.out
+    kind = ioformats.get(_format(out))
+    if kind is None or not kind.can_write:
+        raise ValueError(f"{out}: ASE cannot write this format: take a name that ends with .extxyz, .traj or .db.")
+    there = [path for path in (out, _journal(out)) if path.exists()]
+    if arguments.resume:
+        if out.exists() and not _journal(out).exists():
+            raise FileExistsError(f"{out} is there already and complete: nothing is left to resume.")
+    elif there and not arguments.overwrite:
+        raise FileExistsError(f"{there[0]} is there already: --resume, --overwrite, or another --out.")
+    return out
+
+
+def _format(out: Path) -> str:
+    try:
+        return filetype(str(out), read=False)
+    except Exception as error:  # ASE's UnknownFileTypeError and others
+        raise ValueError(f"{out}: ASE knows no format for this name: take .extxyz, .traj or .db.") from error
+
+
+def _stepper(arguments: argparse.Namespace) -> Any:
+    if arguments.step_size is not None and arguments.stepper != "gd":
+        raise ValueError("--step-size belongs to --stepper gd.")
+    if arguments.stepper == "bfgs":
+        return "bfgs"
+    return make_stepper(arguments.stepper, **({"step_size": arguments.step_size} if arguments.step_size else {}))
+
+
+def _structures(arguments: argparse.Namespace, potential: Potential) -> tuple[list[str], list[Atoms], int]:
+    """Names and structures of all files, and how many were left out."""
+    names, structures, problems = [], [], []
+    for path in arguments.files:
+        try:
+            frames = read_frames(path)
+        except InvalidPair as problem:
+            if not arguments.skip_invalid:
+                raise
+            problems.append(str(problem))
+            continue
+        for k, atoms in enumerate(frames):
+            name = str(path) if len(frames) == 1 else f"structure {k} of {path}"
+            try:
+                check_structure(potential, atoms, name)
+            except (InvalidPair, NotImplementedError) as problem:
+                if not arguments.skip_invalid:
+                    raise
+                problems.append(str(problem))
+                continue
+            names.append(name)
+            structures.append(atoms)
+    for left_out in problems:
+        log.warning("Left out: %s", left_out)
+    if not structures:
+        raise InvalidPair(f"None of the structures can be relaxed; the last: {problems[-1]}")
+    return names, structures, len(problems)
+
+
+def _tell(name: str, end: End) -> None:
+    if end.status is not Status.CONVERGED:
+        log.warning("%s: %s after %d frames. %s", name, end.status.value, end.nsteps, end.status.sentence)
+
+
+def _write(out: Path, ends: list[End]) -> None:
+    images = []
+    for end in ends:
+        end.atoms.info |= {"relaxation": end.status.value, "relaxation_frames": end.nsteps}
+        images.append(end.atoms)
+    with replacing(out) as path:
+        write(path, images if len(images) > 1 else images[0], format=_format(out))
+
+
+def _planned(arguments: argparse.Namespace, structures: list[Atoms], left_out: int) -> int:
+    found = {"dry_run": True, "n": len(structures), "left_out": left_out, "out": str(arguments.out)}
+    if arguments.json:
+        print(json.dumps(found))
+    else:
+        print(f"would be written: {arguments.out}\nA dry run: nothing was relaxed, nothing was written.")
+    return 0
+
+
+def _conclude(
+    arguments: argparse.Namespace, names: list[str], ends: dict[int, End], left_out: int, seconds: float
+) -> int:
+    rows = [
+        {
+            "name": name, "status": ends[k].status.value, "nsteps": ends[k].nsteps,
+            "energy": float(ends[k].atoms.calc.results["energy"]),
+            "fmax": float(np.linalg.norm(ends[k].atoms.get_forces(), axis=1).max(initial=0.0)),
+        }
+        for k, name in enumerate(names)
+    ]  # fmt: skip
+    converged = sum(row["status"] == Status.CONVERGED.value for row in rows)
+    if arguments.json:
+        found = {"n": len(rows), "converged": converged, "left_out": left_out, "out": str(arguments.out),
+                 "seconds": round(seconds, 1), "structures": rows}  # fmt: skip
+        print(json.dumps(without_nan(found)))
+    else:
+        print(f"{converged} of {len(rows)} converged, {left_out} left out; {seconds:.0f} s; {arguments.out}")
+    return 0 if converged == len(rows) and not left_out else NOT_DONE

@@ -1,0 +1,96 @@
+"""Run folders of the shell: nothing is written over, and a stopped run goes on as it was begun."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..files import replacing
+
+COMMAND = "command.json"
+PASSING = frozenset({"out", "overwrite", "resume", "dry_run", "json", "device", "trust", "skip_invalid", "pairs"})
+"""What may be said anew when a run goes on; other pairs are noticed by the trainer."""
+
+
+def refuse_if_there(arguments: argparse.Namespace) -> None:
+    """Raise FileExistsError where something would be written over that was not to be, before any work."""
+    out = arguments.out
+    if out.is_file():
+        raise FileExistsError(f"{out} is a file, and a folder is to be made: take another --out.")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not arguments.overwrite:
+        resume = "--resume, " if hasattr(arguments, "resume") else ""
+        raise FileExistsError(f"The folder {out} is there already: {resume}--overwrite, or another --out.")
+    if not any((out / name).is_file() for name in (COMMAND, "settings.json")):
+        raise FileExistsError(f"The folder {out} is not one of our run folders, so it is not overwritten.")
+
+
+def prepare(arguments: argparse.Namespace) -> None:
+    """Make the folder anew, with the command in it; shows early whether one may write there."""
+    refuse_if_there(arguments)
+    if arguments.out.exists():
+        shutil.rmtree(arguments.out)
+    arguments.out.mkdir(parents=True)
+    with replacing(arguments.out / COMMAND) as path:
+        path.write_text(json.dumps(described(arguments), indent=1) + "\n")
+
+
+def described(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The arguments as JSON."""
+    found = {
+        name: _plain(value)
+        for name, value in sorted(vars(arguments).items())
+        if name not in ("run", "stopped", "given")
+    }
+    # A resumed run may be called from another folder.
+    return found | {"pairs": [str(Path(path).absolute()) for path in found.get("pairs", ())]}
+
+
+def saved(out: Path) -> dict[str, Any]:
+    """The arguments that a run was begun with.
+
+    Raises
+    ------
+    ValueError
+        Where the folder holds no run.
+    """
+    try:
+        return json.loads((out / COMMAND).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"The folder {out} holds no run that can be resumed (no {COMMAND} in it).") from error
+
+
+def take_over(arguments: argparse.Namespace) -> None:
+    """Go on with the arguments that the run was begun with.
+
+    Raises
+    ------
+    ValueError
+        Where another one was typed: that would be another run.
+    """
+    begun = saved(arguments.out)
+    if begun["command"] != arguments.command:
+        raise ValueError(f"{arguments.out} was begun by ase-bptt {begun['command']}, not by {arguments.command}.")
+    for name, value in begun.items():
+        if name in PASSING:
+            continue
+        if name in arguments.given and _plain(getattr(arguments, name)) != value:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(
+                f"The run in {arguments.out} was begun with {flag} {value}, not {_plain(getattr(arguments, name))}: "
+                "leave the flag out to go on, or start a new run with another --out."
+            )
+        setattr(arguments, name, value)
+    arguments.skip_invalid = getattr(arguments, "skip_invalid", False) or begun.get("skip_invalid", False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return str(value) if isinstance(value, (Path, torch.device)) else value

@@ -1,0 +1,30 @@
+"""Ctrl-C and SIGTERM end a command in the same orderly way."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+class Terminated(BaseException):
+    """SIGTERM came: what a queueing system sends before it kills."""
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Raise Terminated where SIGTERM comes within the block."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+
+    def raise_terminated(*_: Any) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, raise_terminated)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,104 @@
+"""What train and demo say on standard output."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shlex
+import sys
+from collections.abc import Callable
+from datetime import datetime
+from textwrap import fill
+
+import ase
+import torch
+
+from .. import __version__, report
+from ..estimate import Estimate
+from ..evaluation import BASIN_RULE
+from ..outcome import Outcome
+from ..pairs import RelaxationPair, fingerprint
+from ..trainer import NUMBERS, Trainer
+from .flags import WIDTH
+
+
+def quiet_if(json_alone: bool) -> Callable[[str], None]:
+    """Print, or with --json nothing."""
+    return (lambda text: None) if json_alone else (lambda text: print(text, flush=True))
+
+
+def introduction(trainer: Trainer, arguments: argparse.Namespace, splits: dict[str, list[RelaxationPair]]) -> str:
+    """What will be trained on what."""
+    sizes = ", ".join(f"{len(v)} {k} ({len({p.group for p in v})} kinds)" for k, v in splits.items())
+    again = f", on from epoch {trainer.epoch}" if arguments.resume and trainer.epoch else ""
+    return (
+        f"{arguments.potential}, fine-tuned through {trainer.steps} frames of {trainer.stepper.name}, "
+        f"{arguments.epochs} epochs{again}\n"
+        f"relaxations: {sizes}; kinds are never split\n"
+        f"run folder: {arguments.out}"
+    )
+
+
+def planned(arguments: argparse.Namespace, splits: dict[str, list[RelaxationPair]], found: Estimate) -> int:
+    """The end of a dry run."""
+    runs = arguments.__dict__.get("folds") or 1
+    seconds = runs * found.seconds
+    if arguments.json:
+        kinds = {name: {"n": len(v), "kinds": len({p.group for p in v})} for name, v in splits.items()}
+        print(json.dumps({"dry_run": True, "splits": kinds, "run": str(arguments.out),
+                          "estimate": found.todict() | {"seconds": seconds}}))  # fmt: skip
+        return 0
+    where = torch.get_num_threads()
+    for name, pairs in splits.items():
+        print(f"  {name}: {', '.join(p.id for p in pairs)}")
+    times = "" if runs == 1 else f" for each of {runs} folds"
+    print(f"estimated time and memory: {found}{times}, on {arguments.device or f'this machine, {where} threads'}")
+    print(f"would be written: {arguments.out}/ with potential/, checkpoint.pt, results.json, table.csv, report.html")
+    print("A dry run: nothing was trained, nothing was written.")
+    return 0
+
+
+def facts(arguments: argparse.Namespace, trainer: Trainer, pairs: list[RelaxationPair] | None = None) -> dict[str, str]:
+    """For the head of the page: what was run, and with what."""
+    potential = trainer.potential
+    weights = sum(p.numel() for p in potential.parameters() if p.requires_grad)
+    settings = trainer.settings()
+    found = {
+        "command": shlex.join(["ase-bptt", *sys.argv[1:]]) if len(sys.argv) > 1 else "ase-bptt",
+        "potential": f"{arguments.potential} ({potential.family}, {weights:,} weights trained, "
+        f"{str(potential.dtype).removeprefix('torch.')}, {potential.device})",
+        "stepper": ", ".join(f"{k} {v}" for k, v in settings["stepper"].items()),
+        "loss": f"{settings['loss']}, gradient by {settings['adjoint']}",
+        "training": ", ".join(f"{name} {settings[name]}" for name in NUMBERS) + f", epochs {arguments.epochs}",
+    }
+    return found | versions() | ({"data": fingerprint(pairs)[:16]} if pairs else {})
+
+
+def versions() -> dict[str, str]:
+    """Of what the figures depend on, and when they were made."""
+    return {
+        "versions": f"ase_bptt {__version__}, ase {ase.__version__}, torch {torch.__version__}, "
+        f"Python {platform.python_version()}",
+        "date": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+    }
+
+
+def conclude(arguments: argparse.Namespace, outcome: Outcome) -> None:
+    """Print the result, in words or as JSON."""
+    print(json.dumps(outcome.todict()) if arguments.json else conclusion(outcome))
+
+
+def conclusion(outcome: Outcome) -> str:
+    """The tables, and where everything is."""
+    before, after = outcome.before_bfgs, outcome.after_bfgs
+    place = f"{outcome.out}/fold_*/potential" if outcome.folds else f"{outcome.out / 'potential'}"
+    return (
+        f"\nHeld out, relaxed by FIRE to fmax 0.02 eV/Å\n{report.table(outcome.before, outcome.after)}\n"
+        f"{fill(BASIN_RULE, WIDTH)}\n\n"
+        f"{report.comparison_text(outcome.comparison)}\n"
+        f"relaxed by BFGS instead: mean {before.mean:.2f} before, {after.mean:.2f} after, "
+        f"{report.change(before.mean, after.mean)}\n\n"
+        f"{outcome.seconds:.0f} s; tuned potential in {place}, all figures and pictures in "
+        f"{outcome.out / 'report.html'}"
+    )

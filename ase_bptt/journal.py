@@ -1,0 +1,99 @@
+"""A file to which relaxed structures are added as they finish, so that a stopped run can go on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.io.trajectory import Trajectory
+
+from .batches import End
+from .potential import Potential
+from .result import Status
+
+KEYS = ("_index", "_status", "_nsteps", "_run")
+
+
+class Journal:
+    """An ASE trajectory of ends, each with its index; any tool of ASE's can look into it.
+
+    Parameters
+    ----------
+    path : Path
+    run : str
+        What the ends depend on, as `run_key` gives it; a journal of another run is refused.
+    """
+
+    def __init__(self, path: Path, run: str):
+        self.path, self.run = path, run
+
+    def read(self, sources: Sequence[Atoms]) -> dict[int, End]:
+        """The ends that are there, by index; a last one that was cut off is left out.
+
+        Raises
+        ------
+        ValueError
+            For a journal of other structures, of another potential or of other settings.
+        """
+        ends: dict[int, End] = {}
+        if not self.path.is_file() or self.path.stat().st_size == 0:
+            return ends
+        with Trajectory(self.path) as frames:
+            for k in range(len(frames)):
+                try:
+                    found = frames[k]
+                except Exception:  # ulm raises whatever its parsers do where a frame was cut off
+                    break
+                if found.info["_run"] != self.run:
+                    raise ValueError(
+                        f"{self.path} belongs to a run on other structures, with another potential or with other "
+                        "settings: give those again, or --overwrite."
+                    )
+                index = int(found.info["_index"])
+                ends[index] = _end(found, sources[index])
+        return ends
+
+    def add(self, index: int, end: End) -> None:
+        """Append one end."""
+        found = end.atoms.copy()
+        found.constraints = []
+        found.info = dict(zip(KEYS, (index, end.status.value, end.nsteps, self.run), strict=True))
+        found.calc = end.atoms.calc
+        with Trajectory(self.path, "a", properties=["energy", "forces"]) as frames:
+            frames.write(found)
+
+    def rewrite(self, ends: dict[int, End]) -> None:
+        """Begin the file anew with these ends: nothing is appended behind a frame that was cut off."""
+        self.path.unlink(missing_ok=True)
+        for index, end in ends.items():
+            self.add(index, end)
+
+    def remove(self) -> None:
+        """Done: the file is no longer needed."""
+        self.path.unlink(missing_ok=True)
+
+
+def _end(found: Atoms, source: Atoms) -> End:
+    """The stored end with everything of the structure that it came from."""
+    atoms = source.copy()
+    atoms.positions = found.positions
+    atoms.calc = SinglePointCalculator(atoms, **found.calc.results)
+    return End(atoms, Status(found.info["_status"]), int(found.info["_nsteps"]))
+
+
+def run_key(potential: Potential, structures: Sequence[Atoms], settings: dict[str, Any]) -> str:
+    """A hash of everything that the ends of a run depend on."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for name, value in potential.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    for atoms in structures:
+        for array in (atoms.numbers, atoms.positions, atoms.cell.array, atoms.pbc):
+            digest.update(array.tobytes())
+    return digest.hexdigest()[:16]

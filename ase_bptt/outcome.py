@@ -1,0 +1,133 @@
+"""What a fine-tuning run found on its held-out pairs, and the files that say so."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import report
+from .comparison import Comparison, compare
+from .evaluation import BASIN_RULE, Evaluation
+from .files import replacing
+
+RESULTS, BEFORE, AFTER = "results.json", "before.json", "after.json"
+
+
+@dataclass(eq=False)
+class Outcome:
+    """Held-out evaluations by FIRE and by BFGS, before and after.
+
+    Attributes
+    ----------
+    out : Path
+        The run folder.
+    history : list of dict
+        A row for each epoch, as in metrics.csv; empty for a cross-validation.
+    seconds : float
+    folds : int or None
+        Of a cross-validation, whose evaluations are those of all folds together.
+    facts : dict
+        Names and values for the head of the page: potential, settings, versions.
+    """
+
+    out: Path
+    before: Evaluation
+    after: Evaluation
+    before_bfgs: Evaluation
+    after_bfgs: Evaluation
+    history: list[dict[str, float]]
+    seconds: float
+    folds: int | None = None
+    facts: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def comparison(self) -> Comparison:
+        """After against before, by FIRE."""
+        return compare(self.before, self.after)
+
+    def todict(self) -> dict[str, Any]:
+        """The summary that --json prints; a number that is not finite is null."""
+        found = {
+            "test": summary(self.before, self.after),
+            "test_bfgs": summary(self.before_bfgs, self.after_bfgs),
+            "comparison": self.comparison.todict(),
+            "checkpoint": None if self.folds else str(self.out / "potential"),
+            "run": str(self.out),
+            "folds": self.folds,
+            "epochs": len(self.history),
+            "seconds": round(self.seconds, 1),
+        }
+        return without_nan(found)
+
+    def write(self) -> None:
+        """Write after.json, table.csv, pictures and report.html, and results.json last: it says that all is there."""
+        write_rows(self.out / AFTER, self.after, self.after_bfgs)
+        report.write_csv(self.out / "table.csv", self.before, self.after)
+        report.plot_before_after(self.before, self.after, self.out / "before_after.png")
+        if self.history:
+            report.plot_learning_curve(self.history, self.out / "learning_curve.png")
+        report.write_page(
+            self.out / "report.html",
+            title="Cross-validation" if self.folds else "Fine-tuning",
+            evaluation=self.before,
+            after=self.after,
+            comparison=self.comparison,
+            history=self.history or None,
+            facts=tuple(self.facts.items()),
+        )
+        rows = {"rows_before": self.before.todict()["rows"], "rows_after": self.after.todict()["rows"]}
+        write_json(self.out / RESULTS, self.todict() | without_nan(rows) | {"rule": BASIN_RULE, "facts": self.facts})
+
+    @classmethod
+    def load(cls, out: Path) -> Outcome:
+        """What a finished run wrote."""
+        results = json.loads((out / RESULTS).read_text())
+        with (out / "metrics.csv").open(newline="") as file:
+            history = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+        before, before_bfgs = read_rows(out / BEFORE)
+        after, after_bfgs = read_rows(out / AFTER)
+        return cls(out, before, after, before_bfgs, after_bfgs, history, results["seconds"], facts=results["facts"])
+
+
+def summary(before: Evaluation | None, after: Evaluation) -> dict[str, Any]:
+    """The figures that scripts read; those of "before" are null where there is nothing to compare with."""
+    found: dict[str, Any] = {
+        "n": len(after.rows),
+        "kinds": len(after.by_group()),
+        "mean_unrelaxed": after.mean_unrelaxed,
+    }
+    for name in ("mean", "median", "basins"):
+        found[f"{name}_before"] = None if before is None else getattr(before, name)
+        found[f"{name}_after"] = getattr(after, name)
+    return found
+
+
+def write_rows(path: Path, *evaluations: Evaluation) -> None:
+    """Keep the rows of evaluations, exactly: NaN stays NaN, which Python's own JSON reads."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps([e.todict()["rows"] for e in evaluations], indent=1) + "\n")
+
+
+def read_rows(path: Path) -> tuple[Evaluation, ...]:
+    """Evaluations that `write_rows` kept."""
+    return tuple(Evaluation.from_rows(rows) for rows in json.loads(path.read_text()))
+
+
+def write_json(path: Path, found: dict[str, Any]) -> None:
+    """Write JSON that any tool reads: null for a number that is not finite."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(without_nan(found), indent=1, allow_nan=False) + "\n")
+
+
+def without_nan(value: Any) -> Any:
+    """The same with None for every number that is not finite: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {k: without_nan(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
