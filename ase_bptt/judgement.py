@@ -45,6 +45,8 @@ CLASSES = {
 """What each class means, said of the potential's relaxation."""
 REACHED = ("shifted", "wrong path")
 """The classes that training through the relaxation can mend."""
+NEARER = ("right", "shifted")
+"""The classes of structures that are drawn to their reference, if they end nearer to it than they began."""
 YES, RIGHT_ALREADY, RETRAIN, UNLIKELY = "yes", "no: already right", "no: retrain on forces first", "unlikely"
 
 
@@ -118,15 +120,17 @@ def _forces_disagree(forces: ForceError | None) -> bool:
 
 def _wrong_forces(rows: Sequence[Row], classes: Sequence[str], forces: ForceError | None) -> str:
     """Why the forces are wrong everywhere; empty where they are not."""
+    n = len(rows)
+    # A minimum that is displaced can turn the forces near to it, and yet draw structures in.
+    nearer = sum(c in NEARER and not went_farther(row) for row, c in zip(rows, classes, strict=True))
     if forces is not None and forces.strong:
-        if not _forces_disagree(forces):
+        if not _forces_disagree(forces) or 2 * nearer > n:
             return ""
         return (
             f"Its forces have a cosine of {forces.cosine:.2f} with the reference's and a mean absolute error of "
             f"{forces.strong_error:.2f} eV/Å, where the reference's mean is {forces.strong_reference:.2f}. "
             "Fit it to forces first: along wrong forces a relaxation teaches little."
         )
-    n = len(rows)
     farther = sum(went_farther(row) for row in rows)
     left = sum(name in ("no minimum", "failed") for name in classes)
     if not (2 * farther > n and 2 * left > n):
@@ -204,9 +208,15 @@ def _cautions(
     stopped = sum(row.status == Status.OUT_OF_STEPS.value for row in rows)
     if stopped:
         yield f"{stopped} of {n} relaxations had not converged; where they end is not yet sure."
-    reversed_sign = forces is not None and (forces.cosine or 0.0) < -ALIGNED
-    if reversed_sign or (verdict == RIGHT_ALREADY and _forces_disagree(forces)):
-        yield "The forces in the files are not those that lead to these references: check their sign and unit."
+    if forces is None or forces.cosine is None:
+        return
+    if forces.cosine < -ALIGNED:
+        yield f"A cosine of {forces.cosine:.2f} is what a wrong sign gives: check the forces in the files."
+    elif verdict != RETRAIN and _forces_disagree(forces):
+        yield (
+            f"Its forces disagree with those in the files (cosine {forces.cosine:.2f}), though most of its relaxations "
+            "come nearer: check the files' units."
+        )
 
 
 def some(names: Sequence[str], most: int = 3) -> str:

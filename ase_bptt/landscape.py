@@ -106,15 +106,20 @@ def _count(pair: RelaxationPair, ends: Sequence[Atoms | None]) -> Minima:
     for energy in (atoms.get_potential_energy() / len(atoms) for atoms in distinct):
         if all(abs(energy - other) > SAME_ENERGY for other in levels):
             levels.append(energy)
-    if control is None or not max_displacement(control, pair.relaxed) < LEFT:
+    if control is None or not _distance(control, pair.relaxed) < LEFT:
         return Minima(pair.id, len(distinct), len(levels), None)
-    met = any(max_displacement(end, control) < SAME_END for end in distinct)
+    met = any(_distance(end, control) < SAME_END for end in distinct)
     return Minima(pair.id, len(distinct), len(levels), met)
 
 
 def _same(a: Atoms, b: Atoms) -> bool:
     apart = abs(a.get_potential_energy() - b.get_potential_energy()) / len(a)
-    return apart <= SAME_ENERGY and max_displacement(a, b) < SAME_END
+    return apart <= SAME_ENERGY and _distance(a, b) < SAME_END
+
+
+def _distance(a: Atoms, b: Atoms) -> float:
+    # A rattled molecule ends rotated, which is no other minimum.
+    return float(max_displacement(a, b, align=True))
 
 
 @dataclass(frozen=True)
