@@ -14,7 +14,7 @@ from .figures import BLUE, GREY, ORANGE, UNIT, new_figure, save
 
 
 def learning_curve(history: Sequence[dict[str, float]], best_epoch: int | None = None) -> Figure:
-    """Training loss and, below it, validation Delta-Q over the epochs; the epoch that was kept is marked.
+    """Training loss and, below it, validation Delta-Q over the epochs; the best epoch is marked.
 
     Parameters
     ----------
@@ -35,7 +35,7 @@ def learning_curve(history: Sequence[dict[str, float]], best_epoch: int | None =
         panels[1].plot(x, y, "o-", color=BLUE, markersize=4)
         panels[1].set_ylabel(f"validation: mean\nDelta-Q ({UNIT})")
         best = min(validated, key=lambda row: row["valid_score"])["epoch"] if best_epoch is None else best_epoch
-        _mark(list(panels), int(best), dict(zip(x, y, strict=True)))
+        _mark(list(panels), best, dict(zip(x, y, strict=True)))
     for axes in panels:
         axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
     panels[-1].set_xlabel("epoch")
@@ -43,14 +43,14 @@ def learning_curve(history: Sequence[dict[str, float]], best_epoch: int | None =
     return figure
 
 
-def _mark(panels: Sequence[Axes], best: int, found: dict[float, float]) -> None:
+def _mark(panels: Sequence[Axes], best: float, found: dict[float, float]) -> None:
     if best not in found:
-        panels[0].set_title(f"kept: the weights of epoch {best}", fontsize=10)
+        panels[0].set_title("best: the weights before training", fontsize=10)
         return
     for axes in panels:
         axes.axvline(best, color=ORANGE, linewidth=1, linestyle="--", zorder=0)
     panels[1].plot([best], [found[best]], "*", color=ORANGE, markersize=14, zorder=3)
-    panels[0].set_title(f"kept: epoch {best} (best validation)", fontsize=10)
+    panels[0].set_title(f"best: epoch {best:.0f}", fontsize=10)
 
 
 def plot_learning_curve(history: Sequence[dict[str, float]], path: Path) -> None:

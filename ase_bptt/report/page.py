@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from base64 import b64encode
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -11,19 +9,14 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup, escape
-from matplotlib.figure import Figure
 
 from ..comparison import Comparison
 from ..evaluation import BASIN_RULE, Evaluation
 from ..files import replacing
-from .curve import learning_curve
-from .figures import png
 from .pagetables import UNIT, Table, facts_table, groups_table, structures_table, summary_table
-from .plots import MOST_ATOMS, atom_displacements, before_after, by_group
-from .tables import sorted_groups
-from .words import LABELS, check_same, comparison_sentences, headline, plural
+from .pictures import Picture, bars, dots, learning, scatter
+from .words import LABELS, check_same, comparison_sentences, headline
 
-CSS_WIDTH = 480
 RULE = BASIN_RULE.removeprefix("right basin: ")
 TERMS = (
     ("Delta-Q", "The distance of a relaxed structure from its reference, with each atom's displacement weighted by its "
@@ -43,17 +36,6 @@ TERMS = (
     ("Group", "Structures that are alike, as those of one kind of defect. They are not independent, so intervals and "
      "the test are over groups."),
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A PNG in base64, its size in pixels of the page, and what it says in words."""
-
-    data: str
-    width: int
-    height: int
-    alt: str
-    caption: str
 
 
 @dataclass(frozen=True)
@@ -108,7 +90,7 @@ def write_page(
     sections = [Section("How it was made", tables=[facts_table(chosen)])] if chosen else []
     sections += _results(evaluation, after, labels, comparison)
     if history:
-        sections.append(Section("Training", pictures=[_learning(history, best_epoch)]))
+        sections.append(Section("Training", pictures=[learning(history, best_epoch)]))
     text = _template().render(title=title, headline=headline(evaluation, after, labels, UNIT), sections=sections,
                               terms=TERMS)  # fmt: skip
     with replacing(path) as temporary:
@@ -131,72 +113,14 @@ def _typeset(text: str) -> Markup:
 def _results(
     evaluation: Evaluation, after: Evaluation | None, labels: tuple[str, str], comparison: Comparison | None
 ) -> list[Section]:
-    scatter = [_scatter(evaluation, after, labels)] if after is not None else []
-    found = [Section("Summary", tables=[summary_table(evaluation, after, labels)], pictures=scatter)]
+    pictures = [scatter(evaluation, after, labels)] if after is not None else []
+    found = [Section("Summary", tables=[summary_table(evaluation, after, labels)], pictures=pictures)]
     if comparison is not None:
         found.append(Section("Is it more than chance?", comparison_sentences(comparison, labels)))
     groups = [groups_table(evaluation, after, labels)]
     structures = [structures_table(evaluation, after, labels)]
     return [
         *found,
-        Section("By group", tables=groups, pictures=[_dots(evaluation, after, labels)]),
-        Section("Each structure", tables=structures, pictures=[_bars(evaluation, after, labels)]),
+        Section("By group", tables=groups, pictures=[dots(evaluation, after, labels)]),
+        Section("Each structure", tables=structures, pictures=[bars(evaluation, after, labels)]),
     ]
-
-
-def _picture(figure: Figure, alt: str, caption: str) -> Picture:
-    height = round(CSS_WIDTH * figure.get_figheight() / figure.get_figwidth())
-    return Picture(b64encode(png(figure)).decode(), CSS_WIDTH, height, alt, caption)
-
-
-def _scatter(before: Evaluation, after: Evaluation, labels: tuple[str, str]) -> Picture:
-    pairs = list(zip(before.rows, after.rows, strict=True))
-    nearer = sum(a.delta_q < b.delta_q for b, a in pairs)
-    alt = (
-        f"Delta-Q {labels[1]} against Delta-Q {labels[0]}, both on axes of logarithms: {nearer} of "
-        f"{plural(len(pairs), 'point')} below the diagonal."
-    )
-    caption = (
-        f"A point is a structure. On the line nothing changed; in the shaded part below it, “{labels[1]}” ends nearer "
-        f"to the reference than “{labels[0]}”. A cross: “{labels[1]}” ends in another basin. The farthest are named."
-    )
-    return _picture(before_after(before, after, labels), alt, caption)
-
-
-def _dots(evaluation: Evaluation, after: Evaluation | None, labels: tuple[str, str]) -> Picture:
-    worst = next(iter(sorted_groups(evaluation, after)))
-    alt = f"Delta-Q of each structure by group, on an axis of logarithms; the farthest group is {worst}."
-    colours = f" Grey squares: {labels[0]}; blue dots: {labels[1]}." if after is not None else ""
-    caption = (
-        f"A line is a group, the farthest on top; a point is a structure, a bar the mean of the group. Left is "
-        f"nearer to the reference.{colours}"
-    )
-    return _picture(by_group(evaluation, after, labels), alt, caption)
-
-
-def _bars(evaluation: Evaluation, after: Evaluation | None, labels: tuple[str, str]) -> Picture:
-    figure = atom_displacements(evaluation, after, labels)
-    names = "; ".join(axes.get_title(loc="left") for axes in figure.axes)
-    caption = (
-        f"How far each atom ends from its place in the reference, for the structures that are farthest from theirs. "
-        f"One high bar: one atom sits elsewhere; bars alike: all are off a little. Of more than {MOST_ATOMS} atoms "
-        "the farthest are shown. Each structure has its own scale."
-    )
-    return _picture(figure, f"Bars of the displacement of each atom: {names}.", caption)
-
-
-def _learning(history: Sequence[dict[str, float]], best_epoch: int | None) -> Picture:
-    alt = f"Training loss {_course(history, 'train_loss')} over {plural(len(history), 'epoch')}"
-    caption = "The loss on the training structures; nothing was validated, so the last weights were kept."
-    if any(math.isfinite(row["valid_delta_q"]) for row in history):
-        alt += f"; validation Delta-Q {_course(history, 'valid_delta_q')}"
-        caption = (
-            "Above, the loss on the training structures; below, mean Delta-Q of the validation structures, fully "
-            "relaxed. The star marks the epoch whose weights were kept. Epochs are judged by the mean of the "
-            "logarithm of Delta-Q, so it need not be the lowest point."
-        )
-    return _picture(learning_curve(history, best_epoch), f"{alt}.", caption)
-
-
-def _course(history: Sequence[dict[str, float]], name: str) -> str:
-    return f"from {history[0][name]:.3g} to {history[-1][name]:.3g}"

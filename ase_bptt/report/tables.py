@@ -12,7 +12,7 @@ from ..files import replacing
 from .grid import Column, grid
 from .words import LABELS, change, check_same, comparison_sentences, count, median, number, shorten, symmetry, yes
 
-ID_WIDTH, LABEL_WIDTH = 20, 8
+ID_WIDTH, LABEL_WIDTH = 18, 8
 CSV_COLUMNS = (
     "delta_q", "rmsd", "max_displacement", "right_basin", "status", "residual_force", "space_group", "nsteps",
 )  # fmt: skip

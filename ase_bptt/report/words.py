@@ -139,8 +139,8 @@ def comparison_sentences(comparison: Comparison, labels: tuple[str, str] = LABEL
     c = comparison
     return [
         f"From {labels[0]} to {labels[1]}, over {plural(c.n, 'structure')} in {plural(c.groups, 'group')}:",
-        f"Mean Delta-Q: {_interval(c.mean)}.",
-        f"Geometric mean of Delta-Q, in which each structure counts alike: {_interval(c.geometric_mean)}.",
+        f"Mean Delta-Q: {_interval(c.mean, c.groups)}.",
+        f"Geometric mean of Delta-Q, in which each structure counts alike: {_interval(c.geometric_mean, c.groups)}.",
         _test(c),
         f"Delta-Q fell by more than a tenth in {plural(c.nearer, 'structure')} and rose by more than a tenth "
         f"in {c.farther}.",
@@ -148,12 +148,12 @@ def comparison_sentences(comparison: Comparison, labels: tuple[str, str] = LABEL
     ]
 
 
-def _interval(found: Change) -> str:
+def _interval(found: Change, groups: int) -> str:
     if not math.isfinite(found.value):
         return "no change can be told"
     said = _percent(found.value)
     if not (math.isfinite(found.low) and math.isfinite(found.high)):
-        return f"{said} (one group, so there is no interval)"
+        return f"{said} ({'one group, so there is' if groups == 1 else 'there is'} no interval)"
     reach = f"{100 * found.low:+.0f} to {100 * found.high:+.0f} %"
     chance = ", which includes no change" if found.low <= 0 <= found.high else ""
     return f"{said} ({100 * LEVEL:.0f} % interval {reach}{chance})"
