@@ -6,22 +6,30 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from .diagnosis_text import diagnosis_text
 from .evaluation import Evaluation, Row, evaluate
-from .findings import Diagnosis
-from .judgement import classify, judge
+from .findings import Findings
+from .judgement import judge
 from .labels import force_error
 from .landscape import minima, settling
+from .outcomes import classify
 from .pairs import RelaxationPair
 from .potential import Potential
 from .stability import largest_curvature
 from .steppers import GradientDescent
 from .trainer import MOMENTUM
 
-__all__ = ["Diagnosis", "diagnose"]
-
 AT_ONCE = 8
 """Pairs evaluated between two reports of progress."""
 Progress = Callable[[int, int, str], None]
+
+
+class Diagnosis(Findings):
+    """What `diagnose` found; its attributes are those of `Findings`."""
+
+    def text(self) -> str:
+        """For people, at 80 columns; the verdict first."""
+        return diagnosis_text(self)
 
 
 def diagnose(

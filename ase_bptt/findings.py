@@ -1,33 +1,24 @@
-"""What a diagnosis found, for people and as JSON."""
+"""What a diagnosis found: numbers, and the same as JSON."""
 
 from __future__ import annotations
 
-import inspect
 import math
-import textwrap
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from statistics import fmean, median
 from typing import Any
 
 from .evaluation import Evaluation, Row
-from .judgement import CLASSES, Judgement, failed, some, went_farther
-from .labels import STRONG, ForceError
-from .landscape import MOST_FRAMES, RATTLE, Minima, Settling
-from .trainer import Trainer
+from .judgement import Judgement
+from .labels import ForceError
+from .landscape import Minima, Settling
+from .outcomes import CLASSES, failed
 
-WIDTH = 80
-NAMED = ("wrong path", "no minimum", "failed")
-"""Classes whose structures are named: what is shifted is often most of them."""
-CAREFUL = 0.7
-"""Share of the largest stable step that is advised: elsewhere on the way bonds can be stiffer."""
-STEPS = inspect.signature(Trainer).parameters["steps"].default
-MOST_UNROLLED = 40
-"""Frames: beyond, the gradient tells little of which basin is chosen."""
+FLAT = 1e-3
+"""eV/Å^2: curvatures below this are rounding."""
 
 
 @dataclass(frozen=True)
-class Diagnosis:
+class Findings:
     """What `diagnose` found.
 
     Attributes
@@ -35,7 +26,7 @@ class Diagnosis:
     evaluation : Evaluation
         Of the potential as it is, by FIRE.
     classes : tuple of str
-        For each row of the evaluation, one of `ase_bptt.judgement.CLASSES`.
+        For each row of the evaluation, one of `ase_bptt.outcomes.CLASSES`.
     judgement : Judgement
     forces : ForceError or None
         None where no structure carries forces.
@@ -89,7 +80,7 @@ class Diagnosis:
         None where nothing is stiff.
         """
         stiffest = max((c for c in self.curvatures if math.isfinite(c)), default=0.0)
-        return 2 / stiffest if stiffest > 0 else None
+        return 2 / stiffest if stiffest > FLAT else None
 
     @property
     def sound(self) -> list[Row]:
@@ -126,118 +117,6 @@ class Diagnosis:
             "rows": [row | {"class": name} for row, name in rows],
         }
         return _finite(found)
-
-    def text(self) -> str:
-        """For people, at 80 columns; the verdict first."""
-        sections = (_verdict(self), _ends(self), _forces(self), _training(self))
-        return "\n\n".join("\n".join(lines) for lines in map(list, sections) if lines)
-
-
-def _verdict(d: Diagnosis) -> Iterator[str]:
-    yield f"Will training through the relaxation help? {d.verdict}"
-    yield _wrapped(d.judgement.reason)
-    for caution in d.judgement.cautions:
-        yield _wrapped(caution, "! ")
-    yield _wrapped("An estimate, not a promise; this measures it: ase-bptt train ... --folds 5")
-
-
-def _ends(d: Diagnosis) -> Iterator[str]:
-    rows = d.evaluation.rows
-    kinds = len(d.evaluation.by_group())
-    yield f"Where its relaxations end ({len(rows)} structures of {kinds} kinds, by FIRE to 0.02 eV/Å)"
-    for name, meaning in CLASSES.items():
-        yield f"{d.classes.count(name):5}  {name:11} {meaning}"
-        ids = [row.id for row, c in zip(rows, d.classes, strict=True) if c == name]
-        if name in NAMED and ids:
-            yield _wrapped(some(ids, 6), " " * 19)
-    if d.sound:
-        unrelaxed, delta_q = [r.unrelaxed for r in rows], [r.delta_q for r in d.sound]
-        yield "  Delta-Q to the reference, amu^1/2 Å   mean  median"
-        yield f"    before relaxing                   {fmean(unrelaxed):6.2f}  {median(unrelaxed):6.2f}"
-        yield f"    after                             {fmean(delta_q):6.2f}  {median(delta_q):6.2f}"
-    yield f"  in another basin than the reference's: {100 * d.wrong_basins:.0f} %"
-    yield f"  farther from the reference than they began: {sum(map(went_farther, rows))} of {len(rows)}"
-
-
-def _forces(d: Diagnosis) -> Iterator[str]:
-    f = d.forces
-    if f is None:
-        yield "Forces: the structures carry none to compare with"
-        return
-    yield "Forces beside those in the files, eV/Å    structures   error   mean  cosine"
-    yield f"  {'all':38} {f.frames:11} {f.error:7.3f} {f.reference:6.3f}"
-    if f.strong:
-        label = f"of these, with one above {STRONG:g}"
-        yield f"  {label:38} {f.strong:11} {f.strong_error:7.3f} {f.strong_reference:6.3f} {f.cosine:7.2f}"
-    else:
-        yield f"  none is above {STRONG:g}: their direction tells nothing"
-    yield "  (mean absolute error; mean absolute force of the reference)"
-
-
-def _training(d: Diagnosis) -> Iterator[str]:
-    if not d.sample:
-        return
-    yield f"For training, from {len(d.sample)} of the structures"
-    yield from _frames(d)
-    yield from _step(d)
-    yield from _basins(d)
-
-
-def _frames(d: Diagnosis) -> Iterator[str]:
-    found = [s.frames for s in d.settling if s.frames is not None]
-    diverged = len(d.settling) - len(found)
-    slow = sum(s.frames is not None and not s.finished for s in d.settling)
-    if d.frames is not None:
-        needed = max(1, min(round(d.frames), MOST_UNROLLED))
-        advice = f"the default of {STEPS} sees it all" if needed <= STEPS else f"try {needed} (the default is {STEPS})"
-        yield _item(
-            "--steps",
-            f"its gradient descent has settled after {d.frames:.0f} frames (median; {min(found)} to {max(found)}): "
-            f"{advice}. FIRE takes {d.fire_frames or 0:.0f} to 0.02 eV/Å.",
-        )
-    if slow:
-        yield _item("", f"{slow} still had forces after {MOST_FRAMES} frames.")
-    if diverged:
-        yield _item("--step-size", f"gradient descent diverges from {diverged} starts: give a smaller one.", "! ")
-
-
-def _step(d: Diagnosis) -> Iterator[str]:
-    limit = d.step_limit
-    if limit is None:
-        return
-    bound = f"stable below 2/lambda_max = {limit:.3f} Å^2/eV"
-    if d.momentum:
-        bound += f", or {(1 + d.momentum) * limit:.3f} with momentum {d.momentum:g}"
-    if d.step_size <= limit:
-        yield _item("--step-size", f"{bound}; the default is {d.step_size:g}.")
-    else:
-        advice = f"give {CAREFUL * limit:.2g}, and more --steps"
-        yield _item("--step-size", f"{bound}: the default of {d.step_size:g} is too long, {advice}.", "! ")
-
-
-def _basins(d: Diagnosis) -> Iterator[str]:
-    if not d.minima:
-        return
-    ends = [m.ends for m in d.minima]
-    known = [m.reference for m in d.minima if m.reference is not None]
-    met = f"; the reference's is among them for {sum(known)} of {len(known)} that have one" if known else ""
-    yield _item(
-        "minima", f"starts rattled by {RATTLE} Å end in {median(ends):g} (median; {max(ends)} at most){met}."
-    )  # fmt: skip
-
-
-def _item(name: str, text: str, mark: str = "  ") -> str:
-    return _filled(text, f"{mark}{name:13} ", " " * 16)
-
-
-def _wrapped(text: str, mark: str = "  ") -> str:
-    return _filled(text, mark, " " * len(mark))
-
-
-def _filled(text: str, first: str, others: str) -> str:
-    return textwrap.fill(
-        text, WIDTH, initial_indent=first, subsequent_indent=others, break_long_words=False, break_on_hyphens=False
-    )
 
 
 def _median(values: list[Any]) -> float | None:

@@ -1,25 +1,19 @@
-"""Whether training through the relaxation can mend what a potential gets wrong: one class a structure, one verdict."""
+"""Whether training through the relaxation can mend what a potential gets wrong: the verdict."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-import numpy as np
-
-from .evaluation import SAME_END, Row
-from .labels import ForceError, reference_forces
+from .evaluation import Row
+from .labels import ForceError
 from .landscape import LEFT
 from .losses import max_displacement
+from .outcomes import CLASSES, RIGHT, failed, went_farther
 from .pairs import RelaxationPair
 from .result import Status
 
-RIGHT = 0.05
-"""Å at the farthest atom: as near as relaxations of different codes and settings come to each other."""
-SOFT = 1.0
-"""eV/Å^2: where a force of f is left in the reference, its minimum can be f / SOFT farther on."""
 ENOUGH = 0.95
 """Share of right ends above which there is nothing to train on; validation could not see the rest."""
 FEW = 5
@@ -35,44 +29,11 @@ REACHABLE = 0.25
 KINDS = 3
 """Groups that training, validation and test need; and fewer wrong ones are hardly a rule to be learned."""
 
-CLASSES = {
-    "right": "ends at the reference",
-    "shifted": "ends in the reference's minimum, which is displaced",
-    "wrong path": "has a minimum at the reference, but falls into another",
-    "no minimum": f"has no minimum within {LEFT} Å of the reference",
-    "failed": "forces not finite, or energy rising",
-}
-"""What each class means, said of the potential's relaxation."""
 REACHED = ("shifted", "wrong path")
 """The classes that training through the relaxation can mend."""
 NEARER = ("right", "shifted")
 """The classes of structures that are drawn to their reference, if they end nearer to it than they began."""
 YES, RIGHT_ALREADY, RETRAIN, UNLIKELY = "yes", "no: already right", "no: retrain on forces first", "unlikely"
-
-
-def classify(row: Row, pair: RelaxationPair) -> str:
-    """The class of a relaxation, one of `CLASSES`."""
-    if failed(row):
-        return "failed"
-    if row.max_displacement <= allowance(pair):
-        return "right"
-    # Also where both relaxations meet there: a basin so far from the reference is not the reference's.
-    if not row.reference_moves < LEFT:
-        return "no minimum"
-    return "shifted" if row.right_basin else "wrong path"
-
-
-def failed(row: Row) -> bool:
-    """Whether a relaxation says nothing about where the potential would end."""
-    return row.status == Status.DIVERGED.value or not math.isfinite(row.delta_q)
-
-
-def allowance(pair: RelaxationPair) -> float:
-    """Å by which a right end may differ: `RIGHT`, or more where forces were left in the reference."""
-    forces = reference_forces(pair.relaxed)
-    residual = 0.0 if forces is None else float(np.linalg.norm(forces, axis=1).max())
-    # Beyond SAME_END it would be called another basin.
-    return min(max(RIGHT, residual / SOFT), SAME_END)
 
 
 @dataclass(frozen=True)
@@ -141,11 +102,6 @@ def _wrong_forces(rows: Sequence[Row], classes: Sequence[str], forces: ForceErro
     )
 
 
-def went_farther(row: Row) -> bool:
-    """Whether the relaxation ended farther from the reference than it began."""
-    return failed(row) or row.delta_q > row.unrelaxed
-
-
 def _already_right(rows: Sequence[Row], classes: Sequence[str]) -> str:
     n, right = len(rows), classes.count("right")
     others = [f"{row.id} ({name})" for row, name in zip(rows, classes, strict=True) if name != "right"]
@@ -162,9 +118,10 @@ def _within_reach(rows: Sequence[Row], classes: Sequence[str]) -> str:
     n = len(rows) - classes.count("failed")
     best = (sound - sum(held[name] for name in REACHED)) / n
     return (
-        f"{shifted + path} of the {wrong} wrong ends are within reach: the potential has a minimum at the reference, "
-        f"but displaced ({shifted}) or missed ({path}). Were all of them mended, the mean Delta-Q would fall from "
-        f"{sound / n:.2f} to {best:.2f} amu^1/2 Å: a bound, of which training reaches a part."
+        f"{wrong} of {len(rows)} structures end away from their reference, {shifted + path} of them within reach of "
+        f"training: the potential has a minimum near the reference, but displaced ({shifted}) or missed ({path}). "
+        f"Were all of these mended, the mean Delta-Q would fall from {sound / n:.2f} to {best:.2f} amu^1/2 Å: a bound, "
+        "of which training reaches a part."
     )
 
 
@@ -173,9 +130,9 @@ def _out_of_reach(rows: Sequence[Row], classes: Sequence[str]) -> str:
     absent, broken = classes.count("no minimum"), classes.count("failed")
     failures = f", and {broken} fail" if broken else ""
     return (
-        f"Of the {wrong} wrong ends, {absent} have a reference without a minimum of the potential within {LEFT} Å"
-        f"{failures}. Training through the relaxation moves minima; it seldom makes them. Fit it to forces around "
-        "the references first, or begin with another potential."
+        f"{wrong} of {len(rows)} structures end away from their reference; for {absent} of them the potential has no "
+        f"minimum within {LEFT} Å of it{failures}. Training through the relaxation moves minima; it seldom makes them. "
+        "Fit it to forces around the references first, or begin with another potential."
     )
 
 

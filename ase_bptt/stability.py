@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from ase import Atoms
-from scipy.sparse.linalg import LinearOperator, eigsh
+from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
 from .neighbors import NeighborList, Pairs
 from .potential import Potential
@@ -15,6 +15,8 @@ from .structures import Structures
 
 TOLERANCE = 1e-3
 """Relative residual of the eigenvector; the error of the eigenvalue is of second order in it."""
+RESTARTS = 30
+"""Of Lanczos' method at most; a few are enough."""
 Product = Callable[[np.ndarray], np.ndarray]
 
 
@@ -34,7 +36,7 @@ def largest_curvature(potential: Potential, atoms: Atoms, *, seed: int = 0) -> f
     Returns
     -------
     float
-        Zero where no force changes with the positions; NaN where forces are not finite.
+        Zero where no force changes with the positions; NaN where forces are not finite, or it does not converge.
     """
     product = hessian_product(potential, atoms)
     first = np.random.default_rng(seed).normal(size=3 * len(atoms))
@@ -45,7 +47,12 @@ def largest_curvature(potential: Potential, atoms: Atoms, *, seed: int = 0) -> f
     if not change.any():
         return 0.0
     operator = LinearOperator((len(first), len(first)), matvec=product, dtype=np.float64)
-    (found,) = eigsh(operator, k=1, which="LA", v0=first, tol=TOLERANCE, return_eigenvectors=False)
+    try:
+        (found,) = eigsh(
+            operator, k=1, which="LA", v0=first, tol=TOLERANCE, maxiter=RESTARTS, return_eigenvectors=False
+        )
+    except ArpackNoConvergence:
+        return float("nan")
     return float(found)
 
 

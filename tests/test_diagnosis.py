@@ -13,11 +13,12 @@ from conftest import needs_mace, rattled, silicon, tiny_mace
 from ase_bptt import Potential, Prediction, RelaxationPair, delta_q, relax
 from ase_bptt.diagnosis import Diagnosis, diagnose, spread
 from ase_bptt.evaluation import Row
-from ase_bptt.judgement import CLASSES, RETRAIN, RIGHT_ALREADY, UNLIKELY, YES, allowance, classify, judge
+from ase_bptt.judgement import RETRAIN, RIGHT_ALREADY, UNLIKELY, YES, judge
 from ase_bptt.labels import ForceError, force_error, reference_forces
 from ase_bptt.landscape import minima, settling
 from ase_bptt.loading import as_potential
 from ase_bptt.neighbors import NeighborList
+from ase_bptt.outcomes import CLASSES, allowance, classify
 from ase_bptt.potentials.lennard_jones import LennardJones
 from ase_bptt.stability import largest_curvature
 from ase_bptt.steppers import GradientDescent
@@ -143,7 +144,7 @@ class TestVerdict:
         found = quickly(Wells(), wells((1.4, -0.1), (1.5, -0.1), (-1.5, -0.1)))
         assert set(found.classes) == {"no minimum"}
         assert found.verdict == UNLIKELY
-        assert "Of the 3 wrong ends, 3" in found.judgement.reason
+        assert "for 3 of them the potential has no minimum" in found.judgement.reason
 
     def test_what_is_not_finite_has_failed_and_spoils_no_mean(self):
         pairs = true_pairs(5)

@@ -83,6 +83,12 @@ def test_forces_that_are_not_finite_are_said():
     assert np.isnan(largest_curvature(lennard_jones(), Atoms("Ar2", positions=np.zeros((2, 3)))))
 
 
+def test_what_does_not_converge_is_not_told(monkeypatch):
+    monkeypatch.setattr("ase_bptt.stability.TOLERANCE", 1e-12)
+    monkeypatch.setattr("ase_bptt.stability.RESTARTS", 1)
+    assert np.isnan(largest_curvature(lennard_jones(), rattled(argon() * (2, 2, 2))))
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.7])
 @pytest.mark.parametrize(("factor", "converges"), [(0.98, True), (1.02, False)])
 def test_gradient_descent_converges_below_the_bound_and_not_above(momentum, factor, converges):
