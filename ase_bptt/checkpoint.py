@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .files import replacing
+from .files import UNFINISHED, replacing
 from .loading import UNREADABLE, in_short
 
 
@@ -35,6 +35,6 @@ def read(out: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
         state = torch.load(out / "checkpoint.pt", weights_only=True, map_location="cpu")
     except UNREADABLE as error:
         raise ValueError(f"The folder {out} holds no run that can be resumed ({in_short(error)}).") from error
-    for unfinished in out.rglob(".*.part"):
+    for unfinished in out.rglob(UNFINISHED):
         unfinished.unlink()
     return settings, state

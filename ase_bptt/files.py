@@ -2,21 +2,59 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+UNFINISHED = ".*.part.*"
+"""Pattern of the temporary names, for sweeping up behind a run that was killed."""
+REFUSED = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR})
 
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside this one, which takes its place if the block ends well."""
+    """A temporary path beside this one, of the same ending, which takes its place if the block ends well.
+
+    Raises
+    ------
+    OSError
+        Where the disk is full or the place is not writable, naming the file; what was there is untouched.
+    """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{os.getpid()}.part.{path.name}")
     try:
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        if not _refused(error):
+            raise
+        reason = getattr(error, "strerror", None) or "the disk may be full"
+        raise OSError(
+            f"{path} could not be written ({reason}): make room there or choose another place; "
+            "what was there before is untouched."
+        ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        # A place that refuses to be written may also refuse this, and has been told of.
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def check_writable(folder: str | Path) -> None:
+    """Make a folder, and raise OSError, naming it, where files cannot be written into it."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".{os.getpid()}.part.probe"
+        probe.write_bytes(b"probe")
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"Nothing can be written into {folder} ({error.strerror}): choose another place.") from error
+
+
+def _refused(error: OSError | RuntimeError) -> bool:
+    # torch.save tells of a full disk by a RuntimeError of its own.
+    return error.errno in REFUSED if isinstance(error, OSError) else "PytorchStreamWriter" in str(error)

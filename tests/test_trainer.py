@@ -375,7 +375,7 @@ def contents(run: Trainer, folder: Path) -> dict:
 
 
 def leftovers(folder: Path) -> list[Path]:
-    return list(folder.rglob("*.part"))
+    return list(folder.rglob(".*.part.*"))
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ..batches import End, relax_all
 from ..checks import check_structure
-from ..files import replacing
+from ..files import check_writable, replacing
 from ..formats import read_frames
 from ..journal import Journal, run_key
 from ..outcome import without_nan
@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
     say(f"{len(structures)} structures{again}; {arguments.potential}, {arguments.stepper} to {arguments.fmax} eV/Å")
     if arguments.dry_run:
         return _planned(arguments, structures, left_out)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(out.parent)
     journal.rewrite(ends)
     waiting = [k for k in range(len(structures)) if k not in ends]
     found = relax_all(

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..files import replacing
+from ..files import check_writable, replacing
 
 COMMAND = "command.json"
 PASSING = frozenset({"out", "overwrite", "resume", "dry_run", "json", "device", "trust", "skip_invalid", "pairs"})
@@ -36,7 +36,7 @@ def prepare(arguments: argparse.Namespace) -> None:
     refuse_if_there(arguments)
     if arguments.out.exists():
         shutil.rmtree(arguments.out)
-    arguments.out.mkdir(parents=True)
+    check_writable(arguments.out)
     with replacing(arguments.out / COMMAND) as path:
         path.write_text(json.dumps(described(arguments), indent=1) + "\n")
 

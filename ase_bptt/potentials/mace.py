@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from ..potential import Potential, Prediction
 from ..structures import Structures
 from . import quiet, require
 
+log = logging.getLogger(__name__)
+OFF = ("small", "medium", "large")
 GATES = {"silu": torch.nn.functional.silu, "tanh": torch.tanh, "abs": torch.abs, "None": None}
 
 
@@ -76,9 +79,23 @@ class MACE(Potential):
         """A foundation model, by mace-torch's own name; mace-torch downloads it at the first use."""
         models = require("mace.calculators.foundations_models", extra=cls.extra)
         name = variant or "medium"
-        load = models.mace_off if name.startswith("off-") else models.mace_mp
-        with quiet():
-            return cls(load(model=name.removeprefix("off-"), device="cpu", return_raw_model=True))
+        off = name.startswith("off-")
+        names = [f"off-{n}" for n in OFF] if off else [n for n in models.mace_mp_names if n]
+        # mace-torch would also take a path or an address, and unpickle what is there.
+        if name not in names:
+            raise ValueError(f"MACE has no foundation model {name!r}; there are {', '.join(names)}, and off-*.")
+        load = models.mace_off if off else models.mace_mp
+        log.info("mace:%s: mace-torch looks for it on this machine, and downloads it at the first use.", name)
+        try:
+            with quiet():
+                return cls(load(model=name.removeprefix("off-"), device="cpu", return_raw_model=True))
+        except (OSError, RuntimeError) as error:
+            reason = error.__cause__ or error
+            raise ConnectionError(
+                f"The MACE model {name!r} is not on this machine and could not be downloaded "
+                f"({type(reason).__name__}: {reason}): connect once, or give a file of it with trust "
+                "(--potential FILE --trust in the shell)."
+            ) from error
 
     @classmethod
     def owns(cls, native: Any) -> bool:
