@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from statistics import fmean, median
 
 from .findings import Findings
-from .judgement import some
+from .judgement import RETRAIN, some
 from .labels import STRONG
 from .landscape import MOST_FRAMES, RATTLE
 from .outcomes import CLASSES, went_farther
@@ -41,7 +41,7 @@ def _verdict(d: Findings) -> Iterator[str]:
 def _ends(d: Findings) -> Iterator[str]:
     rows = d.evaluation.rows
     kinds = len(d.evaluation.by_group())
-    yield f"Where its relaxations end ({len(rows)} structures of {kinds} kinds; FIRE to 0.02 eV/Å)"
+    yield f"Where its relaxations end (structures: {len(rows)}, kinds: {kinds}; FIRE to 0.02 eV/Å)"
     for name, meaning in CLASSES.items():
         yield f"{d.classes.count(name):5}  {name:11} {meaning}"
         ids = [row.id for row, c in zip(rows, d.classes, strict=True) if c == name]
@@ -72,7 +72,8 @@ def _forces(d: Findings) -> Iterator[str]:
 
 
 def _training(d: Findings) -> Iterator[str]:
-    if not d.sample:
+    # Settings are of no use to who should not train yet.
+    if not d.sample or d.verdict == RETRAIN:
         return
     yield f"For training, from {len(d.sample)} of the structures"
     yield from _frames(d)
@@ -95,16 +96,20 @@ def _frames(d: Findings) -> Iterator[str]:
     if slow:
         yield _item("", f"{slow} still had forces after {MOST_FRAMES} frames.")
     if diverged:
-        yield _item("--step-size", f"gradient descent diverges from {diverged} starts: give a smaller one.", "! ")
+        yield _item(
+            "--step-size",
+            f"gradient descent diverges from {diverged} of {len(d.settling)} starts: give a smaller one.",
+            "! ",
+        )
 
 
 def _step(d: Findings) -> Iterator[str]:
     limit = d.step_limit
     if limit is None:
         return
-    bound = f"stable below 2/lambda_max = {limit:.3f} Å^2/eV"
+    bound = f"stable below 2/lambda_max = {limit:.2g} Å^2/eV"
     if d.momentum:
-        bound += f", or {(1 + d.momentum) * limit:.3f} with momentum {d.momentum:g}"
+        bound += f", or {(1 + d.momentum) * limit:.2g} with momentum {d.momentum:g}"
     if d.step_size <= limit:
         yield _item("--step-size", f"{bound}; the default is {d.step_size:g}.")
     else:
@@ -117,10 +122,8 @@ def _basins(d: Findings) -> Iterator[str]:
         return
     ends = [m.ends for m in d.minima]
     known = [m.reference for m in d.minima if m.reference is not None]
-    met = f"; the reference's is among them for {sum(known)} of {len(known)} that have one" if known else ""
-    yield _item(
-        "minima", f"starts rattled by {RATTLE} Å end in {median(ends):g} (median; {max(ends)} at most){met}."
-    )  # fmt: skip
+    met = f"; the one near the reference is met by {sum(known)} of the {len(known)} that have it" if known else ""
+    yield _item("minima", f"{median(ends):g} (median; {max(ends)} at most) from starts rattled by {RATTLE} Å{met}.")
 
 
 def _item(name: str, text: str, mark: str = "  ") -> str:

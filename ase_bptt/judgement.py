@@ -112,14 +112,15 @@ def _already_right(rows: Sequence[Row], classes: Sequence[str]) -> str:
 
 def _within_reach(rows: Sequence[Row], classes: Sequence[str]) -> str:
     wrong = len(rows) - classes.count("right")
-    shifted, path = (classes.count(name) for name in REACHED)
+    counts = {how: classes.count(name) for name, how in zip(REACHED, ("displaced", "missed"), strict=True)}
+    how = " or ".join(f"{word} ({count})" for word, count in counts.items() if count)
     held = {name: sum(r.delta_q for r, c in zip(rows, classes, strict=True) if c == name) for name in CLASSES}
     sound = sum(value for name, value in held.items() if name != "failed")
     n = len(rows) - classes.count("failed")
     best = (sound - sum(held[name] for name in REACHED)) / n
     return (
-        f"{wrong} of {len(rows)} structures end away from their reference, {shifted + path} of them within reach of "
-        f"training: the potential has a minimum near the reference, but displaced ({shifted}) or missed ({path}). "
+        f"{wrong} of {len(rows)} structures end away from their reference, {sum(counts.values())} of them within reach of "
+        f"training: the potential has a minimum near the reference, but it is {how}. "
         f"Were all of these mended, the mean Delta-Q would fall from {sound / n:.2f} to {best:.2f} amu^1/2 Å: a bound, "
         "of which training reaches a part."
     )

@@ -370,6 +370,10 @@ class TestDiagnosis:
         again = diagnose(model(1.05), true_pairs(6, forces=True), sample=3, rattles=2)
         assert again.todict() == found.todict()
 
+    def test_settings_are_advised_only_for_training(self, found):
+        assert "--steps" in found.text()
+        assert "--steps" not in quickly(model(1.6), true_pairs(4)).text()
+
     def test_labels_may_be_missing(self):
         found = quickly(model(1.05), true_pairs(3), sample=1)
         assert found.forces is found.todict()["forces"] is None
