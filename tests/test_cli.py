@@ -1,16 +1,13 @@
 """The shell: what it prints where, what it writes, and what it refuses."""
 
 import csv
-import io
 import json
-import logging
 import os
 import re
 import socket
 import subprocess
 import sys
 import warnings
-from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from unittest import mock
 
@@ -19,29 +16,30 @@ import pytest
 import torch
 from ase.constraints import FixAtoms
 from ase.io import read, write
-from conftest import cluster, needs_mace, rattled
+from conftest import needs_mace
 from matplotlib.image import imread
+from shell import QUICK, is_refused, run, write_relaxations
 
 import ase_bptt
-from ase_bptt import TorchCalculator, load_potential, relax, save_potential
-from ase_bptt.cli import main
+from ase_bptt import TorchCalculator, load_potential
 from ase_bptt.datasets import si_defects
 from ase_bptt.evaluation import evaluate
-from ase_bptt.potentials.lennard_jones import LennardJones
 
-KEYS = {"n", "kinds", "mean_unrelaxed", "mean_before", "mean_after", "median_before", "median_after", "basins_before", "basins_after"}
+KEYS = {
+    "n",
+    "kinds",
+    "mean_unrelaxed",
+    "mean_before",
+    "mean_after",
+    "median_before",
+    "median_after",
+    "basins_before",
+    "basins_after",
+}
 FILES = {
     "settings.json", "metrics.csv", "checkpoint.pt", "potential", "results.json", "table.csv",
     "before_after.png", "learning_curve.png", "before.json", "after.json", "report.html", "command.json",
 }  # fmt: skip
-QUICK = ["--epochs", "1", "--steps", "2"]
-KINDS = ["Ne", "Ar", "Kr", "Xe"]
-
-
-@pytest.fixture(autouse=True)
-def _levels():
-    yield
-    logging.getLogger("ase_bptt").setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -53,60 +51,16 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-def lennard_jones(sigma: float) -> LennardJones:
-    return LennardJones(epsilon=0.3, sigma=sigma, rc=6.0, ro=4.5, smooth=True)
-
-
-def relaxation(k: int) -> list:
-    start = cluster(seed=k)
-    start.positions *= 2.5
-    start.symbols[:] = KINDS[k % len(KINDS)]
-    start = rattled(start, 0.1, k)
-    with torch.no_grad():
-        end = relax(lennard_jones(2.5), start, fmax=1e-3, steps=300).to_atoms()
-    end.info |= {"id": f"cluster {k}", "kind": f"kind {k % 3}"}
-    return [start, end]
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """A folder of relaxations, the same as two files, and a potential that wants tuning."""
     folder = tmp_path_factory.mktemp("data")
-    relaxations = [relaxation(k) for k in range(5)]
-    (folder / "pairs").mkdir()
-    for k, frames in enumerate(relaxations):
-        write(folder / "pairs" / f"{k}.extxyz", frames)
-    write(folder / "initial.extxyz", [frames[0] for frames in relaxations])
-    write(folder / "relaxed.extxyz", [frames[-1] for frames in relaxations])
-    save_potential(lennard_jones(2.65), folder / "lj")
+    write_relaxations(folder)
     return folder
-
-
-def run(*arguments) -> tuple[int, str, str]:
-    """Exit code, standard output, standard error."""
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        try:
-            code = main([str(a) for a in arguments])
-        except SystemExit as end:
-            code = end.code
-    return code, out.getvalue(), err.getvalue()
 
 
 def train(data, *arguments, quick=QUICK):
     return run("train", data / "pairs", "--potential", data / "lj", "--out", "run", *quick, *arguments)
-
-
-def is_refused(result, *texts) -> None:
-    """One sentence on standard error, nothing on standard output."""
-    code, out, err = result
-    assert code == 2
-    assert out == ""
-    assert err.startswith("ase-bptt: ")
-    assert err.count("\n") == 1
-    assert "Traceback" not in err
-    for text in texts:
-        assert text in err
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +89,7 @@ class TestDemo:
         folder, (code, out, err) = demo
         assert code == 0, err
         found = json.loads(out)
-        assert set(found) == {"test", "test_bfgs", "comparison", "checkpoint", "run", "folds", "epochs", "seconds"}
+        assert set(found) == {"test", "test_bfgs", "comparison", "checkpoint", "run", "folds", "epochs", "best_epoch", "seconds"}
         assert set(found["test"]) == KEYS
         assert set(found["test_bfgs"]) == KEYS
         assert (found["test"]["n"], found["test"]["kinds"]) == (2, 2)
