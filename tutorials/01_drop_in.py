@@ -2,8 +2,8 @@
 
     python tutorials/01_drop_in.py
 
-Prints the log of ASE, the relaxed energy, that ASE's own FIRE ends in the same place, and how far the
-relaxed positions would move if the weights did.
+A silicon cell with a vacancy is relaxed. Prints the log that ASE's optimizers print, the relaxed energy,
+that ASE's own FIRE takes the same path, and on which weights of the potential the end depends most.
 """
 
 import numpy as np
@@ -17,12 +17,14 @@ del vacancy[0]
 vacancy.rattle(0.1, seed=1)
 start = vacancy.copy()
 
+# 1. The script as it always was. "mace-si" is the embedded potential; "chgnet", a folder of ours, or a
+#    torch module of a supported family stand here as well.
 vacancy.calc = TorchCalculator("mace-si")
 optimizer = BPTTOptimizer(vacancy, trajectory="vacancy.traj")
 optimizer.run(fmax=0.02)
 print(f"relaxed energy: {vacancy.get_potential_energy():.4f} eV after {optimizer.nsteps} steps")
 
-# The update rule is ASE's FIRE, so ASE's own optimizer takes the same path.
+# 2. The update rule is ASE's FIRE by default, so ASE's own optimizer takes the same path.
 twin = start.copy()
 twin.calc = TorchCalculator("mace-si")
 FIRE(twin, logfile=None).run(fmax=0.02)
@@ -30,7 +32,8 @@ difference = np.abs(twin.positions - vacancy.positions).max()
 print(f"largest difference to ASE's FIRE: {difference:.1e} Å")
 assert difference < 1e-9
 
-# Any run can be differentiated afterwards: here, the distance that the atoms moved, by the weights.
+# 3. What is new: the run that has just ended can be differentiated. Here, the squared distance that the
+#    atoms moved, by every weight of the potential and through every frame of the relaxation.
 relaxation = optimizer.relaxation
 moved = (relaxation.positions - relaxation.start.positions).square().sum()
 vacancy.calc.potential.zero_grad()
