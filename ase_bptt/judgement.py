@@ -119,9 +119,8 @@ def _within_reach(rows: Sequence[Row], classes: Sequence[str]) -> str:
     n = len(rows) - classes.count("failed")
     best = (sound - sum(held[name] for name in REACHED)) / n
     return (
-        f"{wrong} of {len(rows)} structures end away from their reference, {sum(counts.values())} of them within reach of "
-        f"training: the potential has a minimum near the reference, but it is {how}. "
-        f"Were all of these mended, the mean Delta-Q would fall from {sound / n:.2f} to {best:.2f} amu^1/2 Å: a bound, "
+        f"{wrong} of {len(rows)} structures end away from their reference, {sum(counts.values())} of them within reach "
+        f"of training: the potential has a minimum near the reference, but it is {how}. Were all of these mended, the mean Delta-Q would fall from {sound / n:.2f} to {best:.2f} amu^1/2 Å: a bound, "
         "of which training reaches a part."
     )
 
@@ -172,8 +171,9 @@ def _cautions(
         yield f"A cosine of {forces.cosine:.2f} is what a wrong sign gives: check the forces in the files."
     elif verdict != RETRAIN and _forces_disagree(forces):
         yield (
-            f"Its forces disagree with those in the files (cosine {forces.cosine:.2f}), though most of its relaxations "
-            "come nearer: check the files' units."
+            f"Its forces disagree with those in the files (cosine {forces.cosine:.2f}, mean absolute error "
+            f"{forces.strong_error:.2f} eV/Å where their mean is {forces.strong_reference:.2f}), though most of its "
+            "relaxations come nearer: check the units in the files."
         )
 
 

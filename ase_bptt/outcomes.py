@@ -17,7 +17,7 @@ RIGHT = 0.05
 SOFT = 1.0
 """eV/Å^2: where a force of f is left in the reference, its minimum can be f / SOFT farther on."""
 CLASSES = {
-    "right": f"ends within {RIGHT} Å of the reference (more if that has forces left)",
+    "right": f"ends within {RIGHT} Å of the reference (more if it has forces)",
     "shifted": "finds the minimum near the reference, which is displaced",
     "wrong path": "has a minimum near the reference, but falls into another",
     "no minimum": f"has no minimum within {LEFT} Å of the reference",
