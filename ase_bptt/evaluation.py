@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import fmean, median
@@ -95,7 +96,8 @@ class Evaluation:
     @property
     def median(self) -> float:
         """Median Delta-Q, amu^1/2 Å."""
-        return median(row.delta_q for row in self.rows)
+        # Sorting has no place for NaN: without a mean there is no median.
+        return median(row.delta_q for row in self.rows) if math.isfinite(self.mean) else math.nan
 
     @property
     def mean_unrelaxed(self) -> float:

@@ -49,7 +49,17 @@ def finetune(
     after, after_bfgs = _measure(trainer.potential, test)
     # A resumed run adds up what its epochs took, since nobody knows how long it stood still.
     seconds = max(time.monotonic() - clock, sum(row["seconds"] for row in trainer.history))
-    outcome = Outcome(out, before, after, before_bfgs, after_bfgs, trainer.history, seconds, facts=dict(facts or {}))
+    outcome = Outcome(
+        out,
+        before,
+        after,
+        before_bfgs,
+        after_bfgs,
+        trainer.history,
+        seconds,
+        best_epoch=trainer.best_epoch,
+        facts=dict(facts or {}),
+    )
     outcome.write()
     return outcome
 

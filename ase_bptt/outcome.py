@@ -28,6 +28,8 @@ class Outcome:
     history : list of dict
         A row for each epoch, as in metrics.csv; empty for a cross-validation.
     seconds : float
+    best_epoch : int or None
+        The one whose weights were kept; 0 is the untuned potential.
     folds : int or None
         Of a cross-validation, whose evaluations are those of all folds together.
     facts : dict
@@ -41,6 +43,7 @@ class Outcome:
     after_bfgs: Evaluation
     history: list[dict[str, float]]
     seconds: float
+    best_epoch: int | None = None
     folds: int | None = None
     facts: dict[str, str] = field(default_factory=dict)
 
@@ -59,6 +62,7 @@ class Outcome:
             "run": str(self.out),
             "folds": self.folds,
             "epochs": len(self.history),
+            "best_epoch": self.best_epoch,
             "seconds": round(self.seconds, 1),
         }
         return without_nan(found)
@@ -67,9 +71,9 @@ class Outcome:
         """Write after.json, table.csv, pictures and report.html, and results.json last: it says that all is there."""
         write_rows(self.out / AFTER, self.after, self.after_bfgs)
         report.write_csv(self.out / "table.csv", self.before, self.after)
-        report.plot_before_after(self.before, self.after, self.out / "before_after.png")
+        report.save(report.before_after(self.before, self.after), self.out / "before_after.png")
         if self.history:
-            report.plot_learning_curve(self.history, self.out / "learning_curve.png")
+            report.save(report.learning_curve(self.history, self.best_epoch), self.out / "learning_curve.png")
         report.write_page(
             self.out / "report.html",
             title="Cross-validation" if self.folds else "Fine-tuning",
@@ -77,6 +81,7 @@ class Outcome:
             after=self.after,
             comparison=self.comparison,
             history=self.history or None,
+            best_epoch=self.best_epoch,
             facts=tuple(self.facts.items()),
         )
         rows = {"rows_before": self.before.todict()["rows"], "rows_after": self.after.todict()["rows"]}
@@ -90,7 +95,17 @@ class Outcome:
             history = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
         before, before_bfgs = read_rows(out / BEFORE)
         after, after_bfgs = read_rows(out / AFTER)
-        return cls(out, before, after, before_bfgs, after_bfgs, history, results["seconds"], facts=results["facts"])
+        return cls(
+            out,
+            before,
+            after,
+            before_bfgs,
+            after_bfgs,
+            history,
+            results["seconds"],
+            best_epoch=results["best_epoch"],
+            facts=results["facts"],
+        )
 
 
 def summary(before: Evaluation | None, after: Evaluation) -> dict[str, Any]:

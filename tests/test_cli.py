@@ -36,6 +36,7 @@ KEYS = {
     "basins_before",
     "basins_after",
 }
+RESULT = {"test", "test_bfgs", "comparison", "checkpoint", "run", "folds", "epochs", "best_epoch", "seconds"}
 FILES = {
     "settings.json", "metrics.csv", "checkpoint.pt", "potential", "results.json", "table.csv",
     "before_after.png", "learning_curve.png", "before.json", "after.json", "report.html", "command.json",
@@ -89,7 +90,7 @@ class TestDemo:
         folder, (code, out, err) = demo
         assert code == 0, err
         found = json.loads(out)
-        assert set(found) == {"test", "test_bfgs", "comparison", "checkpoint", "run", "folds", "epochs", "best_epoch", "seconds"}
+        assert set(found) == RESULT
         assert set(found["test"]) == KEYS
         assert set(found["test_bfgs"]) == KEYS
         assert (found["test"]["n"], found["test"]["kinds"]) == (2, 2)

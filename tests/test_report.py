@@ -20,8 +20,6 @@ from ase_bptt.report import (
     evaluation_table,
     group_table,
     learning_curve,
-    plot_before_after,
-    plot_learning_curve,
     save,
     table,
     write_csv,
@@ -402,8 +400,8 @@ def is_a_picture(path) -> bool:
 
 
 def test_both_pictures_of_a_run_are_written(tmp_path):
-    plot_before_after(BEFORE, AFTER, tmp_path / "a.png")
-    plot_learning_curve(history([1.0]), tmp_path / "b.png")
+    save(before_after(BEFORE, AFTER), tmp_path / "a.png")
+    save(learning_curve(history([1.0])), tmp_path / "b.png")
     assert is_a_picture(tmp_path / "a.png")
     assert is_a_picture(tmp_path / "b.png")
 
@@ -412,5 +410,5 @@ def test_pictures_leave_the_users_figures_alone(tmp_path):
     import matplotlib.pyplot as plt
 
     before = (plt.get_fignums(), plt.get_backend())
-    plot_before_after(BEFORE, AFTER, tmp_path / "a.png")
+    save(before_after(BEFORE, AFTER), tmp_path / "a.png")
     assert (plt.get_fignums(), plt.get_backend()) == before

@@ -1,9 +1,9 @@
 """Tables, pictures and a page of an evaluation or a fine-tuning run."""
 
-from .curve import learning_curve, plot_learning_curve
+from .curve import learning_curve
 from .figures import save
 from .page import write_page
-from .plots import atom_displacements, before_after, by_group, plot_before_after
+from .plots import atom_displacements, before_after, by_group
 from .tables import comparison_text, evaluation_table, group_table, table, write_csv
 from .words import change
 
@@ -16,8 +16,6 @@ __all__ = [
     "evaluation_table",
     "group_table",
     "learning_curve",
-    "plot_before_after",
-    "plot_learning_curve",
     "save",
     "table",
     "write_csv",

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .figures import BLUE, GREY, ORANGE, UNIT, new_figure, save
+from .figures import BLUE, GREY, ORANGE, UNIT, new_figure
 
 
 def learning_curve(history: Sequence[dict[str, float]], best_epoch: int | None = None) -> Figure:
@@ -51,8 +50,3 @@ def _mark(panels: Sequence[Axes], best: float, found: dict[float, float]) -> Non
         axes.axvline(best, color=ORANGE, linewidth=1, linestyle="--", zorder=0)
     panels[1].plot([best], [found[best]], "*", color=ORANGE, markersize=14, zorder=3)
     panels[0].set_title(f"best: epoch {best:.0f}", fontsize=10)
-
-
-def plot_learning_curve(history: Sequence[dict[str, float]], path: Path) -> None:
-    """Write the picture of `learning_curve`."""
-    save(learning_curve(history), path)

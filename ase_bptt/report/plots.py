@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -12,7 +11,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
 from ..evaluation import Evaluation
-from .figures import BLUE, GREY, ORANGE, UNIT, limits, new_figure, plain_logarithms, save
+from .figures import BLUE, GREY, ORANGE, UNIT, limits, new_figure, plain_logarithms
 from .tables import sorted_groups
 from .words import LABELS, change, check_same, plural, shorten
 
@@ -159,11 +158,6 @@ def _bars(axes: Axes, k: int, evaluation: Evaluation, after: Evaluation | None, 
     axes.set_xticks(range(len(atoms)), [f"{s}{atom}" for s, atom in zip(symbols, atoms, strict=True)], fontsize=8)
     axes.tick_params(axis="x", length=0)
     axes.yaxis.set_major_locator(MaxNLocator(4))
-
-
-def plot_before_after(before: Evaluation, after: Evaluation, path: Path) -> None:
-    """Write the picture of `before_after`."""
-    save(before_after(before, after), path)
 
 
 def _short(labels: tuple[str, str]) -> tuple[str, str]:

@@ -1,0 +1,96 @@
+"""Many structures: each ends where it would have ended alone, whoever drives it, and is given when it stops."""
+
+import numpy as np
+import pytest
+import torch
+from ase.calculators.lj import LennardJones as AseLennardJones
+from ase.constraints import FixAtoms, FixCartesian
+from ase.optimize import BFGS
+from ase.optimize import FIRE as AseFIRE
+from conftest import argon, cluster, lennard_jones
+
+from ase_bptt import Status, relax
+from ase_bptt.batches import relax_all, whole
+from ase_bptt.steppers import FIRE
+
+SETTINGS = {"fmax": 0.02, "steps": 200}
+
+
+def fire() -> FIRE:
+    return FIRE(dt=0.03, dtmax=0.06)
+
+
+def constrained(constraint, make=argon):
+    atoms = make()
+    atoms.set_constraint(constraint)
+    return atoms
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 16])
+def test_each_ends_as_it_would_alone(batch_size):
+    structures = [argon(1), cluster(), argon(2), argon(3)]
+    ends = whole(relax_all(lennard_jones(), structures, stepper=fire(), batch_size=batch_size, **SETTINGS))
+    for start, end in zip(structures, ends, strict=True):
+        alone = relax(lennard_jones(), start, stepper=fire(), **SETTINGS)
+        np.testing.assert_allclose(end.atoms.positions, alone.to_atoms().positions, atol=1e-10)
+        assert (end.status, end.nsteps) == (Status.CONVERGED, int(alone.nsteps[0]))
+        assert end.atoms.get_potential_energy() == pytest.approx(alone.energies.item(), abs=1e-10)
+
+
+def test_a_structure_is_given_as_soon_as_it_stops():
+    near, far = argon(), argon(2)
+    near.positions = relax(lennard_jones(), near, stepper=fire(), **SETTINGS).to_atoms().positions
+    found = relax_all(lennard_jones(), [far, near], stepper=fire(), **SETTINGS)
+    assert next(found)[0] == 1
+    assert next(found)[0] == 0
+
+
+def test_gradients_are_neither_made_nor_switched_off_for_the_caller():
+    potential = lennard_jones().requires_grad_()
+    for _, end in relax_all(potential, [argon()], stepper=fire(), **SETTINGS):
+        assert torch.is_grad_enabled()
+        assert end.status is Status.CONVERGED
+    assert all(p.grad is None for p in potential.parameters())
+
+
+@pytest.mark.parametrize("constraint", [FixAtoms([0, 2]), FixCartesian(1, [True, False, True])], ids=["atoms", "axes"])
+@pytest.mark.parametrize(
+    ("stepper", "optimizer", "settings"),
+    [(fire, AseFIRE, {"dt": 0.03, "dtmax": 0.06, "downhill_check": False}), (lambda: "bfgs", BFGS, {})],
+    ids=["fire", "bfgs"],
+)
+def test_constraints_are_obeyed_as_ase_obeys_them(constraint, stepper, optimizer, settings):
+    start = constrained(constraint)
+    (end,) = whole(relax_all(lennard_jones(), [start], stepper=stepper(), **SETTINGS))
+    twin = start.copy()
+    twin.calc = AseLennardJones(smooth=True, rc=2.4, ro=1.8)
+    with optimizer(twin, logfile=None, **settings) as run:
+        assert run.run(**SETTINGS)
+    np.testing.assert_allclose(end.atoms.positions, twin.positions, atol=1e-7)
+    assert end.nsteps == run.nsteps
+    np.testing.assert_allclose(end.atoms.get_forces(), twin.get_forces(), atol=1e-6)
+    assert len(end.atoms.constraints) == 1
+
+
+def test_constrained_and_free_ones_come_back_in_order():
+    structures = [constrained(FixAtoms([0])), argon(2), constrained(FixAtoms([1]), cluster), argon(3)]
+    found = list(relax_all(lennard_jones(), structures, stepper=fire(), **SETTINGS))
+    assert {k for k, _ in found} == {0, 1, 2, 3}
+    assert [len(end.atoms) for end in whole(iter(found))] == [4, 4, 6, 4]
+
+
+@pytest.mark.parametrize("constrain", [False, True])
+def test_what_diverges_says_so_and_holds_nobody_up(constrain):
+    broken = argon(4)
+    broken.positions[1, 2] = np.nan
+    if constrain:
+        broken.set_constraint(FixAtoms([3]))
+    ends = whole(relax_all(lennard_jones(), [broken, argon(2)], stepper=fire(), **SETTINGS))
+    assert [end.status for end in ends] == [Status.DIVERGED, Status.CONVERGED]
+
+
+def test_the_structures_given_are_left_as_they_are():
+    start = constrained(FixAtoms([0]))
+    whole(relax_all(lennard_jones(), [start, argon(2)], stepper=fire(), **SETTINGS))
+    np.testing.assert_array_equal(start.positions, argon().positions)
+    assert start.calc is None

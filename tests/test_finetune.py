@@ -1,0 +1,160 @@
+"""From pairs to a run folder, once and by folds; what it would cost."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import cluster, rattled
+
+from ase_bptt import RelaxationPair, Trainer, relax
+from ase_bptt.estimate import Estimate, estimate
+from ase_bptt.finetune import cross_validate, finetune
+from ase_bptt.outcome import Outcome, read_rows, without_nan, write_rows
+from ase_bptt.potentials.lennard_jones import LennardJones
+
+
+def lennard_jones(sigma: float) -> LennardJones:
+    return LennardJones(epsilon=0.3, sigma=sigma, rc=6.0, ro=4.5, smooth=True)
+
+
+@pytest.fixture(scope="module")
+def pairs() -> list[RelaxationPair]:
+    torch.set_num_threads(1)
+    found = []
+    for k in range(6):
+        start = cluster(seed=k)
+        start.positions *= 2.5
+        start = rattled(start, 0.1, k)
+        with torch.no_grad():
+            end = relax(lennard_jones(2.5), start, fmax=1e-3, steps=300).to_atoms()
+        found.append(RelaxationPair(start, end, f"cluster {k}", f"kind {k // 2}"))
+    return found
+
+
+def maker(made: list, **settings):
+    def make(folder) -> Trainer:
+        made.append(folder)
+        numbers = {"steps": 10, "batch_size": 1, "lr": 0.03, "loss": "delta_q", "progress": False} | settings
+        return Trainer(lennard_jones(2.65), out=folder, **numbers)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def validated(pairs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("folds")
+    made: list = []
+    return folder, made, cross_validate(maker(made), pairs, folder, folds=3, epochs=2, facts={"potential": "lj"})
+
+
+class TestCrossValidation:
+    def test_each_pair_is_measured_once_where_it_was_held_out(self, validated, pairs):
+        folder, made, outcome = validated
+        assert made == [folder / f"fold_{k}" for k in range(3)]
+        assert [row.id for row in outcome.after.rows] == [p.id for p in pairs]
+        for k in range(3):
+            part = Outcome.load(folder / f"fold_{k}")
+            assert len({row.group for row in part.after.rows}) == 1
+            by_id = {row.id: row for row in outcome.after.rows}
+            assert all(by_id[row.id] == row for row in part.after.rows)
+
+    def test_it_gains_on_the_pairs_held_out(self, validated):
+        outcome = validated[2]
+        assert outcome.after.mean < 0.7 * outcome.before.mean
+        assert outcome.comparison.mean.high < 0
+        assert outcome.todict()["folds"] == 3
+        assert outcome.todict()["checkpoint"] is None
+
+    def test_its_folder_tells_all(self, validated):
+        folder, _, outcome = validated
+        assert {p.name for p in folder.iterdir()} >= {"results.json", "report.html", "table.csv", "before_after.png"}
+        results = json.loads((folder / "results.json").read_text())
+        assert results["test"]["n"] == 6
+        assert results["comparison"]["groups"] == 3
+        assert results["facts"]["potential"] == "lj"
+        assert results["rows_after"][0]["delta_q"] == outcome.after.rows[0].delta_q
+
+    def test_finished_folds_are_read_and_a_stopped_one_goes_on(self, validated, pairs, tmp_path):
+        whole = validated[2]
+        made: list = []
+
+        class Killed(BaseException):
+            pass
+
+        def dying(folder):
+            trainer = maker(made)(folder)
+            if folder.name == "fold_1":
+                step, count = trainer.train_step, iter(range(100))
+
+                def train_step(batch):
+                    if next(count) == 2:
+                        raise Killed
+                    return step(batch)
+
+                trainer.train_step = train_step
+            return trainer
+
+        with pytest.raises(Killed):
+            cross_validate(dying, pairs, tmp_path, folds=3, epochs=2)
+        assert [p.name for p in made] == ["fold_0", "fold_1"]
+        again = cross_validate(maker(made), pairs, tmp_path, folds=3, epochs=2)
+        assert [p.name for p in made] == ["fold_0", "fold_1", "fold_2"]
+        assert again.after == whole.after
+        assert again.before == whole.before
+
+    def test_folds_of_other_pairs_are_refused_by_folder(self, validated, pairs):
+        folder = validated[0]
+        moved = [dataclasses.replace(p, relaxed=rattled(p.relaxed, 0.01, 1)) for p in pairs]
+        with pytest.raises(ValueError, match=r"fold_0 holds a fold of other pairs"):
+            cross_validate(maker([]), moved, folder, folds=3, epochs=2)
+
+
+def test_a_run_that_dies_in_its_first_measurement_can_be_resumed(pairs, tmp_path, monkeypatch):
+    splits = {"train": pairs[:2], "valid": pairs[2:4], "test": pairs[4:]}
+    whole = finetune(maker([])(tmp_path / "whole"), splits, tmp_path / "whole", epochs=1)
+
+    class Killed(BaseException):
+        pass
+
+    def dying(*_, **__):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ase_bptt.finetune.evaluate", dying)
+        with pytest.raises(Killed):
+            finetune(maker([])(tmp_path / "run"), splits, tmp_path / "run", epochs=1)
+    again = finetune(Trainer.resume(tmp_path / "run", progress=False), splits, tmp_path / "run", epochs=1)
+    assert again.after == whole.after
+
+
+def test_rows_are_kept_exactly_even_those_that_are_not_finite(validated, tmp_path):
+    found = validated[2].after
+    broken = dataclasses.replace(found.rows[0], delta_q=float("nan"), displacements=(float("inf"), 1 / 3))
+    write_rows(tmp_path / "rows.json", found, dataclasses.replace(found, rows=(broken,)))
+    first, second = read_rows(tmp_path / "rows.json")
+    assert first == found
+    assert np.isnan(second.rows[0].delta_q)
+    assert second.rows[0].displacements == (float("inf"), 1 / 3)
+
+
+def test_json_for_others_has_null_for_what_is_not_finite():
+    found = without_nan({"a": float("nan"), "b": [1.0, float("inf")], "c": (float("-inf"), "x", True)})
+    assert found == {"a": None, "b": [1.0, None], "c": [None, "x", True]}
+    json.dumps(found, allow_nan=False)
+
+
+class TestEstimate:
+    def test_nothing_is_changed_by_it(self, pairs, tmp_path):
+        trainer = maker([])(None)
+        before = {k: v.clone() for k, v in trainer.potential.state_dict().items()}
+        found = estimate(trainer, pairs[:2], pairs[2:4], pairs[4:], epochs=3)
+        assert all(torch.equal(v, before[k]) for k, v in trainer.potential.state_dict().items())
+        assert all(p.grad is None for p in trainer.potential.parameters())
+        assert found.seconds > 3 * found.seconds_per_epoch > 0
+        assert not list(tmp_path.iterdir())
+
+    def test_more_epochs_take_longer_in_proportion(self):
+        assert str(Estimate(90.0, 3 * 3600.0, 2**31)) == "about 3 h (90 s an epoch), 2.0 GiB of memory at the peak"
+        assert str(Estimate(1.26, 300.0, None)) == "about 5 min (1.3 s an epoch)"

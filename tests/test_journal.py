@@ -1,0 +1,101 @@
+"""The journal of a relaxation of many: what was finished is never done again, and never mixed up."""
+
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.constraints import FixAtoms
+from conftest import argon, cluster, lennard_jones
+
+from ase_bptt import Status
+from ase_bptt.batches import End
+from ase_bptt.journal import Journal, run_key
+from ase_bptt.potentials.lennard_jones import LennardJones
+
+
+def sources() -> list[Atoms]:
+    structures = [argon(1), cluster(), argon(2)]
+    structures[0].info["name"] = "first"
+    structures[1].set_constraint(FixAtoms([0]))
+    structures[2].new_array("site", np.arange(4))
+    return structures
+
+
+def end_of(atoms: Atoms, k: int, status: Status = Status.CONVERGED) -> End:
+    moved = atoms.copy()
+    moved.positions += 0.123456789012345
+    forces = np.full((len(atoms), 3), 0.1 * k)
+    moved.calc = SinglePointCalculator(moved, energy=-1.5 * k, forces=forces)
+    return End(moved, status, 7 + k)
+
+
+def filled(path, structures) -> Journal:
+    journal = Journal(path, "run")
+    for k in (2, 0, 1):
+        journal.add(k, end_of(structures[k], k, Status.OUT_OF_STEPS if k == 1 else Status.CONVERGED))
+    return journal
+
+
+def test_ends_come_back_exactly_with_all_that_their_structures_hold(tmp_path):
+    structures = sources()
+    ends = filled(tmp_path / "j.traj", structures).read(structures)
+    assert sorted(ends) == [0, 1, 2]
+    for k, end in ends.items():
+        np.testing.assert_array_equal(end.atoms.positions, structures[k].positions + 0.123456789012345)
+        assert end.atoms.get_potential_energy() == -1.5 * k
+        np.testing.assert_array_equal(
+            end.atoms.get_forces(apply_constraint=False), np.full((len(end.atoms), 3), 0.1 * k)
+        )
+        assert end.nsteps == 7 + k
+    assert ends[1].status is Status.OUT_OF_STEPS
+    assert ends[0].atoms.info == {"name": "first"}
+    assert len(ends[1].atoms.constraints) == 1
+    np.testing.assert_array_equal(ends[2].atoms.arrays["site"], np.arange(4))
+
+
+@pytest.mark.parametrize("missing", [1, 8, 40, 200])
+def test_an_end_that_was_cut_off_is_done_again(tmp_path, missing):
+    structures = sources()
+    journal = filled(tmp_path / "j.traj", structures)
+    content = journal.path.read_bytes()
+    journal.path.write_bytes(content[:-missing])
+    ends = journal.read(structures)
+    assert set(ends) <= {0, 1, 2}
+    assert 1 not in ends
+    journal.rewrite(ends)
+    journal.add(1, end_of(structures[1], 1))
+    assert sorted(journal.read(structures)) == [0, 1, 2]
+
+
+def test_no_journal_is_an_empty_one(tmp_path):
+    assert Journal(tmp_path / "none.traj", "run").read(sources()) == {}
+    (tmp_path / "empty.traj").touch()
+    assert Journal(tmp_path / "empty.traj", "run").read(sources()) == {}
+
+
+def test_the_journal_of_another_run_is_refused_by_name(tmp_path):
+    structures = sources()
+    filled(tmp_path / "j.traj", structures)
+    with pytest.raises(ValueError, match=r"j\.traj belongs to a run on other structures"):
+        Journal(tmp_path / "j.traj", "another").read(structures)
+
+
+def other_weights():
+    return LennardJones(sigma=1.01, smooth=True, rc=2.4, ro=1.8), sources(), {"fmax": 0.05}
+
+
+def other_structures():
+    structures = sources()
+    structures[1].positions[0, 0] += 1e-9
+    return lennard_jones(), structures, {"fmax": 0.05}
+
+
+def other_settings():
+    return lennard_jones(), sources(), {"fmax": 0.02}
+
+
+@pytest.mark.parametrize("other", [other_weights, other_structures, other_settings])
+def test_a_run_is_known_by_weights_structures_and_settings(other):
+    key = run_key(lennard_jones(), sources(), {"fmax": 0.05})
+    assert key == run_key(lennard_jones(), sources(), {"fmax": 0.05})
+    assert key != run_key(*other())
