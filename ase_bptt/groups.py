@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from ase import Atoms
 from ase.geometry import find_mic
+from scipy.optimize import linear_sum_assignment
 
 from .pairs import InvalidPair, RelaxationPair
 
@@ -55,10 +57,10 @@ def _joined(n: int, edges: Iterable[tuple[int, int]]) -> list[int]:
 def same_structure(a: Atoms, b: Atoms, tolerance: float = TOLERANCE) -> bool:
     """Whether two structures are one up to motions, symmetry and the order of their atoms.
 
-    Compares the sorted interatomic distances (nearest images) of each pair of elements, all
-    together and those of the first, second, ... neighbour of the atoms. Their root mean square
-    difference must stay below the tolerance, in Å, and their largest below four times that: so one
-    atom that sits elsewhere counts in a large cell, too.
+    Compares the sorted distances (nearest images) of each pair of elements: their root mean square
+    difference must stay below the tolerance, in Å, and the largest below four times that. And each
+    atom must have a partner whose nearest neighbours are as far away, within four times the
+    tolerance: so one atom that sits elsewhere counts in a large cell, too.
     """
     if sorted(a.numbers) != sorted(b.numbers):
         return False
@@ -70,46 +72,71 @@ def _same(structures: Sequence[Atoms], members: list[int], tolerance: float = TO
     if len(members) < 2:
         return
     cells = np.stack([structures[k].cell.cellpar() for k in members])
-    compared = [_compared(structures[k]) for k in members]
-    distances, environments = (np.stack(kind) for kind in zip(*compared, strict=True))
-    few = np.concatenate([x[:, :: max(1, x.shape[1] // 64)] for x in (distances, environments)], axis=1)
+    looks = [_look(structures[k]) for k in members]
+    few = np.stack([look.distances[:: max(1, len(look.distances) // 100)] for look in looks])
     label = np.arange(len(members))
     for b in range(1, len(members)):
         near = np.flatnonzero(np.isclose(cells[:b], cells[b], atol=0.05).all(axis=1))
         # A few distances tell most structures apart.
         near = near[(np.abs(few[near] - few[b]) < LARGEST * tolerance).all(axis=1)]
         for a in near:
-            if label[a] == label[b]:
-                continue
-            change = distances[a] - distances[b]
-            local = environments[a] - environments[b]
-            largest = max(np.abs(change).max(initial=0.0), np.abs(local).max(initial=0.0))
-            if largest < LARGEST * tolerance and np.sum(change**2) <= tolerance**2 * change.size:
+            if label[a] != label[b] and looks[a].is_of(looks[b], tolerance):
                 label[label == label[b]] = label[a]
                 yield members[a], members[b]
 
 
-def _compared(atoms: Atoms) -> tuple[np.ndarray, np.ndarray]:
-    """What two structures of one composition have in common if they are one, in any order of their atoms.
+@dataclass(frozen=True, eq=False)
+class _Look:
+    """What motions and the order of the atoms do not change; in Å.
 
-    The shortest distances of each pair of elements; and for each two elements and each k the
-    distances from atoms of the one to their k-th neighbours of the other. All sorted, in Å.
-    Sorted numbers move no more than the largest of them does, so noise moves these little.
+    Attributes
+    ----------
+    distances : ndarray, shape (m,)
+        The shortest distances of each pair of elements, sorted.
+    environments : list of ndarray, shape (n_atoms of the element, k) each
+        For each element the sorted distances from its atoms to their nearest neighbours of each element.
     """
+
+    distances: np.ndarray
+    environments: list[np.ndarray]
+
+    def is_of(self, other: _Look, tolerance: float) -> bool:
+        """Whether this may be another look at the same structure. Noise moves sorted numbers as little as others."""
+        change = self.distances - other.distances
+        largest = LARGEST * tolerance
+        if np.abs(change).max(initial=0.0) >= largest or np.sum(change**2) > tolerance**2 * change.size:
+            return False
+        return all(_matches(x, y, largest) for x, y in zip(self.environments, other.environments, strict=True))
+
+
+def _look(atoms: Atoms) -> _Look:
     distances = _distances(atoms)
     elements = [np.flatnonzero(atoms.numbers == z) for z in np.unique(atoms.numbers)]
     every: list[np.ndarray] = []
-    local: list[np.ndarray] = []
+    environments: list[np.ndarray] = []
     for p, first in enumerate(elements):
+        around = []
         for q, second in enumerate(elements):
             block = distances[np.ix_(first, second)]
-            if q > p:
-                every.append(np.sort(block, axis=None)[: SHORTEST * len(atoms)])
-            elif q == p:
-                every.append(np.sort(block[np.triu_indices(len(first), 1)])[: SHORTEST * len(atoms)])
-            ordered = np.sort(block, axis=1)[:, int(q == p) :][:, :NEIGHBORS]
-            local.append(np.sort(ordered, axis=0).ravel())
-    return np.concatenate(every).astype(np.float32), np.concatenate(local).astype(np.float32)
+            # An atom is no neighbour of itself.
+            around.append(np.sort(block, axis=1)[:, int(q == p) :][:, :NEIGHBORS])
+            if q >= p:
+                pairs = block[np.triu_indices(len(first), 1)] if q == p else block
+                every.append(np.sort(pairs, axis=None)[: SHORTEST * len(atoms)])
+        environments.append(np.concatenate(around, axis=1).astype(np.float32))
+    return _Look(np.concatenate(every).astype(np.float32), environments)
+
+
+def _matches(x: np.ndarray, y: np.ndarray, largest: float) -> bool:
+    """Whether the rows of x can be put into an order in which no number differs from y's by the largest or more."""
+    if not x.shape[1]:
+        return True
+    if np.abs(np.sort(x, axis=0) - np.sort(y, axis=0)).max() >= largest:
+        return False
+    apart = np.zeros((len(x), len(y)), bool)
+    for column in range(x.shape[1]):
+        apart |= np.abs(x[:, None, column] - y[None, :, column]) >= largest
+    return not apart[linear_sum_assignment(apart)].any()
 
 
 def _distances(atoms: Atoms) -> np.ndarray:

@@ -100,9 +100,6 @@ def check_distances(atoms: Atoms, where: str) -> None:
         )
 
 
-_check_distances = check_distances
-
-
 def unwrapped(initial: Atoms, relaxed: Atoms) -> Atoms:
     """The relaxed structure with each atom at the periodic image nearest to where it began.
 
@@ -111,9 +108,14 @@ def unwrapped(initial: Atoms, relaxed: Atoms) -> Atoms:
     """
     moves = relaxed.positions - initial.positions
     cell, pbc = initial.cell, initial.pbc
-    nearest = min((_about(drift, moves, cell, pbc) for drift in _drifts(moves, cell, pbc)), key=_spread)
+    drift = _drift(moves, cell, pbc)
+    for _ in range(10):
+        nearest = find_mic(moves - drift, cell, pbc)[0] + drift
+        mean = nearest.mean(axis=0)
+        if np.allclose(mean, drift, atol=1e-9):
+            break
+        drift = mean
     # A drift by a whole cell vector is none.
-    mean = nearest.mean(axis=0)
     nearest = nearest - mean + find_mic(mean, cell, pbc)[0]
     shifts = np.rint((nearest - moves) @ np.linalg.inv(complete_cell(cell))) * pbc
     if not shifts.any():
@@ -125,35 +127,21 @@ def unwrapped(initial: Atoms, relaxed: Atoms) -> Atoms:
     return found
 
 
-def _drifts(moves: np.ndarray, cell: np.ndarray, pbc: np.ndarray) -> list[np.ndarray]:
-    """None, and the mean on the circle that each periodic direction is; shape (3,) each, in Å."""
+def _drift(moves: np.ndarray, cell: np.ndarray, pbc: np.ndarray) -> np.ndarray:
+    """The mean on the circle that each periodic direction is, shape (3,), in Å."""
     full = complete_cell(cell)
     angles = 2 * np.pi * moves @ np.linalg.inv(full)
     turns = np.angle(np.exp(1j * angles).mean(axis=0)) / (2 * np.pi)
-    return [np.zeros(3), (turns * pbc) @ full]
-
-
-def _about(drift: np.ndarray, moves: np.ndarray, cell: np.ndarray, pbc: np.ndarray) -> np.ndarray:
-    """The images of the moves that are nearest to their own mean, found from a drift."""
-    for _ in range(3):
-        found = find_mic(moves - drift, cell, pbc)[0] + drift
-        drift = found.mean(axis=0)
-    return found
-
-
-def _spread(moves: np.ndarray) -> float:
-    """Mean square distance from the mean, in Å^2."""
-    return float(moves.var(axis=0).sum())
+    return (turns * pbc) @ full
 
 
 def warn_of_order(initial: Atoms, relaxed: Atoms, name: str) -> None:
     """Warn where the atoms of an element seem to be stored in another order at the end."""
     moves = relaxed.positions - initial.positions
-    drift = moves.mean(axis=0)
-    if np.linalg.norm(moves - drift, axis=1).max() <= FAR:
+    lengths = np.linalg.norm(moves - moves.mean(axis=0), axis=1)
+    if lengths.max() <= FAR:
         return
-    matched = min(_matched(initial, relaxed, d) for d in (np.zeros(3), drift))
-    direct = np.sqrt(_spread(moves))
+    matched, direct = _matched(initial, relaxed), np.sqrt(np.mean(lengths**2))
     if matched < direct / 2:
         log.warning(
             "%s: its atoms seem to be stored in another order at the end, for they move by %.2f Å (root mean square) "
@@ -161,12 +149,12 @@ def warn_of_order(initial: Atoms, relaxed: Atoms, name: str) -> None:
         )  # fmt: skip
 
 
-def _matched(initial: Atoms, relaxed: Atoms, drift: np.ndarray) -> float:
+def _matched(initial: Atoms, relaxed: Atoms) -> float:
     """Root mean square displacement, in Å, if each atom ended at the best place that its element has at the end."""
     total = 0.0
     for z in np.unique(initial.numbers):
         of = initial.numbers == z
-        ends = relaxed.positions[of] - drift
+        ends = relaxed.positions[of]
         squares = np.stack([find_mic(ends - x, initial.cell, initial.pbc)[1] ** 2 for x in initial.positions[of]])
         total += squares[linear_sum_assignment(squares)].sum()
     return float(np.sqrt(total / len(initial)))

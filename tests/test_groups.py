@@ -42,6 +42,18 @@ def sodium_chloride() -> Atoms:
     return bulk("NaCl", "rocksalt", a=5.64, cubic=True)
 
 
+def glass(n: int, seed: int = 1) -> Atoms:
+    """Atoms at random places, none nearer than 2.1 Å: no gaps between shells."""
+    rng, length = np.random.default_rng(seed), 3 * n ** (1 / 3)
+    atoms = Atoms(cell=[length] * 3, pbc=True)
+    while len(atoms) < n:
+        place = rng.random(3) * length
+        others = atoms.positions - place
+        if (np.linalg.norm(others - length * np.rint(others / length), axis=1) > 2.1).all():
+            atoms += Atoms("Si", positions=[place])
+    return atoms
+
+
 LARGE = pytest.mark.parametrize(
     "make",
     [
@@ -49,8 +61,10 @@ LARGE = pytest.mark.parametrize(
         lambda: bulk("Si", a=5.43, cubic=True) * 3,
         lambda: sodium_chloride() * 3,
         lambda: bulk("Mg") * (4, 4, 4),
+        lambda: glass(64),
+        lambda: glass(216),
     ],
-    ids=["64 Si", "216 Si", "216 NaCl", "128 Mg"],
+    ids=["64 Si", "216 Si", "216 NaCl", "128 Mg", "glass of 64", "glass of 216"],
 )
 
 
@@ -82,7 +96,7 @@ class TestSameStructure:
     @LARGE
     def test_one_atom_of_many_does(self, make, direction):
         moved = rattled(make(), 0.01)
-        moved.positions[17] += 0.5 * np.array(direction) / np.linalg.norm(direction)
+        moved.positions[17 if len(moved) < 200 else 170] += 0.5 * np.array(direction) / np.linalg.norm(direction)
         assert not same_structure(make(), moved)
 
     @LARGE
@@ -91,6 +105,20 @@ class TestSameStructure:
         partner = np.argsort(near.get_distances(0, range(len(near)), mic=True))
         near.symbols[[0, partner[1]]] = far.symbols[[0, partner[20]]] = "As"
         assert not same_structure(near, far)
+
+    @pytest.mark.parametrize(("one", "other"), [(1, 5), (5, 20), (20, 40), (40, 100)])
+    def test_how_far_two_vacancies_are_apart_does(self, one, other):
+        crystal = bulk("Si", a=5.43, cubic=True) * 3
+        near = np.argsort(crystal.get_distances(0, range(216), mic=True))
+        a, b = crystal.copy(), crystal.copy()
+        del a[[0, near[one]]], b[[0, near[other]]]
+        assert not same_structure(rattled(a, 0.01), b)
+
+    def test_many_small_displacements_do(self):
+        a = silicon(amplitude=0)
+        b = a.copy()
+        b.positions[4:] += 0.12
+        assert not same_structure(a, b)
 
     def test_elements_do(self):
         a, b = silicon(), silicon()

@@ -8,6 +8,7 @@ import pytest
 from ase import Atoms
 from ase.build import bulk, make_supercell
 from ase.calculators.singlepoint import SinglePointCalculator
+from ase.geometry import find_mic
 from conftest import cluster, methanol, rattled, silicon, skewed
 
 from ase_bptt import pairs as pairs_module
@@ -59,6 +60,26 @@ class TestImages:
             initial.cell.array * initial.pbc[:, None]
         )
         assert np.linalg.norm(change.mean(0)) <= np.linalg.norm(shorter, axis=1).min() + 1e-9
+
+    @ZOO
+    def test_a_drift_by_half_a_cell_does_not_tear_the_structure(self, make):
+        initial, wrapped = make(), rattled(make(), 0.1, seed=7)
+        moves = wrapped.positions - initial.positions
+        wrapped.positions += 0.5 * (initial.cell.array[0] + initial.cell.array[1])
+        wrapped.wrap()
+        change = unwrapped(initial, wrapped).positions - initial.positions
+        np.testing.assert_allclose(change - change.mean(0), moves - moves.mean(0), atol=1e-9)
+
+    @pytest.mark.parametrize("seed", range(8))
+    @ZOO
+    def test_atoms_that_go_anywhere_are_nearest_to_where_they_were_seen_from_the_drift(self, make, seed):
+        rng = np.random.default_rng(seed)
+        initial, relaxed = make(), make()
+        relaxed.positions += rng.normal(scale=2, size=relaxed.positions.shape) + rng.normal(scale=3, size=3)
+        change = unwrapped(initial, relaxed).positions - initial.positions
+        from_drift = change - change.mean(0)
+        nearest = find_mic(from_drift, initial.cell, initial.pbc)[1]
+        np.testing.assert_allclose(np.linalg.norm(from_drift, axis=1), nearest, atol=1e-9)
 
     @ZOO
     def test_positions_change_by_whole_cell_vectors(self, make):
