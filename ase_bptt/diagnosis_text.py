@@ -107,9 +107,9 @@ def _step(d: Findings) -> Iterator[str]:
     limit = d.step_limit
     if limit is None:
         return
-    bound = f"stable below 2/lambda_max = {limit:.2g} Å^2/eV"
+    bound = f"stable below 2/lambda_max = {limit:.3g} Å^2/eV"
     if d.momentum:
-        bound += f", or {(1 + d.momentum) * limit:.2g} with momentum {d.momentum:g}"
+        bound += f", or {(1 + d.momentum) * limit:.3g} with momentum {d.momentum:g}"
     if d.step_size <= limit:
         yield _item("--step-size", f"{bound}; the default is {d.step_size:g}.")
     else:

@@ -120,8 +120,9 @@ def _within_reach(rows: Sequence[Row], classes: Sequence[str]) -> str:
     best = (sound - sum(held[name] for name in REACHED)) / n
     return (
         f"{wrong} of {len(rows)} structures end away from their reference, {sum(counts.values())} of them within reach "
-        f"of training: the potential has a minimum near the reference, but it is {how}. Were all of these mended, the mean Delta-Q would fall from {sound / n:.2f} to {best:.2f} amu^1/2 Å: a bound, "
-        "of which training reaches a part."
+        f"of training: the potential has a minimum near the reference, but it is {how}. Were all of these mended, the "
+        f"mean Delta-Q would fall from {sound / n:.2f} to {best:.2f} amu^1/2 Å: a bound, of which training reaches a "
+        "part."
     )
 
 
