@@ -87,7 +87,7 @@ def _frames(d: Findings) -> Iterator[str]:
     slow = sum(s.frames is not None and not s.finished for s in d.settling)
     if d.frames is not None:
         needed = max(1, min(round(d.frames), MOST_UNROLLED))
-        advice = f"the default of {STEPS} sees it all" if needed <= STEPS else f"try {needed} (the default is {STEPS})"
+        advice = f"the default of {STEPS} is enough" if needed <= STEPS else f"try {needed} (the default is {STEPS})"
         yield _item(
             "--steps",
             f"its gradient descent has settled after {d.frames:.0f} frames (median; {min(found)} to {max(found)}): "
