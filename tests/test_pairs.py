@@ -70,6 +70,16 @@ class TestImages:
         change = unwrapped(initial, wrapped).positions - initial.positions
         np.testing.assert_allclose(change - change.mean(0), moves - moves.mean(0), atol=1e-9)
 
+    @ZOO
+    def test_not_even_where_half_of_the_atoms_fall_on_either_side(self, make):
+        initial = make()
+        moves = np.outer(0.02 * (-1.0) ** np.arange(len(initial)), initial.cell.array[0])
+        relaxed = initial.copy()
+        relaxed.positions += moves + 0.5 * initial.cell.array[0]
+        relaxed.positions[1::2] -= initial.cell.array[0]
+        change = unwrapped(initial, relaxed).positions - initial.positions
+        np.testing.assert_allclose(change - change.mean(0), moves - moves.mean(0), atol=1e-9)
+
     @pytest.mark.parametrize("seed", range(8))
     @ZOO
     def test_atoms_that_go_anywhere_are_nearest_to_where_they_were_seen_from_the_drift(self, make, seed):
