@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from . import __version__
 from .files import replacing
 from .potential import Potential
 from .potentials import quiet
+
+log = logging.getLogger(__name__)
 
 EMBEDDED = {"mace-si": Path(__file__).parent / "data" / "mace_si"}
 FORMAT = "ase_bptt potential"
@@ -140,6 +143,8 @@ def _from_spec(spec: str, trust: bool) -> Potential:
     known = families()
     # Names go first: a clone of chgnet in the working directory must not hide the family (./chgnet is the folder).
     if name in known:
+        if Path(spec).exists():
+            log.warning("%r is taken as the name of a family; say ./%s for the file or folder here.", spec, spec)
         return family(name).from_name(variant or None)
     path = Path(spec).expanduser()
     if path.is_dir():

@@ -369,11 +369,13 @@ def test_a_single_atom_and_a_cluster_survive_the_round_trip():
         assert results(load_potential("saved"), atoms)[0] == results(lennard_jones(), atoms)[0]
 
 
-def test_a_folder_of_the_same_name_does_not_hide_a_family(tmp_path):
+def test_a_folder_of_the_same_name_does_not_hide_a_family(tmp_path, caplog):
     (tmp_path / "lj").mkdir()
     assert load_potential("lj").family == "lj"
     with pytest.raises(ValueError, match="holds no potential"):
         load_potential("./lj")
+    assert "./" in caplog.text
+
 
 
 def test_a_checkpoint_of_a_missing_package_names_the_extra(tmp_path, monkeypatch):
