@@ -4,8 +4,10 @@ __version__ = "0.1.0"
 
 from . import adjoints, datasets, losses, steppers
 from .calculator import TorchCalculator
+from .comparison import compare
+from .diagnosis import diagnose
 from .evaluation import evaluate
-from .groups import split_by_group
+from .groups import split_by_group, split_into_folds
 from .loading import load_potential, save_potential
 from .losses import delta_q, max_displacement, rmsd
 from .optimizer import BPTTOptimizer
@@ -28,8 +30,10 @@ __all__ = [
     "TorchCalculator",
     "Trainer",
     "adjoints",
+    "compare",
     "datasets",
     "delta_q",
+    "diagnose",
     "evaluate",
     "load_potential",
     "losses",
@@ -39,5 +43,6 @@ __all__ = [
     "rmsd",
     "save_potential",
     "split_by_group",
+    "split_into_folds",
     "steppers",
 ]

@@ -170,8 +170,9 @@ def _row(pair: RelaxationPair, found: End, control: Atoms, residual: float) -> R
         delta_q=delta_q(end, reference),
         rmsd=rmsd(end, reference),
         max_displacement=max_displacement(end, reference),
-        right_basin=max_displacement(end, control) < SAME_END,
-        reference_moves=max_displacement(control, reference),
+        # Nothing holds an isolated molecule's orientation: its ends may be rotated.
+        right_basin=max_displacement(end, control, align=True) < SAME_END,
+        reference_moves=max_displacement(control, reference, align=True),
         residual_force=residual,
         space_group=space_group(end),
         reference_space_group=space_group(reference),

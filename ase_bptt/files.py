@@ -1,12 +1,15 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and JSON that any tool reads."""
 
 from __future__ import annotations
 
 import errno
+import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 UNFINISHED = ".*.part.*"
 """Pattern of the temporary names, for sweeping up behind a run that was killed."""
@@ -53,6 +56,21 @@ def check_writable(folder: str | Path) -> None:
         probe.unlink()
     except OSError as error:
         raise OSError(f"Nothing can be written into {folder} ({error.strerror}): choose another place.") from error
+
+
+def write_json(path: Path, found: dict[str, Any]) -> None:
+    """Write JSON that any tool reads: null for a number that is not finite."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(without_nan(found), indent=1, allow_nan=False) + "\n")
+
+
+def without_nan(value: Any) -> Any:
+    """The same with None for every number that is not finite: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {k: without_nan(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _refused(error: OSError | RuntimeError) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from . import report
 from .comparison import Comparison, compare
 from .evaluation import BASIN_RULE, Evaluation
-from .files import replacing
+from .files import replacing, without_nan, write_json
 
 RESULTS, BEFORE, AFTER = "results.json", "before.json", "after.json"
 
@@ -131,18 +130,3 @@ def write_rows(path: Path, *evaluations: Evaluation) -> None:
 def read_rows(path: Path) -> tuple[Evaluation, ...]:
     """Evaluations that `write_rows` kept."""
     return tuple(Evaluation.from_rows(rows) for rows in json.loads(path.read_text()))
-
-
-def write_json(path: Path, found: dict[str, Any]) -> None:
-    """Write JSON that any tool reads: null for a number that is not finite."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(without_nan(found), indent=1, allow_nan=False) + "\n")
-
-
-def without_nan(value: Any) -> Any:
-    """The same with None for every number that is not finite: JSON has no NaN."""
-    if isinstance(value, dict):
-        return {k: without_nan(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [without_nan(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

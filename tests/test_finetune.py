@@ -10,8 +10,9 @@ from conftest import cluster, rattled
 
 from ase_bptt import RelaxationPair, Trainer, relax
 from ase_bptt.estimate import Estimate, estimate
+from ase_bptt.files import without_nan
 from ase_bptt.finetune import cross_validate, finetune
-from ase_bptt.outcome import Outcome, read_rows, without_nan, write_rows
+from ase_bptt.outcome import Outcome, read_rows, write_rows
 from ase_bptt.potentials.lennard_jones import LennardJones
 
 

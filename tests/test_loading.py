@@ -377,7 +377,6 @@ def test_a_folder_of_the_same_name_does_not_hide_a_family(tmp_path, caplog):
     assert "./" in caplog.text
 
 
-
 def test_a_checkpoint_of_a_missing_package_names_the_extra(tmp_path, monkeypatch):
     def missing(*_, **__):
         raise ModuleNotFoundError("No module named 'mace'")

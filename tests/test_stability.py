@@ -7,10 +7,10 @@ from ase import Atoms
 from conftest import argon, cluster, lennard_jones, needs_mace, rattled, skewed, tiny_mace
 
 from ase_bptt import relax
+from ase_bptt.diagnosis.stability import hessian_product, largest_curvature
 from ase_bptt.loading import as_potential
 from ase_bptt.neighbors import NeighborList
 from ase_bptt.potentials.lennard_jones import LennardJones
-from ase_bptt.stability import hessian_product, largest_curvature
 from ase_bptt.steppers import FIRE, GradientDescent
 from ase_bptt.structures import Structures
 
@@ -84,8 +84,8 @@ def test_forces_that_are_not_finite_are_said():
 
 
 def test_what_does_not_converge_is_not_told(monkeypatch):
-    monkeypatch.setattr("ase_bptt.stability.TOLERANCE", 1e-12)
-    monkeypatch.setattr("ase_bptt.stability.RESTARTS", 1)
+    monkeypatch.setattr("ase_bptt.diagnosis.stability.TOLERANCE", 1e-12)
+    monkeypatch.setattr("ase_bptt.diagnosis.stability.RESTARTS", 1)
     assert np.isnan(largest_curvature(lennard_jones(), argon() * (3, 3, 3)))
 
 

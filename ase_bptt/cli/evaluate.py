@@ -14,8 +14,8 @@ from .. import report
 from ..checks import usable
 from ..comparison import Comparison, compare
 from ..evaluation import BASIN_RULE, Evaluation, evaluate
-from ..files import replacing
-from ..outcome import RESULTS, summary, without_nan, write_json
+from ..files import replacing, without_nan, write_json
+from ..outcome import RESULTS, summary
 from ..pairs import fingerprint
 from ..potential import Potential
 from ..steppers import STEPPERS

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from ..checks import usable
 from ..diagnosis import diagnose
-from ..outcome import without_nan
+from ..files import without_nan
 from ..potential import Potential, symbols
 from .flags import add_pairs, add_potential, command, count, flag
 from .inputs import potential_of, read_grouped

@@ -17,10 +17,9 @@ from tqdm import tqdm
 
 from ..batches import End, relax_all
 from ..checks import check_structure
-from ..files import check_writable, replacing
+from ..files import check_writable, replacing, without_nan
 from ..formats import read_frames
 from ..journal import Journal, run_key
-from ..outcome import without_nan
 from ..pairs import InvalidPair
 from ..potential import Potential
 from ..result import Status

@@ -6,18 +6,18 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from .diagnosis_text import diagnosis_text
-from .evaluation import Evaluation, Row, evaluate
+from ..evaluation import Evaluation, Row, evaluate
+from ..pairs import RelaxationPair
+from ..potential import Potential
+from ..steppers import GradientDescent
+from ..trainer import MOMENTUM
+from .classes import classify
 from .findings import Findings
 from .judgement import judge
 from .labels import force_error
 from .landscape import minima, settling
-from .outcomes import classify
-from .pairs import RelaxationPair
-from .potential import Potential
 from .stability import largest_curvature
-from .steppers import GradientDescent
-from .trainer import MOMENTUM
+from .text import diagnosis_text
 
 AT_ONCE = 8
 """Pairs evaluated between two reports of progress."""

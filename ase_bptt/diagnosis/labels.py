@@ -9,10 +9,10 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from .neighbors import NeighborList
-from .pairs import RelaxationPair
-from .potential import Potential
-from .structures import Structures
+from ..neighbors import NeighborList
+from ..pairs import RelaxationPair
+from ..potential import Potential
+from ..structures import Structures
 
 STRONG = 0.1
 """eV/Å: a structure whose largest reference force is below says nothing of the direction of forces."""

@@ -7,12 +7,12 @@ import textwrap
 from collections.abc import Iterator
 from statistics import fmean, median
 
+from ..trainer import Trainer
+from .classes import CLASSES, went_farther
 from .findings import Findings
 from .judgement import RETRAIN, some
 from .labels import STRONG
 from .landscape import MOST_FRAMES, RATTLE
-from .outcomes import CLASSES, went_farther
-from .trainer import Trainer
 
 WIDTH = 80
 NAMED = ("wrong path", "no minimum", "failed")

@@ -7,11 +7,12 @@ from dataclasses import asdict, dataclass
 from statistics import fmean, median
 from typing import Any
 
-from .evaluation import Evaluation, Row
+from ..evaluation import Evaluation, Row
+from ..files import without_nan
+from .classes import CLASSES, failed
 from .judgement import Judgement
 from .labels import ForceError
 from .landscape import Minima, Settling
-from .outcomes import CLASSES, failed
 
 FLAT = 1e-3
 """eV/Å^2: curvatures below this are rounding."""
@@ -116,16 +117,8 @@ class Findings:
             "curvatures": self.curvatures,
             "rows": [row | {"class": name} for row, name in rows],
         }
-        return _finite(found)
+        return without_nan(found)
 
 
 def _median(values: list[Any]) -> float | None:
     return median(values) if values else None
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from .evaluation import Row
+from ..evaluation import Row
+from ..losses import max_displacement
+from ..pairs import RelaxationPair
+from ..result import Status
+from .classes import CLASSES, RIGHT, failed, went_farther
 from .labels import ForceError
 from .landscape import LEFT
-from .losses import max_displacement
-from .outcomes import CLASSES, RIGHT, failed, went_farther
-from .pairs import RelaxationPair
-from .result import Status
 
 ENOUGH = 0.95
 """Share of right ends above which there is nothing to train on; validation could not see the rest."""

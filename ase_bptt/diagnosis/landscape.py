@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from ase import Atoms
 
-from .evaluation import SAME_END
-from .losses import delta_q, max_displacement
-from .pairs import RelaxationPair
-from .potential import Potential
-from .relaxation import relax
-from .result import Relaxation, Status
-from .steppers import Stepper
-from .structures import Structures
+from ..evaluation import SAME_END
+from ..losses import delta_q, max_displacement
+from ..pairs import RelaxationPair
+from ..potential import Potential
+from ..relaxation import relax
+from ..result import Relaxation, Status
+from ..steppers import Stepper
+from ..structures import Structures
 
 RATTLE = 0.1
 """Å, standard deviation of each coordinate: a start as good as the one that was given."""

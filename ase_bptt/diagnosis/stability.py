@@ -9,9 +9,9 @@ import torch
 from ase import Atoms
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
-from .neighbors import NeighborList, Pairs
-from .potential import Potential
-from .structures import Structures
+from ..neighbors import NeighborList, Pairs
+from ..potential import Potential
+from ..structures import Structures
 
 TOLERANCE = 1e-3
 """Relative residual of the eigenvector; the error of the eigenvalue is of second order in it."""

@@ -6,11 +6,11 @@ import math
 
 import numpy as np
 
-from .evaluation import SAME_END, Row
+from ..evaluation import SAME_END, Row
+from ..pairs import RelaxationPair
+from ..result import Status
 from .labels import reference_forces
 from .landscape import LEFT
-from .pairs import RelaxationPair
-from .result import Status
 
 RIGHT = 0.05
 """Å at the farthest atom: as near as relaxations of different codes and settings come to each other."""
