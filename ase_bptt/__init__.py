@@ -1,7 +1,5 @@
 """Relax structures with machine-learning potentials, and fine-tune them through the relaxation."""
 
-__version__ = "0.1.0"
-
 from . import adjoints, datasets, losses, steppers
 from .calculator import TorchCalculator
 from .comparison import compare
@@ -18,6 +16,7 @@ from .relaxation import relax
 from .result import Relaxation, Status
 from .structures import Structures
 from .trainer import Trainer
+from .version import __version__
 
 __all__ = [
     "BPTTOptimizer",
@@ -29,6 +28,7 @@ __all__ = [
     "Structures",
     "TorchCalculator",
     "Trainer",
+    "__version__",
     "adjoints",
     "compare",
     "datasets",

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import __version__
 from .files import replacing
 from .potential import Potential
 from .potentials import quiet
+from .version import __version__
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from .. import __version__
+from ..version import __version__
 from . import demo, evaluate, info, relax, train
 from .flags import Formatter, completed
 from .stopping import Terminated, terminable

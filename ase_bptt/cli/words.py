@@ -14,12 +14,13 @@ from textwrap import fill
 import ase
 import torch
 
-from .. import __version__, report
+from .. import report
 from ..estimate import Estimate
 from ..evaluation import BASIN_RULE
 from ..outcome import Outcome
 from ..pairs import RelaxationPair, fingerprint
 from ..trainer import NUMBERS, Trainer
+from ..version import __version__
 from .flags import WIDTH
 
 
