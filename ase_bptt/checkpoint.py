@@ -12,6 +12,7 @@ import torch
 
 from .files import UNFINISHED, replacing
 from .loading import UNREADABLE, in_short
+from .potentials import quiet
 
 
 def write(out: Path, settings: dict[str, Any], history: Sequence[dict[str, float]], state: dict[str, Any]) -> None:
@@ -32,7 +33,9 @@ def read(out: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     out = Path(out)
     try:
         settings = json.loads((out / "settings.json").read_text())
-        state = torch.load(out / "checkpoint.pt", weights_only=True, map_location="cpu")
+        # torch warns of pickles that it then refuses.
+        with quiet():
+            state = torch.load(out / "checkpoint.pt", weights_only=True, map_location="cpu")
     except UNREADABLE as error:
         raise ValueError(f"The folder {out} holds no run that can be resumed ({in_short(error)}).") from error
     for unfinished in out.rglob(UNFINISHED):

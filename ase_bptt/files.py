@@ -49,13 +49,15 @@ def replacing(path: str | Path) -> Iterator[Path]:
 def check_writable(folder: str | Path) -> None:
     """Make a folder, and raise OSError, naming it, where files cannot be written into it."""
     folder = Path(folder)
+    probe = folder / f".{os.getpid()}.part.probe"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".{os.getpid()}.part.probe"
         probe.write_bytes(b"probe")
-        probe.unlink()
     except OSError as error:
         raise OSError(f"Nothing can be written into {folder} ({error.strerror}): choose another place.") from error
+    finally:
+        with suppress(OSError):
+            probe.unlink()
 
 
 def write_json(path: Path, found: dict[str, Any]) -> None:
@@ -74,5 +76,7 @@ def without_nan(value: Any) -> Any:
 
 
 def _refused(error: OSError | RuntimeError) -> bool:
-    # torch.save tells of a full disk by a RuntimeError of its own.
-    return error.errno in REFUSED if isinstance(error, OSError) else "PytorchStreamWriter" in str(error)
+    if isinstance(error, OSError):
+        return error.errno in REFUSED
+    # torch.save tells of a full disk by a RuntimeError of its own, out of the C++ file that writes archives.
+    return any(word in str(error) for word in ("PytorchStreamWriter", "inline_container", "iostream error"))

@@ -167,7 +167,8 @@ def _from_folder(folder: Path) -> Potential:
             raise ValueError(f"this release reads {FORMAT!r} of version {VERSION} only")
         if description["family"] not in families():
             raise ValueError(f"its family {description['family']!r} is none of {', '.join(families())}")
-        weights = torch.load(folder / "weights.pt", weights_only=True, map_location="cpu")
+        with quiet():
+            weights = torch.load(folder / "weights.pt", weights_only=True, map_location="cpu")
         potential = _rebuild(family(description["family"]), description["config"], DTYPES[description["dtype"]])
         missing, unexpected = potential.load_state_dict(weights, strict=False)
     except UNREADABLE as error:
@@ -176,7 +177,7 @@ def _from_folder(folder: Path) -> Potential:
     if lost or unexpected:
         raise ValueError(
             f"The weights in {folder} do not fit its model.json: "
-            f"{len(lost)} are missing and {len(unexpected)} are unknown, as {next(iter({*lost, *unexpected}))}."
+            f"{len(lost)} are missing and {len(unexpected)} are unknown, as {min({*lost, *unexpected})}."
         )
     return potential
 

@@ -141,9 +141,13 @@ def between(low: float, high: float) -> Callable[[str], float]:
 def device(text: str) -> torch.device:
     """A device that is there."""
     try:
-        return torch.empty(0, device=text).device
+        found = torch.empty(0, device=text).device
     except (RuntimeError, AssertionError) as error:
         raise argparse.ArgumentTypeError(f"there is no device {text!r} here") from error
+    # torch takes these, too, but the one holds no numbers and of the other there is only one.
+    if found.type == "meta" or (found.type == "cpu" and found.index):
+        raise argparse.ArgumentTypeError(f"there is no device {text!r} here")
+    return found
 
 
 def best_device() -> torch.device:
