@@ -90,8 +90,3 @@ def _optimizer(atoms: Atoms, stepper: Stepper | str) -> Optimizer:
     if stepper == "bfgs":
         return BFGS(atoms, logfile=None)
     return BPTTOptimizer(atoms, stepper=make_stepper(stepper), logfile=None, record=False)
-
-
-def whole(ends: Iterator[tuple[int, End]]) -> list[End]:
-    """All ends, in the order of the structures."""
-    return [end for _, end in sorted(ends, key=lambda item: item[0])]

@@ -10,7 +10,8 @@ from typing import Any
 
 from ase import Atoms
 
-from .batches import End, relax_all, whole
+from .batches import End
+from .journal import Journal, relax_kept
 from .losses import delta_q, displacements, max_displacement, rmsd
 from .neighbors import NeighborList
 from .pairs import RelaxationPair
@@ -138,6 +139,8 @@ def evaluate(
     fmax: float = 0.02,
     steps: int = 500,
     batch_size: int = 16,
+    journal: Journal | None = None,
+    progress: bool | None = False,
 ) -> Evaluation:
     """Relax from each initial and each reference structure, and compare the ends.
 
@@ -151,9 +154,16 @@ def evaluate(
         Frames at most.
     batch_size : int
         Structures relaxed together.
+    journal : Journal, optional
+        Keeps the ends as they are found; those in it already are not sought again.
+    progress : bool or None
+        A bar on standard error; None asks whether that is a terminal.
     """
     starts = [p.initial for p in pairs] + [p.relaxed for p in pairs]
-    ends = whole(relax_all(potential, starts, stepper=stepper, fmax=fmax, steps=steps, batch_size=batch_size))
+    ends = relax_kept(
+        potential, starts, journal=journal, progress=progress,
+        stepper=stepper, fmax=fmax, steps=steps, batch_size=batch_size,
+    )  # fmt: skip
     controls = [end.atoms for end in ends[len(pairs) :]]
     residuals = _residual_forces(potential, [p.relaxed for p in pairs], batch_size)
     rows = [_row(*found) for found in zip(pairs, ends[: len(pairs)], controls, residuals, strict=True)]

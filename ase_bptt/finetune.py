@@ -11,7 +11,6 @@ from .evaluation import Evaluation, evaluate
 from .groups import split_into_folds
 from .outcome import BEFORE, RESULTS, Outcome, read_rows, write_rows
 from .pairs import RelaxationPair, fingerprint
-from .potential import Potential
 from .trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -46,7 +45,7 @@ def finetune(
     before, before_bfgs = _before(trainer, test, out / BEFORE)
     trainer.fit(train, valid, epochs=epochs)
     trainer.save(out / "potential")
-    after, after_bfgs = _measure(trainer.potential, test)
+    after, after_bfgs = _measure(trainer, test)
     # A resumed run adds up what its epochs took, since nobody knows how long it stood still.
     seconds = max(time.monotonic() - clock, sum(row["seconds"] for row in trainer.history))
     outcome = Outcome(
@@ -149,10 +148,14 @@ def _before(trainer: Trainer, test: Sequence[RelaxationPair], file: Path) -> tup
         return fire, bfgs
     if trainer.epoch > 0:
         raise ValueError(f"There is no {file} to compare with: only a run that ase-bptt began can be resumed so.")
-    found = _measure(trainer.potential, test)
+    found = _measure(trainer, test)
     write_rows(file, *found)
     return found
 
 
-def _measure(potential: Potential, test: Sequence[RelaxationPair]) -> tuple[Evaluation, Evaluation]:
-    return evaluate(potential, test), evaluate(potential, test, stepper="bfgs")
+def _measure(trainer: Trainer, test: Sequence[RelaxationPair]) -> tuple[Evaluation, Evaluation]:
+    log.info("measuring on %d held-out relaxations, by FIRE and by BFGS", len(test))
+    fire, bfgs = (
+        evaluate(trainer.potential, test, stepper=stepper, progress=trainer.progress) for stepper in ("fire", "bfgs")
+    )
+    return fire, bfgs

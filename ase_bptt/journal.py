@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ import torch
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io.trajectory import Trajectory
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
-from .batches import End
+from .batches import End, relax_all
 from .potential import Potential
 from .result import Status
 
@@ -77,6 +81,44 @@ class Journal:
     def remove(self) -> None:
         """Done: the file is no longer needed."""
         self.path.unlink(missing_ok=True)
+
+
+def relax_kept(
+    potential: Potential,
+    structures: Sequence[Atoms],
+    *,
+    journal: Journal | None = None,
+    progress: bool | None = False,
+    tell: Callable[[int, End], None] | None = None,
+    **settings: Any,
+) -> list[End]:
+    """`relax_all`, each end kept in a journal as soon as it is there; those in it already are not done again.
+
+    Parameters
+    ----------
+    journal : Journal or None
+    progress : bool or None
+        A bar on standard error; None asks whether that is a terminal.
+    tell : callable
+        ``tell(index, end)`` for each end that is found.
+    **settings
+        As for `relax_all`.
+    """
+    ends = journal.read(structures) if journal else {}
+    if journal:
+        journal.rewrite(ends)
+    waiting = [k for k in range(len(structures)) if k not in ends]
+    shown = sys.stderr.isatty() if progress is None else progress
+    bar = tqdm(total=len(structures), initial=len(ends), unit="structure", disable=not shown, leave=False)
+    with bar, logging_redirect_tqdm() if shown else nullcontext():
+        for member, end in relax_all(potential, [structures[k] for k in waiting], **settings):
+            ends[waiting[member]] = end
+            if journal:
+                journal.add(waiting[member], end)
+            if tell:
+                tell(waiting[member], end)
+            bar.update()
+    return [ends[k] for k in range(len(structures))]
 
 
 def _end(found: Atoms, source: Atoms) -> End:

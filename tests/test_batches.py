@@ -10,10 +10,15 @@ from ase.optimize import FIRE as AseFIRE
 from conftest import argon, cluster, lennard_jones
 
 from ase_bptt import Status, relax
-from ase_bptt.batches import relax_all, whole
+from ase_bptt.batches import End, relax_all
 from ase_bptt.steppers import FIRE
 
 SETTINGS = {"fmax": 0.02, "steps": 200}
+
+
+def whole(ends) -> list[End]:
+    """All ends, in the order of the structures."""
+    return [end for _, end in sorted(ends, key=lambda item: item[0])]
 
 
 def fire() -> FIRE:

@@ -2,6 +2,8 @@
 
 import csv
 import json
+from pathlib import Path
+from unittest import mock
 
 import pytest
 from ase.io import read
@@ -9,6 +11,7 @@ from shell import is_refused, lennard_jones, run, write_relaxations
 
 from ase_bptt import evaluate, load_potential, read_pairs, save_potential
 from ase_bptt.comparison import compare
+from ase_bptt.journal import Journal
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +116,26 @@ class TestInfo:
 
     def test_bad_pairs_are_refused(self, data):
         is_refused(run("info", data / "lj", "--pairs", "nowhere"), "nowhere")
+
+
+def test_an_evaluation_that_was_stopped_goes_on_with_what_is_missing(data, two):
+    arguments = ("--potential", data / "better", "--against", data / "lj", "--json")
+    real, added = Journal.add, []
+
+    def stopping(self, index, end):
+        if len(added) == 13:
+            raise KeyboardInterrupt
+        added.append(index)
+        real(self, index, end)
+
+    with mock.patch.object(Journal, "add", stopping):
+        code, out, err = run("evaluate", data / "pairs", *arguments, "--out", "again")
+    assert (code, out) == (130, "")
+    assert "again --resume goes on" in err
+    with mock.patch.object(Journal, "add", lambda self, k, end: (added.append(k), real(self, k, end))):
+        code, out, err = run("evaluate", "--out", "again", "--resume", "--json")
+    assert code == 0, err
+    # 13 ends before the stop; then the two journals begin with those again, and 7 are missing.
+    assert len(added) == 13 + 13 + 7
+    assert json.loads(out)["test"] == json.loads(two[1])["test"]
+    assert not [p.name for p in Path("again").iterdir() if "part" in p.name]

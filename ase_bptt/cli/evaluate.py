@@ -15,8 +15,9 @@ from ..checks import usable
 from ..comparison import Comparison, compare
 from ..evaluation import BASIN_RULE, Evaluation, evaluate
 from ..files import replacing, without_nan, write_json
+from ..journal import Journal, run_key
 from ..outcome import RESULTS, summary
-from ..pairs import fingerprint
+from ..pairs import RelaxationPair, fingerprint
 from ..potential import Potential
 from ..steppers import STEPPERS
 from . import runfolder, words
@@ -32,8 +33,11 @@ measured beside it, with intervals and a paired test.
 examples:
   ase-bptt evaluate held_out/ --potential tuned --against chgnet
   ase-bptt evaluate runs/ --potential mace-si --group kind --out base
+  ase-bptt evaluate --out base --resume
+      go on with the structures that were not finished
 """
 ENDS = "relaxed.extxyz"
+JOURNALS = ("potential.part.traj", "against.part.traj")
 
 
 def add(commands: Any) -> None:
@@ -45,7 +49,7 @@ def add(commands: Any) -> None:
         "measure a potential, or two, on relaxations",
         DESCRIPTION,
     )
-    add_pairs(parser)
+    add_pairs(parser, nargs="*")
     group = add_potential(parser)
     flag(group, parser, "--against", "a second potential to compare with", metavar="NAME")
     group = parser.add_argument_group("relaxation")
@@ -54,18 +58,23 @@ def add(commands: Any) -> None:
     flag(group, parser, "--steps", "frames at most", 500, type=count, metavar="N")
     flag(group, parser, "--batch-size", "structures relaxed together", 16, type=count, metavar="N")
     flag(group, parser, "--seed", "of the bootstrap", 0, type=int, metavar="N")
-    add_output(parser, "ase-bptt-evaluation", "folder of tables, pictures and the page", resume=False)
+    add_output(parser, "ase-bptt-evaluation", "folder of tables, pictures and the page", resume=True)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
-    runfolder.refuse_if_there(arguments)
+    if arguments.resume:
+        runfolder.take_over(arguments)
+    else:
+        runfolder.refuse_if_there(arguments)
     potential = potential_of(arguments)
     other = potential_of(arguments, arguments.against) if arguments.against else None
     pairs = read_grouped(arguments)
     for each in (potential, other):
         if each is not None:
             pairs = usable(each, pairs, skip_invalid=arguments.skip_invalid)
+    if not (arguments.resume or arguments.dry_run):
+        runfolder.prepare(arguments)
     say = words.quiet_if(arguments.json)
     kinds = len({p.group for p in pairs})
     say(f"{len(pairs)} relaxations of {kinds} kinds, by {arguments.stepper} to {arguments.fmax} eV/Å")
@@ -74,10 +83,8 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.json:
             print(json.dumps({"dry_run": True, "n": len(pairs), "kinds": kinds, "run": str(arguments.out)}))
         return 0
-    runfolder.prepare(arguments)
-    settings = {name: getattr(arguments, name) for name in ("stepper", "fmax", "steps", "batch_size")}
-    found = evaluate(potential, pairs, **settings)
-    reference = evaluate(other, pairs, **settings) if other is not None else None
+    found = _evaluated(arguments, potential, pairs, JOURNALS[0])
+    reference = _evaluated(arguments, other, pairs, JOURNALS[1]) if other is not None else None
     comparison = compare(reference, found, seed=arguments.seed) if reference is not None else None
     result = {
         "test": summary(reference, found),
@@ -88,6 +95,8 @@ def run(arguments: argparse.Namespace) -> int:
     }
     facts = _facts(arguments, potential) | {"data": fingerprint(pairs)[:16]}
     _write(arguments, result, found, reference, comparison, facts)
+    for name in JOURNALS:
+        (arguments.out / name).unlink(missing_ok=True)
     if arguments.json:
         print(json.dumps(without_nan(result)))
     else:
@@ -97,7 +106,21 @@ def run(arguments: argparse.Namespace) -> int:
 
 def stopped(arguments: argparse.Namespace) -> str:
     """What is left after an interrupt."""
-    return f"An evaluation is not kept in parts: run it again, with --overwrite if {arguments.out} is there."
+    if not any((arguments.out / name).is_file() for name in JOURNALS):
+        return "Nothing was relaxed yet, and nothing is lost."
+    return (
+        f"The structures that have finished are kept in {arguments.out}; ase-bptt evaluate --out {arguments.out} "
+        "--resume goes on with the others."
+    )
+
+
+def _evaluated(
+    arguments: argparse.Namespace, potential: Potential, pairs: list[RelaxationPair], name: str
+) -> Evaluation:
+    settings = {name: getattr(arguments, name) for name in ("stepper", "fmax", "steps")}
+    structures = [p.initial for p in pairs] + [p.relaxed for p in pairs]
+    journal = Journal(arguments.out / name, run_key(potential, structures, settings))
+    return evaluate(potential, pairs, **settings, batch_size=arguments.batch_size, journal=journal, progress=None)
 
 
 def _labels(arguments: argparse.Namespace) -> tuple[str, str]:

@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,12 @@ import numpy as np
 from ase import Atoms
 from ase.io import write
 from ase.io.formats import filetype, ioformats
-from tqdm import tqdm
 
-from ..batches import End, relax_all
+from ..batches import End
 from ..checks import check_structure
 from ..files import check_writable, replacing, without_nan
 from ..formats import read_frames
-from ..journal import Journal, run_key
+from ..journal import Journal, relax_kept, run_key
 from ..pairs import InvalidPair
 from ..potential import Potential
 from ..result import Status
@@ -75,24 +75,21 @@ def run(arguments: argparse.Namespace) -> int:
     settings = {"stepper": arguments.stepper, "step_size": arguments.step_size, "fmax": arguments.fmax,
                 "steps": arguments.steps}  # fmt: skip
     journal = Journal(_journal(out), run_key(potential, structures, settings))
-    ends = journal.read(structures) if arguments.resume else {}
+    done = len(journal.read(structures)) if arguments.resume else 0
+    if not arguments.dry_run:
+        check_writable(out.parent)
     say = words.quiet_if(arguments.json)
-    again = f", {len(ends)} of them done before" if ends else ""
+    again = f", {done} of them done before" if done else ""
     say(f"{len(structures)} structures{again}; {arguments.potential}, {arguments.stepper} to {arguments.fmax} eV/Å")
     if arguments.dry_run:
         return _planned(arguments, structures, left_out)
-    check_writable(out.parent)
-    journal.rewrite(ends)
-    waiting = [k for k in range(len(structures)) if k not in ends]
-    found = relax_all(
-        potential, [structures[k] for k in waiting], stepper=stepper, fmax=arguments.fmax, steps=arguments.steps,
-        batch_size=arguments.batch_size,
+    if not arguments.resume:
+        journal.remove()
+    ends = relax_kept(
+        potential, structures, journal=journal, progress=None, tell=partial(_tell, names), stepper=stepper,
+        fmax=arguments.fmax, steps=arguments.steps, batch_size=arguments.batch_size,
     )  # fmt: skip
-    for member, end in tqdm(found, total=len(structures), initial=len(ends), unit="structure", disable=None):
-        ends[waiting[member]] = end
-        journal.add(waiting[member], end)
-        _tell(names[waiting[member]], end)
-    _write(out, [ends[k] for k in range(len(structures))])
+    _write(out, ends)
     journal.remove()
     return _conclude(arguments, names, ends, left_out, time.monotonic() - clock)
 
@@ -170,9 +167,9 @@ def _structures(arguments: argparse.Namespace, potential: Potential) -> tuple[li
     return names, structures, len(problems)
 
 
-def _tell(name: str, end: End) -> None:
+def _tell(names: list[str], k: int, end: End) -> None:
     if end.status is not Status.CONVERGED:
-        log.warning("%s: %s after %d frames. %s", name, end.status.value, end.nsteps, end.status.sentence)
+        log.warning("%s: %s after %d frames. %s", names[k], end.status.value, end.nsteps, end.status.sentence)
 
 
 def _write(out: Path, ends: list[End]) -> None:
@@ -193,16 +190,14 @@ def _planned(arguments: argparse.Namespace, structures: list[Atoms], left_out: i
     return 0
 
 
-def _conclude(
-    arguments: argparse.Namespace, names: list[str], ends: dict[int, End], left_out: int, seconds: float
-) -> int:
+def _conclude(arguments: argparse.Namespace, names: list[str], ends: list[End], left_out: int, seconds: float) -> int:
     rows = [
         {
-            "name": name, "status": ends[k].status.value, "nsteps": ends[k].nsteps,
-            "energy": float(ends[k].atoms.calc.results["energy"]),
-            "fmax": float(np.linalg.norm(ends[k].atoms.get_forces(), axis=1).max(initial=0.0)),
+            "name": name, "status": end.status.value, "nsteps": end.nsteps,
+            "energy": float(end.atoms.calc.results["energy"]),
+            "fmax": float(np.linalg.norm(end.atoms.get_forces(), axis=1).max(initial=0.0)),
         }
-        for k, name in enumerate(names)
+        for name, end in zip(names, ends, strict=True)
     ]  # fmt: skip
     converged = sum(row["status"] == Status.CONVERGED.value for row in rows)
     if arguments.json:

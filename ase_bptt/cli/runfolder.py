@@ -34,9 +34,13 @@ def refuse_if_there(arguments: argparse.Namespace) -> None:
 def prepare(arguments: argparse.Namespace) -> None:
     """Make the folder anew, with the command in it; shows early whether one may write there."""
     refuse_if_there(arguments)
-    if arguments.out.exists():
-        shutil.rmtree(arguments.out)
+    # What cannot be replaced is not deleted.
     check_writable(arguments.out)
+    for path in arguments.out.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
     with replacing(arguments.out / COMMAND) as path:
         path.write_text(json.dumps(described(arguments), indent=1) + "\n")
 
@@ -87,6 +91,8 @@ def take_over(arguments: argparse.Namespace) -> None:
                 "leave the flag out to go on, or start a new run with another --out."
             )
         setattr(arguments, name, value)
+    # Other pairs would be noticed; none at all are those of the run.
+    arguments.pairs = getattr(arguments, "pairs", None) or begun.get("pairs", [])
     arguments.skip_invalid = getattr(arguments, "skip_invalid", False) or begun.get("skip_invalid", False)
 
 

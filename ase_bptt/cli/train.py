@@ -89,8 +89,8 @@ def add_training(parser: argparse.ArgumentParser) -> Any:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
-    if arguments.resume and not arguments.pairs:
-        arguments.pairs = runfolder.saved(arguments.out)["pairs"]
+    if arguments.resume and not arguments.folds:
+        arguments.folds = runfolder.saved(arguments.out).get("folds")
     if arguments.folds:
         return _cross_validate(arguments)
     return launch(arguments, _splits)
@@ -120,12 +120,12 @@ def launch(arguments: argparse.Namespace, read: Callable[[argparse.Namespace, Po
     splits = read(arguments, trainer.potential)
     # What cannot be trained on must not cost the last run.
     trainer.check(*splits.values(), epochs=arguments.epochs)
+    if not (arguments.resume or arguments.dry_run):
+        runfolder.prepare(arguments)
     say = words.quiet_if(arguments.json)
     say(words.introduction(trainer, arguments, splits))
     if arguments.dry_run:
         return words.planned(arguments, splits, estimate(trainer, *splits.values(), epochs=arguments.epochs))
-    if not arguments.resume:
-        runfolder.prepare(arguments)
     outcome = finetune(trainer, splits, arguments.out, epochs=arguments.epochs, facts=words.facts(arguments, trainer))
     words.conclude(arguments, outcome)
     return 0
@@ -141,13 +141,13 @@ def _cross_validate(arguments: argparse.Namespace) -> int:
     splits = split_into_folds(pairs, arguments.folds, seed=arguments.seed)
     for split in splits:
         trainer.check(*split.values(), epochs=arguments.epochs)
+    if not (arguments.resume or arguments.dry_run):
+        runfolder.prepare(arguments)
     say = words.quiet_if(arguments.json)
     say(words.introduction(trainer, arguments, {"held out in turn": pairs}))
     if arguments.dry_run:
         found = estimate(trainer, *splits[0].values(), epochs=arguments.epochs)
         return words.planned(arguments, splits[0], found)
-    if not arguments.resume:
-        runfolder.prepare(arguments)
     outcome = cross_validate(
         partial(_new, arguments), pairs, arguments.out, folds=arguments.folds, epochs=arguments.epochs,
         seed=arguments.seed, facts=words.facts(arguments, trainer),
