@@ -70,9 +70,9 @@ class Outcome:
         """Write after.json, table.csv, pictures and report.html, and results.json last: it says that all is there."""
         write_rows(self.out / AFTER, self.after, self.after_bfgs)
         report.write_csv(self.out / "table.csv", self.before, self.after)
-        report.save(report.before_after(self.before, self.after), self.out / "before_after.png")
-        if self.history:
-            report.save(report.learning_curve(self.history, self.best_epoch), self.out / "learning_curve.png")
+        report.write_pictures(
+            self.out, self.before, self.after, history=self.history or None, best_epoch=self.best_epoch
+        )
         report.write_page(
             self.out / "report.html",
             title="Cross-validation" if self.folds else "Fine-tuning",

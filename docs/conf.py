@@ -21,7 +21,7 @@ release = version = ase_bptt.__version__
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "directives"]
 exclude_patterns = ["measure"]
 default_role = "py:obj"
-nitpicky = False
+smartquotes = False
 
 napoleon_google_docstring = False
 napoleon_use_rtype = False

@@ -39,7 +39,8 @@ KEYS = {
 RESULT = {"test", "test_bfgs", "comparison", "checkpoint", "run", "folds", "epochs", "best_epoch", "seconds"}
 FILES = {
     "settings.json", "metrics.csv", "checkpoint.pt", "potential", "results.json", "table.csv",
-    "before_after.png", "learning_curve.png", "before.json", "after.json", "report.html", "command.json",
+    "before_after.png", "by_group.png", "displacements.png", "learning_curve.png", "before.json", "after.json",
+    "report.html", "command.json",
 }  # fmt: skip
 
 
@@ -101,7 +102,7 @@ class TestDemo:
         folder, _ = demo
         assert {p.name for p in folder.iterdir()} == FILES
         assert {p.name for p in (folder / "potential").iterdir()} == {"model.json", "weights.pt", "mace.model"}
-        for name in ("before_after.png", "learning_curve.png"):
+        for name in (p for p in FILES if p.endswith(".png")):
             assert imread(folder / name).std() > 0.01
 
     def test_the_numbers_are_those_of_the_saved_potential(self, demo):

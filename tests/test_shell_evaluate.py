@@ -53,6 +53,7 @@ class TestOnePotential:
     def test_files(self, data, one):
         folder = data / "one"
         names = {"results.json", "table.csv", "report.html", "relaxed.extxyz", "command.json"}
+        names |= {"by_group.png", "displacements.png"}
         assert {p.name for p in folder.iterdir()} == names
         rows = list(csv.DictReader((folder / "table.csv").read_text().splitlines()))
         assert [row["id"] for row in rows] == [f"cluster {k}" for k in range(5)]

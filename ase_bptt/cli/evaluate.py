@@ -158,9 +158,11 @@ def _write(
     with replacing(out / ENDS) as path:
         write(path, list(found.ends), format="extxyz")
     report.write_csv(out / "table.csv", first, second)
+    shown = labels if reference is not None else (labels[1], "")
+    report.write_pictures(out, first, second, shown)
     report.write_page(
-        out / "report.html", title="Evaluation", evaluation=first, after=second,
-        labels=labels if reference is not None else (labels[1], ""), comparison=comparison, facts=tuple(facts.items()),
+        out / "report.html", title="Evaluation", evaluation=first, after=second, labels=shown,
+        comparison=comparison, facts=tuple(facts.items()),
     )  # fmt: skip
     rows = {"rows_before": reference.todict()["rows"] if reference else None, "rows_after": found.todict()["rows"]}
     write_json(out / RESULTS, result | rows | {"rule": BASIN_RULE, "facts": facts})

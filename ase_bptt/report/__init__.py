@@ -3,6 +3,7 @@
 from .curve import learning_curve
 from .figures import save
 from .page import write_page
+from .pictures import write_pictures
 from .plots import atom_displacements, before_after, by_group
 from .tables import comparison_text, evaluation_table, group_table, table, write_csv
 from .words import change
@@ -20,4 +21,5 @@ __all__ = [
     "table",
     "write_csv",
     "write_page",
+    "write_pictures",
 ]

@@ -6,15 +6,16 @@ import math
 from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from ..evaluation import Evaluation
 from .curve import learning_curve
-from .figures import png
+from .figures import png, save
 from .plots import MOST_ATOMS, atom_displacements, before_after, by_group
 from .tables import sorted_groups
-from .words import plural
+from .words import LABELS, plural
 
 CSS_WIDTH = 480
 
@@ -90,6 +91,25 @@ def learning(history: Sequence[dict[str, float]], best_epoch: int | None) -> Pic
             "Epochs are judged by the mean of the logarithm of Delta-Q, so the best need not be the lowest point."
         )
     return _picture(learning_curve(history, best_epoch), f"{alt}.", caption)
+
+
+def write_pictures(
+    folder: Path,
+    evaluation: Evaluation,
+    after: Evaluation | None = None,
+    labels: tuple[str, str] = LABELS,
+    history: Sequence[dict[str, float]] | None = None,
+    best_epoch: int | None = None,
+) -> None:
+    """The page's pictures as files: before_after.png, by_group.png, displacements.png, learning_curve.png."""
+    figures = {"by_group": by_group(evaluation, after, labels)}
+    figures["displacements"] = atom_displacements(evaluation, after, labels)
+    if after is not None:
+        figures["before_after"] = before_after(evaluation, after, labels)
+    if history:
+        figures["learning_curve"] = learning_curve(history, best_epoch)
+    for name, figure in figures.items():
+        save(figure, folder / f"{name}.png")
 
 
 def _course(history: Sequence[dict[str, float]], name: str) -> str:
