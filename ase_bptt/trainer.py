@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -20,7 +18,7 @@ from .adjoints import Adjoint, Replay, make_adjoint
 from .checks import check_apart, check_usable
 from .evaluation import Evaluation, evaluate
 from .loading import as_potential, load_potential, save_potential
-from .losses import LOSSES, SCALE, delta_q, named_loss
+from .losses import LOSSES, named_loss
 from .pairs import RelaxationPair, fingerprint
 from .positive import check_positive
 from .potential import Potential
@@ -30,13 +28,14 @@ from .result import Relaxation, Status
 from .starts import varied_starts
 from .steppers import GradientDescent, Stepper, make_stepper
 from .structures import Structures
+from .validation import validate
 
 log = logging.getLogger(__name__)
 
-VALIDATED_TOGETHER = 16
-"""Validation structures in one batch."""
 MOMENTUM = 0.7
 """Of the default gradient descent: 10 frames go nearly as far as 30 without."""
+STATE = ("epoch", "_epochs", "_data", "_base_rates", "history", "best", "best_loss", "best_epoch")
+"""What a Trainer knows beside the states of its parts."""
 NUMBERS = ("lr", "steps", "fmax", "batch_size", "clip", "patience", "along", "rattle", "seed")
 Loss = Callable[[Relaxation, Structures], Tensor]
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -259,18 +258,7 @@ class Trainer:
         return evaluate(self.potential, pairs, **settings)
 
     def _validate(self, valid: Sequence[RelaxationPair]) -> dict[str, float]:
-        """Of the validation structures, fully relaxed: mean `log_delta_q` (the score), mean Delta-Q (amu^1/2 Å)."""
-        if not valid:
-            return {"valid_score": float("nan"), "valid_delta_q": float("nan")}
-        distances: list[float] = []
-        for first in range(0, len(valid), VALIDATED_TOGETHER):
-            pairs = valid[first : first + VALIDATED_TOGETHER]
-            with torch.no_grad():
-                run = relax(self.potential, [p.initial for p in pairs], stepper="fire", fmax=0.02, steps=200)
-                distances += delta_q(run, self._batch([p.relaxed for p in pairs])).tolist()
-        # One structure in a far basin must not decide for all: judged by the logarithm, as log_delta_q.
-        score = fmean(math.log1p(d / SCALE) for d in distances)
-        return {"valid_score": score, "valid_delta_q": fmean(distances)}
+        return validate(self.potential, valid)
 
     def _consider(self, found: float, valid: Sequence[RelaxationPair]) -> None:
         """Keep this state if it is the best yet, or the last and there is nothing to judge by."""
@@ -326,23 +314,18 @@ class Trainer:
     def _save_checkpoint(self) -> None:
         if self.out is None:
             return
-        state = {
-            "epoch": self.epoch,
-            "epochs": self._epochs,
-            "data": self._data,
+        checkpoint.write(self.out, self.settings(), self.history, self._state())
+
+    def _state(self) -> dict[str, Any]:
+        return {
             "potential": self.potential.state_dict(),
             "stepper": self.stepper.state_dict(),
             "frozen": [name for name, p in self.potential.named_parameters() if not p.requires_grad],
             "optimizer": self.optimizer.state_dict(),
-            "base_rates": self._base_rates,
             "generator": self._generator.get_state(),
             "torch_rng": torch.get_rng_state(),
-            "history": self.history,
-            "best": self.best,
-            "best_loss": self.best_loss,
-            "best_epoch": self.best_epoch,
+            **{name: getattr(self, name) for name in STATE},
         }
-        checkpoint.write(self.out, self.settings(), self.history, state)
 
     @classmethod
     def resume(
@@ -389,6 +372,5 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self._generator.set_state(state["generator"])
         torch.set_rng_state(state["torch_rng"])
-        self.epoch, self._epochs, self._data = state["epoch"], state["epochs"], state["data"]
-        self.history, self._base_rates = state["history"], state["base_rates"]
-        self.best, self.best_loss, self.best_epoch = state["best"], state["best_loss"], state["best_epoch"]
+        for name in STATE:
+            setattr(self, name, state[name])

@@ -144,8 +144,8 @@ def device(text: str) -> torch.device:
         found = torch.empty(0, device=text).device
     except (RuntimeError, AssertionError) as error:
         raise argparse.ArgumentTypeError(f"there is no device {text!r} here") from error
-    # torch takes these, too, but the one holds no numbers and of the other there is only one.
-    if found.type == "meta" or (found.type == "cpu" and found.index):
+    # torch takes this one, too, but it holds no numbers.
+    if found.type == "meta":
         raise argparse.ArgumentTypeError(f"there is no device {text!r} here")
     return found
 

@@ -1,0 +1,38 @@
+"""By what the best epoch is chosen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import fmean
+
+import torch
+
+from .losses import SCALE, delta_q
+from .pairs import RelaxationPair
+from .potential import Potential
+from .relaxation import relax
+
+TOGETHER = 16
+"""Validation structures in one batch."""
+
+
+def validate(potential: Potential, pairs: Sequence[RelaxationPair]) -> dict[str, float]:
+    """Relax from the initial structures by FIRE, and compare the ends with the references.
+
+    Returns
+    -------
+    dict
+        "valid_score", the mean of log(1 + Delta-Q / 0.1 amu^1/2 Å), and "valid_delta_q", the mean Delta-Q in
+        amu^1/2 Å; NaN without pairs. One structure in a far basin must not decide for all, so the score is
+        what epochs are judged by.
+    """
+    if not pairs:
+        return {"valid_score": float("nan"), "valid_delta_q": float("nan")}
+    distances: list[float] = []
+    for first in range(0, len(pairs), TOGETHER):
+        batch = pairs[first : first + TOGETHER]
+        with torch.no_grad():
+            run = relax(potential, [p.initial for p in batch], stepper="fire", fmax=0.02, steps=200)
+        distances += delta_q(run, [p.relaxed for p in batch]).tolist()
+    return {"valid_score": fmean(math.log1p(d / SCALE) for d in distances), "valid_delta_q": fmean(distances)}
