@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,10 @@ release = version = ase_bptt.__version__
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "directives"]
 exclude_patterns = ["measure"]
 default_role = "py:obj"
-smartquotes = False
 
 napoleon_google_docstring = False
 napoleon_use_rtype = False
+napoleon_use_ivar = True
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autodoc_class_signature = "mixed"
@@ -47,13 +48,28 @@ def _for_the_site(app: Sphinx, relative_path: Path, parent: str, content: list[s
     content[0] = "\n\n".join(b for b in blocks if not b.startswith(".. image:: https://"))
 
 
-def _plain(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Docstrings write |x| for a length, never a substitution."""
-    lines[:] = [line.replace("|", r"\|") for line in lines]
+def _readable(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Make of a docstring for people what napoleon understands.
+
+    A length |x| is no substitution, and attributes that share a line are described one by one.
+    """
+    found: list[str] = []
+    shared: list[str] = []
+    body: list[str] = []
+    for line in [*(line.replace("|", r"\|") for line in lines), ""]:
+        several = re.fullmatch(r"(\w+(?:, \w+)+) : (.*)", line)
+        if shared and (several or not line.startswith(" ")):
+            found += [text for head in shared for text in (head, *body)]
+            shared, body = [], []
+        if several:
+            shared = [f"{each} : {several[2]}" for each in several[1].split(", ")]
+        else:
+            (body if shared else found).append(line)
+    lines[:] = found
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
     """Adapt what is included and what is documented."""
     app.connect("include-read", _for_the_site)
-    app.connect("autodoc-process-docstring", _plain)
+    app.connect("autodoc-process-docstring", _readable, priority=100)  # before napoleon
     return {"parallel_read_safe": True}

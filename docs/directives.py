@@ -72,7 +72,9 @@ class Said(Directive):
         entry = nodes.definition_list_item()
         meaning = nodes.definition()
         self.state.nested_parse(self.content, self.content_offset, meaning)
-        entry += [nodes.term("", "", nodes.strong(text=sentence)), meaning]
+        # A flag keeps its two dashes.
+        said = nodes.strong(text=sentence, support_smartquotes=False)
+        entry += [nodes.term("", "", said), meaning]
         return [nodes.definition_list("", entry)]
 
 
