@@ -350,6 +350,18 @@ def test_help_shows_examples_and_defaults():
     assert "(default: 0.002)" in out
 
 
+@pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["relax"], ["evaluate"], ["info"]], ids=" ".join)
+@pytest.mark.parametrize("columns", ["80", "200"])
+def test_help_reads_well_at_80_columns(monkeypatch, command, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    code, out, err = run(*command, "--help")
+    assert (code, err) == (0, "")
+    assert max(map(len, out.splitlines())) <= 80
+    assert out.startswith(" ".join(["usage: ase-bptt", *command]))
+    assert "None" not in out
+    assert "%(" not in out
+
+
 def test_version_is_that_of_the_package():
     assert run("--version")[1].strip() == f"ase_bptt {ase_bptt.__version__}"
 

@@ -171,4 +171,4 @@ def _write(
 def _facts(arguments: argparse.Namespace, potential: Potential) -> dict[str, str]:
     settings = f"{arguments.stepper} to {arguments.fmax} eV/Å, {arguments.steps} frames at most"
     found = {"potential": f"{arguments.potential} ({potential.family})", "relaxation": settings}
-    return found | ({"against": arguments.against} if arguments.against else {}) | words.versions()
+    return found | ({"against": arguments.against} if arguments.against else {}) | words.provenance()

@@ -9,6 +9,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from datetime import datetime
+from pathlib import Path
 from textwrap import fill
 
 import ase
@@ -66,19 +67,19 @@ def facts(arguments: argparse.Namespace, trainer: Trainer, pairs: list[Relaxatio
     weights = sum(p.numel() for p in potential.parameters() if p.requires_grad)
     settings = trainer.settings()
     found = {
-        "command": shlex.join(["ase-bptt", *sys.argv[1:]]) if len(sys.argv) > 1 else "ase-bptt",
         "potential": f"{arguments.potential} ({potential.family}, {weights:,} weights trained, "
         f"{str(potential.dtype).removeprefix('torch.')}, {potential.device})",
         "stepper": ", ".join(f"{k} {v}" for k, v in settings["stepper"].items()),
         "loss": f"{settings['loss']}, gradient by {settings['adjoint']}",
         "training": ", ".join(f"{name} {settings[name]}" for name in NUMBERS) + f", epochs {arguments.epochs}",
     }
-    return found | versions() | ({"data": fingerprint(pairs)[:16]} if pairs else {})
+    return found | provenance() | ({"data": fingerprint(pairs)[:16]} if pairs else {})
 
 
-def versions() -> dict[str, str]:
-    """Of what the figures depend on, and when they were made."""
+def provenance() -> dict[str, str]:
+    """What the figures depend on, and when and how they were made."""
     return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "versions": f"ase_bptt {__version__}, ase {ase.__version__}, torch {torch.__version__}, "
         f"Python {platform.python_version()}",
         "date": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
