@@ -13,6 +13,7 @@ from ase.optimize import BFGS
 from ase.optimize.optimize import Optimizer
 
 from .calculator import TorchCalculator
+from .constraints import unknown
 from .optimizer import BPTTOptimizer
 from .potential import Potential
 from .relaxation import relax_each
@@ -43,7 +44,7 @@ def relax_all(
     ----------
     potential : Potential
     structures : sequence of Atoms
-        Those with constraints are moved one by one by ASE's driver, which knows them all.
+        Those with constraints that `relax` does not know are moved one by one by ASE's driver, which knows all.
     stepper : Stepper or str
         A stepper of ours, or "bfgs" for ASE's BFGS, one structure at a time.
     fmax : float
@@ -58,7 +59,7 @@ def relax_all(
     NotImplementedError
         For elements that the potential does not know.
     """
-    alone = [k for k, atoms in enumerate(structures) if stepper == "bfgs" or atoms.constraints]
+    alone = [k for k, atoms in enumerate(structures) if stepper == "bfgs" or _strange(atoms)]
     together = sorted(set(range(len(structures))) - set(alone))
     for first in range(0, len(together), batch_size):
         members = together[first : first + batch_size]
@@ -67,6 +68,10 @@ def relax_all(
             yield members[k], End(run.to_atoms(), run.status[0], int(run.nsteps[0]))
     for k in alone:
         yield k, _by_ase(potential, structures[k], stepper, fmax, steps)
+
+
+def _strange(atoms: Atoms) -> bool:
+    return bool(unknown([type(c).__name__ for c in atoms.constraints]))
 
 
 def _by_ase(potential: Potential, start: Atoms, stepper: Stepper | str, fmax: float, steps: int) -> End:

@@ -9,6 +9,7 @@ from itertools import combinations
 import numpy as np
 from ase import Atoms
 
+from .constraints import KNOWN, unknown
 from .pairs import InvalidPair, RelaxationPair, check_distances
 from .potential import Potential
 from .structures import Structures
@@ -36,11 +37,11 @@ def check_usable(potential: Potential, pair: RelaxationPair) -> None:
         potential.check(ends)
     except NotImplementedError as error:
         raise NotImplementedError(f"{pair.id}: {error}") from error
-    names = ends.constraint_names
+    names = unknown(ends.constraint_names)
     if names:
         raise NotImplementedError(
-            f"{pair.id}: the constraints {', '.join(names)} cannot be differentiated yet, and are not ignored: "
-            "remove them (del atoms.constraints), or leave the pair out (--skip-invalid in the shell)."
+            f"{pair.id}: the constraints {', '.join(names)} cannot be differentiated, and are not ignored: "
+            f"remove them, take one of {', '.join(KNOWN)}, or leave the pair out (--skip-invalid in the shell)."
         )
 
 

@@ -21,8 +21,11 @@ class IteratedMap:
     stepper: Stepper
 
     def advance(self, structures: Structures, state: State, forces: Tensor) -> tuple[Structures, State]:
-        """One frame from forces that are known."""
-        positions, state = self.stepper.step(structures.positions, forces, state, structures.batch)
+        """One frame from forces that are known, under the constraints of the structures."""
+        before = structures.positions
+        positions, state = self.stepper.step(before, structures.project_forces(forces), state, structures.batch)
+        if structures.step_map is not None:
+            positions = before + structures.project_steps(positions - before)
         return structures.replace(positions=positions), state
 
     def frame(self, structures: Structures, state: State, neighbors: NeighborList) -> tuple[Tensor, State]:

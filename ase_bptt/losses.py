@@ -96,11 +96,11 @@ def displacements(a: Comparable, b: Comparable, *, align: bool = False, by_mass:
     in the sum of squares, weighted by mass or not.
     """
     now, then = _pair(a, b)
-    weights = then.masses if by_mass else torch.ones_like(then.masses)
+    weights = then.movable * then.masses if by_mass else then.movable
     d = now.positions - then.positions
     d = d - _lattice_translation(d.detach(), then, weights)
-    d = d - _mean(d, then, weights)[then.batch]
-    return _aligned(now, then, d, weights) if align else d
+    d = (d - _mean(d, then, weights)[then.batch]) * then.movable[:, None]
+    return _aligned(now, then, d, weights) if align and not then.maps else d
 
 
 Metric = Callable[[Tensor, Structures], Tensor]
@@ -121,7 +121,7 @@ def _root_sum_square(d: Tensor, of: Structures) -> Tensor:
 
 
 def _root_mean_square(d: Tensor, of: Structures) -> Tensor:
-    return safe_sqrt(of.sum(d.square().sum(1)) / torch.tensor(of.counts).to(d))
+    return safe_sqrt(of.sum(d.square().sum(1)) / of.sum(of.movable).clamp(min=1))
 
 
 def _largest(d: Tensor, of: Structures) -> Tensor:
@@ -141,6 +141,9 @@ def _pair(a: Comparable, b: Comparable) -> tuple[Structures, Structures]:
     then = b.structures if isinstance(b, Relaxation) else as_structures(b)
     names = ("positions", "cells", "pbc", "numbers", "masses")
     then = then.replace(**{k: _like(getattr(then, k).detach(), x) for k in names})
+    # The constraints of the run decide which atoms and which drift count; else those of the reference.
+    if now.maps:
+        then = then.replace(maps=now.maps)
     if now.counts != then.counts or not torch.equal(now.numbers, then.numbers):
         raise ValueError(
             "Only structures of the same atoms in the same order can be compared: "
@@ -158,7 +161,13 @@ def _formulas(structures: Structures) -> str:
 
 
 def _mean(d: Tensor, of: Structures, weights: Tensor) -> Tensor:
-    return of.sum(weights[:, None] * d) / of.sum(weights)[:, None]
+    """The drift of each structure, as far as its constraints let it drift, shape (n, 3)."""
+    # Where all atoms are held there is no weight, and no drift.
+    return _passing(of.sum(weights[:, None] * d) / of.sum(weights).clamp(min=1e-30)[:, None], of)
+
+
+def _passing(drift: Tensor, of: Structures) -> Tensor:
+    return drift if of.drift is None else (of.drift @ drift[:, :, None]).squeeze(2)
 
 
 def _lattice_translation(d: Tensor, of: Structures, weights: Tensor) -> Tensor:
@@ -183,7 +192,7 @@ def _lattice_translation(d: Tensor, of: Structures, weights: Tensor) -> Tensor:
             end - n + anchor * n // ANCHORS if n > ANCHORS else end - n + anchor % n
             for end, n in zip(ends, of.counts, strict=True)
         ]
-        drift = torch.zeros_like(of.cells[:, 0]) if anchor < 0 else d[rows]
+        drift = torch.zeros_like(of.cells[:, 0]) if anchor < 0 else _passing(d[rows], of)
         for _ in range(3):
             translation = _nearest(d - drift[of.batch], cells, inverses, periodic, of.batch)
             drift = _mean(d - translation, of, weights)

@@ -16,6 +16,7 @@ from ase import Atoms
 from torch import Tensor, nn
 
 from .adjoints import Adjoint, Replay, make_adjoint
+from .constraints import KNOWN, unknown
 from .frames import IteratedMap, Record
 from .loading import as_potential
 from .potential import Potential
@@ -59,7 +60,7 @@ def relax(
     Raises
     ------
     NotImplementedError
-        For constraints, variable cells and elements that the potential does not know, by name.
+        For variable cells, and for constraints and elements that are not known, by name.
     """
     if cell != "fixed":
         raise NotImplementedError(f"Only cell='fixed' relaxes so far, got {cell!r}.")
@@ -221,9 +222,9 @@ def _batch(
 
 
 def _refuse_constraints(structures: Structures) -> None:
-    names = structures.constraint_names
+    names = unknown(structures.constraint_names)
     if names:
         raise NotImplementedError(
-            f"relax cannot project the constraints {', '.join(names)} yet, and will not ignore them: "
-            "remove them (del atoms.constraints), or relax without a gradient by BPTTOptimizer."
+            f"relax knows no way through the constraints {', '.join(names)}, and will not ignore them: "
+            f"remove them, take one of {', '.join(KNOWN)}, or relax without a gradient by BPTTOptimizer."
         )

@@ -44,7 +44,7 @@ class Relaxation:
     positions : Tensor, shape (n_atoms, 3)
         The relaxed positions in Å, with the gradient that the adjoint attached.
     forces : Tensor, shape (n_atoms, 3)
-        There, in eV/Å, detached.
+        There, in eV/Å, detached; constraints are not applied to them.
     nsteps : Tensor of int64, shape (n,)
         Frames that each structure took.
     status : tuple of Status, length n
@@ -75,7 +75,9 @@ class Relaxation:
 
     @property
     def fmax(self) -> Tensor:
-        """Largest force on an atom of each relaxed structure in eV/Å, shape (n,); attached likewise."""
+        """Largest force on an atom of each relaxed structure, under its constraints, in eV/Å, shape (n,); attached
+        likewise.
+        """
         forces = self._attached()[1] if self.positions.requires_grad else self.forces
         return largest_force(self.structures, forces)
 
@@ -131,8 +133,8 @@ class Relaxation:
 
 
 def largest_force(structures: Structures, forces: Tensor) -> Tensor:
-    """Norm of the largest force on an atom of each structure in eV/Å, shape (n,)."""
-    square = forces.square().sum(1)
+    """Norm of the largest force on an atom of each structure, under its constraints, in eV/Å, shape (n,)."""
+    square = structures.project_forces(forces).square().sum(1)
     largest = structures.max(square)
     # sqrt has no finite slope at zero, where the forces of symmetry sit exactly.
     return torch.where(largest > 0, torch.where(largest > 0, largest, 1.0).sqrt(), largest)

@@ -20,6 +20,7 @@ def varied_starts(
         way = displacements(pair.relaxed, pair.initial).numpy()
         share = rng.uniform() if rng.uniform() < along else 0.0
         start = pair.initial.copy()
-        start.positions += share * way + rng.normal(0, rattle, way.shape)
+        # Constraints hold what they hold here, too.
+        start.set_positions(start.positions + share * way + rng.normal(0, rattle, way.shape))
         varied.append(dataclasses.replace(pair, initial=start))
     return varied

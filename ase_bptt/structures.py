@@ -6,11 +6,17 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 import torch
 from ase import Atoms
 from torch import Tensor
+
+from .constraints import Map, Projection, drift, held, maps_of
+
+LASTING = frozenset({"batch", "force_map", "step_map", "movable", "drift"})
+"""Properties that hold for all frames of a batch."""
 
 
 @dataclass(eq=False)
@@ -32,6 +38,8 @@ class Structures:
         Atoms in each structure.
     constraints : tuple of tuple of str, length n
         Class names of the constraints on each of the Atoms it came from.
+    maps : tuple of (maps of forces, maps of steps), length n
+        What those of them do that are known on the device, as `ase_bptt.constraints.maps_of` gives it.
     """
 
     positions: Tensor
@@ -41,6 +49,7 @@ class Structures:
     masses: Tensor
     counts: tuple[int, ...]
     constraints: tuple[tuple[str, ...], ...]
+    maps: tuple[tuple[tuple[Map, ...], tuple[Map, ...]], ...] = ()
 
     @classmethod
     def from_atoms(
@@ -64,6 +73,7 @@ class Structures:
             masses=floats(np.concatenate([a.get_masses() for a in atoms])),
             counts=tuple(len(a) for a in atoms),
             constraints=tuple(tuple(type(c).__name__ for c in a.constraints) for a in atoms),
+            maps=tuple(maps_of(a) for a in atoms) if any(a.constraints for a in atoms) else (),
         )
 
     def to_atoms(self) -> list[Atoms]:
@@ -104,6 +114,40 @@ class Structures:
         """Cell volumes in Å^3, shape (n,); zero where the cell is not three-dimensional."""
         return torch.linalg.det(self.cells).abs()
 
+    @cached_property
+    def force_map(self) -> Projection | None:
+        """The constraints' map of forces."""
+        return Projection([forces for forces, _ in self.maps], self.counts, self.masses) if self.maps else None
+
+    @cached_property
+    def step_map(self) -> Projection | None:
+        """The constraints' map of steps."""
+        return Projection([steps for _, steps in self.maps], self.counts, self.masses) if self.maps else None
+
+    @cached_property
+    def movable(self) -> Tensor:
+        """1 for each atom that can move, 0 for those that constraints hold, shape (n_atoms,)."""
+        if not self.maps:
+            return torch.ones_like(self.masses)
+        stuck = [held(steps, n) for (_, steps), n in zip(self.maps, self.counts, strict=True)]
+        return 1 - torch.as_tensor(np.concatenate(stuck)).to(self.masses)
+
+    @cached_property
+    def drift(self) -> Tensor | None:
+        """Projectors on the translations that the constraints let pass, shape (n, 3, 3); None where all do."""
+        if not self.maps:
+            return None
+        free = [drift(steps, n) for (_, steps), n in zip(self.maps, self.counts, strict=True)]
+        return torch.as_tensor(np.stack(free)).to(self.masses)
+
+    def project_forces(self, forces: Tensor) -> Tensor:
+        """Forces as the constraints let them act, shape (n_atoms, 3)."""
+        return forces if self.force_map is None else self.force_map(forces)
+
+    def project_steps(self, steps: Tensor) -> Tensor:
+        """Displacements as the constraints let them happen, shape (n_atoms, 3)."""
+        return steps if self.step_map is None else self.step_map(steps)
+
     def to(self, device: torch.device, dtype: torch.dtype) -> Structures:
         """The same batch elsewhere or in another precision, attached to this one's positions and cells."""
         floats = {name: getattr(self, name).to(device, dtype) for name in ("positions", "cells", "masses")}
@@ -111,9 +155,13 @@ class Structures:
             return self
         return self.replace(**floats, numbers=self.numbers.to(device), pbc=self.pbc.to(device))
 
-    def replace(self, **changes: Tensor) -> Structures:
+    def replace(self, **changes: Any) -> Structures:
         """The same batch with some tensors replaced; shares the others."""
-        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+        new = dataclasses.replace(self, **changes)
+        if not {"counts", "maps"} & set(changes) and new.masses is self.masses:
+            # What depends on neither positions nor cells need not be found anew in every frame.
+            new.__dict__.update({name: self.__dict__[name] for name in LASTING & self.__dict__.keys()})
+        return new
 
     def select(self, keep: Sequence[int]) -> Structures:
         """The batch of the structures with these indices, in this order."""
@@ -130,6 +178,7 @@ class Structures:
             masses=self.masses[atoms],
             counts=tuple(self.counts[i] for i in keep),
             constraints=tuple(self.constraints[i] for i in keep),
+            maps=tuple(self.maps[i] for i in keep) if self.maps else (),
         )
 
     def atoms_of(self, keep: Sequence[int]) -> Tensor:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from ase.calculators.lj import LennardJones as AseLennardJones
-from ase.constraints import FixAtoms, FixCartesian
+from ase.constraints import FixAtoms, FixBondLengths
 from ase.optimize import BFGS
 from ase.optimize import FIRE as AseFIRE
 from conftest import argon, cluster, lennard_jones
@@ -58,7 +58,7 @@ def test_gradients_are_neither_made_nor_switched_off_for_the_caller():
     assert all(p.grad is None for p in potential.parameters())
 
 
-@pytest.mark.parametrize("constraint", [FixAtoms([0, 2]), FixCartesian(1, [True, False, True])], ids=["atoms", "axes"])
+@pytest.mark.parametrize("constraint", [FixAtoms([0, 2]), FixBondLengths([[0, 1]])], ids=["atoms", "bonds"])
 @pytest.mark.parametrize(
     ("stepper", "optimizer", "settings"),
     [(fire, AseFIRE, {"dt": 0.03, "dtmax": 0.06, "downhill_check": False}), (lambda: "bfgs", BFGS, {})],

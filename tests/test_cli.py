@@ -14,7 +14,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from ase.constraints import FixAtoms
+from ase.constraints import FixBondLengths
 from ase.io import read, write
 from conftest import needs_mace
 from matplotlib.image import imread
@@ -244,10 +244,10 @@ class TestRunFolder:
         spoilt.mkdir()
         for path in sorted((data / "pairs").iterdir()):
             frames = read(path, index=":")
-            frames[0].set_constraint(FixAtoms([0]))
+            frames[0].set_constraint(FixBondLengths([[0, 1]]))
             write(spoilt / f"{path.stem}.traj", frames)
         result = run("train", spoilt, "--potential", data / "lj", "--out", "run", "--overwrite", *QUICK)
-        is_refused(result, "cluster", "FixAtoms")
+        is_refused(result, "cluster", "FixBondLengths")
         assert (tmp_path / "run" / "results.json").exists()
 
 

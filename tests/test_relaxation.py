@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
-from ase.constraints import FixAtoms, FixCom
 from conftest import argon, cluster, lennard_jones, needs_mace, silicon, skewed, tiny_mace
 
 from ase_bptt import Relaxation, Status, Structures, relax
@@ -194,15 +193,6 @@ class TestAtoms:
         assert atoms.get_chemical_formula() == "Ar4"
         assert np.array_equal(atoms.cell, argon().cell)
         np.testing.assert_allclose(atoms.get_masses(), argon().get_masses())
-
-
-@pytest.mark.parametrize("constraints", [[FixAtoms([0])], [FixCom(), FixAtoms([0])]])
-def test_constraints_are_refused_by_name(constraints):
-    atoms = argon()
-    atoms.set_constraint(constraints)
-    with pytest.raises(NotImplementedError, match=r"constraints FixAtoms.* will not ignore them") as error:
-        relax(lennard_jones(), [cluster(), atoms])
-    assert all(type(c).__name__ in str(error.value) for c in constraints)
 
 
 def test_variable_cells_are_refused():

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
-from ase.constraints import FixAtoms, FixCom
+from ase.constraints import FixAtoms, FixBondLengths
 from conftest import cluster, needs_mace, rattled
 from torch import nn
 
@@ -312,10 +312,10 @@ class TestRefusing:
     def test_constraints_by_pair_and_name(self, pairs, side, end, tmp_path):
         bad = pairs["test"][0]
         atoms = getattr(bad, end).copy()
-        atoms.set_constraint([FixAtoms([0]), FixCom()])
+        atoms.set_constraint([FixAtoms([3]), FixBondLengths([[0, 1]])])
         chosen = pairs | {side: [*pairs[side], dataclasses.replace(bad, **{end: atoms})]}
         run = trainer(out=tmp_path / "run")
-        with pytest.raises(NotImplementedError, match=r"pair 7: the constraints FixAtoms, FixCom .*: remove them"):
+        with pytest.raises(NotImplementedError, match=r"pair 7: the constraints FixBondLengths .*: remove them"):
             run.fit(chosen["train"], chosen["valid"], epochs=1)
         assert run.epoch == 0
         assert not (tmp_path / "run").exists()

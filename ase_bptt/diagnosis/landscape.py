@@ -91,7 +91,7 @@ def _starts(pair: RelaxationPair, rattles: int, seed: list[int]) -> list[Atoms]:
     starts = [pair.relaxed, pair.initial]
     for _ in range(rattles):
         atoms = pair.initial.copy()
-        atoms.positions += generator.normal(scale=RATTLE, size=atoms.positions.shape)
+        atoms.set_positions(atoms.positions + generator.normal(scale=RATTLE, size=atoms.positions.shape))
         starts.append(atoms)
     return starts
 
