@@ -535,7 +535,7 @@ def other_weights() -> None:
         (broken("model.json", '{"format": "another", "version": 1}'), ("this release reads",)),
         (
             broken("model.json", '{"format": "ase_bptt potential", "version": 1, "family": "gold"}'),
-            ("'gold'", "chgnet, lj, mace"),
+            ("'gold'", "chgnet", "mace"),
         ),
         (cut_weights, ("can be read",)),
         (other_weights, ("do not fit", "gold")),
