@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,13 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from .batches import End, relax_all
+from .files import replacing
 from .potential import Potential
 from .result import Status
 
 KEYS = ("_index", "_status", "_nsteps", "_run")
+BEGIN = b"- of Ulm"
+"""Of every trajectory file of ASE's."""
 
 
 class Journal:
@@ -43,16 +46,25 @@ class Journal:
         Raises
         ------
         ValueError
-            For a journal of other structures, of another potential or of other settings.
+            For a journal of other structures, of another potential or of other settings, and for another file.
         """
         ends: dict[int, End] = {}
-        if not self.path.is_file() or self.path.stat().st_size == 0:
+        if not self.path.is_file():
             return ends
-        with Trajectory(self.path) as frames:
+        with self.path.open("rb") as file:
+            begin = file.read(len(BEGIN))
+        if not BEGIN.startswith(begin):
+            raise ValueError(f"{self.path} is no ASE trajectory of ours: move it away, or --overwrite.")
+        with ExitStack() as stack:
+            # ulm raises whatever its parsers do where a file was cut off.
+            try:
+                frames = stack.enter_context(Trajectory(self.path))
+            except Exception:
+                return ends
             for k in range(len(frames)):
                 try:
                     found = frames[k]
-                except Exception:  # ulm raises whatever its parsers do where a frame was cut off
+                except Exception:
                     break
                 if found.info["_run"] != self.run:
                     raise ValueError(
@@ -64,19 +76,37 @@ class Journal:
         return ends
 
     def add(self, index: int, end: End) -> None:
-        """Append one end."""
-        found = end.atoms.copy()
-        found.constraints = []
-        found.info = dict(zip(KEYS, (index, end.status.value, end.nsteps, self.run), strict=True))
-        found.calc = end.atoms.calc
-        with Trajectory(self.path, "a", properties=["energy", "forces"]) as frames:
-            frames.write(found)
+        """Append one end.
+
+        Raises
+        ------
+        OSError
+            Where the disk is full or the place is not writable, naming the file; the ends in it stay.
+        """
+        try:
+            self._append(self.path, {index: end})
+        except OSError as error:
+            raise OSError(
+                f"{self.path} could not be written ({error.strerror}): make room there; what had finished is kept in "
+                "it, and --resume goes on."
+            ) from error
 
     def rewrite(self, ends: dict[int, End]) -> None:
         """Begin the file anew with these ends: nothing is appended behind a frame that was cut off."""
-        self.path.unlink(missing_ok=True)
-        for index, end in ends.items():
-            self.add(index, end)
+        if not ends:
+            self.remove()
+            return
+        with replacing(self.path) as path:
+            self._append(path, ends)
+
+    def _append(self, path: Path, ends: dict[int, End]) -> None:
+        with Trajectory(path, "a", properties=["energy", "forces"]) as frames:
+            for index, end in ends.items():
+                found = end.atoms.copy()
+                found.constraints = []
+                found.info = dict(zip(KEYS, (index, end.status.value, end.nsteps, self.run), strict=True))
+                found.calc = end.atoms.calc
+                frames.write(found)
 
     def remove(self) -> None:
         """Done: the file is no longer needed."""

@@ -8,15 +8,18 @@ import os
 import re
 from collections.abc import Iterator
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from docutils import nodes
 from docutils.parsers.rst import Directive
+from docutils.statemachine import StringList
 from sphinx.application import Sphinx
 
 import ase_bptt
 from ase_bptt.cli import build_parser
+from ase_bptt.loading import families, family
 
 COLUMNS = 80
 """Width of the help texts."""
@@ -78,6 +81,25 @@ class Said(Directive):
         return [nodes.definition_list("", entry)]
 
 
+class Registered(Directive):
+    """The classes that have a name: of a dict such as ase_bptt.steppers.STEPPERS, or ``families``."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        """An autoclass for each."""
+        (what,) = self.arguments
+        if what == "families":
+            classes = [f"{family(name).__module__}.{family(name).__qualname__}" for name in families()]
+        else:
+            module, _, registry = what.rpartition(".")
+            classes = [f"{module}.{cls.__name__}" for cls in getattr(import_module(module), registry).values()]
+        lines = [line for name in classes for line in (f".. autoclass:: {name}", "")]
+        found = nodes.container()
+        self.state.nested_parse(StringList(lines, source=what), self.content_offset, found)
+        return found.children
+
+
 @cache
 def _texts() -> tuple[str, ...]:
     """Every string in the source, with … for what is filled in."""
@@ -97,4 +119,5 @@ def setup(app: Sphinx) -> dict[str, Any]:
     """Register the directives."""
     app.add_directive("command-line", CommandLine)
     app.add_directive("said", Said)
+    app.add_directive("registered", Registered)
     return {"parallel_read_safe": True}

@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..files import check_writable, replacing
+from ..loading import EMBEDDED, families
+from ..pairs import RelaxationPair, fingerprint
 
 COMMAND = "command.json"
 PASSING = frozenset({"out", "overwrite", "resume", "dry_run", "json", "device", "trust", "skip_invalid", "pairs"})
@@ -53,6 +56,7 @@ def described(arguments: argparse.Namespace) -> dict[str, Any]:
         if name not in ("run", "stopped", "given")
     }
     # A resumed run may be called from another folder.
+    found |= {name: _lasting(found[name]) for name in ("potential", "against") if found.get(name)}
     return found | {"pairs": [str(Path(path).absolute()) for path in found.get("pairs", ())]}
 
 
@@ -81,19 +85,45 @@ def take_over(arguments: argparse.Namespace) -> None:
     begun = saved(arguments.out)
     if begun["command"] != arguments.command:
         raise ValueError(f"{arguments.out} was begun by ase-bptt {begun['command']}, not by {arguments.command}.")
+    now = described(arguments)
     for name, value in begun.items():
         if name in PASSING:
             continue
-        if name in arguments.given and _plain(getattr(arguments, name)) != value:
+        if name in arguments.given and now[name] != value:
             flag = "--" + name.replace("_", "-")
             raise ValueError(
-                f"The run in {arguments.out} was begun with {flag} {value}, not {_plain(getattr(arguments, name))}: "
+                f"The run in {arguments.out} was begun with {flag} {value}, not {now[name]}: "
                 "leave the flag out to go on, or start a new run with another --out."
             )
         setattr(arguments, name, value)
     # Other pairs would be noticed; none at all are those of the run.
     arguments.pairs = getattr(arguments, "pairs", None) or begun.get("pairs", [])
     arguments.skip_invalid = getattr(arguments, "skip_invalid", False) or begun.get("skip_invalid", False)
+
+
+def same_data(arguments: argparse.Namespace, pairs: Sequence[RelaxationPair]) -> None:
+    """Note what a new run is on, in the arguments.
+
+    Raises
+    ------
+    ValueError
+        Where a run that goes on was begun with other pairs.
+    """
+    data = fingerprint(pairs)[:16]
+    if getattr(arguments, "data", data) != data:
+        begun, now = (" ".join(map(str, paths)) for paths in (saved(arguments.out)["pairs"], arguments.pairs))
+        raise ValueError(
+            f"The run in {arguments.out} was begun with other pairs, those of {begun}, than {now} holds now: give "
+            "those again, or start a new run with another --out."
+        )
+    arguments.data = data
+
+
+def _lasting(spec: str) -> str:
+    """A potential's name, or the whole path of its file or folder."""
+    named = spec in EMBEDDED or spec.partition(":")[0] in families()
+    path = Path(spec).expanduser()
+    return spec if named or not path.exists() else str(path.absolute())
 
 
 def _plain(value: Any) -> Any:

@@ -118,6 +118,7 @@ def launch(arguments: argparse.Namespace, read: Callable[[argparse.Namespace, Po
         runfolder.refuse_if_there(arguments)
         trainer = _new(arguments, arguments.out)
     splits = read(arguments, trainer.potential)
+    runfolder.same_data(arguments, [pair for split in splits.values() for pair in split])
     # What cannot be trained on must not cost the last run.
     trainer.check(*splits.values(), epochs=arguments.epochs)
     if not (arguments.resume or arguments.dry_run):
@@ -138,6 +139,7 @@ def _cross_validate(arguments: argparse.Namespace) -> int:
         runfolder.refuse_if_there(arguments)
     trainer = _new(arguments, None)
     pairs = _pairs(arguments, trainer.potential)
+    runfolder.same_data(arguments, pairs)
     splits = split_into_folds(pairs, arguments.folds, seed=arguments.seed)
     for split in splits:
         trainer.check(*split.values(), epochs=arguments.epochs)
