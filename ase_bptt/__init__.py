@@ -10,6 +10,7 @@ from .loading import load_potential, save_potential
 from .losses import delta_q, max_displacement, rmsd
 from .optimizer import BPTTOptimizer
 from .pairs import RelaxationPair
+from .plugin import register
 from .potential import Potential, Prediction
 from .reading import read_pairs
 from .relaxation import relax
@@ -17,6 +18,8 @@ from .result import Relaxation, Status
 from .structures import Structures
 from .trainer import Trainer
 from .version import __version__
+
+register()
 
 __all__ = [
     "BPTTOptimizer",

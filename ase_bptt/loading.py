@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 EMBEDDED = {"mace-si": Path(__file__).parent / "data" / "mace_si"}
 FORMAT = "ase_bptt potential"
 VERSION = 1
+RUN_POTENTIAL = "potential"
 UNREADABLE = (
     AttributeError,
     EOFError,
@@ -96,8 +97,15 @@ def save_potential(potential: Potential, folder: str | Path) -> None:
     """Write model.json and weights.pt, which load without unpickling, and the native checkpoint.
 
     Files that are there already are replaced whole, or not at all.
+
+    Raises
+    ------
+    FileExistsError
+        For a training run's folder, whose own potential would be loaded instead.
     """
     folder = Path(folder)
+    if (folder / RUN_POTENTIAL / "model.json").is_file():
+        raise FileExistsError(f"{folder} is the folder of a training run, with a potential of its own: take another.")
     folder.mkdir(parents=True, exist_ok=True)
     config = potential.config()
     description = {
@@ -159,8 +167,8 @@ def _from_spec(spec: str, trust: bool) -> Potential:
 
 def _from_folder(folder: Path) -> Potential:
     # A run folder holds its best potential in "potential".
-    if (folder / "potential" / "model.json").is_file():
-        folder = folder / "potential"
+    if (folder / RUN_POTENTIAL / "model.json").is_file():
+        folder = folder / RUN_POTENTIAL
     try:
         description = json.loads((folder / "model.json").read_text())
         if (description["format"], description["version"]) != (FORMAT, VERSION):

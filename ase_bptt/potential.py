@@ -48,7 +48,7 @@ class Potential(nn.Module):
 
     family: ClassVar[str]
     extra: ClassVar[str | None] = None
-    """The extra to install the family with: ``pip install "ase_bptt[extra]"``."""
+    """The extra that installs the family, as in ``pip install "ase_bptt[extra]"``."""
     native_name: ClassVar[str | None] = None
     """File name under which `save` writes the family's native checkpoint."""
     atomic_properties: ClassVar[tuple[str, ...]] = ()

@@ -369,6 +369,12 @@ def test_a_single_atom_and_a_cluster_survive_the_round_trip():
         assert results(load_potential("saved"), atoms)[0] == results(lennard_jones(), atoms)[0]
 
 
+def test_a_potential_is_not_saved_where_another_would_be_loaded(tmp_path):
+    save_potential(lennard_jones(), tmp_path / "run" / "potential")
+    with pytest.raises(FileExistsError, match="run is the folder of a training run"):
+        save_potential(lennard_jones(), tmp_path / "run")
+
+
 def test_a_folder_of_the_same_name_does_not_hide_a_family(tmp_path, caplog):
     (tmp_path / "lj").mkdir()
     assert load_potential("lj").family == "lj"

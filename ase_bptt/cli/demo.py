@@ -24,10 +24,9 @@ def add(commands: Any) -> None:
     )
     flag(parser, parser, "--fold", f"which fifth of the kinds is held out, 0 to {FOLDS - 1}", DEMO_FOLD, type=int,
          choices=range(FOLDS), metavar="N")  # fmt: skip
-    add_potential(parser)
+    add_potential(parser, dtype="float32")
     add_training(parser)
     add_output(parser, "ase-bptt-demo", "run folder", resume=True)
-    parser.get_default("flag_defaults")["dtype"] = "float32"
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -56,7 +56,7 @@ def completed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> ar
     return argparse.Namespace(**(defaults | found), given=given)
 
 
-def add_potential(parser: argparse.ArgumentParser, *, positional: bool = False) -> Any:
+def add_potential(parser: argparse.ArgumentParser, *, positional: bool = False, dtype: str | None = None) -> Any:
     """--potential --trust --device --dtype, as one group."""
     group = parser.add_argument_group("potential")
     text = "a name (mace-si, chgnet, chgnet:r2scan, mace:medium), a run folder of ours, or a native checkpoint"
@@ -67,7 +67,8 @@ def add_potential(parser: argparse.ArgumentParser, *, positional: bool = False) 
     flag(group, parser, "--trust", "allow a native checkpoint: a pickle, which can run any code", False,
          action="store_true")  # fmt: skip
     flag(group, parser, "--device", "cpu, cuda, ... (default: the GPU where there is one)", type=device)
-    flag(group, parser, "--dtype", "precision (default: the potential's own)", choices=("float32", "float64"))
+    said = "" if dtype else " (default: the potential's own)"
+    flag(group, parser, "--dtype", f"precision{said}", dtype, choices=("float32", "float64"))
     return group
 
 

@@ -1,0 +1,41 @@
+"""How far ASE's own mechanisms reach: by name after import, and from ``ase run``."""
+
+import importlib
+import os
+import subprocess
+import sys
+
+import numpy as np
+from ase.calculators.calculator import get_calculator_class
+from ase.io import read, write
+from conftest import needs_mace, silicon
+
+import ase_bptt
+from ase_bptt import TorchCalculator, plugin
+
+
+def test_ase_finds_the_calculator_by_name_after_import():
+    assert get_calculator_class("torchcalculator") is TorchCalculator
+
+
+def test_importing_again_does_no_harm():
+    importlib.reload(plugin).register()
+    assert get_calculator_class("torchcalculator").__name__ == "TorchCalculator"
+    assert ase_bptt.TorchCalculator is TorchCalculator
+
+
+@needs_mace
+def test_ase_run_computes_and_relaxes_with_the_embedded_potential(tmp_path):
+    write("start.extxyz", silicon())
+    command = ["run", "torchcalculator", "start.extxyz", "--modify", "import ase_bptt", "-o", "end.extxyz", "-f", "0.05"]
+    done = subprocess.run(
+        [sys.executable, "-m", "ase", *command],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    end = read("end.extxyz")
+    twin = end.copy()
+    twin.calc = TorchCalculator()
+    assert np.linalg.norm(end.get_forces(), axis=1).max() < 0.05
+    np.testing.assert_allclose(end.get_potential_energy(), twin.get_potential_energy(), atol=1e-8)
+    assert np.abs(end.positions - silicon().positions).max() > 0.05
