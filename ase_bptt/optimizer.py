@@ -8,19 +8,15 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-from ase import Atoms
-from ase.calculators.calculator import compare_atoms
 from ase.optimize.optimize import Optimizer
 from ase.utils.abc import Optimizable
 from torch import Tensor
 
 from .adjoints import Adjoint, FullTape, Replay, make_adjoint
-from .calculator import TorchCalculator
-from .frames import IteratedMap, Record
+from .recording import Recording
 from .restart import BROKEN, read_restart, state_from_json, state_to_json, unreadable, write_restart
 from .result import Relaxation, Status
 from .steppers import STEPPERS, Learner, State, Stepper, make_stepper
-from .structures import Structures
 
 log = logging.getLogger(__name__)
 
@@ -71,10 +67,7 @@ class BPTTOptimizer(Optimizer):
             raise TypeError("An ASE run leaves no tape behind: take adjoint='replay', or ase_bptt.relax.")
         self.record = record and self.stepper.differentiable
         self._state: State | None = None
-        self._record: Record | None = None
-        self._begun = Atoms()
-        self._begun_with: dict[str, Any] = {}
-        self._expected: np.ndarray | None = None
+        self._recording = Recording(self.stepper)
         super().__init__(atoms, restart, logfile, trajectory, append_trajectory, **kwargs)
 
     @property
@@ -112,14 +105,15 @@ class BPTTOptimizer(Optimizer):
         self._before_frame()
         positions, force = self._rows(self.optimizable.get_x()), -self._rows(gradient)
         if self.record:
-            self._keep(positions)
+            self._recording.keep(self.atoms, positions, self._state)
         with torch.no_grad():
             moved, self._state = self.stepper.step(positions, force, self._state, _one(positions))
         if not bool(torch.isfinite(moved).all()):
             stop(self)
             return
-        self._expected = moved.reshape(-1).numpy()
-        self.optimizable.set_x(self._expected.copy())
+        x = moved.reshape(-1).numpy()
+        self._recording.moved(x)
+        self.optimizable.set_x(x.copy())
         self.dump(self._saved())
 
     def _before_frame(self) -> None:
@@ -182,70 +176,8 @@ class BPTTOptimizer(Optimizer):
         """
         if not self.stepper.differentiable:
             raise RuntimeError(not_differentiable(type(self).__name__, self.stepper.name))
-        atoms, record = self.optimizable_atoms(), self._record
-        if record is None:
-            raise RuntimeError("This run recorded no step: run it with record=True and at least one step.")
-        record.check_weights()
-        if not self._continues(record, atoms):
-            raise RuntimeError(
-                "The atoms were changed after the last step of this run: take its relaxation before that."
-            )
-        record.nsteps = [len(record.frames)]
-        structures = record.start
-        record.final = torch.tensor(atoms.positions).to(structures.positions)
-        inputs = record.map.parameters()
-        final = self.adjoint.attach(record, record.final) if inputs else record.final
-        forces = torch.tensor(atoms.get_forces()).to(structures.positions)
-        if not bool(torch.isfinite(forces).all()):
-            status = Status.DIVERGED
-        elif self.optimizable.converged(self.optimizable.get_gradient(), self.fmax):
-            status = Status.CONVERGED
-        else:
-            status = Status.OUT_OF_STEPS
-        return Relaxation(
-            start=structures,
-            positions=final,
-            forces=forces,
-            nsteps=torch.tensor(record.nsteps),
-            status=(status,),
-            _energies=torch.tensor([atoms.get_potential_energy()]).to(structures.positions),
-            _record=record,
-            _sources=(atoms,),
-            _single=True,
-        )
-
-    def optimizable_atoms(self) -> Atoms:
-        """The Atoms of this run, if its steps can be differentiated; an error that says why not."""
-        atoms = self.atoms
-        if not isinstance(atoms, Atoms) or not isinstance(atoms.calc, TorchCalculator):
-            raise RuntimeError(
-                "Only a run on Atoms with a TorchCalculator can be differentiated; this one moves a "
-                f"{type(atoms).__name__} with {type(getattr(atoms, 'calc', None)).__name__}."
-            )
-        if atoms.constraints:
-            names = ", ".join(Structures.from_atoms(atoms).constraint_names)
-            raise NotImplementedError(f"The constraints {names} cannot be differentiated yet.")
-        return atoms
-
-    def _keep(self, positions: Tensor) -> None:
-        """Store the state before this frame; start anew where somebody else changed the atoms."""
-        atoms = self.atoms
-        if not isinstance(atoms, Atoms) or not isinstance(atoms.calc, TorchCalculator) or atoms.constraints:
-            return
-        if self._record is None or not self._continues(self._record, atoms):
-            potential = atoms.calc.potential
-            start = Structures.from_atoms(atoms, device=potential.device, dtype=potential.dtype)
-            self._record = Record(IteratedMap(potential, self.stepper), start)
-            self._begun, self._begun_with = atoms.copy(), self.stepper.todict()
-        assert self._state is not None
-        self._record.keep(positions, self._state)
-
-    def _continues(self, record: Record, atoms: Atoms) -> bool:
-        """Whether these atoms, weights and numbers are what the last recorded step left."""
-        changed = compare_atoms(self._begun, atoms, excluded_properties={"positions"})
-        as_left = self._expected is not None and np.array_equal(self._expected, self.optimizable.get_x())
-        same = atoms.calc.potential is record.map.potential and record.map.fingerprint() == record.weights
-        return as_left and same and not changed and self.stepper.todict() == self._begun_with
+        fmax: Any = self.fmax
+        return self._recording.relaxation(self.atoms, self.adjoint, fmax)
 
 
 def _fields_of(stepper: str, kwargs: dict[str, Any]) -> dict[str, Any]:
