@@ -1,6 +1,6 @@
 """Relax structures with machine-learning potentials, and fine-tune them through the relaxation."""
 
-from . import adjoints, datasets, losses, steppers
+from . import adjoints, datasets, losses, optimize, steppers
 from .calculator import TorchCalculator
 from .comparison import compare
 from .diagnosis import diagnose
@@ -41,6 +41,7 @@ __all__ = [
     "load_potential",
     "losses",
     "max_displacement",
+    "optimize",
     "read_pairs",
     "relax",
     "rmsd",

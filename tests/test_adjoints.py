@@ -50,7 +50,7 @@ def distance(relaxation, reference) -> torch.Tensor:
 def decisions():
     """Everything of a run that its gradient takes as given: members, pairs, caps, FIRE's branches."""
     trace = []
-    find, cap = NeighborList.__call__, steppers._cap
+    find, cap = NeighborList.__call__, steppers.arithmetic.cap
     steps = {cls: cls.step for cls in (FIRE, GradientDescent)}
 
     def spied_find(self, structures):
@@ -76,7 +76,7 @@ def decisions():
 
     with (
         mock.patch.object(NeighborList, "__call__", spied_find),
-        mock.patch.object(steppers, "_cap", spied_cap),
+        mock.patch.object(steppers.arithmetic, "cap", spied_cap),
         mock.patch.object(FIRE, "step", spied_step),
         mock.patch.object(GradientDescent, "step", spied_step),
     ):

@@ -467,14 +467,14 @@ class TestRelaxation:
     def test_without_record_memory_stays_flat_and_it_is_refused(self):
         opt = optimizer(record=False)
         opt.run(fmax=0.0, steps=5)
-        assert opt._record is None
+        assert opt._recording.record is None
         with pytest.raises(RuntimeError, match="run it with record=True"):
             opt.relaxation  # noqa: B018
 
     def test_a_record_is_48_bytes_an_atom_and_step(self):
         opt = optimizer()
         opt.run(fmax=0.0, steps=50)
-        frames = opt._record.frames
+        frames = opt._recording.record.frames
         assert len(frames) == 50
         stored = [t for positions, state in frames for t in (positions, *state.atoms.values())]
         assert sum(t.untyped_storage().nbytes() for t in stored) == 48 * 4 * 50

@@ -1,0 +1,104 @@
+"""What an ASE run leaves behind, so that it can be differentiated afterwards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.calculators.calculator import compare_atoms
+from torch import Tensor
+
+from .adjoints import Adjoint
+from .calculator import TorchCalculator
+from .frames import IteratedMap, Record
+from .result import Relaxation, Status
+from .steppers import State, Stepper
+from .structures import Structures
+
+
+class Recording:
+    """The states before each frame of a run on Atoms with a TorchCalculator.
+
+    Parameters
+    ----------
+    stepper : Stepper
+    """
+
+    def __init__(self, stepper: Stepper):
+        self.stepper = stepper
+        self.record: Record | None = None
+        self._begun = Atoms()
+        self._begun_with: dict[str, Any] = {}
+        self._expected: np.ndarray | None = None
+
+    def keep(self, atoms: Any, positions: Tensor, state: State) -> None:
+        """Store the state before a frame; start anew where somebody else changed the atoms."""
+        if not isinstance(atoms, Atoms) or not isinstance(atoms.calc, TorchCalculator) or atoms.constraints:
+            return
+        if self.record is None or not self._continues(self.record, atoms):
+            potential = atoms.calc.potential
+            start = Structures.from_atoms(atoms, device=potential.device, dtype=potential.dtype)
+            self.record = Record(IteratedMap(potential, self.stepper), start)
+            self._begun, self._begun_with = atoms.copy(), self.stepper.todict()
+        self.record.keep(positions, state)
+
+    def moved(self, x: np.ndarray) -> None:
+        """Take note of where a frame has moved the atoms."""
+        self._expected = x
+
+    def relaxation(self, atoms: Any, adjoint: Adjoint, fmax: float) -> Relaxation:
+        """The Relaxation of the frames that were kept.
+
+        Raises
+        ------
+        RuntimeError
+            Where there is none, or where atoms or weights are not those that the last frame left.
+        NotImplementedError
+            For constrained Atoms, by name.
+        """
+        _check_differentiable(atoms)
+        record = self.record
+        if record is None:
+            raise RuntimeError("This run recorded no step: run it with record=True and at least one step.")
+        record.check_weights()
+        if not self._continues(record, atoms):
+            raise RuntimeError(
+                "The atoms were changed after the last step of this run: take its relaxation before that."
+            )
+        record.nsteps = [len(record.frames)]
+        structures = record.start
+        record.final = torch.tensor(atoms.positions).to(structures.positions)
+        final = adjoint.attach(record, record.final) if record.map.parameters() else record.final
+        forces = atoms.get_forces()
+        broken, converged = not np.isfinite(forces).all(), np.linalg.norm(forces, axis=1).max() < fmax
+        return Relaxation(
+            start=structures,
+            positions=final,
+            forces=torch.tensor(forces).to(structures.positions),
+            nsteps=torch.tensor(record.nsteps),
+            status=(Status.DIVERGED if broken else Status.CONVERGED if converged else Status.OUT_OF_STEPS,),
+            _energies=torch.tensor([atoms.get_potential_energy()]).to(structures.positions),
+            _record=record,
+            _sources=(atoms,),
+            _single=True,
+        )
+
+    def _continues(self, record: Record, atoms: Atoms) -> bool:
+        """Whether these atoms, weights and numbers are what the last frame that was kept left."""
+        changed = compare_atoms(self._begun, atoms, excluded_properties={"positions"})
+        as_left = self._expected is not None and np.array_equal(self._expected, atoms.positions.ravel())
+        same = atoms.calc.potential is record.map.potential and record.map.fingerprint() == record.weights
+        return as_left and same and not changed and self.stepper.todict() == self._begun_with
+
+
+def _check_differentiable(atoms: Any) -> None:
+    if not isinstance(atoms, Atoms) or not isinstance(atoms.calc, TorchCalculator):
+        raise RuntimeError(
+            "Only a run on Atoms with a TorchCalculator can be differentiated; this one moves a "
+            f"{type(atoms).__name__} with {type(getattr(atoms, 'calc', None)).__name__}."
+        )
+    if atoms.constraints:
+        names = ", ".join(Structures.from_atoms(atoms).constraint_names)
+        raise NotImplementedError(f"The constraints {names} cannot be differentiated yet.")

@@ -1,0 +1,49 @@
+"""Update rules: from positions and forces of one frame to the positions of the next.
+
+They are pure and out of place, so that autograd can follow them, and hold nothing of a run: what
+travels from frame to frame is in the State. The same code moves ASE's optimizer and the tape.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import arithmetic
+from .base import Learner, State, Stepper
+from .bfgs import BFGS
+from .fire import FIRE
+from .gradient_descent import GradientDescent
+from .lbfgs import LBFGS
+
+__all__ = [
+    "BFGS",
+    "FIRE",
+    "LBFGS",
+    "STEPPERS",
+    "GradientDescent",
+    "Learner",
+    "State",
+    "Stepper",
+    "arithmetic",
+    "make_stepper",
+]
+
+STEPPERS: dict[str, type[Stepper]] = {cls.name: cls for cls in (GradientDescent, FIRE, BFGS, LBFGS)}
+
+
+def make_stepper(stepper: str | Stepper | None, **numbers: Any) -> Stepper:
+    """A stepper by name ("gd", "fire", "bfgs", "lbfgs") with its numbers, or the object itself; None is FIRE.
+
+    Raises TypeError for numbers that the stepper does not have, ValueError for unknown names.
+    """
+    if isinstance(stepper, Stepper):
+        if numbers:
+            raise TypeError(f"Set {', '.join(numbers)} on the stepper object itself, not beside it.")
+        return stepper
+    name = stepper or "fire"
+    if name not in STEPPERS:
+        raise ValueError(f"There is no stepper {name!r}; there are {', '.join(STEPPERS)}.")
+    unknown = set(numbers) - set(STEPPERS[name].fields)
+    if unknown:
+        raise TypeError(f"The stepper {name!r} has no {', '.join(sorted(unknown))}.")
+    return STEPPERS[name](**numbers)

@@ -1,0 +1,92 @@
+"""BFGS, by ASE's formulas."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..positive import check_positive
+from . import arithmetic
+from .base import Learner, State
+
+SAME = 1e-7
+"""Å (ASE's number). Where no coordinate moved farther, there is nothing to learn from."""
+
+
+class BFGS(Learner):
+    """Quasi-Newton steps with a whole Hessian for each structure, by the formulas of ASE's BFGS.
+
+    The step is -V |w|^-1 V^T g with the eigenvalues w and eigenvectors V of the Hessian, so that it leads downhill
+    along directions of negative curvature, too. A frame costs the eigenvalues of a matrix of (3 N)^2 numbers.
+
+    Parameters
+    ----------
+    maxstep : float
+        Å. The longest atom step of a structure is capped by this, the others in proportion.
+    alpha : float
+        eV/Å^2. The first Hessian is this times the identity.
+    """
+
+    name = "bfgs"
+    fields = ("maxstep", "alpha")
+    learns_the_end = True
+
+    def __init__(self, maxstep: float = 0.2, alpha: float = 70.0):
+        super().__init__()
+        check_positive(maxstep=maxstep, alpha=alpha)
+        self.maxstep, self.alpha = maxstep, alpha
+
+    def init(self, positions: Tensor, n: int) -> State:
+        none = positions.new_zeros(len(positions), 0, positions.shape[1], dtype=torch.float64)
+        return State({"positions": none, "forces": none}, lists={"hessian": (none.new_zeros(0, 0),) * n})
+
+    def learn(self, positions: Tensor, forces: Tensor, state: State, batch: Tensor) -> State:
+        x, f = positions.double(), forces.double()
+        hessians = state.lists["hessian"]
+        counts = _counts(batch, len(hessians))
+        if state.atoms["positions"].shape[1] == 0:
+            sizes = [count * x.shape[1] for count in counts]
+            known = tuple(h if len(h) else _identity(size, x) * self.alpha for h, size in zip(hessians, sizes))
+        else:
+            moved = (x - state.atoms["positions"][:, 0]).split(counts)
+            change = (state.atoms["forces"][:, 0] - f).split(counts)
+            known = tuple(_updated(h, s.flatten(), y.flatten()) for h, s, y in zip(hessians, moved, change))
+        return State({"positions": x[:, None], "forces": f[:, None]}, lists={"hessian": known})
+
+    def step(self, positions: Tensor, forces: Tensor, state: State, batch: Tensor) -> tuple[Tensor, State]:
+        state = self.learn(positions, forces, state, batch)
+        x, f, hessians = state.atoms["positions"][:, 0], state.atoms["forces"][:, 0], state.lists["hessian"]
+        counts = _counts(batch, len(hessians))
+        moves = torch.cat([_newton(h, part.flatten()).view_as(part) for h, part in zip(hessians, f.split(counts))])
+        moves = arithmetic.shortened(moves, batch, len(hessians), self.maxstep)
+        return (x + moves).to(positions.dtype), state
+
+
+def _counts(batch: Tensor, n: int) -> list[int]:
+    counts: list[int] = torch.bincount(batch, minlength=n).tolist()
+    return counts
+
+
+def _identity(size: int, like: Tensor) -> Tensor:
+    return torch.eye(size, dtype=torch.float64, device=like.device)
+
+
+def _updated(hessian: Tensor, moved: Tensor, change: Tensor) -> Tensor:
+    """The Hessian that maps this move to this change of the gradient, and is otherwise close to the old one."""
+    if not bool((moved.abs() >= SAME).any()):
+        return hessian
+    image = hessian @ moved
+    along, before = moved @ change, moved @ image
+    # Where the gradient does not change along the move (a constant force), ASE's rule divides zero by zero.
+    if not (along and before):
+        return hessian
+    return hessian + (torch.outer(change, change) / along - torch.outer(image, image) / before)
+
+
+def _newton(hessian: Tensor, forces: Tensor) -> Tensor:
+    """The step of one structure; not a number where its Hessian has no eigenvalues, so that its run ends."""
+    try:
+        values, vectors = torch.linalg.eigh(hessian)
+    except torch.linalg.LinAlgError:
+        return torch.full_like(forces, torch.nan)
+    return vectors @ ((forces @ vectors) / values.abs())

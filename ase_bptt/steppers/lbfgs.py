@@ -1,0 +1,72 @@
+"""Limited-memory BFGS, by ASE's formulas."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..positive import check_positive
+from . import arithmetic
+from .base import Learner, State
+
+
+class LBFGS(Learner):
+    """Quasi-Newton steps from the latest frames instead of a Hessian, by the formulas of ASE's LBFGS.
+
+    A frame costs sums over the frames that are remembered; they take 48 bytes an atom each.
+
+    Parameters
+    ----------
+    maxstep : float
+        Å. The longest atom step of a structure is capped by this, the others in proportion.
+    memory : int
+        Moves that are remembered.
+    damping : float
+        Every step is multiplied by this after it was capped.
+    alpha : float
+        eV/Å^2. Curvature along directions that no remembered move has gone.
+    """
+
+    name = "lbfgs"
+    fields = ("maxstep", "memory", "damping", "alpha")
+    learns_the_end = False
+
+    def __init__(self, maxstep: float = 0.2, memory: int = 100, damping: float = 1.0, alpha: float = 70.0):
+        super().__init__()
+        check_positive(maxstep=maxstep, damping=damping, alpha=alpha)
+        if memory < 0:
+            raise ValueError(f"memory must not be negative, got {memory}.")
+        self.maxstep, self.memory, self.damping, self.alpha = maxstep, memory, damping, alpha
+
+    def init(self, positions: Tensor, n: int) -> State:
+        none = positions.new_zeros(len(positions), 0, positions.shape[1], dtype=torch.float64)
+        return State({"positions": none, "forces": none}, {"frame": positions.new_zeros(n, dtype=torch.int64)})
+
+    def learn(self, positions: Tensor, forces: Tensor, state: State, batch: Tensor) -> State:
+        new = {"positions": positions.double(), "forces": forces.double()}
+        atoms = {name: torch.cat((old, new[name][:, None]), dim=1) for name, old in state.atoms.items()}
+        latest = {name: frames[:, -(self.memory + 1) :] for name, frames in atoms.items()}
+        return State(latest, {"frame": state.structures["frame"] + 1})
+
+    def step(self, positions: Tensor, forces: Tensor, state: State, batch: Tensor) -> tuple[Tensor, State]:
+        state = self.learn(positions, forces, state, batch)
+        n = len(state.structures["frame"])
+        moves = self._newton(state.atoms["positions"], state.atoms["forces"], batch, n)
+        moves = arithmetic.shortened(moves, batch, n, self.maxstep) * self.damping
+        return (state.atoms["positions"][:, -1] + moves).to(positions.dtype), state
+
+    def _newton(self, positions: Tensor, forces: Tensor, batch: Tensor, n: int) -> Tensor:
+        """The inverse Hessian of the remembered frames (n_atoms, m + 1, 3), applied to the latest forces."""
+        moved = positions.diff(dim=1).unbind(1)
+        change = (-forces.diff(dim=1)).unbind(1)
+        curvatures = [arithmetic.dot(s, y, batch, n) for s, y in zip(moved, change)]
+        # A frame without a move (forces of zero) says nothing; ASE's rule divides by zero there.
+        inverse = [torch.where(c == 0, 0.0, 1 / torch.where(c == 0, 1.0, c)) for c in curvatures]
+        step, weights = forces[:, -1], []
+        for s, y, rho in reversed(list(zip(moved, change, inverse))):
+            weights.append(rho * arithmetic.dot(s, step, batch, n))
+            step = step - weights[-1][batch, None] * y
+        step = step * (1 / self.alpha)
+        for s, y, rho, weight in zip(moved, change, inverse, reversed(weights)):
+            step = step + (weight - rho * arithmetic.dot(y, step, batch, n))[batch, None] * s
+        return step
