@@ -111,9 +111,9 @@ class BPTTOptimizer(Optimizer):
         if not bool(torch.isfinite(moved).all()):
             stop(self)
             return
-        x = moved.reshape(-1).numpy()
-        self._recording.moved(x)
-        self.optimizable.set_x(x.copy())
+        self.optimizable.set_x(moved.reshape(-1).numpy().copy())
+        # Constraints may have moved the atoms elsewhere than they were asked to.
+        self._recording.moved(self.optimizable.get_x())
         self.dump(self._saved())
 
     def _before_frame(self) -> None:
@@ -172,7 +172,7 @@ class BPTTOptimizer(Optimizer):
             Without record=True, before any step, for anything but Atoms with a TorchCalculator, or for a
             stepper that cannot be differentiated.
         NotImplementedError
-            For constrained Atoms, by name.
+            For constraints that `relax` does not know, by name.
         """
         if not self.stepper.differentiable:
             raise RuntimeError(not_differentiable(type(self).__name__, self.stepper.name))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .adjoints import Adjoint
 from .calculator import TorchCalculator
+from .constraints import KNOWN, unknown
 from .frames import IteratedMap, Record
 from .result import Relaxation, Status
 from .steppers import State, Stepper
@@ -31,17 +32,19 @@ class Recording:
         self.record: Record | None = None
         self._begun = Atoms()
         self._begun_with: dict[str, Any] = {}
+        self._held: list[Any] = []
         self._expected: np.ndarray | None = None
 
     def keep(self, atoms: Any, positions: Tensor, state: State) -> None:
         """Store the state before a frame; start anew where somebody else changed the atoms."""
-        if not isinstance(atoms, Atoms) or not isinstance(atoms.calc, TorchCalculator) or atoms.constraints:
+        if not isinstance(atoms, Atoms) or not isinstance(atoms.calc, TorchCalculator) or unknown(_names(atoms)):
             return
         if self.record is None or not self._continues(self.record, atoms):
             potential = atoms.calc.potential
             start = Structures.from_atoms(atoms, device=potential.device, dtype=potential.dtype)
             self.record = Record(IteratedMap(potential, self.stepper), start)
             self._begun, self._begun_with = atoms.copy(), self.stepper.todict()
+            self._held = list(atoms.constraints)
         self.record.keep(positions, state)
 
     def moved(self, x: np.ndarray) -> None:
@@ -56,7 +59,7 @@ class Recording:
         RuntimeError
             Where there is none, or where atoms or weights are not those that the last frame left.
         NotImplementedError
-            For constrained Atoms, by name.
+            For constraints that `relax` does not know, by name.
         """
         _check_differentiable(atoms)
         record = self.record
@@ -71,8 +74,8 @@ class Recording:
         structures = record.start
         record.final = torch.tensor(atoms.positions).to(structures.positions)
         final = adjoint.attach(record, record.final) if record.map.parameters() else record.final
-        forces = atoms.get_forces()
-        broken, converged = not np.isfinite(forces).all(), np.linalg.norm(forces, axis=1).max() < fmax
+        forces, acting = atoms.get_forces(apply_constraint=False), atoms.get_forces()
+        broken, converged = not np.isfinite(forces).all(), np.linalg.norm(acting, axis=1).max() < fmax
         return Relaxation(
             start=structures,
             positions=final,
@@ -86,11 +89,13 @@ class Recording:
         )
 
     def _continues(self, record: Record, atoms: Atoms) -> bool:
-        """Whether these atoms, weights and numbers are what the last frame that was kept left."""
+        """Whether these atoms, constraints, weights and numbers are what the last frame that was kept left."""
         changed = compare_atoms(self._begun, atoms, excluded_properties={"positions"})
         as_left = self._expected is not None and np.array_equal(self._expected, atoms.positions.ravel())
+        held = len(self._held) == len(atoms.constraints)
+        held = held and all(a is b for a, b in zip(self._held, atoms.constraints, strict=True))
         same = atoms.calc.potential is record.map.potential and record.map.fingerprint() == record.weights
-        return as_left and same and not changed and self.stepper.todict() == self._begun_with
+        return as_left and same and held and not changed and self.stepper.todict() == self._begun_with
 
 
 def _check_differentiable(atoms: Any) -> None:
@@ -99,6 +104,12 @@ def _check_differentiable(atoms: Any) -> None:
             "Only a run on Atoms with a TorchCalculator can be differentiated; this one moves a "
             f"{type(atoms).__name__} with {type(getattr(atoms, 'calc', None)).__name__}."
         )
-    if atoms.constraints:
-        names = ", ".join(Structures.from_atoms(atoms).constraint_names)
-        raise NotImplementedError(f"The constraints {names} cannot be differentiated yet.")
+    names = unknown(_names(atoms))
+    if names:
+        raise NotImplementedError(
+            f"The constraints {', '.join(names)} cannot be differentiated; {', '.join(KNOWN)} can."
+        )
+
+
+def _names(atoms: Atoms) -> list[str]:
+    return [type(c).__name__ for c in atoms.constraints]

@@ -22,7 +22,17 @@ from ase.optimize import FIRE as AseFIRE
 from conftest import argon, cluster, lennard_jones, rattled, skewed
 from test_adjoints import check_slopes, distance, elsewhere, gradient, run
 
-from ase_bptt import RelaxationPair, Status, Structures, delta_q, max_displacement, relax, rmsd
+from ase_bptt import (
+    BPTTOptimizer,
+    RelaxationPair,
+    Status,
+    Structures,
+    TorchCalculator,
+    delta_q,
+    max_displacement,
+    relax,
+    rmsd,
+)
 from ase_bptt.constraints import KNOWN
 from ase_bptt.starts import varied_starts
 from ase_bptt.steppers import FIRE, GradientDescent
@@ -176,6 +186,39 @@ class TestGradients:
         weights = torch.randn_like(structures.positions)
         (found,) = torch.autograd.grad((relaxation.positions * weights).sum(), structures.positions)
         torch.testing.assert_close(found, weights)
+
+
+class TestOptimizer:
+    @every_case
+    def test_a_run_under_ase_is_the_run_on_the_device_and_so_is_its_gradient(self, name):
+        potential = lennard_jones().requires_grad_()
+        start = CASES[name]()
+        atoms = start.copy()
+        atoms.calc = TorchCalculator(potential)
+        optimizer = BPTTOptimizer(atoms, logfile=None, stepper=fire())
+        optimizer.run(fmax=0.01, steps=30)
+        if not optimizer.nsteps:
+            return
+        found = optimizer.relaxation
+        expected = relax(potential, start, stepper=fire(), fmax=0.01, steps=30)
+        np.testing.assert_allclose(found.positions.detach(), expected.positions.detach(), atol=1e-11)
+        assert found.status == expected.status
+        assert found.fmax.item() == pytest.approx(expected.fmax.item(), abs=1e-9)
+        weights = torch.randn_like(found.positions)
+        for a, b in zip(*(
+            torch.autograd.grad((end.positions * weights).sum(), list(potential.parameters()))
+            for end in (found, expected)
+        ), strict=True):  # fmt: skip
+            torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+
+    def test_constraints_that_were_changed_since_are_noticed(self):
+        atoms = held(argon, FixAtoms([0]))
+        atoms.calc = TorchCalculator(lennard_jones())
+        optimizer = BPTTOptimizer(atoms, logfile=None, stepper=fire())
+        optimizer.run(fmax=0.0, steps=3)
+        atoms.set_constraint(FixAtoms([1]))
+        with pytest.raises(RuntimeError, match="were changed"):
+            optimizer.relaxation  # noqa: B018
 
 
 class TestLosses:
