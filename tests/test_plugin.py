@@ -27,17 +27,7 @@ def test_importing_again_does_no_harm():
 @needs_mace
 def test_ase_run_computes_and_relaxes_with_the_embedded_potential(tmp_path):
     write("start.extxyz", silicon())
-    command = [
-        "run",
-        "torchcalculator",
-        "start.extxyz",
-        "--modify",
-        "import ase_bptt",
-        "-o",
-        "end.extxyz",
-        "-f",
-        "0.05",
-    ]
+    flags = ["--modify", "import ase_bptt", "-o", "end.extxyz", "-f", "0.05"]
     done = subprocess.run(
         [sys.executable, "-m", "ase", "run", "torchcalculator", "start.extxyz", *flags],
         env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
