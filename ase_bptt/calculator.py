@@ -109,6 +109,11 @@ class TorchCalculator(Calculator):
             raise CalculationFailed(
                 f"The potential gives the energy {energy} for {atoms.symbols}: are two atoms on one spot?"
             )
+        # A well without a hard core has an energy where two atoms meet, but no slope.
+        if not np.isfinite(arrays["forces"]).all():
+            raise CalculationFailed(
+                f"The potential gives forces that are no numbers for {atoms.symbols}: are two atoms on one spot?"
+            )
         self.results = {"energy": energy, "free_energy": energy, "forces": arrays["forces"]}
         if periodic:
             self.results["stress"] = full_3x3_to_voigt_6_stress(arrays["stress"][0])
