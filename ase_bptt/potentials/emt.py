@@ -36,7 +36,7 @@ ELEMENTS = {
     "Au": (-3.80, 3.00, 2.321, 1.674, 2.873, 2.182, 0.00703),
 }
 BETA = 1.809
-"""Nearest-neighbour distance in fcc over s: (16 pi / 3)^(1/3) / 2^(1/2), rounded as in the paper's time."""
+"""Nearest-neighbour distance in fcc over s: (16 pi / 3)^(1/3) / 2^(1/2), with the rounding that has become custom."""
 SHELLS = ((1, 12), (2, 6), (3, 24))
 """Squared distance, in nearest-neighbour distances, and number of the neighbours in fcc that count."""
 
