@@ -22,6 +22,8 @@ from ase_bptt import BPTTOptimizer, Relaxation, Status, TorchCalculator, relax
 from ase_bptt.steppers import FIRE, GradientDescent
 
 STEPPERS = {"fire": {"dt": 0.03, "dtmax": 0.06}, "gd": {"step_size": 0.002, "momentum": 0.4}}
+NUMBERS = STEPPERS | {"bfgs": {"alpha": 200.0}, "lbfgs": {"alpha": 200.0, "memory": 6}}
+"""STEPPERS are those that a gradient can be taken through."""
 
 
 def with_calculator(atoms, potential=None):
@@ -31,11 +33,11 @@ def with_calculator(atoms, potential=None):
 
 def optimizer(atoms=None, stepper="fire", **arguments):
     atoms = with_calculator(argon()) if atoms is None else atoms
-    return BPTTOptimizer(atoms, stepper=stepper, **({"logfile": None} | STEPPERS[stepper] | arguments))
+    return BPTTOptimizer(atoms, stepper=stepper, **({"logfile": None} | NUMBERS[stepper] | arguments))
 
 
 class TestRun:
-    @pytest.mark.parametrize("stepper", STEPPERS)
+    @pytest.mark.parametrize("stepper", NUMBERS)
     def test_it_ends_below_fmax_and_says_so(self, stepper):
         opt = optimizer(stepper=stepper)
         assert bool(opt.run(fmax=0.05, steps=200)) is True
@@ -118,11 +120,21 @@ class TestArguments:
         with pytest.raises(ValueError, match="no stepper 'newton'; there are gd, fire"):
             BPTTOptimizer(argon(), stepper="newton")
 
-    def test_no_atom_moves_farther_than_maxstep(self):
-        opt = BPTTOptimizer(with_calculator(argon()), stepper="gd", step_size=1.0, maxstep=0.03, logfile=None)
+    @pytest.mark.parametrize(("stepper", "numbers"), [("gd", {"step_size": 1.0}), ("bfgs", {"alpha": 1.0})])
+    def test_no_atom_moves_farther_than_maxstep(self, stepper, numbers):
+        opt = BPTTOptimizer(with_calculator(argon()), stepper=stepper, maxstep=0.03, logfile=None, **numbers)
         opt.run(fmax=0.0, steps=1)
-        steps = np.linalg.norm(opt.atoms.positions - argon().positions, axis=1)
-        assert steps.max() == pytest.approx(0.03)
+        before = opt.atoms.positions.copy()
+        opt.maxstep = 0.01
+        opt.run(fmax=0.0, steps=1)
+        steps = [np.linalg.norm(x, axis=1).max() for x in (before - argon().positions, opt.atoms.positions - before)]
+        assert steps == pytest.approx([0.03, 0.01])
+
+    def test_forces_given_to_a_step_are_taken_with_ases_warning(self):
+        opt = optimizer(stepper="gd")
+        with pytest.warns(UserWarning, match="do not pass forces"):
+            opt.step(np.ones((4, 3)))
+        np.testing.assert_allclose(opt.atoms.positions - argon().positions, 0.002)
 
 
 class TestFiles:
@@ -148,7 +160,7 @@ class TestFiles:
         default = capsys.readouterr().out
         assert dashed.count("BPTTOptimizer:") == default.count("BPTTOptimizer:") == 3
 
-    @pytest.mark.parametrize("stepper", STEPPERS)
+    @pytest.mark.parametrize("stepper", NUMBERS)
     def test_the_trajectory_says_how_it_was_made(self, stepper):
         optimizer(stepper=stepper, trajectory="a.traj").run(fmax=0.01, steps=3)
         with Trajectory("a.traj") as trajectory:
@@ -159,7 +171,7 @@ class TestFiles:
         assert described["optimizer"] == "BPTTOptimizer"
         assert described["fmax"] == 0.01
         assert described["stepper"]["name"] == stepper
-        assert STEPPERS[stepper].items() <= described["stepper"].items()
+        assert NUMBERS[stepper].items() <= described["stepper"].items()
 
     def test_numbers_that_are_parameters_go_into_the_trajectory_too(self):
         stepper = GradientDescent(torch.nn.Parameter(torch.tensor(0.25)))
@@ -180,22 +192,28 @@ def uninterrupted(make, stepper, steps, **arguments):
     return np.array([opt.atoms.positions.copy() for _ in opt.irun(fmax=0.0, steps=steps)])
 
 
-@pytest.mark.parametrize("stepper", STEPPERS)
+INTERRUPTED = {"fire": 12, "gd": 12, "bfgs": 4, "lbfgs": 4}
+"""After how many steps: those of BFGS have arrived by the twelfth, and every path from there is the same."""
+
+
+@pytest.mark.parametrize("stepper", NUMBERS)
 @pytest.mark.parametrize("make", [argon, cluster])
 class TestRestart:
     def test_its_path_is_the_uninterrupted_one_bit_for_bit(self, make, stepper):
         expected = uninterrupted(lambda: with_calculator(make()), stepper, 30)
-        optimizer(with_calculator(make()), stepper, restart="a.json", trajectory="a.traj").run(0.0, steps=12)
+        optimizer(with_calculator(make()), stepper, restart="a.json", trajectory="a.traj").run(
+            0.0, steps=INTERRUPTED[stepper]
+        )
         again = lambda: with_calculator(read("a.traj"))  # noqa: E731
-        found = uninterrupted(again, stepper, 18, restart="a.json")
-        assert np.array_equal(found, expected[12:])
+        found = uninterrupted(again, stepper, 30 - INTERRUPTED[stepper], restart="a.json")
+        assert np.array_equal(found, expected[INTERRUPTED[stepper] :])
 
     def test_without_its_file_the_path_is_another(self, make, stepper):
         # Otherwise the test above could not fail.
         expected = uninterrupted(lambda: with_calculator(make()), stepper, 30)
-        optimizer(with_calculator(make()), stepper, trajectory="a.traj").run(0.0, steps=12)
-        found = uninterrupted(lambda: with_calculator(read("a.traj")), stepper, 18)
-        assert abs(found - expected[12:]).max() > 1e-6
+        optimizer(with_calculator(make()), stepper, trajectory="a.traj").run(0.0, steps=INTERRUPTED[stepper])
+        found = uninterrupted(lambda: with_calculator(read("a.traj")), stepper, 30 - INTERRUPTED[stepper])
+        assert abs(found - expected[INTERRUPTED[stepper] :]).max() > 1e-6
 
 
 def test_a_restart_on_a_cell_filter_keeps_what_strain_is_measured_from():
@@ -226,6 +244,7 @@ BROKEN = {
     "a list": lambda: "[1, 2]",
     "nothing in it": lambda: "{}",
     "another stepper's": lambda: saved(stepper="gd"),
+    "a list of nothing": lambda: saved(atoms=[]),
     "lacks a number": lambda: saved(structures={"dt": [0.1]}),
     "words for numbers": lambda: saved(atoms={"velocities": "fast"}),
     "another structure's": lambda: saved(atoms={"velocities": [[0.0, 0.0, 0.0]] * 5}),
@@ -343,7 +362,7 @@ class Booth:
         return iter([])
 
 
-@pytest.mark.parametrize("stepper", ["gd", "fire"])
+@pytest.mark.parametrize("stepper", NUMBERS)
 def test_it_minimises_functions_of_two_variables(stepper):
     function = Booth()
     assert BPTTOptimizer(function, stepper=stepper, logfile=None).run(fmax=1e-6, steps=2000)
@@ -418,7 +437,10 @@ class TestRelaxation:
     def change_potential(self, opt):
         opt.atoms.calc = TorchCalculator(lennard_jones(smooth=False))
 
-    CHANGES = ("positions", "cell", "weights", "potential")
+    def change_numbers(self, opt):
+        opt.maxstep = 0.01
+
+    CHANGES = ("positions", "cell", "weights", "potential", "numbers")
 
     @pytest.mark.parametrize("what", CHANGES)
     def test_it_starts_anew_where_somebody_changed_something_between_two_runs(self, what):

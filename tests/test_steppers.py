@@ -1,18 +1,22 @@
 """One arithmetic, two drivers: against ASE's FIRE, a plain numpy loop, and each other."""
 
+import copy
 import json
+import pickle
 
 import numpy as np
 import pytest
 import torch
 from ase import Atoms
 from ase.calculators.lj import LennardJones as AseLennardJones
+from ase.optimize import BFGS as AseBFGS
 from ase.optimize import FIRE as AseFIRE
+from ase.optimize import LBFGS as AseLBFGS
 from conftest import argon, cluster, lennard_jones
 from torch import nn
 
-from ase_bptt import BPTTOptimizer, TorchCalculator, relax
-from ase_bptt.steppers import FIRE, GradientDescent, make_stepper
+from ase_bptt import BPTTOptimizer, Status, TorchCalculator, relax
+from ase_bptt.steppers import BFGS, FIRE, LBFGS, STEPPERS, GradientDescent, State, make_stepper
 
 STRUCTURES = [argon, cluster]
 
@@ -54,6 +58,26 @@ def test_fire_moves_in_lockstep_with_ases(numbers, make):
     assert np.ptp(expected, axis=0).max() > 0.01
 
 
+# Short steps: with ASE's usual ones, moving an atom of `argon` by 1e-15 Å moves the end of ASE's own BFGS by 5e-10 Å.
+QUASI_NEWTONS = [
+    (AseBFGS, BFGS, {"maxstep": 0.05}),
+    (AseBFGS, BFGS, {"alpha": 30.0, "maxstep": 0.03}),
+    (AseLBFGS, LBFGS, {"maxstep": 0.05}),
+    (AseLBFGS, LBFGS, {"alpha": 30.0, "maxstep": 0.03, "memory": 4, "damping": 0.9}),
+]
+
+
+@pytest.mark.parametrize("make", STRUCTURES)
+@pytest.mark.parametrize(("theirs", "ours", "numbers"), QUASI_NEWTONS)
+def test_quasi_newton_steps_end_where_ases_end(theirs, ours, numbers, make):
+    atoms = with_calculator(make())
+    theirs(atoms, logfile=None, **numbers).run(fmax=0.0, steps=20)
+    with torch.no_grad():
+        relaxation = relax(lennard_jones(), make(), stepper=ours(**numbers), fmax=0.0, steps=20)
+    np.testing.assert_allclose(relaxation.positions, atoms.positions, rtol=0, atol=1e-10)
+    assert abs(atoms.positions - make().positions).max() > 0.01
+
+
 def descend(atoms, steps, step_size, anneal=1.0, momentum=0.0, maxstep=0.2):
     path, velocity = [atoms.positions.copy()], 0.0
     for t in range(steps):
@@ -90,7 +114,11 @@ def test_both_drivers_take_the_same_path(stepper, make):
     np.testing.assert_allclose(path_of_relax(make(), stepper, 50), ase, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("stepper", [FIRE(dt=0.03), GradientDescent(0.002, momentum=0.5)], ids=["fire", "gd"])
+EVERY = [FIRE(dt=0.03), GradientDescent(0.002, momentum=0.5), BFGS(), LBFGS(memory=10)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stepper", EVERY, ids=lambda stepper: stepper.name)
 def test_no_structure_feels_the_others_of_its_batch(stepper):
     # All three are at other branches of FIRE, and capped or not, at the same time.
     members = [argon(), cluster(), cluster(5, seed=3)]
@@ -98,6 +126,52 @@ def test_no_structure_feels_the_others_of_its_batch(stepper):
     for k, atoms in enumerate(members):
         alone = relax(lennard_jones(), atoms, stepper=stepper, fmax=0.0, steps=40)
         torch.testing.assert_close(together[k].positions, alone.positions, rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stepper", EVERY, ids=lambda stepper: stepper.name)
+def test_members_that_stop_leave_the_others_as_they_are(stepper):
+    members = [cluster(4), argon(), cluster(), Atoms("Ar", positions=[[1, 2, 3]]), cluster(5, seed=3)]
+    together = relax(lennard_jones(), members, stepper=stepper, fmax=0.3, steps=60)
+    alone = [relax(lennard_jones(), atoms, stepper=stepper, fmax=0.3, steps=60) for atoms in members]
+    assert together.nsteps.tolist() == [int(one.nsteps[0]) for one in alone]
+    assert len(set(together.nsteps.tolist())) > 2
+    torch.testing.assert_close(together.positions, torch.cat([one.positions for one in alone]), rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["bfgs", "lbfgs"])
+def test_a_structure_that_is_lost_does_not_take_the_others_along(name):
+    far, near = cluster(), cluster(5, seed=3)
+    far.positions[0] = far.positions[1] + 1e-9
+    together = relax(lennard_jones(), [far, near], stepper=name, fmax=1e-3, steps=100)
+    assert together.status[1] is Status.CONVERGED
+    alone = relax(lennard_jones(), near, stepper=name, fmax=1e-3, steps=100)
+    torch.testing.assert_close(together[1].positions, alone.positions, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["bfgs", "lbfgs"])
+@pytest.mark.parametrize("adjoint", ["replay", "full"])
+def test_a_tape_refuses_quasi_newton_steps(name, adjoint):
+    with pytest.raises(TypeError, match=rf"The stepper '{name}' cannot be differentiated: use torch\.no_grad"):
+        relax(lennard_jones().requires_grad_(), argon(), stepper=name, adjoint=adjoint, steps=3)
+
+
+@pytest.mark.parametrize("name", ["bfgs", "lbfgs"])
+def test_quasi_newton_steps_need_no_tape_where_nothing_requires_gradients(name):
+    relaxation = relax(lennard_jones().requires_grad_(False), argon(), stepper=name, fmax=0.01, steps=100)
+    assert relaxation.status == (Status.CONVERGED,)
+    assert not relaxation.positions.requires_grad
+
+
+def test_a_hessian_that_has_no_eigenvalues_ends_its_structure_only():
+    stepper, batch = BFGS(), torch.tensor([0, 0, 1, 1])
+    positions, forces = torch.zeros(4, 3, dtype=torch.float64), torch.ones(4, 3, dtype=torch.float64)
+    _, state = stepper.step(positions, forces, stepper.init(positions, 2), batch)
+    state.lists["hessian"] = (state.lists["hessian"][0] * torch.nan, state.lists["hessian"][1])
+    moved, _ = stepper.step(positions, forces, state, batch)
+    assert moved[:2].isnan().all()
+    assert moved[2:].isfinite().all()
 
 
 def one_step(stepper, forces, batch):
@@ -116,17 +190,26 @@ def test_gradient_descent_caps_the_longest_atom_step_of_each_structure():
     np.testing.assert_allclose(moved, expected, atol=1e-15)
 
 
+@pytest.mark.parametrize("stepper", [BFGS(0.2, alpha=10.0), LBFGS(0.2, alpha=10.0)], ids=["bfgs", "lbfgs"])
+def test_quasi_newton_steps_begin_as_capped_descent(stepper):
+    moved, _ = one_step(stepper, FORCES, [0, 0, 1, 1])
+    expected = [[0.15, 0, 0], [0, 0.2, 0], [0.01, 0, 0], [0, 0, 0]]
+    np.testing.assert_allclose(moved, expected, atol=1e-15)
+
+
 def test_fire_caps_the_norm_of_the_whole_step_of_each_structure():
     moved, _ = one_step(FIRE(dt=1.0, maxstep=0.2), FORCES, [0, 0, 1, 1])
     expected = [[0.12, 0, 0], [0, 0.16, 0], [0.1, 0, 0], [0, 0, 0]]
     np.testing.assert_allclose(moved, expected, atol=1e-15)
 
 
-@pytest.mark.parametrize("stepper", ["gd", "fire"])
+@pytest.mark.parametrize("stepper", STEPPERS)
 def test_a_step_is_pure_and_out_of_place(stepper):
     stepper = make_stepper(stepper)
     positions = torch.rand(4, 3, dtype=torch.float64)
     batch, state = torch.tensor([0, 0, 1, 1]), stepper.init(positions, 2)
+    forces = torch.rand(4, 3, dtype=torch.float64)
+    positions, state = stepper.step(positions, forces, state, batch)
     forces = torch.rand(4, 3, dtype=torch.float64)
     before = [positions.clone(), forces.clone(), state.map(torch.clone)]
     first = stepper.step(positions, forces, state, batch)
@@ -134,16 +217,35 @@ def test_a_step_is_pure_and_out_of_place(stepper):
     assert torch.equal(first[0], second[0])
     assert torch.equal(positions, before[0])
     assert torch.equal(forces, before[1])
-    for part in ("atoms", "structures"):
-        for name, value in getattr(state, part).items():
-            assert torch.equal(value, getattr(before[2], part)[name])
+    assert_same(state, before[2])
+    assert_same(first[1], second[1])
+
+
+def assert_same(one, other):
+    for part in ("atoms", "structures", "lists"):
+        torch.testing.assert_close(getattr(one, part), getattr(other, part), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("name", STEPPERS)
+def test_a_copy_of_stepper_and_state_goes_on_alike(name, again):
+    stepper = make_stepper(name)
+    positions, forces = torch.rand(2, 4, 3, dtype=torch.float64)
+    batch = torch.tensor([0, 0, 1, 1])
+    positions, state = stepper.step(positions, forces, stepper.init(positions, 2), batch)
+    there, after = stepper.step(positions, -forces, state, batch)
+    found, found_after = again(stepper).step(positions, -forces, again(state), batch)
+    assert torch.equal(found, there)
+    assert_same(found_after, after)
 
 
 def test_a_state_is_selected_by_structure():
     state = FIRE().init(torch.arange(12.0).reshape(4, 3), 2)
     state.atoms["velocities"] += torch.arange(12.0).reshape(4, 3)
     state.structures["downhill"] += torch.tensor([5, 7])
+    state.lists["hessian"] = (torch.eye(3), torch.ones(9, 9))
     chosen = state.select(torch.tensor([2, 3]), torch.tensor([1]))
+    assert [t.shape for t in chosen.lists["hessian"]] == [(9, 9)]
     assert chosen.atoms["velocities"].tolist() == [[6, 7, 8], [9, 10, 11]]
     assert chosen.structures["downhill"].tolist() == [7]
 
@@ -157,10 +259,24 @@ def test_the_floats_of_a_state_are_replaced_in_their_own_order():
     assert again.structures["downhill"] is state.structures["downhill"]
 
 
-@pytest.mark.parametrize("name", ["gd", "fire"])
+def test_lists_are_mapped_and_their_floats_replaced_too():
+    state = State({"x": torch.zeros(2, 3)}, {}, {"h": (torch.zeros(2), torch.zeros(3)), "k": (torch.tensor([1]),) * 2})
+    again = state.with_floats([t + k for k, t in enumerate(state.floats())])
+    assert [t.tolist() for t in again.lists["h"]] == [[1, 1], [2, 2, 2]]
+    assert [t.tolist() for t in again.map(torch.neg).lists["k"]] == [[-1], [-1]]
+
+
+@pytest.mark.parametrize("name", STEPPERS)
 def test_unknown_numbers_are_named(name):
-    with pytest.raises(TypeError, match=rf"The stepper '{name}' has no alpha, step\."):
-        make_stepper(name, step=1, alpha=2)
+    with pytest.raises(TypeError, match=rf"The stepper '{name}' has no size, step\."):
+        make_stepper(name, step=1, size=2)
+
+
+@pytest.mark.parametrize("numbers", [{"alpha": 0.0}, {"maxstep": -0.1}, {"memory": -1}, {"damping": float("nan")}])
+def test_numbers_that_make_no_sense_are_refused(numbers):
+    (name,) = numbers
+    with pytest.raises(ValueError, match=f"{name} must"):
+        LBFGS(**numbers)
 
 
 def test_numbers_beside_a_stepper_object_are_refused():
@@ -169,11 +285,11 @@ def test_numbers_beside_a_stepper_object_are_refused():
 
 
 def test_unknown_steppers_are_named():
-    with pytest.raises(ValueError, match="no stepper 'newton'; there are gd, fire"):
+    with pytest.raises(ValueError, match="no stepper 'newton'; there are gd, fire, bfgs, lbfgs"):
         relax(lennard_jones(), argon(), stepper="newton")
 
 
-@pytest.mark.parametrize(("name", "cls"), [("gd", GradientDescent), ("fire", FIRE), (None, FIRE)])
+@pytest.mark.parametrize(("name", "cls"), [*STEPPERS.items(), (None, FIRE)])
 def test_a_stepper_comes_by_name_and_describes_itself_as_json(name, cls):
     stepper = make_stepper(name)
     described = json.loads(json.dumps(stepper.todict()))
@@ -199,9 +315,10 @@ def test_gradient_descent_with_maxstep_survives_a_crash_of_atoms():
     assert distance == pytest.approx(2 ** (1 / 6), abs=1e-3)
 
 
-def test_a_step_keeps_float32():
-    positions = torch.zeros(2, 3)
-    batch, stepper = torch.zeros(2, dtype=torch.int64), GradientDescent(0.05)
-    moved, _ = stepper.step(positions, torch.ones(2, 3), stepper.init(positions, 1), batch)
-    assert moved.dtype is torch.float32
+@pytest.mark.parametrize("stepper", [GradientDescent(0.05), BFGS(alpha=20.0), LBFGS(alpha=20.0)])
+def test_a_step_keeps_float32(stepper):
+    positions, batch = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
+    moved, state = stepper.step(positions, torch.ones(2, 3), stepper.init(positions, 1), batch)
+    again, _ = stepper.step(moved, torch.ones(2, 3) / 2, state, batch)
+    assert moved.dtype is again.dtype is torch.float32
     assert moved.unique().tolist() == pytest.approx([0.05])
