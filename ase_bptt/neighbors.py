@@ -98,7 +98,6 @@ def find_pairs(structures: Structures, cutoff: float) -> Pairs:
     Any mix of boundary conditions, skewed cells, cells smaller than the cutoff and atoms outside
     of their cell. The search itself is vesin's.
     """
-    find = VesinNeighborList(cutoff=cutoff, full_list=True, n_threads=1)
     positions = structures.positions.detach().double().cpu().numpy()
     cells = structures.cells.detach().double().cpu().numpy()
     pbc = structures.pbc.cpu().numpy()
@@ -106,6 +105,9 @@ def find_pairs(structures: Structures, cutoff: float) -> Pairs:
     for count, cell, periodic in zip(structures.counts, cells, pbc, strict=True):
         x = positions[first : first + count]
         if np.isfinite(x).all():
+            # Where nothing repeats, no pair is longer than the span, and looking farther costs its third power.
+            reach = cutoff if periodic.any() else min(cutoff, _span(x))
+            find = VesinNeighborList(cutoff=reach, full_list=True, n_threads=1)
             i, j, shifts = find.compute(x, _filled(cell, periodic, x), periodic, "ijS")
             # One order for one geometry, whenever the list was built: sums repeat bit for bit.
             order = np.argsort(_code(i, j, shifts, count))
@@ -148,6 +150,10 @@ def _filled(cell: np.ndarray, periodic: np.ndarray, positions: np.ndarray) -> np
     if (np.linalg.norm(kept, axis=1)[periodic] == 0).any():
         raise ValueError("A structure is periodic along a cell vector of length zero: set its cell or its pbc.")
     filled = complete_cell(kept)
-    span = float(np.ptp(positions, axis=0).max()) + 1.0 if len(positions) else 1.0
-    filled[~periodic] *= span
+    filled[~periodic] *= _span(positions)
     return filled
+
+
+def _span(positions: np.ndarray) -> float:
+    """A length in Å that is more than the distance between any two of the atoms."""
+    return 1.0 + float(np.linalg.norm(np.ptp(positions, axis=0))) if len(positions) else 1.0

@@ -101,3 +101,8 @@ def test_a_periodic_direction_without_a_cell_vector_is_refused():
 def test_a_negative_skin_is_refused():
     with pytest.raises(ValueError, match="skin must not be negative"):
         NeighborList(3.0, skin=-0.1)
+
+
+def test_a_huge_cutoff_costs_nothing_where_nothing_repeats():
+    dimer = Structures.from_atoms(Atoms("Ar2", positions=[[0, 0, 0], [0, 0, 1.1]]))
+    assert as_set(find_pairs(dimer, 1e5)) == as_set(find_pairs(dimer, 2.0))
