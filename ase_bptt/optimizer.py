@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import torch
+from ase.io import Trajectory
 from ase.optimize.optimize import Optimizer
 from ase.utils.abc import Optimizable
 from torch import Tensor
@@ -148,14 +150,29 @@ class BPTTOptimizer(Optimizer):
             filtered: Any = self.atoms
             filtered.orig_cell = np.array(saved["orig_cell"])
 
-    def _replay_trajectory(self, traj: Any) -> None:
-        """Learn curvatures from a trajectory, as ASE's rule of this name does."""
-        stepper = self.stepper
-        if not isinstance(stepper, Learner):
-            raise TypeError(f"The stepper {stepper.name!r} learns nothing from a trajectory; 'bfgs' and 'lbfgs' do.")
+    def replay_trajectory(self, traj: Any) -> None:
+        """Learn curvatures from a trajectory, as ASE's rule of this name does.
+
+        Parameters
+        ----------
+        traj : str, Path, Trajectory or list of Atoms
+            With forces.
+
+        Raises
+        ------
+        TypeError
+            For steppers that learn nothing.
+        """
+        if not isinstance(self.stepper, Learner):
+            name = self.stepper.name
+            raise TypeError(f"The stepper {name!r} learns nothing from a trajectory; 'bfgs' and 'lbfgs' do.")
+        with Trajectory(traj) if isinstance(traj, str | Path) else nullcontext(traj) as images:
+            self._learn(self.stepper, images)
+
+    def _learn(self, stepper: Learner, images: Any) -> None:
         self._state = self._first_state()
-        for k in range(len(traj) if stepper.learns_the_end else len(traj) - 1):
-            positions, forces = (self._rows(x.ravel()) for x in (traj[k].get_positions(), traj[k].get_forces()))
+        for k in range(len(images) if stepper.learns_the_end else len(images) - 1):
+            positions, forces = (self._rows(x.ravel()) for x in (images[k].get_positions(), images[k].get_forces()))
             self._state = stepper.learn(positions, forces, self._state, _one(positions))
 
     def todict(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from ase import Atoms
 from ase.calculators.lj import LennardJones as AseLennardJones
+from ase.constraints import FixAtoms, FixedPlane
 from ase.optimize import BFGS as AseBFGS
 from ase.optimize import FIRE as AseFIRE
 from ase.optimize import LBFGS as AseLBFGS
@@ -76,6 +77,18 @@ def test_quasi_newton_steps_end_where_ases_end(theirs, ours, numbers, make):
         relaxation = relax(lennard_jones(), make(), stepper=ours(**numbers), fmax=0.0, steps=20)
     np.testing.assert_allclose(relaxation.positions, atoms.positions, rtol=0, atol=1e-10)
     assert abs(atoms.positions - make().positions).max() > 0.01
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("theirs", "name"), [(AseBFGS, "bfgs"), (AseLBFGS, "lbfgs")])
+def test_atoms_that_are_held_are_held_as_by_ases(theirs, name):
+    atoms = with_calculator(cluster())
+    atoms.set_constraint([FixAtoms([0]), FixedPlane(2, (1, 1, 0))])
+    start = atoms.copy()
+    theirs(atoms, logfile=None).run(fmax=0.0, steps=20)
+    relaxation = relax(lennard_jones(), start, stepper=name, fmax=0.0, steps=20)
+    np.testing.assert_allclose(relaxation.positions, atoms.positions, rtol=0, atol=1e-10)
+    assert np.array_equal(relaxation.positions[0], start.positions[0])
 
 
 def descend(atoms, steps, step_size, anneal=1.0, momentum=0.0, maxstep=0.2):
