@@ -15,7 +15,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from ase.constraints import FixAtoms, FixBondLengths
+from ase.constraints import FixBondLengths
 from ase.io import read, write
 from conftest import needs_chgnet, needs_mace, tiny_mace
 from shell import KINDS, QUICK, is_refused, lennard_jones, relaxation, run, write_relaxations
@@ -171,13 +171,6 @@ def flat(height: float):
             atoms.cell = [20.0, 20.0, height]
 
     return boxed(change)
-
-
-def fixed(k: int):
-    def change(a, b):
-        a.set_constraint(FixAtoms([0][:k]))
-
-    return changed(change)
 
 
 def cut(share: float):
