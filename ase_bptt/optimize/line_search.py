@@ -45,11 +45,13 @@ class BFGSLineSearch(ase.optimize.BFGSLineSearch):
         """One search along a line."""
         start = self.optimizable.get_x()
         try:
-            self._check(self.optimizable.get_gradient())
             super().step(gradient)
         except _NotFinite:
             self.optimizable.set_x(start)
             stop(self)
+
+    def _get_gradient(self, forces: Any = None) -> np.ndarray:
+        return self._check(super()._get_gradient(forces))
 
     def func(self, x: np.ndarray) -> float:
         return self._check(super().func(x))
