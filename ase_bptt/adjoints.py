@@ -198,6 +198,9 @@ def _widened(old: State | None, like: State, before: list[int], now: list[int], 
         new.atoms[name][atoms] = value
     for name, value in old.structures.items():
         new.structures[name][rows] = value
+    for name, values in old.lists.items():
+        listed = dict(enumerate(new.lists[name])) | dict(zip(rows, values, strict=True))
+        new.lists[name] = tuple(listed[k] for k in range(len(listed)))
     return new
 
 

@@ -9,8 +9,6 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import CalculationFailed
 from ase.calculators.singlepoint import SinglePointCalculator
-from ase.optimize import BFGS
-from ase.optimize.optimize import Optimizer
 
 from .calculator import TorchCalculator
 from .constraints import unknown
@@ -46,7 +44,7 @@ def relax_all(
     structures : sequence of Atoms
         Those with constraints that `relax` does not know are moved one by one by ASE's driver, which knows all.
     stepper : Stepper or str
-        A stepper of ours, or "bfgs" for ASE's BFGS, one structure at a time.
+        A stepper or its name.
     fmax : float
         eV/Å.
     steps : int
@@ -59,7 +57,7 @@ def relax_all(
     NotImplementedError
         For elements that the potential does not know.
     """
-    alone = [k for k, atoms in enumerate(structures) if stepper == "bfgs" or _strange(atoms)]
+    alone = [k for k, atoms in enumerate(structures) if _strange(atoms)]
     together = sorted(set(range(len(structures))) - set(alone))
     for first in range(0, len(together), batch_size):
         members = together[first : first + batch_size]
@@ -77,11 +75,11 @@ def _strange(atoms: Atoms) -> bool:
 def _by_ase(potential: Potential, start: Atoms, stepper: Stepper | str, fmax: float, steps: int) -> End:
     atoms = start.copy()
     atoms.calc = TorchCalculator(potential)
-    with _optimizer(atoms, stepper) as optimizer:
+    with BPTTOptimizer(atoms, stepper=make_stepper(stepper), logfile=None, record=False) as optimizer:
         try:
             status = Status.CONVERGED if optimizer.run(fmax=fmax, steps=steps) else Status.OUT_OF_STEPS
             results = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces(apply_constraint=False)}
-        except (CalculationFailed, np.linalg.LinAlgError):
+        except CalculationFailed:
             status = Status.DIVERGED
             results = {"energy": float("nan"), "forces": np.full((len(atoms), 3), np.nan)}
         if not np.isfinite(results["forces"]).all():
@@ -89,9 +87,3 @@ def _by_ase(potential: Potential, start: Atoms, stepper: Stepper | str, fmax: fl
         end = atoms.copy()
         end.calc = SinglePointCalculator(end, **results)
         return End(end, status, optimizer.nsteps)
-
-
-def _optimizer(atoms: Atoms, stepper: Stepper | str) -> Optimizer:
-    if stepper == "bfgs":
-        return BFGS(atoms, logfile=None)
-    return BPTTOptimizer(atoms, stepper=make_stepper(stepper), logfile=None, record=False)

@@ -147,7 +147,7 @@ def evaluate(
     Parameters
     ----------
     stepper : Stepper or str
-        A stepper of ours, or "bfgs" for ASE's BFGS, one structure at a time.
+        A stepper or its name.
     fmax : float
         eV/Å.
     steps : int

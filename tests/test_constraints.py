@@ -290,11 +290,67 @@ def test_every_known_one_is_tried_here():
     assert tried == set(KNOWN)
 
 
-def test_a_slab_keeps_its_bottom():
-    slab = fcc111("Ar", (2, 2, 3), a=1.6, vacuum=4.0)
-    slab = rattled(slab, 0.05)
-    slab.set_constraint(FixAtoms(mask=slab.get_tags() == 3))
-    end = relax(lennard_jones(), slab, stepper=fire(), fmax=0.02, steps=300).to_atoms()
-    bottom = slab.get_tags() == 3
-    np.testing.assert_array_equal(end.positions[bottom], slab.positions[bottom])
-    assert np.abs(end.positions - slab.positions)[~bottom].max() > 0.01
+def water() -> Atoms:
+    """Three atoms of two masses."""
+    return Atoms("ArNeNe", positions=[[0, 0, 0], [1.1, 0.1, 0], [-0.3, 1.0, 0.2]])
+
+
+class TestWhatIsHeldStays:
+    """After 60 frames of a run that moves everything else."""
+
+    def relaxed(self, atoms: Atoms) -> Atoms:
+        found = relax(lennard_jones(), atoms, stepper=fire(), fmax=1e-9, steps=60)
+        end = found.to_atoms()
+        assert np.abs(end.positions - atoms.positions).max() > 0.01
+        return end
+
+    def test_fixed_atoms_to_the_last_bit(self):
+        slab = rattled(fcc111("Ar", (2, 2, 3), a=1.6, vacuum=4.0), 0.05)
+        slab.set_constraint(FixAtoms(mask=slab.get_tags() == 3))
+        bottom = slab.get_tags() == 3
+        np.testing.assert_array_equal(self.relaxed(slab).positions[bottom], slab.positions[bottom])
+
+    def test_fixed_coordinates_to_the_last_bit(self):
+        atoms = held(argon, FixCartesian([0, 2], [True, False, True]))
+        np.testing.assert_array_equal(
+            self.relaxed(atoms).positions[[0, 2]][:, [0, 2]], atoms.positions[[0, 2]][:, [0, 2]]
+        )
+
+    def test_the_centre_of_mass(self):
+        atoms = held(water, FixCom())
+        moved = self.relaxed(atoms).get_center_of_mass() - atoms.get_center_of_mass()
+        assert np.abs(moved).max() < 1e-12
+
+    def test_the_symmetry(self):
+        atoms = held(symmetric, FixSymmetry)
+        end = self.relaxed(atoms)
+        constraint = atoms.constraints[0]
+        step = end.positions - atoms.positions
+        averaged = step.copy()
+        constraint.adjust_forces(end, averaged)
+        assert np.abs(averaged - step).max() < 1e-10
+        assert len(constraint.rotations) > 1
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: held(lambda: rattled(fcc111("Ar", (1, 1, 3), a=1.6, vacuum=4.0), 0.05), FixAtoms([0])),
+        lambda: held(symmetric, FixSymmetry),
+        lambda: held(water, FixCom()),
+    ],
+    ids=["slab", "crystal", "molecule"],
+)
+@pytest.mark.parametrize("adjoint", ["full", "replay"])
+def test_slopes_of_a_slab_a_crystal_and_a_molecule(make, adjoint):
+    potential = lennard_jones().requires_grad_()
+    structures = Structures.from_atoms(make())
+    structures.positions.requires_grad_()
+    reference = elsewhere(structures)
+    inputs = [structures.positions, *potential.parameters()]
+
+    def evaluate():
+        return run(potential, structures, reference, adjoint=adjoint, stepper=fire(), fmax=1e-6, steps=15)
+
+    loss, *usual = evaluate()
+    check_slopes(evaluate, usual, inputs, gradient(inputs, loss), h=1e-5)

@@ -53,7 +53,7 @@ def add(commands: Any) -> None:
     group = add_potential(parser)
     flag(group, parser, "--against", "a second potential to compare with", metavar="NAME")
     group = parser.add_argument_group("relaxation")
-    flag(group, parser, "--stepper", "update rule", "fire", choices=[*sorted(STEPPERS), "bfgs"])
+    flag(group, parser, "--stepper", "update rule", "fire", choices=sorted(STEPPERS))
     flag(group, parser, "--fmax", "eV/Å at which a structure is relaxed", 0.02, type=positive, metavar="X")
     flag(group, parser, "--steps", "frames at most", 500, type=count, metavar="N")
     flag(group, parser, "--batch-size", "structures relaxed together", 16, type=count, metavar="N")

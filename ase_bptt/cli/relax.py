@@ -53,7 +53,7 @@ def add(commands: Any) -> None:
                         help="structures in any format that ASE reads; every frame counts")  # fmt: skip
     add_potential(parser)
     group = parser.add_argument_group("relaxation")
-    flag(group, parser, "--stepper", "update rule", "fire", choices=[*sorted(STEPPERS), "bfgs"])
+    flag(group, parser, "--stepper", "update rule", "fire", choices=sorted(STEPPERS))
     flag(group, parser, "--step-size", "of gd, in Å^2/eV (default: 0.05)", type=positive, metavar="X")
     flag(group, parser, "--fmax", "eV/Å at which a structure is relaxed", 0.05, type=positive, metavar="X")
     flag(group, parser, "--steps", "frames at most", 500, type=count, metavar="N")
@@ -133,8 +133,6 @@ def _format(out: Path) -> str:
 def _stepper(arguments: argparse.Namespace) -> Any:
     if arguments.step_size is not None and arguments.stepper != "gd":
         raise ValueError("--step-size belongs to --stepper gd.")
-    if arguments.stepper == "bfgs":
-        return "bfgs"
     return make_stepper(arguments.stepper, **({"step_size": arguments.step_size} if arguments.step_size else {}))
 
 

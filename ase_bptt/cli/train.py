@@ -79,7 +79,7 @@ def add_training(parser: argparse.ArgumentParser) -> Any:
         "--stepper",
         "update rule in training",
         "gd",
-        choices=sorted(k for k, cls in STEPPERS.items() if cls.differentiable),
+        choices=DIFFERENTIABLE,
     )
     flag(group, parser, "--step-size", "of gd, in Å^2/eV (default: 0.05)", type=positive, metavar="X")
     flag(group, parser, "--momentum", f"of gd (default: {MOMENTUM})", type=between(0, 1), metavar="X")

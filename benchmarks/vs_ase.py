@@ -1,0 +1,130 @@
+"""The same relaxation with our classes and with the family's own calculator and ASE's optimizer, side by side.
+
+    python benchmarks/vs_ase.py [--repeats 7] [--steps 20] [--device cpu]
+
+Rattled silicon of 8 and 64 atoms, FIRE, the same number of steps from the same start; TorchCalculator and
+BPTTOptimizer against MACECalculator (the embedded mace-si, float64) and CHGNetCalculator (0.3.0, float32) with
+ASE's FIRE. The two take turns in one process, so that both see the same machine; the median of the paired ratios
+is printed, with the smallest and the largest. Below it, where our time goes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.build import bulk
+from ase.optimize import FIRE
+
+from ase_bptt import BPTTOptimizer, TorchCalculator, load_potential, save_potential
+from ase_bptt.potentials import quiet
+
+SIZES = {8: (1, 1, 1), 64: (2, 2, 2)}
+
+
+def start(size: int) -> Atoms:
+    atoms = bulk("Si", a=5.469, cubic=True) * SIZES[size]
+    atoms.rattle(0.1, seed=1)
+    return atoms
+
+
+def mace(device: str) -> tuple[Callable, Callable]:
+    from mace.calculators import MACECalculator
+
+    potential = load_potential("mace-si", dtype="float64")
+    with tempfile.TemporaryDirectory() as folder:
+        save_potential(potential, folder)
+        theirs = MACECalculator(str(Path(folder) / "mace.model"), device=device, default_dtype="float64")
+    potential.to(device)
+    return lambda: TorchCalculator(potential), lambda: theirs
+
+
+def chgnet(device: str) -> tuple[Callable, Callable]:
+    from chgnet.model.dynamics import CHGNetCalculator
+
+    potential = load_potential("chgnet", device=device)
+    theirs = CHGNetCalculator(use_device=device)
+    return lambda: TorchCalculator(potential), lambda: theirs
+
+
+def seconds(atoms: Atoms, optimizer: type, steps: int) -> tuple[float, np.ndarray]:
+    """Wall time of so many steps, and where they end."""
+    with optimizer(atoms, logfile=None) as run:
+        began = time.perf_counter()
+        run.run(fmax=0.0, steps=steps)
+        return time.perf_counter() - began, atoms.positions
+
+
+def pair(make: tuple[Callable, Callable], size: int, steps: int) -> tuple[float, float, float]:
+    """Our seconds, theirs, and by how far the two ends differ."""
+    atoms = [start(size), start(size)]
+    for a, calculator in zip(atoms, make, strict=True):
+        a.calc = calculator()
+        a.calc.reset()
+    (ours, x), (theirs, y) = (
+        seconds(a, optimizer, steps) for a, optimizer in zip(atoms, (BPTTOptimizer, FIRE), strict=True)
+    )
+    return ours, theirs, float(np.abs(x - y).max())
+
+
+def profile(make: tuple[Callable, Callable], size: int, steps: int) -> str:
+    """The share of our time inside the model's energy and gradient, in the neighbour list, and in the rest."""
+    atoms = start(size)
+    atoms.calc = make[0]()
+    spent = {"model": 0.0, "neighbours": 0.0}
+    calculator = atoms.calc
+    results, neighbors = calculator.potential.results, calculator._neighbors
+
+    def timed(name: str, function: Callable) -> Callable:
+        def call(*arguments):
+            began = time.perf_counter()
+            found = function(*arguments)
+            spent[name] += time.perf_counter() - began
+            return found
+
+        return call
+
+    calculator.potential.results = timed("model", results)
+    calculator._neighbors = timed("neighbours", neighbors)
+    whole, _ = seconds(atoms, BPTTOptimizer, steps)
+    del calculator.potential.results
+    shares = ", ".join(f"{name} {100 * value / whole:.0f} %" for name, value in spent.items())
+    return f"{shares}, all else {100 * (1 - sum(spent.values()) / whole):.0f} %"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--families", nargs="+", default=["mace", "chgnet"], choices=("mace", "chgnet"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    print("family   atoms   ours: s   theirs: s   ratio [least, most]    ends differ by")
+    for family in arguments.families:
+        with quiet():
+            make = {"mace": mace, "chgnet": chgnet}[family](arguments.device)
+        for size in SIZES:
+            pair(make, size, 2)  # what is compiled or allocated at first use
+            found = [pair(make, size, arguments.steps) for _ in range(arguments.repeats)]
+            ours, theirs = (statistics.median(column) for column in list(zip(*found, strict=True))[:2])
+            ratios = sorted(a / b for a, b, _ in found)
+            print(
+                f"{family:8} {size:5}   {ours:7.2f}   {theirs:9.2f}   {statistics.median(ratios):.2f} "
+                f"[{ratios[0]:.2f}, {ratios[-1]:.2f}]      {max(d for *_, d in found):.0e} Å\n"
+                f"         of ours: {profile(make, size, arguments.steps)}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
