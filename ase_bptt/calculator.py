@@ -20,6 +20,7 @@ from torch import nn
 from .loading import as_potential
 from .neighbors import NeighborList
 from .structures import Structures
+from .weights import Versions, Weights
 
 BASIC = ["energy", "free_energy", "forces", "stress"]
 
@@ -66,7 +67,8 @@ class TorchCalculator(Calculator):
         self.potential = as_potential(potential, device=device, dtype=dtype, trust=trust)
         self.implemented_properties = [*BASIC, *self.potential.atomic_properties]
         self._neighbors = NeighborList(self.potential.cutoff, skin)
-        self._weights: tuple[tuple[int, int], ...] = ()
+        self._weights = Weights(self.potential)
+        self._calculated_with: Versions = ()
         # Parameters go into trajectories and databases: JSON only, the module stays out.
         described = str(potential) if isinstance(potential, str | Path) else self.potential.family
         super().__init__(
@@ -79,7 +81,7 @@ class TorchCalculator(Calculator):
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """What changed since the last calculation; changed weights count as changed positions."""
         changes = super().check_state(atoms, tol=tol)
-        if not changes and self._weights != self._versions():
+        if not changes and self._calculated_with != self._versions():
             changes = ["positions"]
         return changes
 
@@ -101,7 +103,7 @@ class TorchCalculator(Calculator):
         structures = Structures.from_atoms(atoms, device=self.potential.device, dtype=self.potential.dtype)
         self.potential.check(structures)
         pairs = self._neighbors(structures)
-        self._weights = self._versions()
+        self._calculated_with = self._versions()
         found = self.potential.results(structures, pairs)
         arrays = {name: _numpy(value) for name, value in found.items()}
         energy = float(arrays["energy"][0])
@@ -125,8 +127,10 @@ class TorchCalculator(Calculator):
             stresses = _numpy(self.potential.stresses(structures, pairs).detach())
             self.results["stresses"] = full_3x3_to_voigt_6_stress(stresses)
 
-    def _versions(self) -> tuple[tuple[int, int], ...]:
-        return tuple((p.data_ptr(), p._version) for p in self.potential.parameters())
+    def _versions(self) -> Versions:
+        if self._weights.modules != (self.potential,):
+            self._weights = Weights(self.potential)
+        return self._weights.versions()
 
 
 def _numpy(tensor: torch.Tensor) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from .neighbors import NeighborList
 from .potential import Potential
 from .steppers import State, Stepper
 from .structures import Structures
+from .weights import Versions, Weights
 
 
 @dataclass(eq=False)
@@ -46,10 +48,13 @@ class IteratedMap:
         every = (*self.potential.parameters(), *self.stepper.parameters())
         return [p for p in every if p.requires_grad]
 
-    def fingerprint(self) -> tuple[tuple[int, int], ...]:
+    @cached_property
+    def _weights(self) -> Weights:
+        return Weights(self.potential, self.stepper)
+
+    def fingerprint(self) -> Versions:
         """Changes whenever a weight is changed in place or replaced."""
-        every = (*self.potential.parameters(), *self.stepper.parameters())
-        return tuple((p.data_ptr(), p._version) for p in every)
+        return self._weights.versions()
 
 
 @dataclass(eq=False)
@@ -77,7 +82,7 @@ class Record:
     frames: list[tuple[Tensor, State]] = field(default_factory=list)
     nsteps: list[int] = field(default_factory=list)
     final: Tensor = field(default_factory=lambda: torch.empty(0, 3))
-    weights: tuple[tuple[int, int], ...] = ()
+    weights: Versions = ()
 
     def __post_init__(self) -> None:
         self.weights = self.weights or self.map.fingerprint()

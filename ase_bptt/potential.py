@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -139,7 +140,7 @@ class Potential(nn.Module):
     def _floats(self) -> Iterator[Tensor]:
         """Floating-point tensors of the module; a stand-in last, for a potential without any."""
         stand_in = torch.empty(0, dtype=torch.float64)
-        return (t for t in (*self.parameters(), *self.buffers(), stand_in) if t.is_floating_point())
+        return (t for t in chain(self.parameters(), self.buffers(), [stand_in]) if t.is_floating_point())
 
     # To be found by name, and to be saved. --------------------------------------------------
 
