@@ -7,6 +7,7 @@ stress, the graph of a graph, dtype and device are handled here, once.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -75,7 +76,7 @@ class Potential(nn.Module):
         positions = structures.positions
         if not (create_graph and positions.requires_grad):
             positions = positions.detach().requires_grad_()
-        with torch.enable_grad():
+        with torch.enable_grad(), nullcontext() if create_graph else self._weights_aside():
             energy = self(structures.replace(positions=positions), pairs).energy
             # A lone atom's energy may not depend on its position at all.
             if not energy.requires_grad:
@@ -92,7 +93,7 @@ class Potential(nn.Module):
         """
         positions = structures.positions.detach().requires_grad_()
         strain = torch.zeros_like(structures.cells).requires_grad_()
-        with torch.enable_grad():
+        with torch.enable_grad(), self._weights_aside():
             deformation = torch.eye(3).to(strain) + (strain + strain.mT) / 2
             strained = structures.replace(
                 positions=(positions.unsqueeze(1) @ deformation[structures.batch]).squeeze(1),
@@ -113,6 +114,18 @@ class Potential(nn.Module):
             "magmoms": prediction.magmoms,
         }
         return {name: value.detach() for name, value in found.items() if value is not None}
+
+    @contextmanager
+    def _weights_aside(self) -> Iterator[None]:
+        """Keep the weights out of a graph that is for forces alone: it is smaller and faster without them."""
+        live = [p for p in self.parameters() if p.requires_grad]
+        try:
+            for p in live:
+                p.requires_grad_(False)
+            yield
+        finally:
+            for p in live:
+                p.requires_grad_()
 
     def stresses(self, structures: Structures, pairs: Pairs) -> Tensor:
         """Stress per atom in eV/Å^3, shape (n_atoms, 3, 3), summing to the stress of the cell."""
