@@ -18,6 +18,9 @@ from .relaxation import relax_each
 from .result import Status
 from .steppers import Stepper, make_stepper
 
+LARGE = 400
+"""Atoms above which structures are given to BFGS one by one."""
+
 
 class End(NamedTuple):
     """Where one structure ended: its atoms with energy and forces, how, and after how many frames."""
@@ -59,8 +62,11 @@ def relax_all(
     """
     alone = [k for k, atoms in enumerate(structures) if _strange(atoms)]
     together = sorted(set(range(len(structures))) - set(alone))
-    for first in range(0, len(together), batch_size):
-        members = together[first : first + batch_size]
+    largest = max((len(structures[k]) for k in together), default=0)
+    # A Hessian of (3 n)^2 numbers a structure: for large ones, many together would fill the memory.
+    size = 1 if getattr(stepper, "name", stepper) == "bfgs" and largest > LARGE else batch_size
+    for first in range(0, len(together), size):
+        members = together[first : first + size]
         batch = [structures[k] for k in members]
         for k, run in relax_each(potential, batch, stepper=stepper, fmax=fmax, steps=steps):
             yield members[k], End(run.to_atoms(), run.status[0], int(run.nsteps[0]))

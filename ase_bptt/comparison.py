@@ -48,7 +48,9 @@ class Comparison:
     p_value : float
         Of Wilcoxon's signed-rank test (two-sided) on the mean logarithm of the ratio in each group.
     nearer, farther : int
-        Structures whose Delta-Q fell and rose by more than a tenth.
+        Structures whose Delta-Q fell and rose by more than a tenth; one that diverged rose.
+    left_out : int
+        Structures that diverged before or after, which means, intervals and test leave out.
     basins_won, basins_lost : int
         Structures that came into the right basin and that left it.
     """
@@ -62,6 +64,7 @@ class Comparison:
     farther: int
     basins_won: int
     basins_lost: int
+    left_out: int = 0
 
     def todict(self) -> dict[str, Any]:
         """As JSON, but for numbers that are not finite."""
@@ -85,24 +88,29 @@ def compare(before: Evaluation, after: Evaluation, *, seed: int = 0) -> Comparis
     """
     if [row.id for row in before.rows] != [row.id for row in after.rows]:
         raise ValueError("Only evaluations of the same structures in the same order can be compared.")
-    names = [row.group for row in before.rows]
-    groups = sorted(set(names))
-    members = np.array([[name == group for name in names] for group in groups], dtype=float)
     first, last = (np.array([row.delta_q for row in e.rows]) for e in (before, after))
-    logs = [np.log(np.maximum(d, FLOOR)) for d in (first, last)]
-    counts = members.sum(1)
+    sound = np.isfinite(first) & np.isfinite(last)
     right = [np.array([row.right_basin for row in e.rows]) for e in (before, after)]
-    ratio = np.maximum(last, FLOOR) / np.maximum(first, FLOOR)
+    names = [row.group for row, good in zip(before.rows, sound, strict=True) if good]
+    groups = sorted(set(names))
+    members = np.array([[name == group for name in names] for group in groups], dtype=float).reshape(
+        len(groups), len(names)
+    )
+    x, y = first[sound], last[sound]
+    logs = [np.log(np.maximum(d, FLOOR)) for d in (x, y)]
+    counts = members.sum(1)
+    ratio = np.maximum(y, FLOOR) / np.maximum(x, FLOOR)
     return Comparison(
-        n=len(names),
+        n=len(first),
         groups=len(groups),
-        mean=_change(members @ last, members @ first, counts, lambda a, b: a / b, seed),
+        mean=_change(members @ y, members @ x, counts, lambda a, b: a / b, seed),
         geometric_mean=_change(members @ logs[1], members @ logs[0], counts, lambda a, b: np.exp(a - b), seed),
         p_value=_signed_rank(members @ np.log(ratio) / counts),
-        nearer=int((ratio < 0.9).sum()),
-        farther=int((ratio > 1.1).sum()),
+        nearer=int((ratio < 0.9).sum() + (np.isfinite(last) & ~np.isfinite(first)).sum()),
+        farther=int((ratio > 1.1).sum() + (np.isfinite(first) & ~np.isfinite(last)).sum()),
         basins_won=int((~right[0] & right[1]).sum()),
         basins_lost=int((right[0] & ~right[1]).sum()),
+        left_out=int((~sound).sum()),
     )
 
 
@@ -117,7 +125,7 @@ def _change(after: np.ndarray, before: np.ndarray, counts: np.ndarray, ratio: Ra
         with np.errstate(invalid="ignore", divide="ignore"):
             return ratio(a.sum(-1) / total, b.sum(-1) / total) - 1
 
-    value = float(statistic(after, before, counts))
+    value = float(statistic(after, before, counts)) if len(counts) else float("nan")
     if len(counts) < 2 or not np.isfinite(value):
         return Change(value, float("nan"), float("nan"))
     drawn = np.random.default_rng(seed).integers(len(counts), size=(RESAMPLES, len(counts)))

@@ -110,6 +110,12 @@ class Evaluation:
         """Share of structures in the right basin."""
         return fmean(row.right_basin for row in self.rows)
 
+    @property
+    def symmetry_kept(self) -> float:
+        """Share of the crystals that ended in their reference's space group; NaN where there is no crystal."""
+        crystals = [row.symmetry_kept for row in self.rows if row.reference_space_group]
+        return fmean(crystals) if crystals else math.nan
+
     def by_group(self) -> dict[str, Evaluation]:
         """An evaluation for each group, in the order in which they come."""
         groups: dict[str, list[Row]] = {}
@@ -126,7 +132,7 @@ class Evaluation:
             "median": self.median,
             "mean_unrelaxed": self.mean_unrelaxed,
             "basins": self.basins,
-            "symmetry_kept": fmean(row.symmetry_kept for row in self.rows),
+            "symmetry_kept": self.symmetry_kept,
             "rows": [asdict(row) | {"displacements": list(row.displacements)} for row in self.rows],
         }
 
@@ -176,11 +182,11 @@ def _row(pair: RelaxationPair, found: End, control: Atoms, residual: float) -> R
     return Row(
         id=pair.id,
         group=pair.group,
-        unrelaxed=delta_q(pair.initial, reference),
-        delta_q=delta_q(end, reference),
-        rmsd=rmsd(end, reference),
-        max_displacement=max_displacement(end, reference),
         # Nothing holds an isolated molecule's orientation: its ends may be rotated.
+        unrelaxed=delta_q(pair.initial, reference, align=True),
+        delta_q=delta_q(end, reference, align=True),
+        rmsd=rmsd(end, reference, align=True),
+        max_displacement=max_displacement(end, reference, align=True),
         right_basin=max_displacement(end, control, align=True) < SAME_END,
         reference_moves=max_displacement(control, reference, align=True),
         residual_force=residual,
@@ -188,7 +194,7 @@ def _row(pair: RelaxationPair, found: End, control: Atoms, residual: float) -> R
         reference_space_group=space_group(reference),
         status=status.value,
         nsteps=nsteps,
-        displacements=tuple(displacements(end, reference, by_mass=False).norm(dim=1).tolist()),
+        displacements=tuple(displacements(end, reference, by_mass=False, align=True).norm(dim=1).tolist()),
     )
 
 

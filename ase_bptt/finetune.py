@@ -72,6 +72,7 @@ def cross_validate(
     epochs: int,
     seed: int = 0,
     facts: dict[str, str] | None = None,
+    resume: Callable[[Path], Trainer] = Trainer.resume,
 ) -> Outcome:
     """Fine-tune once for each fold of the groups, and measure every pair where it was held out.
 
@@ -86,6 +87,10 @@ def cross_validate(
     folds, epochs : int
     seed : int
         Of the folds.
+    facts : dict of str to str
+        As for `finetune`.
+    resume : callable
+        ``resume(folder)`` gives the Trainer of a fold that was stopped.
 
     Raises
     ------
@@ -98,7 +103,7 @@ def cross_validate(
     for k, split in enumerate(splits):
         folder = out / f"fold_{k}"
         log.info("fold %d of %d: %d held out", k + 1, folds, len(split["test"]))
-        outcomes.append(_fold(make, split, folder, epochs, facts))
+        outcomes.append(_fold(make, resume, split, folder, epochs, facts))
     seconds = max(time.monotonic() - clock, sum(o.seconds for o in outcomes))
     merged = Outcome(
         out,
@@ -117,6 +122,7 @@ def cross_validate(
 
 def _fold(
     make: Callable[[Path], Trainer],
+    resume: Callable[[Path], Trainer],
     split: dict[str, list[RelaxationPair]],
     folder: Path,
     epochs: int,
@@ -129,7 +135,7 @@ def _fold(
             raise ValueError(f"{folder} holds a fold of other pairs: give those again, or --overwrite.")
         return found
     begun = (folder / "checkpoint.pt").is_file()
-    trainer = Trainer.resume(folder) if begun else make(folder)
+    trainer = resume(folder) if begun else make(folder)
     return finetune(trainer, split, folder, epochs=epochs, facts={**(facts or {}), **data})
 
 

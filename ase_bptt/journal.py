@@ -19,6 +19,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from .batches import End, relax_all
 from .files import replacing
+from .pairs import add_to_hash
 from .potential import Potential
 from .result import Status
 
@@ -66,7 +67,7 @@ class Journal:
                     found = frames[k]
                 except Exception:
                     break
-                if found.info["_run"] != self.run:
+                if found.info.get("_run") != self.run:
                     raise ValueError(
                         f"{self.path} belongs to a run on other structures, with another potential or with other "
                         "settings: give those again, or --overwrite."
@@ -166,6 +167,5 @@ def run_key(potential: Potential, structures: Sequence[Atoms], settings: dict[st
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     for atoms in structures:
-        for array in (atoms.numbers, atoms.positions, atoms.cell.array, atoms.pbc):
-            digest.update(array.tobytes())
+        add_to_hash(digest, atoms)
     return digest.hexdigest()[:16]

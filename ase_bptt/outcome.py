@@ -67,7 +67,8 @@ class Outcome:
         return without_nan(found)
 
     def write(self) -> None:
-        """Write after.json, table.csv, pictures and report.html, and results.json last: it says that all is there."""
+        """Write rows, table.csv, pictures and report.html, and results.json last: it says that all is there."""
+        write_rows(self.out / BEFORE, self.before, self.before_bfgs)
         write_rows(self.out / AFTER, self.after, self.after_bfgs)
         report.write_csv(self.out / "table.csv", self.before, self.after)
         report.write_pictures(
@@ -90,8 +91,10 @@ class Outcome:
     def load(cls, out: Path) -> Outcome:
         """What a finished run wrote."""
         results = json.loads((out / RESULTS).read_text())
-        with (out / "metrics.csv").open(newline="") as file:
-            history = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+        history = []
+        if not results["folds"]:
+            with (out / "metrics.csv").open(newline="") as file:
+                history = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
         before, before_bfgs = read_rows(out / BEFORE)
         after, after_bfgs = read_rows(out / AFTER)
         return cls(
@@ -103,6 +106,7 @@ class Outcome:
             history,
             results["seconds"],
             best_epoch=results["best_epoch"],
+            folds=results["folds"],
             facts=results["facts"],
         )
 

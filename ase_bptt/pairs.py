@@ -6,11 +6,13 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.geometry import complete_cell, find_mic
+from ase.io.jsonio import encode
 from scipy.optimize import linear_sum_assignment
 
 from .neighbors import find_pairs
@@ -161,10 +163,17 @@ def _matched(initial: Atoms, relaxed: Atoms) -> float:
 
 
 def fingerprint(pairs: Sequence[RelaxationPair]) -> str:
-    """A hash of the pairs' atoms, positions and cells."""
+    """A hash of the pairs' atoms, masses, positions, cells and constraints."""
     digest = hashlib.sha256()
     for pair in pairs:
-        for atoms in (pair.initial, pair.relaxed):
-            for array in (atoms.numbers, atoms.positions, atoms.cell.array, atoms.pbc):
-                digest.update(array.tobytes())
+        add_to_hash(digest, pair.initial)
+        add_to_hash(digest, pair.relaxed)
     return digest.hexdigest()
+
+
+def add_to_hash(digest: Any, atoms: Atoms) -> None:
+    """Everything of a structure that a relaxation depends on."""
+    for array in (atoms.numbers, atoms.get_masses(), atoms.positions, atoms.cell.array, atoms.pbc):
+        digest.update(array.tobytes())
+    if atoms.constraints:
+        digest.update(encode([c.todict() for c in atoms.constraints]).encode())

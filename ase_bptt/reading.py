@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -55,10 +57,11 @@ def read_pairs(
         Naming the structure, the file and the mend.
     """
     sources = _two_files(Path(initial), Path(relaxed)) if relaxed is not None else _relaxations(Path(initial))
-    pairs, problems = [], []
+    pairs, names, problems = [], [], []
     for name, load in sources:
         try:
             pairs.append(_pair(name, *load()))
+            names.append(name)
         except InvalidPair as problem:
             if not skip_invalid:
                 raise
@@ -68,7 +71,16 @@ def read_pairs(
         raise InvalidPair(f"None of the {len(problems)} pairs in {initial} can be used; the last: {problems[-1]}")
     if problems:
         log.warning("Left out %d of %d.", len(problems), len(sources))
-    return with_groups(pairs)
+    return with_groups(_told_apart(pairs, names))
+
+
+def _told_apart(pairs: list[RelaxationPair], names: list[str]) -> list[RelaxationPair]:
+    """The same with the path behind each id that is not the only one."""
+    count = Counter(p.id for p in pairs)
+    return [
+        p if count[p.id] == 1 or p.id == name else dataclasses.replace(p, id=f"{p.id} ({name})")
+        for p, name in zip(pairs, names, strict=True)
+    ]
 
 
 def _pair(name: str, initial: Atoms, relaxed: Atoms) -> RelaxationPair:
@@ -98,7 +110,12 @@ def _of_file(path: Path) -> list[tuple[str, Load]]:
 
 def _found_below(folder: Path) -> list[Path]:
     """The files of relaxations, one a run."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and _is_relaxation(p))
+    ours = {path.parent for path in folder.rglob("command.json")}
+    every = (p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+    # What ase-bptt wrote there is no reference.
+    files = sorted(
+        p for p in every if not (ours & set(p.parents)) and not p.name.endswith(".part.traj") and _is_relaxation(p)
+    )
     if not files:
         raise FileNotFoundError(
             f"The folder {folder} holds no relaxation: no file that ends with {', '.join(SUFFIXES)}."
@@ -134,6 +151,16 @@ def _doubled(file: Path) -> bool:
 
 def _ends(path: Path) -> tuple[Atoms, Atoms]:
     frames = read_frames(path)
+    if "relaxation_frames" in frames[-1].info:
+        raise InvalidPair(
+            f"{path}: ase-bptt relax wrote it, a structure after the other; a reference is the file of one relaxation."
+        )
+    first, last = (frames[k].info.get("id") for k in (0, -1))
+    if None not in (first, last) and first != last:
+        log.warning(
+            "%s: its first frame is %s and its last %s; is it one relaxation? Of many structures, give two files.",
+            path, first, last,
+        )  # fmt: skip
     if len(frames) < 2:
         raise InvalidPair(
             f"{path}: it holds {len(frames)} structure; a relaxation needs its first and its last frame, "

@@ -172,6 +172,25 @@ class TestTrain:
         assert code == 0, err
         assert json.loads(out)["test"]["kinds"] == 1
 
+    def test_folders_group_where_files_have_no_info(self, data, tmp_path):
+        for k, path in enumerate(sorted((data / "pairs").iterdir())):
+            frames = read(path, ":")
+            for atoms in frames:
+                atoms.info.clear()
+            place = tmp_path / "runs" / f"kind {k % 3}" / f"{k}"
+            place.mkdir(parents=True)
+            write(place / "relax.traj", frames)
+        arguments = ("--potential", data / "lj", "--out", "run", "--group", "folder", *QUICK)
+        code, _, err = run("train", "runs", *arguments)
+        assert code == 0, err
+        tested = {row["group"] for row in json.loads(open_text("run/results.json"))["rows_after"]}
+        assert tested <= {"kind 0", "kind 1", "kind 2"}
+        # Our own output is no reference: the same folder reads the same again.
+        assert run("train", ".", *arguments, "--overwrite", "--dry-run")[0] == 2
+        assert run("evaluate", "runs", "--potential", data / "lj", "--out", "runs/evaluation", "--json")[0] == 0
+        code, out, _ = run("evaluate", "runs", "--potential", data / "lj", "--dry-run", "--json")
+        assert (code, json.loads(out)["n"]) == (0, 5)
+
     def test_a_key_of_the_info_groups(self, data):
         code, out, _ = train(data, "--group", "kind", "--json")
         assert code == 0
@@ -221,8 +240,35 @@ class TestRunFolder:
         (tmp_path / "run" / "mine.txt").write_text("keep")
         is_refused(train(data), "run is there already", "--overwrite", "--resume", "--out")
         assert (tmp_path / "run" / "mine.txt").exists()
+        results = (tmp_path / "run" / "results.json").stat().st_ino
         assert train(data, "--overwrite")[0] == 0
-        assert not (tmp_path / "run" / "mine.txt").exists()
+        assert (tmp_path / "run" / "results.json").stat().st_ino != results
+        assert (tmp_path / "run" / "mine.txt").read_text() == "keep"
+
+    @pytest.mark.parametrize("marker", ["settings.json", "command.json"])
+    def test_a_folder_with_files_named_like_ours_is_not_ours(self, data, tmp_path, marker):
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / marker).write_text("{}")
+        is_refused(train(data, "--overwrite"), "not one of our run folders")
+        assert (tmp_path / "run" / marker).read_text() == "{}"
+
+    def test_a_run_of_another_command_is_not_replaced(self, data):
+        assert train(data)[0] == 0
+        again = run("evaluate", data / "pairs", "--potential", data / "lj", "--out", "run", "--overwrite")
+        is_refused(again, "holds a run of ase-bptt train", "another --out")
+        assert load_potential("run").family == "lj"
+
+    def test_what_is_used_is_not_deleted(self, data):
+        assert train(data)[0] == 0
+        arguments = ("train", data / "pairs", "--potential", "run", "--out", "run", "--overwrite", *QUICK)
+        is_refused(run(*arguments), "run lies in run", "another --out")
+        assert load_potential("run").family == "lj"
+
+    def test_a_complete_run_is_told_again(self, data):
+        code, out, _ = train(data, "--json")
+        again, said, err = train(data, "--resume", "--json")
+        assert (code, again) == (0, 0), err
+        assert json.loads(said) == json.loads(out)
 
     def test_a_folder_that_is_not_ours_is_never_deleted(self, data, tmp_path):
         (tmp_path / "run").mkdir()

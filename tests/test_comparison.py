@@ -170,3 +170,11 @@ def test_it_can_be_written_as_json():
     found = json.loads(json.dumps(compare(BEFORE, AFTER).todict(), allow_nan=False))
     assert found["mean"].keys() == {"value", "low", "high"}
     assert found["n"] == len(GROUPS)
+
+
+def test_a_structure_that_diverged_rose_and_is_left_out_of_the_rest():
+    sound = compare(evaluation([1, 2, 4], "abc"), evaluation([0.5, 1, 3], "abc"))
+    found = compare(evaluation([1, 2, 4, 3], "abcd"), evaluation([0.5, 1, 3, float("nan")], "abcd"))
+    assert (found.n, found.groups, found.left_out, found.farther) == (4, 3, 1, sound.farther + 1)
+    assert found.mean == sound.mean
+    assert found.p_value == sound.p_value

@@ -80,6 +80,12 @@ def test_the_journal_of_another_run_is_refused_by_name(tmp_path):
         Journal(tmp_path / "j.traj", "another").read(structures)
 
 
+def test_the_trajectory_of_somebody_else_is_refused_by_name(tmp_path):
+    argon().write(tmp_path / "j.traj")
+    with pytest.raises(ValueError, match=r"j\.traj belongs to a run on other structures"):
+        Journal(tmp_path / "j.traj", "run").read(sources())
+
+
 def other_weights():
     return LennardJones(sigma=1.01, smooth=True, rc=2.4, ro=1.8), sources(), {"fmax": 0.05}
 
@@ -94,7 +100,19 @@ def other_settings():
     return lennard_jones(), sources(), {"fmax": 0.02}
 
 
-@pytest.mark.parametrize("other", [other_weights, other_structures, other_settings])
+def other_constraints():
+    structures = sources()
+    structures[0].set_constraint(FixAtoms([1]))
+    return lennard_jones(), structures, {"fmax": 0.05}
+
+
+def other_masses():
+    structures = sources()
+    structures[0].set_masses([1.0] * 4)
+    return lennard_jones(), structures, {"fmax": 0.05}
+
+
+@pytest.mark.parametrize("other", [other_weights, other_structures, other_settings, other_constraints, other_masses])
 def test_a_run_is_known_by_weights_structures_and_settings(other):
     key = run_key(lennard_jones(), sources(), {"fmax": 0.05})
     assert key == run_key(lennard_jones(), sources(), {"fmax": 0.05})

@@ -1,5 +1,6 @@
 """BPTTOptimizer: what ASE asks of an Optimizer, and the Relaxation that a run leaves."""
 
+import gc
 import io
 import json
 import logging
@@ -492,6 +493,19 @@ class TestRelaxation:
         assert opt._recording.record is None
         with pytest.raises(RuntimeError, match="run it with record=True"):
             opt.relaxation  # noqa: B018
+
+    def test_a_thousand_steps_leave_no_tensor_behind(self):
+        opt = optimizer(record=False)
+
+        def tensors() -> int:
+            gc.collect()
+            return sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects())
+
+        opt.run(fmax=0.0, steps=20)
+        before = tensors()
+        opt.run(fmax=0.0, steps=1000)
+        assert opt.nsteps == 1020
+        assert tensors() <= before
 
     def test_a_record_is_48_bytes_an_atom_and_step(self):
         opt = optimizer()

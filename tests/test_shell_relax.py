@@ -136,3 +136,10 @@ class TestRefusing:
         assert code == 3
         assert (json.loads(out)["n"], json.loads(out)["left_out"]) == (2, 1)
         assert "Left out: structure 1 of mixed.extxyz" in err
+
+    def test_a_folder_instead_of_files(self, starts, tmp_path):
+        (tmp_path / "many").mkdir()
+        is_refused(run("relax", "many", "--potential", "./lj"), "many is a folder", "POSCAR")
+
+    def test_a_folder_instead_of_an_output_file(self, starts):
+        is_refused(relaxed("--out", "."), "is a folder", "relaxed.extxyz")

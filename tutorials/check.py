@@ -26,8 +26,8 @@ RUN = (
     "warnings.filterwarnings('error', module='ase_bptt'); "
     "runpy.run_path(sys.argv[1], run_name='__main__')"
 )
-SECONDS = 600
-"""A tutorial that takes longer is stopped."""
+SECONDS = 240
+"""A tutorial that takes longer is stopped: twice what it may take on two quiet cores."""
 
 
 def names() -> list[str]:

@@ -7,6 +7,8 @@ import logging
 import sys
 from collections.abc import Sequence
 
+import torch
+
 from ..version import __version__
 from . import demo, evaluate, info, relax, train
 from .flags import Formatter, completed
@@ -46,6 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return arguments.run(arguments)
     except USABLE as error:
         print(f"ase-bptt: {error}", file=sys.stderr)
+        return 2
+    except (MemoryError, torch.OutOfMemoryError):
+        less = "give a smaller --batch-size, --dtype float32, or fewer --steps"
+        print(f"ase-bptt: there is not enough memory for it: {less}.", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, Terminated) as stop:
         print(f"ase-bptt: stopped. {arguments.stopped(arguments)}", file=sys.stderr)

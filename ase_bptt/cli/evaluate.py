@@ -21,7 +21,7 @@ from ..pairs import RelaxationPair, fingerprint
 from ..potential import Potential
 from ..steppers import STEPPERS
 from . import runfolder, words
-from .flags import WIDTH, add_output, add_pairs, add_potential, command, count, flag, positive
+from .flags import WIDTH, add_output, add_pairs, add_potential, command, count, flag, positive, seed
 from .inputs import potential_of, read_grouped
 
 DESCRIPTION = """\
@@ -44,7 +44,7 @@ def add(commands: Any) -> None:
     """Add the command."""
     parser = command(
         commands,
-        "evaluate PAIRS [RELAXED] [options]",
+        "evaluate [PAIRS [RELAXED]] [options]",
         (run, stopped),
         "measure a potential, or two, on relaxations",
         DESCRIPTION,
@@ -57,7 +57,7 @@ def add(commands: Any) -> None:
     flag(group, parser, "--fmax", "eV/Å at which a structure is relaxed", 0.02, type=positive, metavar="X")
     flag(group, parser, "--steps", "frames at most", 500, type=count, metavar="N")
     flag(group, parser, "--batch-size", "structures relaxed together", 16, type=count, metavar="N")
-    flag(group, parser, "--seed", "of the bootstrap", 0, type=int, metavar="N")
+    flag(group, parser, "--seed", "of the bootstrap", 0, type=seed, metavar="N")
     add_output(parser, "ase-bptt-evaluation", "folder of tables, pictures and the page", resume=True)
 
 
@@ -65,6 +65,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     if arguments.resume:
         runfolder.take_over(arguments)
+        if (arguments.out / RESULTS).is_file():
+            raise FileExistsError(f"The evaluation in {arguments.out} is complete: nothing is left to resume.")
     else:
         runfolder.refuse_if_there(arguments)
     potential = potential_of(arguments)
@@ -124,7 +126,8 @@ def _evaluated(
 
 
 def _labels(arguments: argparse.Namespace) -> tuple[str, str]:
-    return (arguments.against or "", arguments.potential)
+    labels = (arguments.against or "", arguments.potential)
+    return labels if labels[0] != labels[1] else (f"{labels[0]} (1)", f"{labels[1]} (2)")
 
 
 def _tables(

@@ -84,8 +84,9 @@ def add_pairs(parser: argparse.ArgumentParser, nargs: str = "+", option: str | N
     else:
         group.add_argument("pairs", nargs=nargs, metavar="PAIRS", help=text, type=Path)
         parser.get_default("flag_defaults")["pairs"] = []
-    flag(group, parser, "--group", "this key of the structures' info names the kinds, which are never split "
-         "(default: what has one composition and ends in one structure)", metavar="KEY")  # fmt: skip
+    flag(group, parser, "--group", "this key of the structures' info names the kinds, which are never split; "
+         "'folder': the folders directly below PAIRS do (default: what has one composition and ends in one structure)",
+         metavar="KEY")  # fmt: skip
     flag(group, parser, "--skip-invalid", "list pairs that cannot be used, and go on without them", False,
          action="store_true")  # fmt: skip
 
@@ -111,6 +112,13 @@ def count(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
+
+
+def seed(text: str) -> int:
+    """A whole number that is not negative."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number, 0 at least, got {text!r}")
+    return int(text)
 
 
 def positive(text: str) -> float:

@@ -12,7 +12,7 @@ from ..checks import usable
 from ..diagnosis import diagnose
 from ..files import without_nan
 from ..potential import Potential, symbols
-from .flags import add_pairs, add_potential, command, count, flag
+from .flags import add_pairs, add_potential, command, count, flag, seed
 from .inputs import potential_of, read_grouped
 
 DESCRIPTION = """\
@@ -38,7 +38,7 @@ def add(commands: Any) -> None:
     add_pairs(parser, option="--pairs")
     group = parser.add_argument_group("diagnosis")
     flag(group, parser, "--sample", "pairs whose surroundings are explored", 8, type=count, metavar="N")
-    flag(group, parser, "--seed", "of the sample and of the noise", 0, type=int, metavar="N")
+    flag(group, parser, "--seed", "of the sample and of the noise", 0, type=seed, metavar="N")
     flag(group, parser, "--json", "print JSON, and nothing else, on standard output", False, action="store_true")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 from pathlib import Path
 
 from ..loading import load_potential
@@ -12,6 +13,8 @@ from ..potential import Potential
 from ..reading import read_pairs
 from .flags import best_device
 
+log = logging.getLogger(__name__)
+
 
 def read_grouped(arguments: argparse.Namespace) -> list[RelaxationPair]:
     """The pairs of PAIRS, with --skip-invalid and --group."""
@@ -19,9 +22,20 @@ def read_grouped(arguments: argparse.Namespace) -> list[RelaxationPair]:
     if not 1 <= len(paths) <= 2:
         raise ValueError("Give one file or folder of relaxations, or two files: initial and relaxed structures.")
     pairs = read_pairs(*paths, skip_invalid=arguments.skip_invalid)
-    if arguments.group:
-        pairs = [dataclasses.replace(p, group=_group(p, arguments.group)) for p in pairs]
-    return pairs
+    if not arguments.group:
+        return pairs
+    named, problems = [], []
+    for pair in pairs:
+        try:
+            named.append(dataclasses.replace(pair, group=_group(pair, arguments.group, paths[0])))
+        except InvalidPair as problem:
+            if not arguments.skip_invalid:
+                raise
+            problems.append(problem)
+            log.warning("Left out: %s", problem)
+    if not named:
+        raise InvalidPair(f"None of the {len(pairs)} pairs can be grouped; the last: {problems[-1]}")
+    return named
 
 
 def potential_of(arguments: argparse.Namespace, spec: str | None = None) -> Potential:
@@ -34,8 +48,14 @@ def potential_of(arguments: argparse.Namespace, spec: str | None = None) -> Pote
     )
 
 
-def _group(pair: RelaxationPair, key: str) -> str:
-    if key not in pair.relaxed.info:
-        there = ", ".join(pair.relaxed.info) or "nothing"
-        raise InvalidPair(f"{pair.id}: its info has no {key!r} to group by; it has {there}.")
-    return str(pair.relaxed.info[key])
+def _group(pair: RelaxationPair, key: str, root: Path) -> str:
+    if key in pair.relaxed.info:
+        return str(pair.relaxed.info[key])
+    if key == "folder":
+        # An id that was not the only one has its path behind it.
+        path = Path(pair.id.removesuffix(")").rpartition(" (")[2])
+        if path.is_relative_to(root) and len(path.relative_to(root).parts) > 1:
+            return path.relative_to(root).parts[0]
+        raise InvalidPair(f"{pair.id}: it lies in no folder below {root} to group by.")
+    there = ", ".join(pair.relaxed.info) or "nothing"
+    raise InvalidPair(f"{pair.id}: its info has no {key!r} to group by; it has {there} ('folder' takes the folders).")

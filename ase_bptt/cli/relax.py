@@ -111,6 +111,8 @@ def _journal(out: Path) -> Path:
 
 def _checked_output(arguments: argparse.Namespace) -> Path:
     out = arguments.out
+    if out.is_dir() or not out.name:
+        raise ValueError(f"{out} is a folder: give --out the name of a file, as {out / 'relaxed.extxyz'}.")
     kind = ioformats.get(_format(out))
     if kind is None or not kind.can_write:
         raise ValueError(f"{out}: ASE cannot write this format: take a name that ends with .extxyz, .traj or .db.")
@@ -140,6 +142,8 @@ def _structures(arguments: argparse.Namespace, potential: Potential) -> tuple[li
     """Names and structures of all files, and how many were left out."""
     names, structures, problems = [], [], []
     for path in arguments.files:
+        if path.is_dir():
+            raise InvalidPair(f"{path} is a folder: name the files in it, as {path}/*.extxyz or {path}/*/POSCAR.")
         try:
             frames = read_frames(path)
         except InvalidPair as problem:

@@ -16,6 +16,12 @@ from ..loading import EMBEDDED, families
 from ..pairs import RelaxationPair, fingerprint
 
 COMMAND = "command.json"
+OURS = (
+    COMMAND, "settings.json", "metrics.csv", "checkpoint.pt", "potential", "fold_*", "before.json", "after.json",
+    "results.json", "table.csv", "report.html", "relaxed.extxyz", "*.part.traj", "before_after.png", "by_group.png",
+    "displacements.png", "learning_curve.png",
+)  # fmt: skip
+"""Patterns of what the commands write into a run folder: --overwrite deletes nothing else."""
 PASSING = frozenset({"out", "overwrite", "resume", "dry_run", "json", "device", "trust", "skip_invalid", "pairs"})
 """What may be said anew when a run goes on; other pairs are noticed by the trainer."""
 
@@ -30,22 +36,50 @@ def refuse_if_there(arguments: argparse.Namespace) -> None:
     if not arguments.overwrite:
         resume = "--resume, " if hasattr(arguments, "resume") else ""
         raise FileExistsError(f"The folder {out} is there already: {resume}--overwrite, or another --out.")
-    if not any((out / name).is_file() for name in (COMMAND, "settings.json")):
+    made_by = _made_by(out)
+    if made_by is None:
         raise FileExistsError(f"The folder {out} is not one of our run folders, so it is not overwritten.")
+    if made_by != arguments.command:
+        raise FileExistsError(
+            f"The folder {out} holds a run of ase-bptt {made_by}, which is not overwritten by {arguments.command}: "
+            "take another --out."
+        )
+    _refuse_own_input(arguments)
+
+
+def _made_by(out: Path) -> str | None:
+    """Which command made a run folder; None for any other folder."""
+    try:
+        found = json.loads((out / COMMAND).read_text())
+    except (OSError, ValueError):
+        return None
+    return found.get("command") if isinstance(found, dict) else None
+
+
+def _refuse_own_input(arguments: argparse.Namespace) -> None:
+    given = (getattr(arguments, "potential", None), getattr(arguments, "against", None))
+    for used in (*given, *getattr(arguments, "pairs", ())):
+        if used and Path(used).exists() and Path(used).resolve().is_relative_to(arguments.out.resolve()):
+            raise FileExistsError(f"{used} lies in {arguments.out}, which would be replaced: take another --out.")
 
 
 def prepare(arguments: argparse.Namespace) -> None:
-    """Make the folder anew, with the command in it; shows early whether one may write there."""
+    """Make the folder, or empty it of what we wrote, and put the command in; tells early if one may not write there."""
     refuse_if_there(arguments)
-    # What cannot be replaced is not deleted.
+    # What cannot be replaced is not deleted, nor is what somebody else put there.
     check_writable(arguments.out)
-    for path in arguments.out.iterdir():
+    for path in [path for pattern in OURS for path in arguments.out.glob(pattern)]:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink()
     with replacing(arguments.out / COMMAND) as path:
         path.write_text(json.dumps(described(arguments), indent=1) + "\n")
+
+
+def holds(arguments: argparse.Namespace) -> bool:
+    """Whether the folder holds the run of these very arguments."""
+    return _made_by(arguments.out) is not None and saved(arguments.out) == json.loads(json.dumps(described(arguments)))
 
 
 def described(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -68,10 +102,9 @@ def saved(out: Path) -> dict[str, Any]:
     ValueError
         Where the folder holds no run.
     """
-    try:
-        return json.loads((out / COMMAND).read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"The folder {out} holds no run that can be resumed (no {COMMAND} in it).") from error
+    if _made_by(out) is None:
+        raise ValueError(f"The folder {out} holds no run that can be resumed (no {COMMAND} of ours in it).")
+    return json.loads((out / COMMAND).read_text())
 
 
 def take_over(arguments: argparse.Namespace) -> None:

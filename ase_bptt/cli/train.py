@@ -15,12 +15,13 @@ from ..estimate import estimate
 from ..finetune import cross_validate, finetune
 from ..groups import split_by_group, split_into_folds
 from ..losses import LOSSES
+from ..outcome import RESULTS, Outcome
 from ..pairs import RelaxationPair
 from ..potential import Potential
 from ..steppers import STEPPERS, Stepper, make_stepper
 from ..trainer import MOMENTUM, NUMBERS, Trainer
 from . import runfolder, words
-from .flags import add_output, add_pairs, add_potential, between, command, count, flag, positive
+from .flags import add_output, add_pairs, add_potential, between, command, count, flag, positive, seed
 from .inputs import potential_of, read_grouped
 
 DESCRIPTION = """\
@@ -48,7 +49,7 @@ def add(commands: Any) -> None:
     """Add the command."""
     parser = command(
         commands,
-        "train PAIRS [RELAXED] [options]",
+        "train [PAIRS [RELAXED]] [options]",
         (run, stopped),
         "fine-tune a potential on your relaxations",
         DESCRIPTION,
@@ -91,7 +92,7 @@ def add_training(parser: argparse.ArgumentParser) -> Any:
     number("--along", between(0, 1), "share of training starts on the way to the reference")
     number("--rattle", between(0, 1), "noise on training starts, in Å")
     number("--patience", count, "stop after so many epochs without a better validation", "N")
-    number("--seed", int, "of the order of pairs, of their starts and of the split", "N")
+    number("--seed", seed, "of the order of pairs, of their starts and of the split", "N")
     return group
 
 
@@ -107,8 +108,10 @@ def run(arguments: argparse.Namespace) -> int:
 def stopped(arguments: argparse.Namespace) -> str:
     """What is left after an interrupt."""
     out = arguments.out
-    if not any(out.glob("**/checkpoint.pt")):
-        again = " Begin again with --overwrite." if (out / runfolder.COMMAND).is_file() else ""
+    # Before the folder was made anew, what is there is another run.
+    ours = hasattr(arguments, "data") and (arguments.resume or runfolder.holds(arguments))
+    if not ours or not any(out.glob("**/checkpoint.pt")):
+        again = " Begin again with --overwrite." if ours else ""
         return f"Nothing was trained yet, and nothing is lost.{again}"
     where = f"{out}/fold_*" if arguments.__dict__.get("folds") else out
     return (
@@ -121,6 +124,8 @@ def launch(arguments: argparse.Namespace, read: Callable[[argparse.Namespace, Po
     """One fine-tuning run: new or resumed, or only described."""
     if arguments.resume:
         runfolder.take_over(arguments)
+        if (arguments.out / RESULTS).is_file():
+            return _tell_again(arguments)
         trainer = Trainer.resume(arguments.out, device=arguments.device)
     else:
         runfolder.refuse_if_there(arguments)
@@ -134,15 +139,25 @@ def launch(arguments: argparse.Namespace, read: Callable[[argparse.Namespace, Po
     say = words.quiet_if(arguments.json)
     say(words.introduction(trainer, arguments, splits))
     if arguments.dry_run:
-        return words.planned(arguments, splits, estimate(trainer, *splits.values(), epochs=arguments.epochs))
+        left = arguments.epochs - trainer.epoch
+        return words.planned(arguments, splits, estimate(trainer, *splits.values(), epochs=left))
     outcome = finetune(trainer, splits, arguments.out, epochs=arguments.epochs, facts=words.facts(arguments, trainer))
     words.conclude(arguments, outcome)
+    return 0
+
+
+def _tell_again(arguments: argparse.Namespace) -> int:
+    """The result of a run that is complete."""
+    words.quiet_if(arguments.json)(f"The run in {arguments.out} is complete.")
+    words.conclude(arguments, Outcome.load(arguments.out))
     return 0
 
 
 def _cross_validate(arguments: argparse.Namespace) -> int:
     if arguments.resume:
         runfolder.take_over(arguments)
+        if (arguments.out / RESULTS).is_file():
+            return _tell_again(arguments)
     else:
         runfolder.refuse_if_there(arguments)
     trainer = _new(arguments, None)
@@ -161,6 +176,7 @@ def _cross_validate(arguments: argparse.Namespace) -> int:
     outcome = cross_validate(
         partial(_new, arguments), pairs, arguments.out, folds=arguments.folds, epochs=arguments.epochs,
         seed=arguments.seed, facts=words.facts(arguments, trainer),
+        resume=partial(Trainer.resume, device=arguments.device),
     )  # fmt: skip
     words.conclude(arguments, outcome)
     return 0

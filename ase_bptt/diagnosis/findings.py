@@ -27,7 +27,7 @@ class Findings:
     evaluation : Evaluation
         Of the potential as it is, by FIRE.
     classes : tuple of str
-        For each row of the evaluation, one of `ase_bptt.outcomes.CLASSES`.
+        For each row of the evaluation, one of `ase_bptt.diagnosis.classes.CLASSES`.
     judgement : Judgement
     forces : ForceError or None
         None where no structure carries forces.

@@ -145,6 +145,7 @@ def comparison_sentences(comparison: Comparison, labels: tuple[str, str] = LABEL
         f"Delta-Q fell by more than a tenth in {plural(c.nearer, 'structure')} and rose by more than a tenth "
         f"in {c.farther}.",
         f"Right basin: {c.basins_won} won, {c.basins_lost} lost.",
+        *([f"Left out of means and test: {plural(c.left_out, 'structure')} that diverged."] if c.left_out else []),
     ]
 
 
