@@ -217,6 +217,6 @@ def _shuffled(pairs: Sequence[RelaxationPair], least: int, purpose: str, seed: i
         raise InvalidPair(
             f"The {len(pairs)} pairs form {len(groups)} group(s) by composition and final structure; "
             f"{purpose}: give more kinds of structures, or name the groups "
-            "yourself (--group KEY in the shell, RelaxationPair(group=...) in Python)."
+            "yourself (--group KEY or --group folder in the shell, RelaxationPair(group=...) in Python)."
         )
     return [groups[k] for k in np.random.default_rng(seed).permutation(len(groups))]
