@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -47,7 +48,8 @@ def read_pairs(
     -------
     list of RelaxationPair
         Relaxed positions are at the periodic images nearest to the initial ones. The id is
-        ``info["id"]`` where the relaxed structure has one, else the path.
+        ``info["id"]`` where the relaxed structure has one, else the path below the one that was given,
+        without VASP's own file names.
 
     Raises
     ------
@@ -57,11 +59,12 @@ def read_pairs(
         Naming the structure, the file and the mend.
     """
     sources = _two_files(Path(initial), Path(relaxed)) if relaxed is not None else _relaxations(Path(initial))
+    root = Path(initial if relaxed is None else relaxed)
     pairs, names, problems = [], [], []
     for name, load in sources:
         try:
-            pairs.append(_pair(name, *load()))
-            names.append(name)
+            pairs.append(_pair(name, root, *load()))
+            names.append(_short(name, root))
         except InvalidPair as problem:
             if not skip_invalid:
                 raise
@@ -83,12 +86,19 @@ def _told_apart(pairs: list[RelaxationPair], names: list[str]) -> list[Relaxatio
     ]
 
 
-def _pair(name: str, initial: Atoms, relaxed: Atoms) -> RelaxationPair:
+def _short(name: str, root: Path) -> str:
+    """A name that does not depend on how the path to the data was written, nor on what VASP calls its files."""
+    short = name.replace(f"{root if root.is_dir() else root.parent}{os.sep}", "", 1)
+    kind = next((f"{os.sep}{kind}" for kind in VASP if short.endswith(f"{os.sep}{kind}")), "")
+    return short.removesuffix(kind)
+
+
+def _pair(name: str, root: Path, initial: Atoms, relaxed: Atoms) -> RelaxationPair:
     check_pair(initial, relaxed, name)
     relaxed = unwrapped(initial, relaxed)
     warn_of_order(initial, relaxed, name)
     known = relaxed.info.get("id")
-    return RelaxationPair(initial, relaxed, str(known) if known is not None else name)
+    return RelaxationPair(initial, relaxed, _short(name if known is None else str(known), root))
 
 
 def _relaxations(path: Path) -> list[tuple[str, Load]]:

@@ -2,6 +2,7 @@
 
 import errno
 import importlib
+import json
 import os
 import pickle
 import resource
@@ -38,9 +39,10 @@ def workplace(data, tmp_path):
     """Good input, and what was there before: a finished run and a file of relaxed structures."""
     shutil.copytree(data, tmp_path, dirs_exist_ok=True)
     (tmp_path / "lj").rename(tmp_path / "model")
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "command.json").write_text("{}")
-    (tmp_path / "run" / "results.json").write_text("years of work")
+    for folder, command in (("run", "train"), ("run-evaluate", "evaluate")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "command.json").write_text(json.dumps({"command": command}))
+        (tmp_path / folder / "results.json").write_text("years of work")
     (tmp_path / "run.extxyz").write_text("years of work")
 
 
@@ -54,7 +56,7 @@ COMMANDS = (*PAIRS, "relax")
 
 def called(command: str, *more, pairs=("pairs",), structures=("initial.extxyz",), potential="model"):
     """A command on this input, allowed to replace what is there."""
-    replacing = ["--out", "run", "--overwrite", *more]
+    replacing = ["--out", "run-evaluate" if command == "evaluate" else "run", "--overwrite", *more]
     if command == "info":
         with mock.patch("ase_bptt.cli.info.diagnose") as diagnose:
             diagnose.return_value.text.return_value = "a diagnosis"
@@ -488,6 +490,7 @@ def test_code_in_the_weights_of_a_folder_is_not_run(command, kind):
 def test_code_in_a_checkpoint_is_not_run(kind):
     assert called("train")[0] == 0
     PICKLES[kind]("run/checkpoint.pt")
+    Path("run/results.json").unlink()  # or the complete run would be told again, without a look at its checkpoint
     before = files()
     is_refused(run("train", "pairs", "--out", "run", "--resume"), "run holds no run that can be resumed")
     assert files() == before

@@ -21,6 +21,7 @@ from ase.io.trajectory import Trajectory
 from shell import is_refused, lennard_jones, run, write_relaxations
 
 from ase_bptt import load_potential, save_potential
+from ase_bptt.cli.stopping import Terminated, held, terminable
 from ase_bptt.journal import Journal
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -430,3 +431,19 @@ class TestJournal:
         before = Path("relaxed.traj").read_bytes()
         is_refused(run(*command("relax"), "--resume"), "relaxed.traj", "nothing is left to resume")
         assert Path("relaxed.traj").read_bytes() == before
+
+
+@pytest.mark.parametrize(("sent", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
+def test_an_interrupt_that_loading_would_swallow_is_held_back(sent, raised):
+    reached = []
+
+    def load():
+        with terminable(), held():
+            os.kill(os.getpid(), sent)
+            reached.append(True)
+
+    before = signal.getsignal(sent)
+    with pytest.raises(raised):
+        load()
+    assert reached
+    assert signal.getsignal(sent) is before

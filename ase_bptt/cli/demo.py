@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+import torch
+
 from ..datasets import DEMO_FOLD, FOLDS, si_defects
 from .flags import add_output, add_potential, command, flag
 from .train import add_training, launch, stopped
@@ -31,4 +33,6 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
+    # Cells of nine atoms gain nothing from threads, which wait for each other on a machine that has other work.
+    torch.set_num_threads(1)
     return launch(arguments, lambda a, _: {name: si_defects(name, fold=a.fold) for name in ("train", "valid", "test")})

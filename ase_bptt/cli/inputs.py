@@ -12,6 +12,7 @@ from ..pairs import InvalidPair, RelaxationPair
 from ..potential import Potential
 from ..reading import read_pairs
 from .flags import best_device
+from .stopping import held
 
 log = logging.getLogger(__name__)
 
@@ -40,22 +41,23 @@ def read_grouped(arguments: argparse.Namespace) -> list[RelaxationPair]:
 
 def potential_of(arguments: argparse.Namespace, spec: str | None = None) -> Potential:
     """The potential of --potential (or another spec), with --device, --dtype and --trust."""
-    return load_potential(
-        spec or arguments.potential,
-        device=arguments.device or best_device(),
-        dtype=arguments.dtype,
-        trust=arguments.trust,
-    )
+    with held():
+        return load_potential(
+            spec or arguments.potential,
+            device=arguments.device or best_device(),
+            dtype=arguments.dtype,
+            trust=arguments.trust,
+        )
 
 
 def _group(pair: RelaxationPair, key: str, root: Path) -> str:
     if key in pair.relaxed.info:
         return str(pair.relaxed.info[key])
     if key == "folder":
-        # An id that was not the only one has its path behind it.
-        path = Path(pair.id.removesuffix(")").rpartition(" (")[2])
-        if path.is_relative_to(root) and len(path.relative_to(root).parts) > 1:
-            return path.relative_to(root).parts[0]
+        # Ids are paths below the one that was given; behind one that was not the only one stands its path.
+        first = Path(pair.id.removesuffix(")").rpartition(" (")[2]).parts[0]
+        if (root / first).is_dir():
+            return first
         raise InvalidPair(f"{pair.id}: it lies in no folder below {root} to group by.")
     there = ", ".join(pair.relaxed.info) or "nothing"
     raise InvalidPair(f"{pair.id}: its info has no {key!r} to group by; it has {there} ('folder' takes the folders).")

@@ -21,8 +21,9 @@ from ..potential import Potential
 from ..steppers import STEPPERS, Stepper, make_stepper
 from ..trainer import MOMENTUM, NUMBERS, Trainer
 from . import runfolder, words
-from .flags import add_output, add_pairs, add_potential, between, command, count, flag, positive, seed
+from .flags import add_output, add_pairs, add_potential, best_device, between, command, count, flag, positive, seed
 from .inputs import potential_of, read_grouped
+from .stopping import held
 
 DESCRIPTION = """\
 Fine-tune a potential on reference relaxations, so that its own relaxations
@@ -126,7 +127,7 @@ def launch(arguments: argparse.Namespace, read: Callable[[argparse.Namespace, Po
         runfolder.take_over(arguments)
         if (arguments.out / RESULTS).is_file():
             return _tell_again(arguments)
-        trainer = Trainer.resume(arguments.out, device=arguments.device)
+        trainer = _resumed(arguments, arguments.out)
     else:
         runfolder.refuse_if_there(arguments)
         trainer = _new(arguments, arguments.out)
@@ -176,7 +177,7 @@ def _cross_validate(arguments: argparse.Namespace) -> int:
     outcome = cross_validate(
         partial(_new, arguments), pairs, arguments.out, folds=arguments.folds, epochs=arguments.epochs,
         seed=arguments.seed, facts=words.facts(arguments, trainer),
-        resume=partial(Trainer.resume, device=arguments.device),
+        resume=partial(_resumed, arguments),
     )  # fmt: skip
     words.conclude(arguments, outcome)
     return 0
@@ -194,6 +195,11 @@ def _new(arguments: argparse.Namespace, out: Path | None) -> Trainer:
     names = [name for name in ("adjoint", "loss", *NUMBERS) if hasattr(arguments, name)]
     numbers = {name: getattr(arguments, name) for name in names}
     return Trainer(potential_of(arguments), stepper=_stepper(arguments), **numbers, out=out)
+
+
+def _resumed(arguments: argparse.Namespace, out: Path) -> Trainer:
+    with held():
+        return Trainer.resume(out, device=arguments.device or best_device())
 
 
 def _stepper(arguments: argparse.Namespace) -> Stepper:

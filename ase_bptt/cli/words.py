@@ -95,8 +95,14 @@ def conclusion(outcome: Outcome) -> str:
     """The tables, and where everything is."""
     before, after = outcome.before_bfgs, outcome.after_bfgs
     place = f"{outcome.out}/fold_*/potential" if outcome.folds else f"{outcome.out / 'potential'}"
+    kept = ""
+    if outcome.best_epoch is not None:
+        what = f"the weights after epoch {outcome.best_epoch}" if outcome.best_epoch else "the untuned weights"
+        kept = (
+            f"\nkept: {what} of {len(outcome.history)} epochs, the best by the mean logarithm on the validation pairs\n"
+        )
     return (
-        f"\nHeld out, relaxed by FIRE to fmax 0.02 eV/Å\n{report.table(outcome.before, outcome.after)}\n"
+        f"{kept}\nHeld out, relaxed by FIRE to fmax 0.02 eV/Å\n{report.table(outcome.before, outcome.after)}\n"
         f"{fill(BASIN_RULE, WIDTH)}\n\n"
         f"{report.comparison_text(outcome.comparison)}\n"
         f"relaxed by BFGS instead: mean {before.mean:.2f} before, {after.mean:.2f} after, "
