@@ -322,6 +322,28 @@ class TestResume:
         assert json.loads(out)["test"] == whole["test"]
         assert load_potential("run").sigma.item() == load_potential("whole").sigma.item()
 
+    @pytest.mark.parametrize("folds", [[], ["--folds", "3"]], ids=["one", "folds"])
+    def test_pairs_that_are_named_by_relative_paths_go_on_without_naming_them(self, data, tmp_path, folds):
+        for k, path in enumerate(sorted((data / "pairs").iterdir())):
+            frames = read(path, ":")
+            for atoms in frames:
+                atoms.info.clear()
+            (tmp_path / "runs" / f"{k}").mkdir(parents=True)
+            write(tmp_path / "runs" / f"{k}" / "relax.traj", frames)
+        real, calls = ase_bptt.Trainer.train_step, iter(range(100))
+
+        def stopping(self, pairs):
+            if next(calls) == 2:
+                raise KeyboardInterrupt
+            return real(self, pairs)
+
+        arguments = ("--potential", data / "lj", "--out", "run", "--epochs", 2, "--steps", 2, "--batch-size", 2, *folds)
+        with mock.patch.object(ase_bptt.Trainer, "train_step", stopping):
+            assert run("train", "runs", *arguments)[0] == 130
+        code, out, err = run("train", "--out", "run", "--resume", "--json")
+        assert code == 0, err
+        assert json.loads(out)["test"]["n"] > 0
+
     def test_other_epochs_are_refused(self, data):
         assert train(data)[0] == 0
         is_refused(train(data, "--resume", quick=["--epochs", 5]), "--epochs 1, not 5", "leave the flag out")
