@@ -333,11 +333,11 @@ class TestResume:
         real, calls = ase_bptt.Trainer.train_step, iter(range(100))
 
         def stopping(self, pairs):
-            if next(calls) == 2:
+            if next(calls) == 1:
                 raise KeyboardInterrupt
             return real(self, pairs)
 
-        arguments = ("--potential", data / "lj", "--out", "run", "--epochs", 2, "--steps", 2, "--batch-size", 2, *folds)
+        arguments = ("--potential", data / "lj", "--out", "run", "--epochs", 2, "--steps", 2, "--batch-size", 1, *folds)
         with mock.patch.object(ase_bptt.Trainer, "train_step", stopping):
             assert run("train", "runs", *arguments)[0] == 130
         code, out, err = run("train", "--out", "run", "--resume", "--json")
