@@ -8,10 +8,14 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
+from ase.build import add_adsorbate, fcc100
 from ase.calculators.calculator import CalculationFailed, PropertyNotImplementedError
+from ase.calculators.emt import EMT
 from ase.calculators.lj import LennardJones as AseLennardJones
+from ase.constraints import FixAtoms
 from ase.filters import FrechetCellFilter
 from ase.io import Trajectory, read, write
+from ase.mep import DimerControl, MinModeAtoms, MinModeTranslate
 from ase.optimize import BFGS
 from conftest import (
     argon,
@@ -361,3 +365,26 @@ def test_flags_of_a_given_potential_stay_even_where_it_is_cast():
     calc = TorchCalculator(potential, dtype="float32")
     assert calc.potential is not potential
     assert not any(p.requires_grad for p in (*potential.parameters(), *calc.potential.parameters()))
+
+
+def test_a_dimer_climbs_to_the_saddle_that_ases_calculator_leads_to():
+    def climb(calculator):
+        slab = fcc100("Al", (2, 2, 2), vacuum=6.0)
+        add_adsorbate(slab, "Al", 1.6, "hollow")
+        slab.set_constraint(FixAtoms(mask=slab.get_tags() > 0))
+        slab.calc = calculator
+        control = DimerControl(
+            initial_eigenmode_method="displacement", displacement_method="vector", logfile=None,
+            mask=[False] * 8 + [True],
+        )  # fmt: skip
+        dimer = MinModeAtoms(slab, control, random_seed=1)
+        dimer.displace(displacement_vector=np.vstack([np.zeros((8, 3)), [0.3, 0.1, 0.1]]))
+        with MinModeTranslate(dimer, trajectory=None, logfile=None) as run:
+            run.run(fmax=0.02, steps=60)
+        return slab.positions, dimer.get_curvature(), run.nsteps
+
+    (x, theirs, m), (y, ours, n) = climb(EMT()), climb(TorchCalculator("emt"))
+    np.testing.assert_allclose(y, x, atol=1e-9)
+    assert ours == pytest.approx(theirs, abs=1e-8)
+    assert ours < 0
+    assert m == n > 3
