@@ -11,7 +11,7 @@ from ase.calculators.calculator import CalculationFailed
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from .calculator import TorchCalculator
-from .constraints import unknown
+from .constraints import unknown_of
 from .optimizer import BPTTOptimizer
 from .potential import Potential
 from .relaxation import relax_each
@@ -60,7 +60,7 @@ def relax_all(
     NotImplementedError
         For elements that the potential does not know.
     """
-    alone = [k for k, atoms in enumerate(structures) if _strange(atoms)]
+    alone = [k for k, atoms in enumerate(structures) if unknown_of(atoms)]
     together = sorted(set(range(len(structures))) - set(alone))
     largest = max((len(structures[k]) for k in together), default=0)
     # A Hessian of (3 n)^2 numbers a structure: for large ones, many together would fill the memory.
@@ -72,10 +72,6 @@ def relax_all(
             yield members[k], End(run.to_atoms(), run.status[0], int(run.nsteps[0]))
     for k in alone:
         yield k, _by_ase(potential, structures[k], stepper, fmax, steps)
-
-
-def _strange(atoms: Atoms) -> bool:
-    return bool(unknown([type(c).__name__ for c in atoms.constraints]))
 
 
 def _by_ase(potential: Potential, start: Atoms, stepper: Stepper | str, fmax: float, steps: int) -> End:

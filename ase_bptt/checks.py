@@ -24,25 +24,26 @@ def check_structure(potential: Potential, atoms: Atoms, name: str) -> None:
     if not (np.isfinite(atoms.positions).all() and np.isfinite(atoms.cell.array).all()):
         raise InvalidPair(f"{name}: a position or its cell is not a finite number; write the file again.")
     check_distances(atoms, f"{name}:")
-    try:
-        potential.check(Structures.from_atoms(atoms))
-    except NotImplementedError as error:
-        raise NotImplementedError(f"{name}: {error}") from error
+    _check_elements(potential, Structures.from_atoms(atoms), name)
 
 
 def check_usable(potential: Potential, pair: RelaxationPair) -> None:
     """Raise NotImplementedError, naming the pair, for elements or constraints that cannot be treated."""
     ends = Structures.from_atoms((pair.initial, pair.relaxed))
-    try:
-        potential.check(ends)
-    except NotImplementedError as error:
-        raise NotImplementedError(f"{pair.id}: {error}") from error
+    _check_elements(potential, ends, pair.id)
     names = unknown(ends.constraint_names)
     if names:
         raise NotImplementedError(
             f"{pair.id}: the constraints {', '.join(names)} cannot be differentiated, and are not ignored: "
             f"remove them, take one of {', '.join(KNOWN)}, or leave the pair out (--skip-invalid in the shell)."
         )
+
+
+def _check_elements(potential: Potential, structures: Structures, name: str) -> None:
+    try:
+        potential.check(structures)
+    except NotImplementedError as error:
+        raise NotImplementedError(f"{name}: {error}") from error
 
 
 def usable(

@@ -49,6 +49,11 @@ def unknown(names: Sequence[str]) -> list[str]:
     return [name for name in names if name not in KNOWN]
 
 
+def unknown_of(atoms: Atoms) -> list[str]:
+    """`unknown` of the constraints on these atoms."""
+    return unknown([type(c).__name__ for c in atoms.constraints])
+
+
 def _local(atoms: Atoms, index: Any, matrix: np.ndarray) -> Blocks:
     """One matrix on some atoms, the identity on the others."""
     matrices = np.tile(np.eye(3), (len(atoms), 1, 1))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .adjoints import Adjoint
 from .calculator import TorchCalculator
-from .constraints import KNOWN, unknown
+from .constraints import KNOWN, unknown_of
 from .frames import IteratedMap, Record
 from .result import Relaxation, Status
 from .steppers import State, Stepper
@@ -37,7 +37,7 @@ class Recording:
 
     def keep(self, atoms: Any, positions: Tensor, state: State) -> None:
         """Store the state before a frame; start anew where somebody else changed the atoms."""
-        if not isinstance(atoms, Atoms) or not isinstance(atoms.calc, TorchCalculator) or unknown(_names(atoms)):
+        if not isinstance(atoms, Atoms) or not isinstance(atoms.calc, TorchCalculator) or unknown_of(atoms):
             return
         if self.record is None or not self._continues(self.record, atoms):
             potential = atoms.calc.potential
@@ -104,12 +104,8 @@ def _check_differentiable(atoms: Any) -> None:
             "Only a run on Atoms with a TorchCalculator can be differentiated; this one moves a "
             f"{type(atoms).__name__} with {type(getattr(atoms, 'calc', None)).__name__}."
         )
-    names = unknown(_names(atoms))
+    names = unknown_of(atoms)
     if names:
         raise NotImplementedError(
             f"The constraints {', '.join(names)} cannot be differentiated; {', '.join(KNOWN)} can."
         )
-
-
-def _names(atoms: Atoms) -> list[str]:
-    return [type(c).__name__ for c in atoms.constraints]

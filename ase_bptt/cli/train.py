@@ -75,14 +75,7 @@ def add_training(parser: argparse.ArgumentParser) -> Any:
     number("--epochs", count, "passes over the training pairs", "N")
     number("--steps", count, "frames of an unroll in training", "N")
     number("--fmax", positive, "eV/Å at which a relaxation stops in training")
-    flag(
-        group,
-        parser,
-        "--stepper",
-        "update rule in training",
-        "gd",
-        choices=DIFFERENTIABLE,
-    )
+    flag(group, parser, "--stepper", "update rule in training", "gd", choices=DIFFERENTIABLE)
     flag(group, parser, "--step-size", "of gd, in Å^2/eV (default: 0.05)", type=positive, metavar="X")
     flag(group, parser, "--momentum", f"of gd (default: {MOMENTUM})", type=between(0, 1), metavar="X")
     flag(group, parser, "--adjoint", "way to the gradient", "replay", choices=sorted(ADJOINTS))

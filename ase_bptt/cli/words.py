@@ -19,7 +19,7 @@ from .. import report
 from ..estimate import Estimate
 from ..evaluation import BASIN_RULE
 from ..outcome import Outcome
-from ..pairs import RelaxationPair, fingerprint
+from ..pairs import RelaxationPair
 from ..trainer import NUMBERS, Trainer
 from ..version import __version__
 from .flags import WIDTH
@@ -61,7 +61,7 @@ def planned(arguments: argparse.Namespace, splits: dict[str, list[RelaxationPair
     return 0
 
 
-def facts(arguments: argparse.Namespace, trainer: Trainer, pairs: list[RelaxationPair] | None = None) -> dict[str, str]:
+def facts(arguments: argparse.Namespace, trainer: Trainer) -> dict[str, str]:
     """For the head of the page: what was run, and with what."""
     potential = trainer.potential
     weights = sum(p.numel() for p in potential.parameters() if p.requires_grad)
@@ -73,7 +73,7 @@ def facts(arguments: argparse.Namespace, trainer: Trainer, pairs: list[Relaxatio
         "loss": f"{settings['loss']}, gradient by {settings['adjoint']}",
         "training": ", ".join(f"{name} {settings[name]}" for name in NUMBERS) + f", epochs {arguments.epochs}",
     }
-    return found | provenance() | ({"data": fingerprint(pairs)[:16]} if pairs else {})
+    return found | provenance()
 
 
 def provenance() -> dict[str, str]:
