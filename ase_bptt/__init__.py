@@ -13,6 +13,7 @@ from .pairs import RelaxationPair
 from .plugin import register
 from .potential import Potential, Prediction
 from .reading import read_pairs
+from .recording import as_relaxation
 from .relaxation import relax
 from .result import Relaxation, Status
 from .structures import Structures
@@ -33,6 +34,7 @@ __all__ = [
     "Trainer",
     "__version__",
     "adjoints",
+    "as_relaxation",
     "compare",
     "datasets",
     "delta_q",

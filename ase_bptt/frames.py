@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +58,28 @@ class IteratedMap:
         return self._weights.versions()
 
 
+Kept = tuple[Tensor, State]
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Which frames' states a run stores.
+
+    Attributes
+    ----------
+    every : int
+        Each so many frames; those between are run again when they are asked for.
+    last : int or None
+        Of each structure no more than this many, its last ones.
+    first : int or None
+        None after so many frames.
+    """
+
+    every: int = 1
+    last: int | None = None
+    first: int | None = None
+
+
 @dataclass(eq=False)
 class Record:
     """What a run leaves behind, from which any frame can be run again.
@@ -66,7 +89,7 @@ class Record:
     map : IteratedMap
     start : Structures
         Before the first frame; its positions may require gradients.
-    frames : list of (Tensor, State)
+    frames : list of (Tensor, State), None for those that are not stored
         Positions and stepper state before each frame, detached, of the structures that were still
         moving: those with ``nsteps > t``, in order.
     nsteps : list of int, length n
@@ -75,27 +98,72 @@ class Record:
         Where each ended, in Å.
     weights : tuple
         Fingerprint of the weights that the frames were run with.
+    kept : Keep
+        Which frames are stored.
+    relaxed : list of bool, length n
+        Whether each ended where its forces fell below fmax.
+    adjoint_norms : Tensor or None, shape (n_frames + 1, n)
+        |dL/dX(t)| of each structure before each frame and at the end, after a backward pass through the frames.
+    solves : tuple
+        How the equation of each structure was solved, after a backward pass through the minimum.
     """
 
     map: IteratedMap
     start: Structures
-    frames: list[tuple[Tensor, State]] = field(default_factory=list)
+    frames: list[Kept | None] = field(default_factory=list)
     nsteps: list[int] = field(default_factory=list)
     final: Tensor = field(default_factory=lambda: torch.empty(0, 3))
     weights: Versions = ()
+    kept: Keep = Keep()
+    relaxed: list[bool] = field(default_factory=list)
+    adjoint_norms: Tensor | None = None
+    solves: tuple[Any, ...] = ()
+    _again: dict[int, Kept] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.weights = self.weights or self.map.fingerprint()
 
     def keep(self, positions: Tensor, state: State) -> None:
-        """Store the state before a frame."""
-        self.frames.append((positions.detach(), state.map(Tensor.detach)))
+        """Store the state before a frame, if it is one of those that are kept."""
+        t, kept = len(self.frames), self.kept
+        wanted = t % kept.every == 0
+        self.frames.append((positions.detach(), state.map(Tensor.detach)) if wanted else None)
+        if kept.last is not None and t >= kept.last:
+            old = t - kept.last
+            # A structure that has stopped before needs its own last ones.
+            if not any(n - kept.last <= old < n for n in self.nsteps):
+                self.frames[old] = None
 
-    def before(self, t: int) -> tuple[Tensor, State]:
+    def before(self, t: int) -> Kept:
         """Positions and stepper state before frame t, where and in the dtype the potential computes."""
-        like = self.start.positions
-        positions, state = self.frames[t]
+        if self.frames[t] is None:
+            if t not in self._again:
+                self._run_again(t - t % self.kept.every)
+            return self._again[t]
+        return self._placed(t)
+
+    def _placed(self, t: int) -> Kept:
+        like, kept = self.start.positions, self.frames[t]
+        if kept is None:
+            raise RuntimeError(f"The state before frame {t} of this relaxation was not stored.")
+        positions, state = kept
         return positions.to(like), state.map(lambda s: s.to(like) if s.is_floating_point() else s.to(like.device))
+
+    @torch.no_grad()
+    def _run_again(self, first: int) -> None:
+        """Find the states of the frames from the stored one `first` to the next stored one."""
+        positions, state = self._placed(first)
+        now = self.moving(first)
+        structures, neighbors = self.start.select(now).replace(positions=positions), self.map.neighbor_list()
+        self._again = {}
+        for t in range(first + 1, min(first + self.kept.every, len(self.frames))):
+            _, forces = self.map.potential.energy_and_forces(structures, neighbors(structures))
+            structures, state = self.map.advance(structures, state, forces)
+            stay = [now.index(k) for k in self.moving(t)]
+            if len(stay) < len(now):
+                state = state.select(structures.atoms_of(stay), torch.tensor(stay, device=positions.device))
+                structures, now = structures.select(stay), self.moving(t)
+            self._again[t] = (structures.positions, state)
 
     def moving(self, t: int) -> list[int]:
         """The structures that took frame t."""

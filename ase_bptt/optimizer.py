@@ -14,8 +14,9 @@ from ase.optimize.optimize import Optimizer
 from ase.utils.abc import Optimizable
 from torch import Tensor
 
-from .adjoints import Adjoint, FullTape, Replay, make_adjoint
-from .recording import Recording
+from .adjoints import Adjoint, AtMinimum, FullTape, Guided, Replay, make_adjoint
+from .frames import Keep
+from .recording import Recording, as_relaxation
 from .restart import BROKEN, read_restart, state_from_json, state_to_json, unreadable, write_restart
 from .result import Relaxation, Status
 from .steppers import STEPPERS, Learner, State, Stepper, make_stepper
@@ -65,11 +66,14 @@ class BPTTOptimizer(Optimizer):
             numbers["maxstep"] = maxstep
         self.stepper = make_stepper(stepper, **numbers)
         self.adjoint = make_adjoint(adjoint) or Replay()
-        if isinstance(self.adjoint, FullTape):
-            raise TypeError("An ASE run leaves no tape behind: take adjoint='replay', or ase_bptt.relax.")
-        self.record = record and self.stepper.differentiable
+        if isinstance(self.adjoint, FullTape | Guided):
+            raise TypeError(
+                f"An ASE run leaves no tape and no early loss behind for {self.adjoint.name!r}: take adjoint='replay', "
+                "or ase_bptt.relax."
+            )
+        self.record = record and self.stepper.differentiable and self.adjoint.keep is not None
         self._state: State | None = None
-        self._recording = Recording(self.stepper)
+        self._recording = Recording(self.stepper, self.adjoint.keep or Keep())
         super().__init__(atoms, restart, logfile, trajectory, append_trajectory, **kwargs)
 
     @property
@@ -191,6 +195,8 @@ class BPTTOptimizer(Optimizer):
         NotImplementedError
             For constraints that `relax` does not know, by name.
         """
+        if isinstance(self.adjoint, AtMinimum):
+            return as_relaxation(self.atoms, adjoint=self.adjoint, nsteps=self.nsteps)
         if not self.stepper.differentiable:
             raise RuntimeError(not_differentiable(type(self).__name__, self.stepper.name))
         fmax: Any = self.fmax

@@ -53,6 +53,8 @@ class Potential(nn.Module):
     """The extra that installs the family, as in ``pip install "ase_bptt[extra]"``."""
     native_name: ClassVar[str | None] = None
     """File name under which `save` writes the family's native checkpoint."""
+    conservative: ClassVar[bool] = True
+    """Whether its forces are the slope of its energy."""
     atomic_properties: ClassVar[tuple[str, ...]] = ()
     """Which of ASE's 'energies', 'stresses', 'magmoms' the family has."""
 

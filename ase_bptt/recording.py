@@ -10,12 +10,12 @@ from ase import Atoms
 from ase.calculators.calculator import compare_atoms
 from torch import Tensor
 
-from .adjoints import Adjoint
+from .adjoints import Adjoint, AtMinimum, make_adjoint
 from .calculator import TorchCalculator
 from .constraints import KNOWN, unknown_of
-from .frames import IteratedMap, Record
+from .frames import IteratedMap, Keep, Record
 from .result import Relaxation, Status
-from .steppers import State, Stepper
+from .steppers import GradientDescent, State, Stepper
 from .structures import Structures
 
 
@@ -25,10 +25,12 @@ class Recording:
     Parameters
     ----------
     stepper : Stepper
+    kept : Keep
+        Which frames' states are stored.
     """
 
-    def __init__(self, stepper: Stepper):
-        self.stepper = stepper
+    def __init__(self, stepper: Stepper, kept: Keep):
+        self.stepper, self.kept = stepper, kept
         self.record: Record | None = None
         self._begun = Atoms()
         self._begun_with: dict[str, Any] = {}
@@ -42,7 +44,7 @@ class Recording:
         if self.record is None or not self._continues(self.record, atoms):
             potential = atoms.calc.potential
             start = Structures.from_atoms(atoms, device=potential.device, dtype=potential.dtype)
-            self.record = Record(IteratedMap(potential, self.stepper), start)
+            self.record = Record(IteratedMap(potential, self.stepper), start, kept=self.kept)
             self._begun, self._begun_with = atoms.copy(), self.stepper.todict()
             self._held = list(atoms.constraints)
         self.record.keep(positions, state)
@@ -71,22 +73,7 @@ class Recording:
                 "The atoms were changed after the last step of this run: take its relaxation before that."
             )
         record.nsteps = [len(record.frames)]
-        structures = record.start
-        record.final = torch.tensor(atoms.positions).to(structures.positions)
-        final = adjoint.attach(record, record.final) if record.map.parameters() else record.final
-        forces, acting = atoms.get_forces(apply_constraint=False), atoms.get_forces()
-        broken, converged = not np.isfinite(forces).all(), np.linalg.norm(acting, axis=1).max() < fmax
-        return Relaxation(
-            start=structures,
-            positions=final,
-            forces=torch.tensor(forces).to(structures.positions),
-            nsteps=torch.tensor(record.nsteps),
-            status=(Status.DIVERGED if broken else Status.CONVERGED if converged else Status.OUT_OF_STEPS,),
-            _energies=torch.tensor([atoms.get_potential_energy()]).to(structures.positions),
-            _record=record,
-            _sources=(atoms,),
-            _single=True,
-        )
+        return _as_left(record, atoms, adjoint, fmax)
 
     def _continues(self, record: Record, atoms: Atoms) -> bool:
         """Whether these atoms, constraints, weights and numbers are what the last frame that was kept left."""
@@ -96,6 +83,65 @@ class Recording:
         held = held and all(a is b for a, b in zip(self._held, atoms.constraints, strict=True))
         same = atoms.calc.potential is record.map.potential and record.map.fingerprint() == record.weights
         return as_left and same and held and not changed and self.stepper.todict() == self._begun_with
+
+
+def as_relaxation(
+    atoms: Atoms, *, initial: Atoms | None = None, adjoint: AtMinimum | str = "implicit", nsteps: int = 0
+) -> Relaxation:
+    """The differentiable Relaxation of Atoms that anything has relaxed: any optimizer of ASE's, or a file.
+
+    Parameters
+    ----------
+    atoms : Atoms
+        Relaxed, with a TorchCalculator.
+    initial : Atoms, optional
+        Where the relaxation began, to be carried along; nothing flows there.
+    adjoint : Implicit or OneStep
+        Those that need no frames.
+    nsteps : int
+        Frames that the relaxation took, where known.
+
+    Raises
+    ------
+    ValueError
+        Where a force is larger than the adjoint's fmax.
+    """
+    _check_differentiable(atoms)
+    chosen = make_adjoint(adjoint)
+    if not isinstance(chosen, AtMinimum):
+        raise TypeError("Only 'implicit' and 'one-step' need no frames: relax with ase_bptt.relax for the others.")
+    potential = atoms.calc.potential
+    largest = float(np.linalg.norm(atoms.get_forces(), axis=1).max())
+    if not largest < chosen.fmax:
+        raise ValueError(
+            f"The largest force on these atoms is {largest:.3g} eV/Å, and the adjoint {chosen.name!r} holds at a "
+            f"minimum: relax below its fmax of {chosen.fmax:g} eV/Å."
+        )
+    start = Structures.from_atoms(initial or atoms, device=potential.device, dtype=potential.dtype)
+    record = Record(IteratedMap(potential, GradientDescent()), start, nsteps=[nsteps])
+    chosen.check(record.map, start)
+    return _as_left(record, atoms, chosen, chosen.fmax)
+
+
+def _as_left(record: Record, atoms: Atoms, adjoint: Adjoint, fmax: float) -> Relaxation:
+    """The Relaxation that ends where the atoms are."""
+    structures = record.start
+    record.final = torch.tensor(atoms.positions).to(structures.positions)
+    forces, acting = atoms.get_forces(apply_constraint=False), atoms.get_forces()
+    broken, converged = not np.isfinite(forces).all(), np.linalg.norm(acting, axis=1).max() < fmax
+    record.relaxed = [bool(converged)]
+    return Relaxation(
+        start=structures,
+        positions=adjoint.attach(record) if record.map.parameters() else record.final,
+        forces=torch.tensor(forces).to(structures.positions),
+        nsteps=torch.tensor(record.nsteps),
+        status=(Status.DIVERGED if broken else Status.CONVERGED if converged else Status.OUT_OF_STEPS,),
+        _energies=torch.tensor([atoms.get_potential_energy()]).to(structures.positions),
+        _record=record,
+        _sources=(atoms,),
+        _single=True,
+        _members=(0,),
+    )
 
 
 def _check_differentiable(atoms: Any) -> None:

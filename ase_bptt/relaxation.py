@@ -6,26 +6,21 @@ is differentiated the adjoint's; here frames run until every structure has stopp
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from ase import Atoms
-from torch import Tensor, nn
+from torch import nn
 
-from .adjoints import Adjoint, Replay, make_adjoint
+from .adjoints import Adjoint, Guided, Replay, make_adjoint
 from .constraints import KNOWN, unknown
-from .frames import IteratedMap, Record
+from .frames import IteratedMap
 from .loading import as_potential
 from .potential import Potential
-from .result import Relaxation, Status, largest_force
+from .result import Relaxation
+from .runs import Run
 from .steppers import Stepper, make_stepper
 from .structures import Structures
-
-RISE = 0.05
-"""eV per atom above the start at which a run that did not converge counts as diverged."""
 
 
 def relax(
@@ -72,15 +67,25 @@ def relax(
     chosen = make_adjoint(adjoint) or Replay()
     inputs = (start.positions, start.cells, *iterated.parameters())
     differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-    if differentiable and not iterated.stepper.differentiable:
-        name = iterated.stepper.name
-        raise TypeError(f"The stepper {name!r} cannot be differentiated: use torch.no_grad().")
+    if differentiable:
+        chosen.check(iterated, start)
+    tail = chosen.tail if isinstance(chosen, Guided) else None
+    run = Run(
+        iterated,
+        start,
+        chosen.tolerance_of_forces(fmax),
+        steps,
+        keep=chosen.keep if differentiable else None,
+        first=chosen.first if isinstance(chosen, Guided) else None,
+        tail=None if tail is None else IteratedMap(potential, make_stepper(tail).to(start.positions.device)),
+    )
     with torch.set_grad_enabled(differentiable and chosen.on_tape):
-        run = _Run(iterated, start, fmax, steps, keep=differentiable and chosen.keeps_frames)
         for _ in run.go():
             pass
-    positions = chosen.attach(run.record, run.record.final) if differentiable else run.record.final
-    return run.relaxation(positions, sources, single)
+    if not differentiable:
+        return run.relaxation(sources, single)
+    early = chosen.attach_early(run.early) if isinstance(chosen, Guided) else None
+    return run.relaxation(sources, single, chosen.attach(run.record), early)
 
 
 @torch.no_grad()
@@ -100,114 +105,10 @@ def relax_each(
     _refuse_constraints(batch)
     potential.check(batch)
     iterated = IteratedMap(potential, make_stepper(stepper).to(batch.positions.device))
-    run = _Run(iterated, batch, fmax, steps, keep=False)
+    run = Run(iterated, batch, fmax, steps)
     for stopped in run.go():
         for k in stopped:
             yield k, run.member(k, sources)
-
-
-class _Run:
-    """Frames until every structure has stopped; those that stop leave the batch."""
-
-    def __init__(self, iterated: IteratedMap, start: Structures, fmax: float, steps: int, keep: bool):
-        self.map, self.fmax, self.steps, self.keep = iterated, fmax, steps, keep
-        self.record = Record(iterated, start, nsteps=[0] * len(start))
-        self.ends: dict[int, _End] = {}
-        self.first_energies: list[float] = []
-
-    def go(self) -> Iterator[list[int]]:
-        """Run all frames; gives the members that stopped, as they do."""
-        structures = self.record.start
-        moving = list(range(len(structures)))
-        state = self.map.start(structures)
-        neighbors = self.map.neighbor_list()
-        for t in range(self.steps + 1):
-            energies, forces = self._evaluate(structures, neighbors)
-            stopping = self._stopping(structures, energies, forces, moving, t)
-            if stopping:
-                for k, status in stopping.items():
-                    self._leave(moving[k], t, structures, energies, forces, k, status)
-                yield [moving[k] for k in stopping]
-                stay = [k for k in range(len(moving)) if k not in stopping]
-                if not stay:
-                    break
-                atoms, members = structures.atoms_of(stay), torch.tensor(stay, device=forces.device)
-                structures, state = structures.select(stay), state.select(atoms, members)
-                moving = [moving[k] for k in stay]
-                broken = Status.DIVERGED in stopping.values() and torch.is_grad_enabled()
-                # A tape must not hold an evaluation that was not finite: 0 * inf is NaN.
-                forces = self._evaluate(structures, neighbors)[1] if broken else forces[atoms]
-            if self.keep:
-                self.record.keep(structures.positions, state)
-            structures, state = self.map.advance(structures, state, forces)
-        ends = [self.ends[k] for k in range(len(self.record.start))]
-        self.record.final = torch.cat([end.positions for end in ends])
-
-    def _evaluate(self, structures: Structures, neighbors: Any) -> tuple[Tensor, Tensor]:
-        return self.map.potential.energy_and_forces(
-            structures, neighbors(structures), create_graph=torch.is_grad_enabled()
-        )
-
-    def _stopping(
-        self, structures: Structures, energies: Tensor, forces: Tensor, moving: list[int], t: int
-    ) -> dict[int, Status]:
-        """Which members stop before frame t, and why. The stop test is not differentiated."""
-        with torch.no_grad():
-            # One transfer to the host for the whole batch.
-            # An atom at NaN has no neighbours and so no force: the positions are asked, too.
-            place = structures.sum(structures.positions).sum(1)
-            fmax, energy, place = torch.stack((largest_force(structures, forces), energies, place)).tolist()
-        if t == 0:
-            self.first_energies = energy
-        stopping = {}
-        for k, whole in enumerate(moving):
-            rise = energy[k] - self.first_energies[whole]
-            if not all(map(math.isfinite, (fmax[k], energy[k], place[k]))):
-                stopping[k] = Status.DIVERGED
-            elif fmax[k] < self.fmax:
-                stopping[k] = Status.CONVERGED
-            elif t == self.steps:
-                risen = rise > RISE * structures.counts[k]
-                stopping[k] = Status.DIVERGED if risen else Status.OUT_OF_STEPS
-        return stopping
-
-    def _leave(
-        self, whole: int, t: int, now: Structures, energies: Tensor, forces: Tensor, k: int, status: Status
-    ) -> None:
-        atoms = now.atoms_of([k])
-        self.record.nsteps[whole] = t
-        self.ends[whole] = _End(now.positions[atoms], energies[k].detach(), forces[atoms].detach(), status)
-
-    def relaxation(self, positions: Tensor, sources: tuple[Atoms, ...] | None, single: bool) -> Relaxation:
-        return self._relaxation(range(len(self.record.start)), positions, sources, single)
-
-    def member(self, k: int, sources: tuple[Atoms, ...] | None) -> Relaxation:
-        """The relaxation of one member that has stopped, while others may still move."""
-        return self._relaxation([k], self.ends[k].positions, sources and (sources[k],), single=True)
-
-    def _relaxation(
-        self, members: Sequence[int], positions: Tensor, sources: tuple[Atoms, ...] | None, single: bool
-    ) -> Relaxation:
-        ends = [self.ends[k] for k in members]
-        return Relaxation(
-            start=self.record.start.select(members),
-            positions=positions,
-            forces=torch.cat([end.forces for end in ends]),
-            nsteps=torch.tensor([self.record.nsteps[k] for k in members], device=positions.device),
-            status=tuple(end.status for end in ends),
-            _energies=torch.stack([end.energy for end in ends]),
-            _record=self.record,
-            _sources=sources,
-            _single=single,
-        )
-
-
-@dataclass(eq=False)
-class _End:
-    positions: Tensor
-    energy: Tensor
-    forces: Tensor
-    status: Status
 
 
 def _batch(

@@ -12,6 +12,7 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from torch import Tensor
 
+from .adjoints import Solve
 from .frames import Record
 from .structures import Structures
 
@@ -48,6 +49,8 @@ class Relaxation:
     nsteps : Tensor of int64, shape (n,)
         Frames that each structure took.
     status : tuple of Status, length n
+    early : Relaxation or None
+        Where the batch stood after its first frames, with a gradient of its own; the adjoint `Guided` asks for it.
     """
 
     start: Structures
@@ -59,6 +62,8 @@ class Relaxation:
     _record: Record
     _sources: tuple[Atoms, ...] | None = None
     _single: bool = False
+    early: Relaxation | None = None
+    _members: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.start)
@@ -99,6 +104,20 @@ class Relaxation:
             self.forces.index_copy(0, self.start.atoms_of(sound), forces),
         )
 
+    @property
+    def adjoint_norms(self) -> Tensor | None:
+        """|dL/dX(t)| of each structure before each frame and at the end, shape (n_frames + 1, n), after a backward pass
+        through the frames; None before. How it grows or fades on the way back says what the gradient knows.
+        """
+        norms = self._record.adjoint_norms
+        return None if norms is None else norms[:, list(self._members)]
+
+    @property
+    def solves(self) -> tuple[Solve, ...]:
+        """How the gradient of each structure was solved for, after a backward pass by `Implicit`; empty before."""
+        solves = self._record.solves
+        return tuple(solves[k] for k in self._members) if solves else ()
+
     def __getitem__(self, k: int) -> Relaxation:
         """The relaxation of structure k, attached to the same run."""
         k = range(len(self))[k]
@@ -113,6 +132,8 @@ class Relaxation:
             _record=self._record,
             _sources=None if self._sources is None else (self._sources[k],),
             _single=True,
+            early=None if self.early is None else self.early[k],
+            _members=self._members[k : k + 1],
         )
 
     def to_atoms(self) -> Any:

@@ -1,0 +1,59 @@
+"""How a relaxation is differentiated, apart from how it steps.
+
+A way to the gradient for every purse: `FullTape` and `Replay` are exact, `Truncated` leaves out the beginning,
+`Implicit` and `OneStep` need the end only, `Guided` takes the beginning and the end.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .base import Adjoint
+from .guided import Guided
+from .krylov import Solve, SolveStatus
+from .minimum import AtMinimum, Implicit, OneStep
+from .replay import Replay, Truncated
+from .tape import FullTape
+
+__all__ = [
+    "ADJOINTS",
+    "Adjoint",
+    "AtMinimum",
+    "FullTape",
+    "Guided",
+    "Implicit",
+    "OneStep",
+    "Replay",
+    "Solve",
+    "SolveStatus",
+    "Truncated",
+    "make_adjoint",
+]
+
+ADJOINTS: dict[str, type[Adjoint]] = {cls.name: cls for cls in (FullTape, Replay, Truncated, Implicit, OneStep, Guided)}
+FRAMES = {"replay": "every", "truncated": "window", "guided": "first"}
+"""What the number after the colon means, as in "guided:20"."""
+NEEDED = {"truncated": 10, "guided": 10}
+"""Frames of those that cannot be without a number."""
+
+
+def make_adjoint(adjoint: str | dict[str, Any] | Adjoint | None) -> Adjoint | None:
+    """An adjoint by name ("replay", "implicit", "guided:20", ...), from what its `todict` gave, or the object itself.
+
+    Raises
+    ------
+    ValueError
+        For names that there are not.
+    """
+    if adjoint is None or isinstance(adjoint, Adjoint):
+        return adjoint
+    if isinstance(adjoint, dict):
+        return ADJOINTS[adjoint["name"]](**{k: v for k, v in adjoint.items() if k != "name"})
+    name, _, number = adjoint.partition(":")
+    wanted = FRAMES.get(name)
+    if name not in ADJOINTS or (number and not (wanted and number.isdecimal() and int(number))):
+        known = ", ".join(f"{known}:N" if known in FRAMES else known for known in ADJOINTS)
+        raise ValueError(f"There is no adjoint {adjoint!r}; there are {known}, with N frames.")
+    frames = int(number) if number else NEEDED.get(name)
+    settings: dict[str, Any] = {} if wanted is None or frames is None else {wanted: frames}
+    return ADJOINTS[name](**settings)

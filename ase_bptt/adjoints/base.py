@@ -1,0 +1,59 @@
+"""What every adjoint is."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ..frames import IteratedMap, Keep, Record
+from ..steppers import Stepper, make_stepper
+from ..structures import Structures
+
+
+@dataclass(frozen=True)
+class Adjoint:
+    """The way from the gradient at the relaxed positions to the weights and the initial positions."""
+
+    name: ClassVar[str]
+    on_tape: ClassVar[bool] = False
+    """Whether the frames must run on autograd's tape."""
+    through_frames: ClassVar[bool] = True
+    """Whether it goes back through the frames, so that the stepper must be differentiable."""
+    to_the_end: ClassVar[bool] = False
+    """Whether the relaxation must end at a minimum, rather than after a few frames."""
+    keep: ClassVar[Keep | None] = None
+    """Which frames' states must be stored."""
+
+    def attach(self, record: Record) -> Tensor:
+        """The relaxed positions, with their gradient attached."""
+        raise NotImplementedError
+
+    def check(self, iterated: IteratedMap, structures: Structures) -> None:
+        """Raise what `attach` could not treat, before any work is lost."""
+        stepper = iterated.stepper
+        if self.through_frames and not stepper.differentiable:
+            raise TypeError(
+                f"The stepper {stepper.name!r} cannot be differentiated, and the adjoint {self.name!r} goes through "
+                "its frames: take 'gd' or 'fire', the adjoint 'implicit', or torch.no_grad()."
+            )
+
+    def tolerance_of_forces(self, fmax: float) -> float:
+        """The fmax (eV/Å) to relax to where the user asks for this one."""
+        return fmax
+
+    def todict(self) -> dict[str, Any]:
+        """Name and settings, as JSON."""
+        return {"name": self.name} | asdict(self, dict_factory=_plain)
+
+
+def _plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: value.todict() if isinstance(value, Stepper) else value for name, value in items}
+
+
+def stepper_of(value: Any) -> Stepper | None:
+    """A stepper from an object, a name, or what `todict` made of one; None as it is."""
+    if isinstance(value, dict):
+        return make_stepper(value["name"], **{k: v for k, v in value.items() if k != "name"})
+    return value if value is None else make_stepper(value)

@@ -1,0 +1,77 @@
+"""The first frames by back-propagation, the end by the implicit-function theorem."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from ..frames import IteratedMap, Keep, Record
+from ..positive import check_positive
+from ..steppers import Stepper
+from ..structures import Structures
+from .base import Adjoint, stepper_of
+from .minimum import Implicit
+from .replay import Replay
+
+
+@dataclass(frozen=True)
+class Guided(Adjoint):
+    """Two gradients of one relaxation: of where it ends, and of where it stands after its first frames.
+
+    The end X* is attached by `Implicit`, the positions X_K after `first` frames by `Replay` as ``relaxation.early``,
+    and the Trainer lowers loss(X*) + weight loss(X_K). This is our reading of the guided gradient of G-DEQ (the
+    follow-up to arXiv 2512.01067), which differentiates the first K steps and then takes the implicit gradient: to
+    compose the two by the chain rule would give nothing, for dX*/dX_K = 0 at a minimum, so the first frames need a
+    loss of their own. They are those in which the basin is chosen.
+
+    Parameters
+    ----------
+    first : int
+        K, the frames to go back through; a structure that has relaxed before has fewer.
+    weight : float
+        Of loss(X_K) beside loss(X*).
+    tail : Stepper, str or None
+        What relaxes from X_K to X*; None goes on with the stepper of the first frames.
+    solve : Implicit
+        How the gradient at the end is found.
+    """
+
+    first: int
+    weight: float = 1.0
+    tail: Stepper | str | None = "bfgs"
+    solve: Implicit = field(default_factory=Implicit)
+
+    name = "guided"
+    to_the_end = True
+
+    def __post_init__(self) -> None:
+        check_positive(first=self.first, weight=self.weight)
+        tail: Any = stepper_of(self.tail)
+        solve = {k: v for k, v in self.solve.items() if k != "name"} if isinstance(self.solve, dict) else None
+        # As JSON brings them back.
+        object.__setattr__(self, "tail", tail)
+        object.__setattr__(self, "solve", self.solve if solve is None else Implicit(**solve))
+
+    @property
+    def keep(self) -> Keep:  # type: ignore[override]
+        """The first frames."""
+        return Keep(first=self.first)
+
+    def check(self, iterated: IteratedMap, structures: Structures) -> None:
+        """What either of the two refuses."""
+        super().check(iterated, structures)
+        self.solve.check(iterated, structures)
+
+    def tolerance_of_forces(self, fmax: float) -> float:
+        """That of the implicit gradient."""
+        return self.solve.tolerance_of_forces(fmax)
+
+    def attach(self, record: Record) -> Tensor:
+        """The end."""
+        return self.solve.attach(record)
+
+    def attach_early(self, record: Record) -> Tensor:
+        """The positions after the first frames, whose record this is."""
+        return Replay().attach(record)
