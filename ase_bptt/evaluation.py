@@ -12,7 +12,7 @@ from ase import Atoms
 
 from .batches import End
 from .journal import Journal, relax_kept
-from .losses import delta_q, displacements, max_displacement, rmsd
+from .losses import SAME_END, delta_q, displacements, max_displacement, rmsd
 from .neighbors import NeighborList
 from .pairs import RelaxationPair
 from .potential import Potential
@@ -21,8 +21,6 @@ from .steppers import Stepper
 from .structures import Structures
 from .symmetry import space_group
 
-SAME_END = 0.1
-"""Å: ends of two relaxations that differ by less, at the farthest atom, are in one basin."""
 BASIN_RULE = (
     "right basin: relaxed from the initial and from the reference structure, the two ends are within "
     f"{SAME_END} Å of each other at the farthest atom (drift removed)"

@@ -26,6 +26,8 @@ SCALE = 0.1
 """amu^1/2 Å: below this, `log_delta_q` is nearly proportional to Delta-Q."""
 TINY = 1e-3
 """amu^1/2 Å: below this, `root_delta_q` is nearly proportional to Delta-Q."""
+SAME_END = 0.1
+"""Å: ends of two relaxations that differ by less, at the farthest atom, are in one basin."""
 ANCHORS = 8
 """Atoms tried as fixed points when the drift is sought."""
 

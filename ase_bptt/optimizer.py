@@ -66,11 +66,10 @@ class BPTTOptimizer(Optimizer):
             numbers["maxstep"] = maxstep
         self.stepper = make_stepper(stepper, **numbers)
         self.adjoint = make_adjoint(adjoint) or Replay()
-        if isinstance(self.adjoint, FullTape | Guided):
-            raise TypeError(
-                f"An ASE run leaves no tape and no early loss behind for {self.adjoint.name!r}: take adjoint='replay', "
-                "or ase_bptt.relax."
-            )
+        if isinstance(self.adjoint, FullTape):
+            raise TypeError("An ASE run leaves no tape behind: take adjoint='replay', or ase_bptt.relax.")
+        if isinstance(self.adjoint, Guided):
+            raise TypeError("An ASE run does not stop at its first frames for 'guided': take ase_bptt.relax.")
         self.record = record and self.stepper.differentiable and self.adjoint.keep is not None
         self._state: State | None = None
         self._recording = Recording(self.stepper, self.adjoint.keep or Keep())

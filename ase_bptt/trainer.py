@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from ase import Atoms
 from torch import Tensor, nn
 
 from . import checkpoint
@@ -19,16 +18,15 @@ from .checks import check_apart, check_usable
 from .evaluation import Evaluation, evaluate
 from .loading import as_potential, load_potential, save_potential
 from .losses import LOSSES, named_loss
+from .pairloss import Loss, PairLoss
 from .pairs import RelaxationPair, fingerprint
 from .positive import check_positive
 from .potential import Potential
 from .progress import Progress
-from .relaxation import relax
-from .result import Relaxation, Status
 from .starts import varied_starts
-from .steppers import GradientDescent, Stepper, make_stepper
-from .structures import Structures
+from .steppers import BFGS, GradientDescent, Stepper, make_stepper
 from .validation import validate
+from .warm import WarmStarts
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +34,11 @@ MOMENTUM = 0.7
 """Of the default gradient descent: 10 frames go nearly as far as 30 without."""
 STATE = ("epoch", "_epochs", "_data", "_base_rates", "history", "best", "best_loss", "best_epoch")
 """What a Trainer knows beside the states of its parts."""
-NUMBERS = ("lr", "steps", "fmax", "batch_size", "clip", "patience", "along", "rattle", "seed")
-Loss = Callable[[Relaxation, Structures], Tensor]
+NUMBERS = ("lr", "steps", "fmax", "batch_size", "clip", "patience", "along", "rattle", "seed", "warm", "learn")
+UNROLLED = 10
+"""Frames of an unroll where nothing else is said."""
+TO_THE_END = 300
+"""Frames at most on the way to a minimum where nothing else is said."""
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
@@ -49,17 +50,20 @@ class Trainer:
     potential : Potential, module or spec
         As for `load_potential`; a module that is given is trained in place, its frozen weights stay.
     stepper : Stepper or str
-        The map to unroll: the paper's gradient descent by default, with momentum.
+        The map to unroll: the paper's gradient descent by default, with momentum; BFGS for `Implicit` and `OneStep`,
+        which need the minimum and not the path.
     adjoint : Adjoint or str
-        `Replay` by default.
+        `Replay` by default, or another of `ase_bptt.adjoints`. With `Guided`, the loss counts at the relaxed structure
+        and, by its weight, after the first frames.
     loss : callable or str
         ``loss(relaxation, reference) -> Tensor (n,)``, or a name in `ase_bptt.losses.LOSSES`.
     optimizer : callable
         ``optimizer(parameters) -> torch.optim.Optimizer``; AdamW with `lr` by default.
     lr : float
         Learning rate of the default optimizer at the start; it falls to zero by a half cosine.
-    steps : int
-        Frames of an unroll. Few (8 to 40) teach which basin to fall into; a converged run does not.
+    steps : int or None
+        Frames of an unroll. Few (8 to 40) teach which basin to fall into; a converged run does not. None is 10, and
+        300 at most for adjoints that need the minimum.
     fmax : float
         eV/Å: structures stop below this, in training.
     batch_size : int
@@ -77,6 +81,12 @@ class Trainer:
         Standard deviation in Å of the noise on every training start.
     seed : int
         Of the order of the pairs and of their starts.
+    warm : int
+        With `Implicit`, `OneStep` or `Guided`: begin the relaxation to the minimum where it ended in the epoch before,
+        and from the initial structure again in every epoch of this many; 0 always begins there. Warm starts are not
+        varied by `along` and `rattle`, but for the first frames of `Guided`.
+    learn : sequence of str
+        Numbers of the stepper that are trained, too, such as "step_size".
     out : path, optional
         Run folder: settings.json, metrics.csv, checkpoint.pt, potential/ (the best so far).
     progress : bool or None
@@ -93,7 +103,7 @@ class Trainer:
         loss: Loss | str = "root_delta_q",
         optimizer: OptimizerFactory | None = None,
         lr: float = 2e-3,
-        steps: int = 10,
+        steps: int | None = None,
         fmax: float = 0.01,
         batch_size: int = 4,
         clip: float = 1.0,
@@ -101,15 +111,29 @@ class Trainer:
         along: float = 0.5,
         rattle: float = 0.03,
         seed: int = 0,
+        warm: int = 0,
+        learn: Sequence[str] = (),
         out: str | Path | None = None,
         progress: bool | None = None,
     ):
         check_positive(steps=steps, batch_size=batch_size, lr=lr, fmax=fmax, clip=clip, patience=patience)
         self.potential = as_potential(potential)
-        self.stepper = make_stepper(stepper) if stepper is not None else GradientDescent(momentum=MOMENTUM)
         self.adjoint = make_adjoint(adjoint) or Replay()
+        self.stepper = _default_stepper(self.adjoint) if stepper is None else make_stepper(stepper)
         self.loss: Loss = named_loss(loss) if isinstance(loss, str) else loss
-        self.steps, self.fmax, self.batch_size, self.clip = steps, fmax, batch_size, clip
+        self.steps = steps or (TO_THE_END if self.adjoint.to_the_end else UNROLLED)
+        self.fmax, self.batch_size, self.clip = fmax, batch_size, clip
+        self.warm, self.learn = warm, list(learn)
+        if learn:
+            self.stepper.learn(*learn)
+        if warm and not self.adjoint.to_the_end:
+            raise ValueError(
+                f"Warm starts need an adjoint that ends at the minimum, not {self.adjoint.name!r}: take 'implicit', "
+                "'guided' or 'one-step'."
+            )
+        self._pairs = PairLoss(
+            self.potential, self.stepper, self.adjoint, self.loss, self.steps, fmax, WarmStarts(warm) if warm else None
+        )
         self.patience, self.seed, self.lr = patience, seed, lr
         self.along, self.rattle = along, rattle
         self.out = None if out is None else Path(out)
@@ -180,6 +204,8 @@ class Trainer:
         self.check(train, valid, test, epochs=epochs)
         fresh = not self._data
         self._epochs, self._data = epochs, fingerprint([*train, *valid])
+        if self._pairs.warm:
+            self._pairs.warm.begin(train)
         if fresh and self.out is not None:
             save_potential(self.potential, self.out / "potential")
             self._save_checkpoint()
@@ -192,8 +218,8 @@ class Trainer:
         norms: list[float] = []
         for number, batch in enumerate(batches):
             self._set_rate((self.epoch + number / len(batches)) / self._epochs)
-            found, norm = self.train_step([train[k] for k in batch])
-            losses += found
+            counted, norm = self.train_step([train[k] for k in batch])
+            losses += counted
             norms.append(norm)
             progress.advance(len(batch), losses)
         return {
@@ -202,6 +228,7 @@ class Trainer:
             "gradient_norm": sum(norms) / len(norms),
             "skipped": len(train) - len(losses),
             "lr": self.optimizer.param_groups[0]["lr"],
+            **self._pairs.counts(),
         }
 
     def train_step(self, pairs: Sequence[RelaxationPair]) -> tuple[list[float], float]:
@@ -218,32 +245,13 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
             return [], 0.0
         self.optimizer.step()
+        self.stepper.restrain()
         return losses, norm.item()
 
     def backward(self, pairs: Sequence[RelaxationPair]) -> list[float]:
         """Gradients of the mean loss of a batch, into ``.grad``; the losses of the pairs that counted."""
         self.optimizer.zero_grad(set_to_none=True)
-        relaxation = relax(
-            self.potential,
-            self._batch([p.initial for p in pairs]),
-            stepper=self.stepper,
-            fmax=self.fmax,
-            steps=self.steps,
-            adjoint=self.adjoint,
-        )
-        losses = self.loss(relaxation, self._batch([p.relaxed for p in pairs]))
-        diverged = torch.tensor([s is Status.DIVERGED for s in relaxation.status], device=losses.device)
-        good = torch.isfinite(losses.detach()) & ~diverged
-        for pair, fine in zip(pairs, good.tolist(), strict=True):
-            if not fine:
-                log.warning("%s: left out of this step. %s", pair.id, Status.DIVERGED.sentence)
-        if not good.any() or not losses.requires_grad:
-            return []
-        losses[good].mean().backward()
-        return losses[good].tolist()
-
-    def _batch(self, atoms: Sequence[Atoms]) -> Structures:
-        return Structures.from_atoms(atoms, device=self.potential.device, dtype=self.potential.dtype)
+        return self._pairs.backward(pairs, self.epoch)
 
     def _set_rate(self, done: float) -> None:
         """Half a cosine from the optimizer's own rates to zero."""
@@ -300,7 +308,7 @@ class Trainer:
         return {
             "family": self.potential.family,
             "stepper": self.stepper.todict(),
-            "adjoint": self.adjoint.name,
+            "adjoint": self.adjoint.todict(),
             "loss": getattr(self.loss, "__name__", type(self.loss).__name__),
             "optimizer": type(self.optimizer).__name__,
             **{name: getattr(self, name) for name in NUMBERS},
@@ -324,6 +332,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "generator": self._generator.get_state(),
             "torch_rng": torch.get_rng_state(),
+            "warm_ends": self._pairs.warm.ends if self._pairs.warm else {},
             **{name: getattr(self, name) for name in STATE},
         }
 
@@ -374,3 +383,10 @@ class Trainer:
         torch.set_rng_state(state["torch_rng"])
         for name in STATE:
             setattr(self, name, state[name])
+        if self._pairs.warm:
+            self._pairs.warm.ends = state["warm_ends"]
+
+
+def _default_stepper(adjoint: Adjoint) -> Stepper:
+    """The paper's map where the gradient goes through its frames, else what finds a minimum soonest."""
+    return GradientDescent(momentum=MOMENTUM) if adjoint.through_frames else BFGS()

@@ -1,0 +1,79 @@
+"""Relaxations that begin where those of the epoch before ended."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from ase import Atoms
+from torch import Tensor
+
+from .losses import SAME_END, max_displacement
+from .pairs import RelaxationPair
+from .result import Relaxation, Status
+
+log = logging.getLogger(__name__)
+
+
+class WarmStarts:
+    """Where each pair's relaxation ended, so that the next one has a short way.
+
+    A minimum moves little while the weights do, but a warm path cannot leave its basin, and the path from the initial
+    structure may by then lead elsewhere. So all begin from there again in every so-many-th epoch: where that path ends
+    in another basin than the warm one, it is told, and the new end goes on.
+
+    Parameters
+    ----------
+    every : int
+        Epochs from one cold start to the next.
+    """
+
+    def __init__(self, every: int):
+        self.every = every
+        self.ends: dict[str, Tensor] = {}
+        """Relaxed positions by the pair's id, on the host; they belong into a checkpoint."""
+        self.elsewhere = 0
+        """Pairs that ended elsewhere from the cold start than from the warm one, since this was last set to zero."""
+        self._initial: dict[str, Atoms] = {}
+
+    def begin(self, pairs: Sequence[RelaxationPair]) -> None:
+        """Remember the initial structures, to begin from in a cold epoch."""
+        self._initial = {pair.id: pair.initial for pair in pairs}
+
+    def starts(self, pairs: Sequence[RelaxationPair], epoch: int) -> list[Atoms]:
+        """Where each relaxation shall begin."""
+        return [self._start(pair, epoch) for pair in pairs]
+
+    def _start(self, pair: RelaxationPair, epoch: int) -> Atoms:
+        atoms = self._initial.get(pair.id, pair.initial)
+        if epoch % self.every and pair.id in self.ends:
+            atoms = atoms.copy()
+            atoms.set_positions(self.ends[pair.id].numpy(), apply_constraint=False)
+        return atoms
+
+    def note(self, pairs: Sequence[RelaxationPair], relaxation: Relaxation, epoch: int) -> None:
+        """Keep where they ended; after a cold start, compare."""
+        final = relaxation.positions.detach().cpu().double().split(relaxation.start.counts)
+        gaps = self._gaps(pairs, relaxation) if epoch % self.every == 0 else [0.0] * len(pairs)
+        for pair, positions, status, gap in zip(pairs, final, relaxation.status, gaps, strict=True):
+            if status is not Status.CONVERGED:
+                self.ends.pop(pair.id, None)
+                continue
+            if gap > SAME_END:
+                self.elsewhere += 1
+                log.warning(
+                    "%s: from its initial structure it now relaxes to another basin than the one that the warm starts "
+                    "stayed in (%.2f Å apart at the farthest atom), and goes on from there.",
+                    pair.id,
+                    gap,
+                )
+            self.ends[pair.id] = positions.clone()
+
+    def _gaps(self, pairs: Sequence[RelaxationPair], relaxation: Relaxation) -> list[float]:
+        """How far the farthest atom of each end is from the warm end, in Å; 0 where there is none."""
+        now = relaxation.positions.detach().split(relaxation.start.counts)
+        kept = [self.ends.get(pair.id, x) for pair, x in zip(pairs, now, strict=True)]
+        before = relaxation.start.replace(positions=torch.cat([x.to(relaxation.positions) for x in kept]))
+        found: list[float] = max_displacement(relaxation.start.replace(positions=torch.cat(now)), before).tolist()
+        return found
