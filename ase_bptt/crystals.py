@@ -57,10 +57,10 @@ class Crystal:
 
 def _elements() -> list[Crystal]:
     found = []
-    for z, state in enumerate(reference_states):
-        if state and state.get("symmetry") in (*CUBIC, "hcp") and state.get("a"):
-            cubic = state["symmetry"] in CUBIC
-            found.append(Crystal(chemical_symbols[z], state["symmetry"], float(state["a"]) if cubic else None))
+    for name, state in zip(chemical_symbols, reference_states):
+        structure, a = (str((state or {}).get(key, "")) for key in ("symmetry", "a"))
+        if structure in (*CUBIC, "hcp") and a:
+            found.append(Crystal(name, structure, float(a) if structure in CUBIC else None))
     return found
 
 

@@ -15,7 +15,7 @@ from .neighbors import find_pairs
 from .potential import Potential
 from .structures import Structures
 
-FORCE, ENERGY = 0.1, 0.01
+FORCE, ENERGY = 0.1, 0.05
 """eV/Å and eV an atom: a deviation of this size costs 1/2, smaller ones go by their square, larger ones linearly."""
 TOGETHER = 16
 """Structures in one batch."""

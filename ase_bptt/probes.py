@@ -70,8 +70,8 @@ def make_probes(
 def known_molecules(potential: Potential) -> list[str]:
     """Names of the molecules of the G2 set whose elements the potential knows; lone atoms are none."""
     known = potential.atomic_numbers
-    names = [name for name in sorted(G2) if len(G2[name]["positions"]) > 1]
-    return [name for name in names if known is None or {int(z) for z in molecule(name).numbers} <= known]
+    every = ((name, molecule(name).numbers) for name in sorted(G2))
+    return [name for name, numbers in every if len(numbers) > 1 and (known is None or {*numbers.tolist()} <= known)]
 
 
 def _drawn(n: int, size: int, rng: np.random.Generator, *, again: bool) -> list[int]:

@@ -67,7 +67,8 @@ class Reference:
         self.path, self.legs, self.steps = path, legs, steps
         self.offsets: dict[int, float] = {}
         """Energy in eV of an atom of each element (by atomic number) that was taken off the reference's."""
-        self._points: dict[str, Points] = {}
+        self._points: Points | None = None
+        self._rows: dict[str, range] = {}
         self._way: dict[str, list[Atoms]] = {}
         self._loaded = False
 
@@ -95,35 +96,34 @@ class Reference:
         log.info("reference frames with energies and forces: of %d of %d pairs", len(found), len(pairs))
         if self.energies and not self._loaded:
             self.offsets = _fitted(potential, [a for frames in found.values() for a in frames])
-        self._points = {name: self._labelled(potential, frames) for name, frames in found.items()}
+        first = 0
+        for name, frames in found.items():
+            self._rows[name] = range(first, first := first + len(frames))
+        self._points = self._labelled(potential, [a for frames in found.values() for a in frames])
 
     def _labelled(self, potential: Potential, frames: Sequence[Atoms]) -> Points:
         """The reference's own energies, less those of the elements, and forces."""
-        structures = Structures.from_atoms(frames, device=potential.device, dtype=potential.dtype)
+        structures = _batch(potential, frames)
         energies = [_energy(a) - sum(self.offsets.get(int(z), 0.0) for z in a.numbers) for a in frames]
         forces = np.concatenate([a.calc.results["forces"] for a in frames])
         like = structures.positions
         return Points(structures, like.new_tensor(energies), like.new_tensor(forces))
 
     def loss(self, potential: Potential, pairs: Sequence[RelaxationPair], rng: np.random.Generator) -> Tensor:
-        """Mean over the pairs of the batch that have frames; without a unit."""
-        losses = []
+        """`mismatch` at frames of those pairs of the batch that have any, and the path; without a unit."""
+        chosen: list[int] = []
         for pair in pairs:
-            points = self._points.get(pair.id)
-            if points is not None:
-                n = min(self.per_pair, len(points))
-                chosen = sorted(int(k) for k in rng.choice(len(points), n, replace=False))
-                losses.append(mismatch(potential, points.select(chosen), energies=self.energies))
-        total = (
-            torch.stack(losses).mean() if losses else torch.zeros((), dtype=potential.dtype, device=potential.device)
-        )
+            rows = self._rows.get(pair.id, range(0))
+            chosen += sorted(rng.choice(rows, min(self.per_pair, len(rows)), replace=False).tolist() if rows else [])
+        total = torch.zeros((), dtype=potential.dtype, device=potential.device)
+        if chosen and self._points is not None:
+            total = mismatch(potential, self._points.select(chosen), energies=self.energies)
         if self.path:
             total = total + self.path * self._off_the_path(potential, pairs)
         return total
 
     def _off_the_path(self, potential: Potential, pairs: Sequence[RelaxationPair]) -> Tensor:
-        like = {"device": potential.device, "dtype": potential.dtype}
-        here = Structures.from_atoms([p.initial for p in pairs], **like)
+        here = _batch(potential, [p.initial for p in pairs])
         visited = []
         for _ in range(self.legs):
             run = relax(potential, here, stepper=GradientDescent(), fmax=0.0, steps=self.steps)
@@ -133,7 +133,7 @@ class Reference:
         for k, pair in enumerate(pairs):
             # What lies behind the start, which may be anywhere on the way, is not to be passed again.
             ahead = _ahead(pair, self._way[pair.id])
-            reference = Structures.from_atoms(ahead, **like)
+            reference = _batch(potential, ahead)
             ends = [v.select([k] * len(ahead)) for v in visited]
             distances = torch.stack([root_delta_q(end, reference) for end in ends])
             off.append(distances.amin(0).mean())
@@ -153,6 +153,10 @@ class Reference:
     def todict(self) -> dict[str, Any]:
         names = ("name", "weight", "energies", "per_pair", "frames", "path", "legs", "steps")
         return {name: getattr(self, name) for name in names}
+
+
+def _batch(potential: Potential, atoms: Sequence[Atoms]) -> Structures:
+    return Structures.from_atoms(atoms, device=potential.device, dtype=potential.dtype)
 
 
 def _each_once(pairs: Sequence[RelaxationPair]) -> list[RelaxationPair]:

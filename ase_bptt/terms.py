@@ -14,7 +14,7 @@ from .matching import Points, mismatch
 from .pairs import RelaxationPair
 from .positive import check_positive
 from .potential import Potential
-from .probes import make_probes
+from .probes import KINDS, make_probes
 from .supervision import Reference
 
 log = logging.getLogger(__name__)
@@ -122,13 +122,20 @@ class Teacher:
         Probes of each kind: rattled training structures, crystals, molecules.
     seed : int
         Of the probe set.
+    kinds : sequence of str
+        Which of `probes.KINDS` are taken. Without "structures" it does not pull against what is to be learnt.
     """
 
     name: ClassVar[str] = "teacher"
 
-    def __init__(self, weight: float = 1.0, *, batch: int = 4, size: int = 24, seed: int = 0):
+    def __init__(
+        self, weight: float = 1.0, *, batch: int = 4, size: int = 24, seed: int = 0, kinds: Sequence[str] = KINDS
+    ):
         check_positive(weight=weight, batch=batch, size=size)
-        self.weight, self.batch, self.size, self.seed = weight, batch, size, seed
+        unknown = sorted(set(kinds) - set(KINDS))
+        if unknown or not kinds:
+            raise ValueError(f"The kinds of probes are {', '.join(KINDS)}; got {', '.join(kinds) or 'none'}.")
+        self.weight, self.batch, self.size, self.seed, self.kinds = weight, batch, size, seed, list(kinds)
         self.points: Points | None = None
         """The probes and what the pretrained potential gives there, once prepared."""
         self._state: dict[str, Any] | None = None
@@ -138,7 +145,12 @@ class Teacher:
         if self._state is not None:
             self.points = Points.from_state(self._state, potential)
             return
-        points = Points.of(potential, [p.atoms for p in make_probes(potential, pairs, size=self.size, seed=self.seed)])
+        probes = [
+            p.atoms for p in make_probes(potential, pairs, size=self.size, seed=self.seed) if p.kind in self.kinds
+        ]
+        if not probes:
+            raise ValueError(f"The potential knows no probes of the kinds {', '.join(self.kinds)}: take others.")
+        points = Points.of(potential, probes)
         good = torch.isfinite(points.structures.sum(points.forces).sum(1) + points.energies).nonzero().squeeze(1)
         if not len(good):
             raise ValueError("The pretrained potential gives no finite forces on any probe: leave the teacher out.")
@@ -162,7 +174,7 @@ class Teacher:
         self._state = state or None
 
     def todict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("name", "weight", "batch", "size", "seed")}
+        return {name: getattr(self, name) for name in ("name", "weight", "batch", "size", "seed", "kinds")}
 
 
 TERMS: dict[str, type[Pull] | type[Teacher] | type[Reference]] = {
