@@ -9,6 +9,7 @@ from typing import IO, Any
 
 import numpy as np
 import torch
+from ase import Atoms
 from ase.io import Trajectory
 from ase.optimize.optimize import Optimizer
 from ase.utils.abc import Optimizable
@@ -125,7 +126,9 @@ class BPTTOptimizer(Optimizer):
         """What a rule does before a frame that needs energies, too."""
 
     def _first_state(self) -> State:
-        return self.stepper.init(self._rows(self.optimizable.get_x()), 1)
+        rows = self._rows(self.optimizable.get_x())
+        atoms = isinstance(self.atoms, Atoms) and len(rows) == len(self.atoms)
+        return self.stepper.begin(rows, 1, torch.tensor(self.atoms.numbers, dtype=torch.int64) if atoms else None)
 
     def _rows(self, flat: np.ndarray) -> Tensor:
         """Atoms as rows of three; variables with a norm of their own, or not three an atom, are one row."""
@@ -176,7 +179,7 @@ class BPTTOptimizer(Optimizer):
         self._state = self._first_state()
         for k in range(len(images) if stepper.learns_the_end else len(images) - 1):
             positions, forces = (self._rows(x.ravel()) for x in (images[k].get_positions(), images[k].get_forces()))
-            self._state = stepper.learn(positions, forces, self._state, _one(positions))
+            self._state = stepper.observe(positions, forces, self._state, _one(positions))
 
     def todict(self) -> dict[str, Any]:
         """ASE's description of the run, with the stepper's name and numbers."""

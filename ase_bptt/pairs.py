@@ -40,12 +40,16 @@ class RelaxationPair:
         Names it in tables and messages.
     group : str
         Pairs of one group never stand on both sides of a split.
+    frames : sequence of Atoms
+        All frames of the relaxation, the ends among them, with energies and forces where the reference tells
+        them; empty where there are none. `read_pairs` gives them for files of frames, read when they are asked for.
     """
 
     initial: Atoms
     relaxed: Atoms
     id: str
     group: str = ""
+    frames: Sequence[Atoms] = ()
 
 
 class InvalidPair(ValueError):

@@ -6,9 +6,10 @@ import dataclasses
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ase import Atoms
 from ase.db.row import AtomsRow
@@ -24,7 +25,27 @@ VASP = ("vasprun.xml", "vasprun.xml.gz", "OUTCAR", "OUTCAR.gz", "CONTCAR")
 SUFFIXES = (*VASP[:-1], "POSCAR and CONTCAR", ".pwo", ".espresso", ".out", ".extxyz", ".xyz", ".traj", ".db")
 """What a folder is searched for; of the .out files only those of pw.x."""
 
-Load = Callable[[], tuple[Atoms, Atoms]]
+Load = Callable[[], tuple[Any, ...]]
+"""Gives the initial and the relaxed structure, and all frames where there are more."""
+
+
+class Frames(Sequence[Atoms]):
+    """The frames of a file, read anew by each who asks: those of many relaxations would fill the memory."""
+
+    def __init__(self, path: Path, n: int):
+        self.path, self._n = path, n
+
+    def __len__(self) -> int:
+        return self._n
+
+    def __getitem__(self, k: Any) -> Any:
+        return read_frames(self.path)[k]
+
+    def __iter__(self) -> Iterator[Atoms]:
+        return iter(read_frames(self.path))
+
+    def __repr__(self) -> str:
+        return f"Frames({str(self.path)!r}, {self._n})"
 
 
 def read_pairs(
@@ -93,12 +114,12 @@ def _short(name: str, root: Path) -> str:
     return short.removesuffix(kind)
 
 
-def _pair(name: str, root: Path, initial: Atoms, relaxed: Atoms) -> RelaxationPair:
+def _pair(name: str, root: Path, initial: Atoms, relaxed: Atoms, frames: Sequence[Atoms] = ()) -> RelaxationPair:
     check_pair(initial, relaxed, name)
     relaxed = unwrapped(initial, relaxed)
     warn_of_order(initial, relaxed, name)
     known = relaxed.info.get("id")
-    return RelaxationPair(initial, relaxed, _short(name if known is None else str(known), root))
+    return RelaxationPair(initial, relaxed, _short(name if known is None else str(known), root), frames=frames)
 
 
 def _relaxations(path: Path) -> list[tuple[str, Load]]:
@@ -159,7 +180,7 @@ def _doubled(file: Path) -> bool:
     return twin is not None
 
 
-def _ends(path: Path) -> tuple[Atoms, Atoms]:
+def _ends(path: Path) -> tuple[Atoms, Atoms, Frames]:
     frames = read_frames(path)
     if "relaxation_frames" in frames[-1].info:
         raise InvalidPair(
@@ -176,7 +197,7 @@ def _ends(path: Path) -> tuple[Atoms, Atoms]:
             f"{path}: it holds {len(frames)} structure; a relaxation needs its first and its last frame, "
             "or give initial and relaxed structures as two files."
         )
-    return frames[0], frames[-1]
+    return frames[0], frames[-1], Frames(path, len(frames))
 
 
 def _poscar_and_contcar(folder: Path) -> tuple[Atoms, Atoms]:

@@ -232,6 +232,50 @@ def test_a_restart_on_a_cell_filter_keeps_what_strain_is_measured_from():
     np.testing.assert_allclose(atoms.positions, whole.positions, rtol=0, atol=1e-12)
 
 
+def mixed(make):
+    atoms = make()
+    atoms.symbols[::2] = "Ne"
+    return with_calculator(atoms)
+
+
+SIZES = [{"Ne": 0.003, "Ar": 0.001}, [0.003] * 6 + [0.001]]
+
+
+@pytest.mark.parametrize("make", [argon, cluster])
+@pytest.mark.parametrize("sizes", SIZES, ids=["element", "frame"])
+def test_a_restart_with_several_step_sizes_takes_the_uninterrupted_path(make, sizes):
+    numbers = {"step_size": sizes, "momentum": 0.4}
+    expected = uninterrupted(lambda: mixed(make), "gd", 20, **numbers)
+    optimizer(mixed(make), "gd", restart="a.json", trajectory="a.traj", **numbers).run(0.0, steps=5)
+    with Trajectory("a.traj") as trajectory:
+        assert trajectory.description["stepper"]["step_size"] == sizes
+    again = lambda: with_calculator(read("a.traj"))  # noqa: E731
+    found = uninterrupted(again, "gd", 15, restart="a.json", **numbers)
+    assert np.array_equal(found, expected[5:])
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=["element", "frame"])
+def test_several_step_sizes_are_learnt_through_a_run(sizes):
+    stepper = GradientDescent(sizes, momentum=0.4).learn()
+    opt = BPTTOptimizer(mixed(cluster), stepper=stepper, logfile=None)
+    opt.run(fmax=0.0, steps=12)
+    tape = relax(lennard_jones(), mixed(cluster), stepper=stepper, fmax=0.0, steps=12)
+    found, expected = (
+        torch.autograd.grad(r.positions.pow(3).sum(), list(stepper.parameters())) for r in (opt.relaxation, tape)
+    )
+    assert all(g.abs() > 0 for g in expected)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+
+
+def test_a_step_size_for_each_element_is_refused_where_rows_are_not_atoms():
+    band = NEB([with_calculator(cluster()) for _ in range(3)], method="improvedtangent")
+    for target in (FrechetCellFilter(with_calculator(argon())), band, Booth()):
+        opt = optimizer(target, "gd", step_size={"Ar": 0.002})
+        with pytest.raises(ValueError, match="A step size for each element moves atoms only"):
+            opt.run(fmax=0.01, steps=3)
+    optimizer(FrechetCellFilter(with_calculator(argon())), "gd", step_size=[0.002, 0.001]).run(fmax=0.01, steps=3)
+
+
 def saved(**changes):
     """A restart file of a run on argon, with some entries replaced."""
     optimizer(restart="good.json").run(fmax=0.0, steps=2)

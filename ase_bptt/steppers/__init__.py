@@ -14,6 +14,7 @@ from .bfgs import BFGS
 from .fire import FIRE
 from .gradient_descent import GradientDescent
 from .lbfgs import LBFGS
+from .numbers import gathered
 
 __all__ = [
     "BFGS",
@@ -34,6 +35,7 @@ STEPPERS: dict[str, type[Stepper]] = {cls.name: cls for cls in (GradientDescent,
 def make_stepper(stepper: str | Stepper | None, **numbers: Any) -> Stepper:
     """A stepper by name ("gd", "fire", "bfgs", "lbfgs") with its numbers, or the object itself; None is FIRE.
 
+    Numbers of a stepper that was learnt may be those of its `todict` beside those of its ``state_dict``.
     Raises TypeError for numbers that the stepper does not have, ValueError for unknown names.
     """
     if isinstance(stepper, Stepper):
@@ -43,6 +45,7 @@ def make_stepper(stepper: str | Stepper | None, **numbers: Any) -> Stepper:
     name = stepper or "fire"
     if name not in STEPPERS:
         raise ValueError(f"There is no stepper {name!r}; there are {', '.join(STEPPERS)}.")
+    numbers = gathered(numbers)
     unknown = set(numbers) - set(STEPPERS[name].fields)
     if unknown:
         raise TypeError(f"The stepper {name!r} has no {', '.join(sorted(unknown))}.")

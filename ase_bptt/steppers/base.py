@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor, nn
+
+from .numbers import Ranges, labelled, learnt, plain
+
+Self = TypeVar("Self", bound="Stepper")
+UNRESOLVED = (
+    "{name}='auto' is no number yet: call resolved(limit) with the limit 2/lambda_max of the Hessian in Å^2/eV."
+)
 
 
 @dataclass(eq=False)
@@ -61,12 +69,27 @@ class Stepper(nn.Module):
     name: ClassVar[str]
     fields: ClassVar[tuple[str, ...]]
     """Names of the numbers, as in the constructor."""
+    learnable: ClassVar[Ranges] = {}
+    """Fields that may be Parameters, in the order in which they are Parameters of the module, each with the lowest
+    and the highest value that it may learn; a name stands for the value of that field."""
     differentiable: ClassVar[bool] = True
     """Whether a gradient can be taken through its steps; if not, `relax` refuses a tape."""
 
     def init(self, positions: Tensor, n: int) -> State:
         """The state before the first frame of n structures."""
         raise NotImplementedError
+
+    def begin(self, positions: Tensor, n: int, numbers: Tensor | None = None) -> State:
+        """The state before the first frame: `init`, and what the rule must know of the atoms.
+
+        Parameters
+        ----------
+        positions : Tensor, shape (n_atoms, 3)
+        n : int
+        numbers : Tensor of int64, shape (n_atoms,), optional
+            Atomic numbers; None where the rows are not atoms, as those of filters and bands.
+        """
+        return self.init(positions, n)
 
     def step(self, positions: Tensor, forces: Tensor, state: State, batch: Tensor) -> tuple[Tensor, State]:
         """One frame.
@@ -81,16 +104,89 @@ class Stepper(nn.Module):
         """
         raise NotImplementedError
 
+    # Learning ---------------------------------------------------------------------------------
+
+    def learn(self: Self, *names: str) -> Self:
+        """Make Parameters of numbers, in float64, so that a Trainer learns them; those that are some already stay so.
+
+        Parameters
+        ----------
+        *names : str
+            Of `learnable`; none means all of them.
+
+        Returns
+        -------
+        Stepper
+            This one.
+
+        Raises
+        ------
+        ValueError
+            For names that cannot be learnt, for numbers out of their range, for "auto" before it is resolved.
+        """
+        unknown = [name for name in names if name not in self.learnable]
+        if unknown or not self.learnable:
+            able = f"can learn {', '.join(self.learnable)}" if self.learnable else "can learn nothing"
+            refused = f", but not {', '.join(unknown)}" if unknown else ""
+            raise ValueError(f"The stepper {self.name!r} {able}{refused}.")
+        for name in names or self.learnable:
+            self._check_in_range(name)
+        for name in names or self.learnable:
+            setattr(self, name, learnt(getattr(self, name)))
+        # The order in which they became Parameters would be lost in a checkpoint, and an optimizer counts them by it.
+        for name in self.learnable:
+            if name in self._parameters:
+                self._parameters[name] = self._parameters.pop(name)
+        return self
+
+    @torch.no_grad()
+    def restrain(self) -> None:
+        """Bring Parameters that have left their range in `learnable` back to its end, in place."""
+        for name in self.learnable:
+            low, high = self._range(name)
+            for number in labelled(name, getattr(self, name)).values():
+                if isinstance(number, nn.Parameter) and not low <= number.item() <= high:
+                    number.clamp_(low, high)
+
+    def numbers(self) -> dict[str, float]:
+        """What the learnable numbers are now, learnt or not; each of several by a label such as "step_size[Si]"."""
+        every = [labelled(name, getattr(self, name)) for name in self.learnable]
+        return {label: float(plain(number)) for found in every for label, number in found.items()}
+
+    def resolved(self, limit: float) -> Stepper:
+        """The stepper with a number in place of "auto"; this one where nothing is "auto".
+
+        Parameters
+        ----------
+        limit : float
+            2/lambda_max of the Hessian in Å^2/eV, the longest stable step of gradient descent.
+        """
+        return self
+
+    def _range(self, name: str) -> tuple[float, float]:
+        low, high = self.learnable[name]
+        return low, plain(getattr(self, high)) if isinstance(high, str) else high
+
+    def _check_in_range(self, name: str) -> None:
+        low, high = self._range(name)
+        if isinstance(getattr(self, name), str):
+            raise ValueError(UNRESOLVED.format(name=name))
+        for label, number in labelled(name, getattr(self, name)).items():
+            if not low <= plain(number) <= high:
+                raise ValueError(f"{label} is {plain(number):g}, and can be learnt from {low:g} to {high:g} only.")
+
+    # Description ------------------------------------------------------------------------------
+
     def todict(self) -> dict[str, Any]:
         """Name and numbers, as JSON."""
-        return {"name": self.name} | {k: _number(getattr(self, k)) for k in self.fields}
+        return {"name": self.name} | {k: plain(getattr(self, k)) for k in self.fields}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v}" for k, v in self.todict().items() if k != "name")
 
 
 class Learner(Stepper):
-    """A stepper that learns curvatures from the frames it has seen; a tape refuses it.
+    """A stepper that observes curvatures in the frames it has seen; a tape refuses it.
 
     Its state is in float64 whatever the positions are in: curvatures are small differences.
     """
@@ -99,10 +195,6 @@ class Learner(Stepper):
     learns_the_end: ClassVar[bool]
     """Whether the last frame of a trajectory is learnt from when it is replayed, as in ASE's rule of this name."""
 
-    def learn(self, positions: Tensor, forces: Tensor, state: State, batch: Tensor) -> State:
+    def observe(self, positions: Tensor, forces: Tensor, state: State, batch: Tensor) -> State:
         """The state after one more frame has been seen; arguments as for `step`."""
         raise NotImplementedError
-
-
-def _number(value: Any) -> float | int:
-    return value.item() if isinstance(value, Tensor) else value

@@ -40,7 +40,7 @@ class BFGS(Learner):
         none = positions.new_zeros(len(positions), 0, positions.shape[1], dtype=torch.float64)
         return State({"positions": none, "forces": none}, lists={"hessian": (none.new_zeros(0, 0),) * n})
 
-    def learn(self, positions: Tensor, forces: Tensor, state: State, batch: Tensor) -> State:
+    def observe(self, positions: Tensor, forces: Tensor, state: State, batch: Tensor) -> State:
         x, f = positions.double(), forces.double()
         hessians = state.lists["hessian"]
         counts = _counts(batch, len(hessians))
@@ -54,7 +54,7 @@ class BFGS(Learner):
         return State({"positions": x[:, None], "forces": f[:, None]}, lists={"hessian": known})
 
     def step(self, positions: Tensor, forces: Tensor, state: State, batch: Tensor) -> tuple[Tensor, State]:
-        state = self.learn(positions, forces, state, batch)
+        state = self.observe(positions, forces, state, batch)
         x, f, hessians = state.atoms["positions"][:, 0], state.atoms["forces"][:, 0], state.lists["hessian"]
         counts = _counts(batch, len(hessians))
         moves = torch.cat([_newton(h, part.flatten()).view_as(part) for h, part in zip(hessians, f.split(counts))])

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
 from ..positive import check_positive
 from . import arithmetic
 from .base import State, Stepper
+from .numbers import SMALLEST, Ranges
 
 
 class FIRE(Stepper):
@@ -28,6 +32,14 @@ class FIRE(Stepper):
 
     name = "fire"
     fields = ("dt", "maxstep", "dtmax", "Nmin", "finc", "fdec", "astart", "fa", "a")
+    learnable: ClassVar[Ranges] = {
+        "dt": (SMALLEST, "dtmax"),
+        "finc": (1.0, math.inf),
+        "fdec": (SMALLEST, 1.0),
+        "a": (0.0, 1.0),
+        "astart": (0.0, 1.0),
+        "fa": (0.0, 1.0),
+    }
 
     def __init__(
         self,

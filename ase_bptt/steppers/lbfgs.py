@@ -42,14 +42,14 @@ class LBFGS(Learner):
         none = positions.new_zeros(len(positions), 0, positions.shape[1], dtype=torch.float64)
         return State({"positions": none, "forces": none}, {"frame": positions.new_zeros(n, dtype=torch.int64)})
 
-    def learn(self, positions: Tensor, forces: Tensor, state: State, batch: Tensor) -> State:
+    def observe(self, positions: Tensor, forces: Tensor, state: State, batch: Tensor) -> State:
         new = {"positions": positions.double(), "forces": forces.double()}
         atoms = {name: torch.cat((old, new[name][:, None]), dim=1) for name, old in state.atoms.items()}
         latest = {name: frames[:, -(self.memory + 1) :] for name, frames in atoms.items()}
         return State(latest, {"frame": state.structures["frame"] + 1})
 
     def step(self, positions: Tensor, forces: Tensor, state: State, batch: Tensor) -> tuple[Tensor, State]:
-        state = self.learn(positions, forces, state, batch)
+        state = self.observe(positions, forces, state, batch)
         n = len(state.structures["frame"])
         moves = self._newton(state.atoms["positions"], state.atoms["forces"], batch, n)
         moves = arithmetic.shortened(moves, batch, n, self.maxstep) * self.damping

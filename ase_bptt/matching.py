@@ -1,0 +1,96 @@
+"""Structures with energies and forces that a potential shall give, and how far it is from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from ase import Atoms
+from torch import Tensor
+from torch.nn.functional import huber_loss
+
+from .neighbors import find_pairs
+from .potential import Potential
+from .structures import Structures
+
+FORCE, ENERGY = 0.1, 0.05
+"""eV/Å and eV an atom: a deviation of this size costs 1/2, smaller ones go by their square, larger ones linearly."""
+TOGETHER = 16
+"""Structures in one batch."""
+
+
+@dataclass(eq=False)
+class Points:
+    """Structures and what a potential shall give there.
+
+    Attributes
+    ----------
+    structures : Structures, n of them
+    energies : Tensor, shape (n,)
+        In eV.
+    forces : Tensor, shape (n_atoms, 3)
+        In eV/Å, before constraints.
+    """
+
+    structures: Structures
+    energies: Tensor
+    forces: Tensor
+
+    @classmethod
+    def of(cls, potential: Potential, atoms: Sequence[Atoms]) -> Points:
+        """What this potential gives for these structures as it is now."""
+        structures = Structures.from_atoms(atoms, device=potential.device, dtype=potential.dtype)
+        found = [
+            potential.energy_and_forces(batch, find_pairs(batch, potential.cutoff))
+            for first in range(0, len(structures), TOGETHER)
+            for batch in [structures.select(range(first, min(first + TOGETHER, len(structures))))]
+        ]
+        energies, forces = (torch.cat(column) for column in zip(*found, strict=True))
+        return cls(structures, energies, forces)
+
+    def __len__(self) -> int:
+        return len(self.structures)
+
+    def select(self, keep: Sequence[int]) -> Points:
+        """Those with these indices, in this order."""
+        index = torch.as_tensor(list(keep), dtype=torch.int64, device=self.energies.device)
+        return Points(self.structures.select(keep), self.energies[index], self.forces[self.structures.atoms_of(keep)])
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain values that `from_state` makes the same of; constraints are not among them."""
+        names = ("positions", "cells", "pbc", "numbers", "masses")
+        tensors = {name: getattr(self.structures, name).detach().cpu() for name in names}
+        labels = {"energies": self.energies.cpu(), "forces": self.forces.cpu()}
+        return {**tensors, **labels, "counts": list(self.structures.counts)}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any], potential: Potential) -> Points:
+        """What `state` gave, where and in the dtype this potential computes."""
+        tensors = {name: value for name, value in state.items() if name not in ("counts", "energies", "forces")}
+        counts = tuple(state["counts"])
+        structures = Structures(**tensors, counts=counts, constraints=((),) * len(counts))
+        structures = structures.to(potential.device, potential.dtype)
+        return cls(structures, *(state[name].to(structures.positions) for name in ("energies", "forces")))
+
+
+def mismatch(potential: Potential, points: Points, *, energies: bool = True) -> Tensor:
+    """How far a potential is from what it shall give, without a unit, with a graph.
+
+    The mean over the components of the forces of Huber's function of their deviation in units of
+    `FORCE`, and likewise that over the structures of the deviation of the energy per atom in units of
+    `ENERGY`. Forces are compared as the constraints let them act; held atoms do not count.
+    """
+    structures = points.structures
+    energy, forces = potential.energy_and_forces(
+        structures, find_pairs(structures, potential.cutoff), create_graph=True
+    )
+    off = structures.project_forces(forces - points.forces) / FORCE
+    moving = (3 * structures.movable.sum()).clamp(min=1)
+    found = huber_loss(off, torch.zeros_like(off), reduction="sum") / moving
+    if energies:
+        sizes = torch.tensor(structures.counts, device=energy.device)
+        off = (energy - points.energies) / sizes / ENERGY
+        found = found + huber_loss(off, torch.zeros_like(off))
+    return found

@@ -1,0 +1,212 @@
+"""Mixed supervision: energies and forces of reference frames, and the path that the reference took."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from ase import Atoms
+from torch import Tensor
+
+from .losses import root_delta_q
+from .matching import Points, mismatch
+from .pairs import RelaxationPair
+from .positive import check_positive
+from .potential import Potential
+from .relaxation import relax
+from .steppers import GradientDescent
+from .structures import Structures
+
+log = logging.getLogger(__name__)
+
+
+class Reference:
+    """Energies and forces of the frames of the reference relaxations, and their path.
+
+    Frames without energies and forces are passed by; a pair without any counts nothing. Where a pair has
+    no ``frames``, its initial and relaxed structures are asked for theirs.
+
+    Parameters
+    ----------
+    weight : float
+    energies : bool
+        Match energies, too: per atom, less an energy for each element that is fitted once, by least
+        squares, to the difference from the pretrained potential, since each method has its own zero.
+    per_pair : int
+        Frames of each pair of a batch that are matched, drawn anew in each step.
+    frames : int
+        Frames that are kept of each relaxation, evenly spaced from the first to the last.
+    path : float
+        Weight of the path: from the start of each pair of a batch the relaxation goes on for some legs, and
+        of each reference frame from there on, the end included, the least distance (`root_delta_q`) to the
+        end of a leg is taken; the mean over the frames counts. Zero leaves it out.
+    legs, steps : int
+        Legs of the path, and frames of each: of plain gradient descent.
+    """
+
+    name: ClassVar[str] = "reference"
+
+    def __init__(
+        self,
+        weight: float = 1.0,
+        *,
+        energies: bool = True,
+        per_pair: int = 1,
+        frames: int = 8,
+        path: float = 0.0,
+        legs: int = 4,
+        steps: int = 3,
+    ):
+        check_positive(weight=weight, per_pair=per_pair, frames=frames, legs=legs, steps=steps)
+        if path < 0:
+            raise ValueError(f"The weight of the path must not be negative, got {path}.")
+        self.weight, self.energies, self.per_pair, self.frames = weight, energies, per_pair, frames
+        self.path, self.legs, self.steps = path, legs, steps
+        self.offsets: dict[int, float] = {}
+        """Energy in eV of an atom of each element (by atomic number) that was taken off the reference's."""
+        self._points: Points | None = None
+        self._rows: dict[str, range] = {}
+        self._way: dict[str, list[Atoms]] = {}
+        self._loaded = False
+
+    def prepare(self, potential: Potential, pairs: Sequence[RelaxationPair]) -> None:
+        """Read the frames, and fit the elements' energies, unless `load` gave them.
+
+        Raises
+        ------
+        ValueError
+            Where no pair has what is asked for, or a frame holds other atoms than its pair.
+        """
+        found: dict[str, list[Atoms]] = {}
+        for pair in _each_once(pairs):
+            every = _frames_of(pair)
+            if self.path:
+                self._way[pair.id] = _evenly(every, self.frames)
+            labelled = _evenly([a for a in every if _has_labels(a)], self.frames)
+            if labelled:
+                found[pair.id] = labelled
+        if not found:
+            raise ValueError(
+                "None of the training pairs has a frame with energy and forces: read them from files that hold "
+                "those (vasprun.xml, OUTCAR, .pwo, extxyz, .traj), or leave the reference term out."
+            )
+        log.info("reference frames with energies and forces: of %d of %d pairs", len(found), len(pairs))
+        if self.energies and not self._loaded:
+            self.offsets = _fitted(potential, [a for frames in found.values() for a in frames])
+        first = 0
+        for name, frames in found.items():
+            self._rows[name] = range(first, first := first + len(frames))
+        self._points = self._labelled(potential, [a for frames in found.values() for a in frames])
+
+    def _labelled(self, potential: Potential, frames: Sequence[Atoms]) -> Points:
+        """The reference's own energies, less those of the elements, and forces."""
+        structures = _batch(potential, frames)
+        energies = [_energy(a) - sum(self.offsets.get(int(z), 0.0) for z in a.numbers) for a in frames]
+        forces = np.concatenate([a.calc.results["forces"] for a in frames])
+        like = structures.positions
+        return Points(structures, like.new_tensor(energies), like.new_tensor(forces))
+
+    def loss(self, potential: Potential, pairs: Sequence[RelaxationPair], rng: np.random.Generator) -> Tensor:
+        """`mismatch` at frames of those pairs of the batch that have any, and the path; without a unit."""
+        chosen: list[int] = []
+        for pair in pairs:
+            rows = self._rows.get(pair.id, range(0))
+            chosen += sorted(rng.choice(rows, min(self.per_pair, len(rows)), replace=False).tolist() if rows else [])
+        total = torch.zeros((), dtype=potential.dtype, device=potential.device)
+        if chosen and self._points is not None:
+            total = mismatch(potential, self._points.select(chosen), energies=self.energies)
+        if self.path:
+            total = total + self.path * self._off_the_path(potential, pairs)
+        return total
+
+    def _off_the_path(self, potential: Potential, pairs: Sequence[RelaxationPair]) -> Tensor:
+        here = _batch(potential, [p.initial for p in pairs])
+        visited = []
+        for _ in range(self.legs):
+            run = relax(potential, here, stepper=GradientDescent(), fmax=0.0, steps=self.steps)
+            here = here.replace(positions=run.positions)
+            visited.append(here)
+        off = []
+        for k, pair in enumerate(pairs):
+            # What lies behind the start, which may be anywhere on the way, is not to be passed again.
+            ahead = _ahead(pair, self._way[pair.id])
+            reference = _batch(potential, ahead)
+            ends = [v.select([k] * len(ahead)) for v in visited]
+            distances = torch.stack([root_delta_q(end, reference) for end in ends])
+            off.append(distances.amin(0).mean())
+        found = torch.stack(off)
+        found = found[torch.isfinite(found.detach())]
+        return found.mean() if len(found) else here.positions.new_zeros(())
+
+    def state(self) -> dict[str, Any]:
+        """The elements' energies; the frames are read again from where the pairs have them."""
+        return {"offsets": dict(self.offsets)}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take up what `state` gave; call it before `prepare`."""
+        self.offsets = dict(state["offsets"])
+        self._loaded = True
+
+    def todict(self) -> dict[str, Any]:
+        names = ("name", "weight", "energies", "per_pair", "frames", "path", "legs", "steps")
+        return {name: getattr(self, name) for name in names}
+
+
+def _batch(potential: Potential, atoms: Sequence[Atoms]) -> Structures:
+    return Structures.from_atoms(atoms, device=potential.device, dtype=potential.dtype)
+
+
+def _each_once(pairs: Sequence[RelaxationPair]) -> list[RelaxationPair]:
+    every: dict[str, RelaxationPair] = {}
+    for pair in pairs:
+        if every.setdefault(pair.id, pair).relaxed is not pair.relaxed:
+            raise ValueError(f"Two training pairs are called {pair.id!r}: give each a name of its own.")
+    return list(every.values())
+
+
+def _frames_of(pair: RelaxationPair) -> list[Atoms]:
+    frames = list(pair.frames) or [pair.initial, pair.relaxed]
+    wrong = next((k for k, a in enumerate(frames) if not np.array_equal(a.numbers, pair.relaxed.numbers)), None)
+    if wrong is not None:
+        raise ValueError(
+            f"{pair.id}: its frame {wrong} is {frames[wrong].symbols} and not {pair.relaxed.symbols}; "
+            "give the frames of this relaxation, with their atoms in the same order."
+        )
+    return frames
+
+
+def _has_labels(atoms: Atoms) -> bool:
+    results = getattr(atoms.calc, "results", {})
+    return "forces" in results and ("energy" in results or "free_energy" in results)
+
+
+def _energy(atoms: Atoms) -> float:
+    """The energy that the forces are the slope of, where the file tells it."""
+    results = atoms.calc.results
+    return float(results["free_energy"] if "free_energy" in results else results["energy"])
+
+
+def _evenly(frames: Sequence[Atoms], most: int) -> list[Atoms]:
+    chosen = np.unique(np.linspace(0, len(frames) - 1, min(most, len(frames))).round().astype(int))
+    return [frames[k] for k in chosen] if len(frames) else []
+
+
+def _fitted(potential: Potential, frames: Sequence[Atoms]) -> dict[int, float]:
+    """Energies of the elements that bring the reference's zero nearest to the potential's."""
+    elements = sorted({int(z) for a in frames for z in a.numbers})
+    counts = np.array([[np.count_nonzero(a.numbers == z) for z in elements] for a in frames], dtype=float)
+    difference = np.array([_energy(a) for a in frames]) - Points.of(potential, frames).energies.double().cpu().numpy()
+    # Per atom, for that is how they are compared.
+    sizes = counts.sum(axis=1)
+    found = np.linalg.lstsq(counts / sizes[:, None], difference / sizes, rcond=None)[0]
+    return dict(zip(elements, found.tolist(), strict=True))
+
+
+def _ahead(pair: RelaxationPair, way: Sequence[Atoms]) -> list[Atoms]:
+    """The frames that are nearer to the end than the start is, and the end."""
+    starts, ends = [pair.initial, *way], [pair.relaxed] * (len(way) + 1)
+    left, *distances = root_delta_q(starts, ends).tolist()
+    return [a for a, d in zip(way, distances, strict=True) if d < left and d > 0] + [pair.relaxed]

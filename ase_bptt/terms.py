@@ -1,0 +1,220 @@
+"""Further terms of the loss: what keeps a potential from forgetting, and what else the reference knows."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .matching import Points, mismatch
+from .pairs import RelaxationPair
+from .positive import check_positive
+from .potential import Potential
+from .probes import KINDS, make_probes
+from .supervision import Reference
+
+log = logging.getLogger(__name__)
+
+
+class Term(Protocol):
+    """A term that is added to the loss of each step, times its weight.
+
+    Attributes
+    ----------
+    weight : float
+    name : str
+        As in `TERMS`; names its column in metrics.csv.
+    """
+
+    weight: float
+    name: ClassVar[str]
+
+    def prepare(self, potential: Potential, pairs: Sequence[RelaxationPair]) -> None:
+        """Before the first epoch, and again where a run goes on: remember the potential, check the pairs.
+
+        In a run that goes on `load` has been called before, and what it gave is kept: the potential is no
+        longer the pretrained one.
+        """
+
+    def loss(self, potential: Potential, pairs: Sequence[RelaxationPair], rng: np.random.Generator) -> Tensor:
+        """The term for a batch of the training pairs: a scalar, not yet times the weight, with a graph."""
+        raise NotImplementedError
+
+    def state(self) -> dict[str, Any]:
+        """What a run that goes on needs, as tensors on the CPU and plain values."""
+        raise NotImplementedError
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take up what `state` gave; call it before `prepare`."""
+
+    def todict(self) -> dict[str, Any]:
+        """Name, weight and settings, as JSON, of which `make_term` makes the same term."""
+        raise NotImplementedError
+
+
+class Pull:
+    """A pull to the pretrained weights.
+
+    The mean over all trained numbers of their squared change, each in units of the root mean square that
+    its tensor had before training (of all trained numbers, for a tensor of zeros): 0.01 means that
+    weights have changed by a tenth of their size.
+
+    Parameters
+    ----------
+    weight : float
+    """
+
+    name: ClassVar[str] = "pull"
+
+    def __init__(self, weight: float = 1.0):
+        check_positive(weight=weight)
+        self.weight = weight
+        self._start: dict[str, Tensor] = {}
+
+    def prepare(self, potential: Potential, pairs: Sequence[RelaxationPair]) -> None:
+        """Remember the weights that are trained, unless `load` gave them."""
+        trained = {name: p for name, p in potential.named_parameters() if p.requires_grad}
+        if not self._start:
+            self._start = {name: p.detach().clone() for name, p in trained.items()}
+        lost = trained.keys() ^ self._start.keys()
+        if lost:
+            raise ValueError(f"The pull was begun with other trained weights, as {min(lost)}: begin a new run.")
+        self._start = {name: value.to(trained[name]) for name, value in self._start.items()}
+
+    def loss(self, potential: Potential, pairs: Sequence[RelaxationPair], rng: np.random.Generator) -> Tensor:
+        """Mean squared relative change of the trained weights."""
+        now = dict(potential.named_parameters())
+        count = sum(value.numel() for value in self._start.values())
+        whole = float(sum(value.double().square().sum() for value in self._start.values())) / max(count, 1)
+        off = [(now[name] - start).square().sum() / _scale(start, whole) / count for name, start in self._start.items()]
+        return torch.stack(off).sum() if off else torch.zeros((), dtype=potential.dtype, device=potential.device)
+
+    def state(self) -> dict[str, Any]:
+        """The pretrained weights: the run folder's own potential is soon another."""
+        return {"start": {name: value.cpu() for name, value in self._start.items()}}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take up what `state` gave; call it before `prepare`."""
+        self._start = dict(state["start"])
+
+    def todict(self) -> dict[str, Any]:
+        return {"name": self.name, "weight": self.weight}
+
+
+def _scale(start: Tensor, whole: float) -> float:
+    """Mean square of a tensor; of all weights where it is zero, and 1 where those are."""
+    return float(start.double().square().mean()) or whole or 1.0
+
+
+class Teacher:
+    """Energies and forces of the pretrained potential on a probe set (`ase_bptt.probes`), as in `mismatch`.
+
+    Parameters
+    ----------
+    weight : float
+    batch : int
+        Probes in one step, drawn anew.
+    size : int
+        Probes of each kind: rattled training structures, crystals, molecules.
+    seed : int
+        Of the probe set.
+    kinds : sequence of str
+        Which of `probes.KINDS` are taken. Without "structures" it does not pull against what is to be learnt.
+    """
+
+    name: ClassVar[str] = "teacher"
+
+    def __init__(
+        self, weight: float = 1.0, *, batch: int = 4, size: int = 24, seed: int = 0, kinds: Sequence[str] = KINDS
+    ):
+        check_positive(weight=weight, batch=batch, size=size)
+        unknown = sorted(set(kinds) - set(KINDS))
+        if unknown or not kinds:
+            raise ValueError(f"The kinds of probes are {', '.join(KINDS)}; got {', '.join(kinds) or 'none'}.")
+        self.weight, self.batch, self.size, self.seed, self.kinds = weight, batch, size, seed, list(kinds)
+        self.points: Points | None = None
+        """The probes and what the pretrained potential gives there, once prepared."""
+        self._state: dict[str, Any] | None = None
+
+    def prepare(self, potential: Potential, pairs: Sequence[RelaxationPair]) -> None:
+        """Make the probes and ask the potential what it gives there, unless `load` gave both."""
+        if self._state is not None:
+            self.points = Points.from_state(self._state, potential)
+            return
+        probes = [
+            p.atoms for p in make_probes(potential, pairs, size=self.size, seed=self.seed) if p.kind in self.kinds
+        ]
+        if not probes:
+            raise ValueError(f"The potential knows no probes of the kinds {', '.join(self.kinds)}: take others.")
+        points = Points.of(potential, probes)
+        good = torch.isfinite(points.structures.sum(points.forces).sum(1) + points.energies).nonzero().squeeze(1)
+        if not len(good):
+            raise ValueError("The pretrained potential gives no finite forces on any probe: leave the teacher out.")
+        if len(good) < len(points):
+            log.warning("Left out %d of %d probes, whose forces are not finite.", len(points) - len(good), len(points))
+        self.points = points.select(good.tolist())
+
+    def loss(self, potential: Potential, pairs: Sequence[RelaxationPair], rng: np.random.Generator) -> Tensor:
+        """How far the potential is from the pretrained one on some probes; without a unit."""
+        assert self.points is not None, "call prepare first"
+        n = min(self.batch, len(self.points))
+        chosen = sorted(int(k) for k in rng.choice(len(self.points), n, replace=False))
+        return mismatch(potential, self.points.select(chosen))
+
+    def state(self) -> dict[str, Any]:
+        """Probes, energies and forces: a potential that has been trained cannot tell them any more."""
+        return self.points.state() if self.points is not None else {}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take up what `state` gave; call it before `prepare`."""
+        self._state = state or None
+
+    def todict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("name", "weight", "batch", "size", "seed", "kinds")}
+
+
+TERMS: dict[str, type[Pull] | type[Teacher] | type[Reference]] = {
+    term.name: term for term in (Pull, Teacher, Reference)
+}
+
+
+def make_term(settings: dict[str, Any]) -> Term:
+    """The term of what its `todict` gave; ValueError for a name that is not in `TERMS`."""
+    settings = dict(settings)
+    name = settings.pop("name", None)
+    if name not in TERMS:
+        raise ValueError(f"There is no term {name!r}; there are {', '.join(TERMS)}.")
+    return TERMS[name](**settings)
+
+
+def add_gradients(
+    terms: Sequence[Term], potential: Potential, pairs: Sequence[RelaxationPair], key: Sequence[int]
+) -> dict[str, float]:
+    """Add the gradients of each term, times its weight, to ``.grad``; gives each term, times its weight.
+
+    Parameters
+    ----------
+    terms : sequence of Term
+    potential : Potential
+    pairs : sequence of RelaxationPair
+        The batch of the step.
+    key : sequence of int
+        Of the step, as (seed, epoch, batch): what a term draws depends on nothing else, so a run that goes
+        on draws the same, and a further term changes nothing for the others.
+
+    A term that is not finite, or does not depend on a weight, adds nothing; the first is reported.
+    """
+    found = {}
+    for term in terms:
+        seed = [*key, *term.name.encode()]
+        value = term.weight * term.loss(potential, pairs, np.random.default_rng(seed))
+        found[term.name] = value.item()
+        if not torch.isfinite(value):
+            log.warning("The term %s is not finite and was left out of this step.", term.name)
+        elif value.requires_grad:
+            value.backward()
+    return found

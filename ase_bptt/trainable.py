@@ -1,0 +1,172 @@
+"""Which weights are trained, and how fast each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from . import lora as low_rank
+from .layers import layers
+from .patterns import matching, plain
+from .positive import check_positive
+from .potential import Potential
+from .steppers import Stepper
+
+STEPPER_RATE = 0.01
+"""How far a step of Adam moves a number of the stepper, as a share of that number."""
+
+
+class Count(NamedTuple):
+    """How many numbers train, and how many weights the potential has."""
+
+    trained: int
+    total: int
+
+
+def select(
+    potential: Potential, train: Sequence[str] = (), freeze: Sequence[str] = (), last: int | None = None
+) -> Count:
+    """Choose the weights that train by setting their ``requires_grad``; what was set before does not matter.
+
+    Parameters
+    ----------
+    potential : Potential
+    train : str or sequence of str
+        Patterns for names of weights (as in `named_parameters`; ``*`` stands for anything).
+    freeze : str or sequence of str
+        Patterns for weights that do not train, whatever else is said.
+    last : int, optional
+        Train the last layers, counted from the output, with the readout; beside what `train` names.
+        Without `train` and `last`, all weights train.
+
+    Returns
+    -------
+    Count
+        (how many weights train, how many there are)
+
+    Raises
+    ------
+    ValueError
+        For a pattern that matches nothing, more layers than there are, or if nothing is left to train.
+    NotImplementedError
+        For `last` with a family whose layers are not known.
+    """
+    if low_rank.has(potential):
+        raise ValueError("Choose what is trained before low-rank updates are added, or merge them first.")
+    parameters = dict(potential.named_parameters())
+    chosen = matching(parameters, train) | _last(potential, last)
+    if not train and last is None:
+        chosen = set(parameters)
+    chosen -= matching(parameters, freeze)
+    if not chosen:
+        raise ValueError(f"Nothing of this {potential.family} potential is left to train: freeze fewer weights.")
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in chosen)
+    return count(potential)
+
+
+def prepare(
+    potential: Potential,
+    *,
+    train: Sequence[str] = (),
+    freeze: Sequence[str] = (),
+    last: int | None = None,
+    lora: int | None = None,
+    alpha: float | None = None,
+) -> str:
+    """`select`, then with `lora` (a rank) updates of that rank on the linear maps among the chosen weights.
+
+    What is wrong is found before anything changes. Returns what `describe` says of the result.
+    """
+    before = {name: p.requires_grad for name, p in potential.named_parameters()}
+    select(potential, train, freeze, last)
+    if lora is not None:
+        try:
+            low_rank.add(potential, lora, alpha=alpha)
+        except ValueError:
+            for name, parameter in potential.named_parameters():
+                parameter.requires_grad_(before[name])
+            raise
+    return describe(potential)
+
+
+def count(potential: Potential) -> Count:
+    """How many numbers train (with low-rank updates: theirs), and how many weights the potential has."""
+    trained = sum(p.numel() for p in potential.parameters() if p.requires_grad)
+    return Count(trained, sum(weight.numel() for weight in low_rank.weights(potential).values()))
+
+
+def describe(potential: Potential) -> str:
+    """What is trained, in a line, as "trains 1,024 of 72,848 weights"."""
+    trained, total = count(potential)
+    if (settings := low_rank.settings(potential)) is not None:
+        return f"trains {trained:,} numbers beside {total:,} weights (LoRA, rank {settings['rank']})"
+    return f"trains all {total:,} weights" if trained == total else f"trains {trained:,} of {total:,} weights"
+
+
+def groups(
+    potential: Potential,
+    stepper: Stepper | None = None,
+    rates: Mapping[str, float] | None = None,
+    *,
+    lr: float,
+    stepper_rate: float = STEPPER_RATE,
+) -> list[dict[str, Any]]:
+    """Parameter groups for a torch optimizer, of what trains.
+
+    Parameters
+    ----------
+    potential : Potential
+    stepper : Stepper, optional
+        Each of its own Parameters is a group, for they differ in size by orders.
+    rates : mapping of str to float, optional
+        By a pattern for names of weights, the factor on their learning rate. The first pattern that fits counts.
+    lr : float
+        What the factors multiply. The weights that no pattern fits have no rate of their own here:
+        the optimizer's holds.
+    stepper_rate : float
+        The learning rate of each of the stepper's numbers, as a share of the number: a step of Adam
+        moves the number about so far.
+
+    Returns
+    -------
+    list of dict
+        "params", "name", and "lr" where it is not the optimizer's; the weights without a pattern first.
+
+    Raises
+    ------
+    ValueError
+        For a pattern that matches nothing that trains, or a factor that is not positive.
+    """
+    check_positive(lr=lr, stepper_rate=stepper_rate)
+    left = [(plain(name), p) for name, p in potential.named_parameters() if p.requires_grad]
+    trained = {name for name, _ in left}
+    made: list[dict[str, Any]] = []
+    for pattern, factor in (rates or {}).items():
+        check_positive(**{f"The factor of {pattern!r}": factor})
+        hits = matching(trained, [pattern], "weight that trains")
+        made.append(_group(pattern, [p for name, p in left if name in hits], factor * lr))
+        left = [(name, p) for name, p in left if name not in hits]
+    made.insert(0, {"name": "weights", "params": [p for _, p in left]})
+    for name, p in stepper.named_parameters() if stepper is not None else ():
+        if p.requires_grad:
+            size = p.detach().abs().max().item()
+            made.append(_group(f"stepper.{name}", [p], stepper_rate * (size or 1.0)))
+    return [group for group in made if group["params"]]
+
+
+def _last(potential: Potential, last: int | None) -> set[str]:
+    if last is None:
+        return set()
+    found = layers(potential)
+    if not 1 <= last <= len(found):
+        raise ValueError(
+            f"This {potential.family} potential has {len(found)} layers: the last {last} of them cannot be trained."
+        )
+    return {name for layer in found[-last:] for name in layer}
+
+
+def _group(name: str, params: list[nn.Parameter], lr: float) -> dict[str, Any]:
+    return {"name": name, "params": params, "lr": lr}
