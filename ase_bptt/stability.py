@@ -2,34 +2,102 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from ase import Atoms
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
-from ..neighbors import NeighborList, Pairs
-from ..potential import Potential
-from ..structures import Structures
+from .neighbors import NeighborList, Pairs
+from .potential import Potential
+from .steppers import Stepper
+from .structures import Structures, as_structures
+
+LOG = logging.getLogger(__name__)
 
 TOLERANCE = 1e-3
 """Relative residual of the eigenvector; the error of the eigenvalue is of second order in it."""
 RESTARTS = 30
 """Of Lanczos' method at most; a few are enough."""
+FLAT = 1e-3
+"""eV/Å^2: curvatures below this are rounding."""
+LOOSE = 0.1
+"""Å^2/eV. Taken for the limit where nothing is stiff; half of it is the default step of gradient descent."""
 Product = Callable[[np.ndarray], np.ndarray]
 
 
-def largest_curvature(potential: Potential, atoms: Atoms, *, seed: int = 0) -> float:
-    """Largest eigenvalue of the Hessian of the energy in eV/Å^2, by Lanczos' method.
-
-    Gradient descent is stable below a step of 2 divided by it. With momentum m (heavy ball) the
-    bound is 1 + m times as far.
+def steady(stepper: Stepper, potential: Potential, structures: Structures | Sequence[Atoms]) -> Stepper:
+    """A stepper whose step size is a number: where it is "auto", resolved by the `stability_limit` of the structures.
 
     Parameters
     ----------
-    atoms : Atoms
-        The structure, in whose positions the Hessian is taken; not changed.
+    stepper : Stepper
+        One whose step size is a number already is given back as it is, and nothing is computed.
+    potential : Potential
+    structures : Structures or sequence of Atoms
+        Those that it will move, or a sample of them: each costs some tens of Hessian-vector products.
+
+    Raises
+    ------
+    ValueError
+        Where the forces of none of them are finite.
+    """
+    if stepper.todict().get("step_size") != "auto":
+        return stepper
+    limit = stability_limit(potential, structures)
+    if math.isnan(limit):
+        raise ValueError(
+            "step_size='auto' found no finite forces on any structure to take a step size from: mend the structures, "
+            "or give step_size a number in Å^2/eV."
+        )
+    resolved = stepper.resolved(limit if math.isfinite(limit) else LOOSE)
+    LOG.info("step_size='auto' is %s Å^2/eV (limit %.3g)", resolved.todict()["step_size"], limit)
+    return resolved
+
+
+def stability_limit(potential: Potential, structures: Structures | Sequence[Atoms], *, seed: int = 0) -> float:
+    """The longest step of gradient descent, in Å^2/eV, that is stable at all of these structures.
+
+    The smallest 2/lambda_max, with the largest eigenvalue of each one's Hessian. Those whose forces are not finite do
+    not count.
+
+    Parameters
+    ----------
+    potential : Potential
+    structures : Structures or sequence of Atoms
+        Not changed.
+    seed : int
+        Of the vectors to begin with.
+
+    Returns
+    -------
+    float
+        Infinite where nothing is stiff; NaN where no structure counts.
+    """
+    batch = as_structures(structures, device=potential.device, dtype=potential.dtype)
+    curvatures = [largest_curvature(potential, batch.select([k]), seed=seed) for k in range(len(batch))]
+    known = [curvature for curvature in curvatures if math.isfinite(curvature)]
+    return step_limit(max(known, default=math.nan))
+
+
+def step_limit(curvature: float) -> float:
+    """2/lambda_max in Å^2/eV from lambda_max in eV/Å^2; infinite where it is no more than rounding, NaN for NaN."""
+    return math.inf if curvature <= FLAT else 2 / curvature
+
+
+def largest_curvature(potential: Potential, atoms: Atoms | Structures, *, seed: int = 0) -> float:
+    """Largest eigenvalue of the Hessian of the energy in eV/Å^2, by Lanczos' method.
+
+    Gradient descent is stable below a step of 2 divided by it. With momentum m (heavy ball) the
+    bound is 1 + m times as far. Directions that constraints hold do not count.
+
+    Parameters
+    ----------
+    atoms : Atoms or Structures
+        The one structure, in whose positions the Hessian is taken; not changed.
     seed : int
         Of the vector to begin with.
 
@@ -38,8 +106,9 @@ def largest_curvature(potential: Potential, atoms: Atoms, *, seed: int = 0) -> f
     float
         Zero where no force changes with the positions; NaN where forces are not finite, or it does not converge.
     """
-    product = hessian_product(potential, atoms)
-    first = np.random.default_rng(seed).normal(size=3 * len(atoms))
+    structures = as_structures(atoms).to(potential.device, potential.dtype)
+    product = _free(hessian_product(potential, structures), structures)
+    first = np.random.default_rng(seed).normal(size=3 * structures.n_atoms)
     change = product(first / np.linalg.norm(first))
     if not np.isfinite(change).all():
         return float("nan")
@@ -56,21 +125,38 @@ def largest_curvature(potential: Potential, atoms: Atoms, *, seed: int = 0) -> f
     return float(found)
 
 
-def hessian_product(potential: Potential, atoms: Atoms) -> Product:
+def hessian_product(potential: Potential, atoms: Atoms | Structures) -> Product:
     """The function v -> H v, for vectors of shape (3 n_atoms,), H in eV/Å^2.
 
     By a second differentiation of the energy where the potential has one, else by central
-    differences of its forces.
+    differences of its forces. Constraints are not applied.
     """
-    structures = Structures.from_atoms(atoms, device=potential.device, dtype=potential.dtype)
+    structures = as_structures(atoms).to(potential.device, potential.dtype)
     pairs = NeighborList(potential.cutoff, skin=0.0)(structures)
     try:
         by_gradient = _by_gradient(potential, structures, pairs)
-        by_gradient(np.ones(3 * len(atoms)))
+        by_gradient(np.ones(3 * structures.n_atoms))
         return by_gradient
     # So autograd says that there is no second derivative; a GPU says so that there is no room for it.
     except RuntimeError:
         return _by_differences(potential, structures)
+
+
+def _free(product: Product, structures: Structures) -> Product:
+    """The product among the directions that the constraints leave free.
+
+    Where their map of forces is no orthogonal projection, Lanczos' method would fail: the whole Hessian stands for it.
+    """
+    if not structures.maps:
+        return product
+    exact = structures.to(torch.device("cpu"), torch.float64)
+
+    def held(v: np.ndarray) -> np.ndarray:
+        return exact.project_forces(torch.from_numpy(v.reshape(-1, 3))).numpy().ravel()
+
+    u, v = np.random.default_rng(0).normal(size=(2, 3 * structures.n_atoms))
+    orthogonal = math.isclose(u @ held(v), held(u) @ v, abs_tol=1e-9 * len(u)) and np.allclose(held(held(v)), held(v))
+    return (lambda vector: held(product(held(np.ravel(vector))))) if orthogonal else product
 
 
 def _by_gradient(potential: Potential, structures: Structures, pairs: Pairs) -> Product:

@@ -16,11 +16,11 @@ from ase_bptt.diagnosis.classes import CLASSES, allowance, classify
 from ase_bptt.diagnosis.judgement import RETRAIN, RIGHT_ALREADY, UNLIKELY, YES, judge
 from ase_bptt.diagnosis.labels import ForceError, force_error, reference_forces
 from ase_bptt.diagnosis.landscape import minima, settling
-from ase_bptt.diagnosis.stability import largest_curvature
 from ase_bptt.evaluation import Row
 from ase_bptt.loading import as_potential
 from ase_bptt.neighbors import NeighborList
 from ase_bptt.potentials.lennard_jones import LennardJones
+from ase_bptt.stability import largest_curvature
 from ase_bptt.steppers import GradientDescent
 from ase_bptt.structures import Structures
 

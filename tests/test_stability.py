@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
+from ase.constraints import FixAtoms, FixCom, FixScaled
 from conftest import argon, cluster, lennard_jones, needs_mace, rattled, skewed, tiny_mace
 
 from ase_bptt import relax
-from ase_bptt.diagnosis.stability import hessian_product, largest_curvature
 from ase_bptt.loading import as_potential
 from ase_bptt.neighbors import NeighborList
 from ase_bptt.potentials.lennard_jones import LennardJones
+from ase_bptt.stability import hessian_product, largest_curvature
 from ase_bptt.steppers import FIRE, GradientDescent
 from ase_bptt.structures import Structures
 
@@ -67,6 +68,22 @@ def test_both_ways_to_multiply_agree(make):
     np.testing.assert_allclose(by_differences, by_gradient, rtol=1e-5, atol=1e-5 * np.abs(by_gradient).max())
 
 
+@pytest.mark.parametrize(("held", "kept"), [(FixAtoms([0, 1, 2]), slice(9, None)), (FixCom(), slice(None))])
+def test_directions_that_are_held_do_not_count(held, kept):
+    atoms = cluster()
+    atoms.set_constraint(held)
+    expected = np.linalg.eigvalsh(dense_hessian(lennard_jones(), cluster())[kept, kept])[-1]
+    assert largest_curvature(lennard_jones(), atoms) == pytest.approx(expected, rel=1e-4)
+
+
+def test_what_is_held_askew_is_bounded_by_the_whole():
+    atoms = rattled(argon(), 0)
+    atoms.set_cell(atoms.cell.array + np.array([[0, 0, 0], [0.3, 0, 0], [0, 0.2, 0]]), scale_atoms=True)
+    whole = largest_curvature(lennard_jones(), atoms)
+    atoms.set_constraint(FixScaled(0, [True, False, False]))
+    assert largest_curvature(lennard_jones(), atoms) == whole
+
+
 @needs_mace
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-4), (torch.float32, 1e-3)])
 def test_a_network_in_either_precision(dtype, tolerance):
@@ -84,8 +101,8 @@ def test_forces_that_are_not_finite_are_said():
 
 
 def test_what_does_not_converge_is_not_told(monkeypatch):
-    monkeypatch.setattr("ase_bptt.diagnosis.stability.TOLERANCE", 1e-12)
-    monkeypatch.setattr("ase_bptt.diagnosis.stability.RESTARTS", 1)
+    monkeypatch.setattr("ase_bptt.stability.TOLERANCE", 1e-12)
+    monkeypatch.setattr("ase_bptt.stability.RESTARTS", 1)
     assert np.isnan(largest_curvature(lennard_jones(), argon() * (3, 3, 3)))
 
 

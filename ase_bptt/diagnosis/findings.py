@@ -9,13 +9,11 @@ from typing import Any
 
 from ..evaluation import Evaluation, Row
 from ..files import without_nan
+from ..stability import step_limit
 from .classes import CLASSES, failed
 from .judgement import Judgement
 from .labels import ForceError
 from .landscape import Minima, Settling
-
-FLAT = 1e-3
-"""eV/Å^2: curvatures below this are rounding."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +78,8 @@ class Findings:
 
         None where nothing is stiff.
         """
-        stiffest = max((c for c in self.curvatures if math.isfinite(c)), default=0.0)
-        return 2 / stiffest if stiffest > FLAT else None
+        limit = step_limit(max((c for c in self.curvatures if math.isfinite(c)), default=0.0))
+        return limit if math.isfinite(limit) else None
 
     @property
     def sound(self) -> list[Row]:

@@ -9,6 +9,7 @@ import numpy as np
 from ..evaluation import Evaluation, Row, evaluate
 from ..pairs import RelaxationPair
 from ..potential import Potential
+from ..stability import largest_curvature
 from ..steppers import GradientDescent
 from ..trainer import MOMENTUM
 from .classes import classify
@@ -16,7 +17,6 @@ from .findings import Findings
 from .judgement import judge
 from .labels import force_error
 from .landscape import minima, settling
-from .stability import largest_curvature
 from .text import diagnosis_text
 
 AT_ONCE = 8

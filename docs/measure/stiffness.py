@@ -6,7 +6,7 @@ python docs/measure/stiffness.py
 from ase.build import bulk, molecule
 
 from ase_bptt import load_potential
-from ase_bptt.diagnosis.stability import largest_curvature
+from ase_bptt.stability import largest_curvature
 
 structures = {
     "Cu": bulk("Cu", cubic=True),
