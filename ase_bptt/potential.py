@@ -53,6 +53,8 @@ class Potential(nn.Module):
     """The extra that installs the family, as in ``pip install "ase_bptt[extra]"``."""
     native_name: ClassVar[str | None] = None
     """File name under which `save` writes the family's native checkpoint."""
+    conservative: ClassVar[bool] = True
+    """Whether its forces are the slope of its energy."""
     atomic_properties: ClassVar[tuple[str, ...]] = ()
     """Which of ASE's 'energies', 'stresses', 'magmoms' the family has."""
 
@@ -89,8 +91,12 @@ class Potential(nn.Module):
         """Everything of one pass, detached: energy (n,), forces (n_atoms, 3), stress (n, 3, 3).
 
         stress is (1/V) dE/dstrain in eV/Å^3, positive under tension; NaN where the cell has no
-        volume. atomic_energies and magmoms are added where the family has them.
+        volume. atomic_energies and magmoms are added where the family has them. Where forces are
+        no slope of the energy there are energy and forces only.
         """
+        if not self.conservative:
+            energy, forces = self.energy_and_forces(structures, pairs)
+            return {"energy": energy.detach(), "forces": forces.detach()}
         positions = structures.positions.detach().requires_grad_()
         strain = torch.zeros_like(structures.cells).requires_grad_()
         with torch.enable_grad(), self._weights_aside():
