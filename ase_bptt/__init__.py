@@ -1,6 +1,6 @@
 """Relax structures with machine-learning potentials, and fine-tune them through the relaxation."""
 
-from . import adjoints, datasets, losses, optimize, steppers
+from . import adjoints, datasets, losses, optimize, steppers, testing
 from .calculator import TorchCalculator
 from .comparison import compare
 from .diagnosis import diagnose
@@ -51,4 +51,5 @@ __all__ = [
     "split_by_group",
     "split_into_folds",
     "steppers",
+    "testing",
 ]

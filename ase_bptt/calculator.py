@@ -65,7 +65,8 @@ class TorchCalculator(Calculator):
         **kwargs: Any,
     ):
         self.potential = as_potential(potential, device=device, dtype=dtype, trust=trust)
-        self.implemented_properties = [*BASIC, *self.potential.atomic_properties]
+        basic = [name for name in BASIC if name != "stress" or self.potential.conservative]
+        self.implemented_properties = [*basic, *self.potential.atomic_properties]
         self._neighbors = NeighborList(self.potential.cutoff, skin)
         self._weights = Weights(self.potential)
         self._calculated_with: Versions = ()
@@ -118,7 +119,7 @@ class TorchCalculator(Calculator):
                 f"The potential gives forces that are no numbers for {atoms.symbols}: are two atoms on one spot?"
             )
         self.results = {"energy": energy, "free_energy": energy, "forces": arrays["forces"]}
-        if periodic:
+        if periodic and "stress" in self.implemented_properties:
             self.results["stress"] = full_3x3_to_voigt_6_stress(arrays["stress"][0])
         if "energies" in self.implemented_properties:
             self.results["energies"] = arrays["atomic_energies"]

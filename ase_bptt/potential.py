@@ -91,8 +91,12 @@ class Potential(nn.Module):
         """Everything of one pass, detached: energy (n,), forces (n_atoms, 3), stress (n, 3, 3).
 
         stress is (1/V) dE/dstrain in eV/Å^3, positive under tension; NaN where the cell has no
-        volume. atomic_energies and magmoms are added where the family has them.
+        volume. atomic_energies and magmoms are added where the family has them. Where forces are
+        no slope of the energy there are energy and forces only.
         """
+        if not self.conservative:
+            energy, forces = self.energy_and_forces(structures, pairs)
+            return {"energy": energy.detach(), "forces": forces.detach()}
         positions = structures.positions.detach().requires_grad_()
         strain = torch.zeros_like(structures.cells).requires_grad_()
         with torch.enable_grad(), self._weights_aside():

@@ -1,0 +1,90 @@
+"""A check of potentials, for authors of adapters: what everything above a `Potential` relies on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Mapping
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.calculators.calculator import Calculator
+
+from ..potential import Potential
+from .case import Case
+from .probes import CHECKS, parity
+from .report import TOLERANCES, Measured, Report
+
+__all__ = ["TOLERANCES", "Measured", "Report", "check_potential"]
+
+
+def check_potential(
+    potential: Potential,
+    atoms: Atoms,
+    *,
+    calculator: Calculator | None = None,
+    skip: Collection[str] = (),
+    tolerances: Mapping[str, float] | None = None,
+    seed: int = 0,
+) -> Report:
+    """Check that a potential keeps the contract of `Potential` on a structure.
+
+    Parameters
+    ----------
+    potential : Potential
+        In the dtype and on the device in which it is to be checked. A copy of it is asked.
+    atoms : Atoms
+        Any structure that it knows the elements of; best without symmetry, so that forces do not
+        vanish. Two to twenty atoms are enough. With a three-dimensional cell the stress is checked, too.
+    calculator : Calculator or None
+        The family's own, to compare with: energy, forces, and stress, magmoms and atomic energies where both have them.
+    skip : collection of str
+        Checks to leave out: "calls", "partition", "forces", "stress", "batch", "translation",
+        "rotation", "permutation", "far atom", "gradient", "untouched".
+    tolerances : mapping of str to float
+        Own limits, by the name of a comparison as the report shows it ("batch forces") or by the
+        kind of quantity ("forces"); the others are those of `TOLERANCES` for the dtype.
+    seed : int
+        Of the directions, rotations and permutations.
+
+    Returns
+    -------
+    Report
+        The largest error of each comparison; print it.
+
+    Raises
+    ------
+    AssertionError
+        At the first check that fails: what is off, by how much, and what to mend.
+    ValueError
+        For a check to skip that there is not.
+    NotImplementedError
+        For elements that the potential does not know.
+    """
+    unknown = set(skip) - CHECKS.keys()
+    if unknown:
+        raise ValueError(f"There is no check {min(unknown)!r} to skip; there are {', '.join(CHECKS)}.")
+    report = Report(potential.family, str(potential.dtype).removeprefix("torch."), atoms.get_chemical_formula())
+    twin = copy.deepcopy(potential).requires_grad_()
+    # Constraints are no matter of the potential, and atoms.positions would obey them.
+    bare = Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
+    exact = twin if twin.dtype is torch.float64 else copy.deepcopy(twin).double()
+    case = Case(twin, exact, bare, np.random.default_rng(seed), tolerances or {}, report)
+    twin.check(case.batch(bare)[0])
+    for name, (check, mend) in CHECKS.items():
+        if name in skip:
+            report.skipped[name] = "as asked"
+            continue
+        case.check, case.mend = name, mend
+        try:
+            check(case)
+        except (AssertionError, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            case.fail(f"it raised {type(error).__name__} ({error})")
+    if calculator is None:
+        report.skipped["parity"] = "no calculator was given"
+    else:
+        case.check, case.mend = "parity", "compare units, reference energies, cutoff and dtype with the calculator's"
+        parity(case, calculator)
+    return report

@@ -1,0 +1,114 @@
+"""One potential on one structure: how it is asked, and how its answers are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+import numpy as np
+import torch
+from ase import Atoms
+from torch import Tensor
+
+from ..neighbors import NeighborList, Pairs
+from ..potential import Potential
+from ..structures import Structures
+from .report import UNITS, Measured, Report, tolerance_of
+
+Results = dict[str, np.ndarray]
+STEP = 1e-5
+"""Of differences, in Å, of strain or relative to a weight: short, since some functions of angles are sharp."""
+
+
+@dataclass
+class Case:
+    """A potential on a structure, and the report that grows.
+
+    Attributes
+    ----------
+    potential : Potential
+        A copy, all its weights requiring gradients.
+    exact : Potential
+        The same in float64, of which differences are taken: those in float32 are noise.
+    atoms : Atoms
+    random : numpy.random.Generator
+    tolerances : mapping of str to float
+        The caller's own.
+    report : Report
+    check, mend : str
+        The check that runs now, and what to do where it fails.
+    """
+
+    potential: Potential
+    exact: Potential
+    atoms: Atoms
+    random: np.random.Generator
+    tolerances: Mapping[str, float]
+    report: Report
+    check: str = ""
+    mend: str = ""
+
+    def batch(self, atoms: Atoms | Sequence[Atoms]) -> tuple[Structures, Pairs]:
+        """A batch and its pairs, where the potential computes."""
+        return _batch(self.potential, atoms)
+
+    def results(self, atoms: Atoms | Sequence[Atoms]) -> Results:
+        """`Potential.results` as arrays."""
+        return {name: array(value) for name, value in self.potential.results(*self.batch(atoms)).items()}
+
+    def energy(self, atoms: Atoms) -> float:
+        """Energy in eV, in float64."""
+        with torch.no_grad():
+            return float(self.exact(*_batch(self.exact, atoms)).energy)
+
+    def forces(self, atoms: Atoms) -> np.ndarray:
+        """Forces in eV/Å, as a relaxation takes them, in float64."""
+        return array(self.exact.energy_and_forces(*_batch(self.exact, atoms))[1])
+
+    def compare(self, found: Results, expected: Results, what: str, counts: Sequence[int]) -> None:
+        """Compare what both have; energies count per atom of each structure."""
+        for name in (n for n in UNITS if n in found and n in expected):
+            with np.errstate(invalid="ignore"):
+                difference = np.abs(found[name] - expected[name])
+            # No volume, no stress: NaN on both sides.
+            difference[np.isnan(found[name]) & np.isnan(expected[name])] = 0.0
+            if name == "energy":
+                difference = difference / np.asarray(counts)
+            # Rounding goes with what is rounded.
+            size = 1.0 if name == "energy" else max(1.0, np.abs(expected[name]).max(initial=0.0))
+            error = difference.max(initial=0.0) / size
+            full = f"{self.check} {name}"
+            self.measure(full, full if full in UNITS else name, error, f"its {name.replace('_', ' ')}", what)
+
+    def measure(self, name: str, kind: str, error: float, quantity: str, what: str) -> None:
+        """Note an error, and raise AssertionError where it is larger than allowed."""
+        allowed = tolerance_of(name, kind, self.potential.dtype, self.tolerances)
+        self.report.measured[name] = Measured(float(error), allowed, UNITS[kind])
+        # Written so that NaN fails.
+        if not error <= allowed:
+            size = f"{error:.2g} {UNITS[kind]} (allowed is {allowed:.0e})"
+            self.fail(f"the largest difference of {quantity} from {what} is {size}")
+
+    def fail(self, what: str) -> NoReturn:
+        """Raise AssertionError with the one sentence."""
+        raise AssertionError(
+            f"The check {self.check!r} of the {self.potential.family} potential on {self.report.structure} failed, "
+            f"for {what}: {self.mend}."
+        )
+
+
+def array(tensor: Tensor) -> np.ndarray:
+    """A float64 array of a tensor."""
+    return tensor.detach().double().cpu().numpy()
+
+
+def _batch(potential: Potential, atoms: Atoms | Sequence[Atoms]) -> tuple[Structures, Pairs]:
+    structures = Structures.from_atoms(atoms, device=potential.device, dtype=potential.dtype)
+    return structures, NeighborList(potential.cutoff, skin=0.0)(structures)
+
+
+def slope(function: Callable[[float], float]) -> float:
+    """Derivative at zero by the central difference of fourth order."""
+    before, left, right, after = (function(k * STEP) for k in (-2, -1, 1, 2))
+    return (before - 8 * left + 8 * right - after) / (12 * STEP)

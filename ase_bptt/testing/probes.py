@@ -1,0 +1,177 @@
+"""The checks: each compares two answers that must be equal, and says what to mend where they are not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import NamedTuple
+
+import numpy as np
+from ase import Atoms
+from ase.calculators.calculator import Calculator, PropertyNotImplementedError
+
+from .case import Case, Results, slope
+from .derivatives import second, untouched
+
+
+class Check(NamedTuple):
+    """A check, and what to do where it fails."""
+
+    run: Callable[[Case], None]
+    mend: str
+
+
+def calls(case: Case) -> None:
+    """`results` and `energy_and_forces` say the same."""
+    structures, pairs = case.batch(case.atoms)
+    energy, forces = case.potential.energy_and_forces(structures, pairs)
+    if energy.requires_grad or forces.requires_grad:
+        case.fail("energy_and_forces without create_graph gave tensors that are still attached")
+    found = {"energy": energy.double().cpu().numpy(), "forces": forces.double().cpu().numpy()}
+    case.compare(found, case.results(case.atoms), "what results() gives", structures.counts)
+
+
+def partition(case: Case) -> None:
+    """Atomic energies sum to the energy."""
+    found = case.results(case.atoms)
+    if "atomic_energies" not in found:
+        case.report.skipped[case.check] = "it has no atomic energies"
+        return
+    total = {"energy": found["atomic_energies"].sum(keepdims=True)}
+    case.compare(total, found, "the sum of its atomic energies", (len(case.atoms),))
+
+
+def batch(case: Case) -> None:
+    """A batch gives what its members give alone."""
+    members = [case.atoms, case.atoms[:1], case.atoms[::-1]]
+    alone = [case.results(m) for m in members]
+    expected = {name: np.concatenate([found[name] for found in alone]) for name in alone[0]}
+    case.compare(case.results(members), expected, "what its members give alone", [len(m) for m in members])
+
+
+def translation(case: Case) -> None:
+    """Nothing changes when all atoms are moved together, or one by whole cell vectors."""
+    moved, atoms = case.atoms.copy(), case.atoms
+    images = case.random.integers(-2, 3, size=(len(atoms), 3)) * atoms.pbc
+    moved.positions += case.random.normal(scale=5.0, size=3) + images @ atoms.cell.array
+    what = "what they were before all atoms were moved together, and some by whole cell vectors"
+    case.compare(case.results(moved), case.results(atoms), what, (len(atoms),))
+
+
+def rotation(case: Case) -> None:
+    """Forces and stress turn with the structure."""
+    turn, _ = np.linalg.qr(case.random.normal(size=(3, 3)))
+    # No reflection: not every potential knows the mirror image of what it sees.
+    turn *= np.linalg.det(turn)
+    turned, expected = case.atoms.copy(), case.results(case.atoms)
+    turned.positions = turned.positions @ turn.T
+    turned.cell[:] = case.atoms.cell.array @ turn.T
+    expected["forces"] = expected["forces"] @ turn.T
+    if "stress" in expected:
+        expected["stress"] = turn @ expected["stress"] @ turn.T
+    case.compare(
+        case.results(turned), expected, "what they were before the structure was turned, turned alike", (len(turned),)
+    )
+
+
+def permutation(case: Case) -> None:
+    """The order of the atoms does not matter."""
+    order = case.random.permutation(len(case.atoms))
+    expected = case.results(case.atoms)
+    per_atom = {"forces", "atomic_energies", "magmoms"}
+    expected = {name: value[order] if name in per_atom else value for name, value in expected.items()}
+    case.compare(
+        case.results(case.atoms[order]), expected, "what they are in another order of the atoms", (len(order),)
+    )
+
+
+def far(case: Case) -> None:
+    """An atom past the cutoff is alone, and does not touch the others."""
+    cluster = Atoms(case.atoms.numbers, case.atoms.positions)
+    lone = cluster[:1]
+    reach = np.ptp(cluster.positions, axis=0).max() + 2 * case.potential.cutoff
+    lone.positions += [reach, 0, 0]
+    here, there = case.results(cluster), case.results(lone)
+    expected: Results = {"energy": here["energy"] + there["energy"]}
+    expected["forces"] = np.concatenate([here["forces"], np.zeros((1, 3))])
+    what = "what they are without an atom that is far past the cutoff, and of that atom alone"
+    case.compare(case.results(cluster + lone), expected, what, (len(cluster) + 1,))
+
+
+def forces(case: Case) -> None:
+    """Forces are minus the slope of the energy."""
+    if not case.potential.conservative:
+        case.report.skipped[case.check] = "its forces are predicted directly, and are no slope of its energy"
+        return
+    found, worst = case.results(case.atoms)["forces"], 0.0
+    for direction in _signs(case, 3, found.shape):
+
+        def energy(step: float, direction: np.ndarray = direction) -> float:
+            moved = case.atoms.copy()
+            moved.positions += step * direction
+            return case.energy(moved)
+
+        # Every atom moves: one wrong component cannot hide, and the error is that of a single one.
+        error = np.abs((found * direction).sum() + slope(energy)) / np.sqrt(found.size) / max(1.0, np.abs(found).max())
+        worst = float(np.maximum(worst, error))
+    case.measure(case.check, "slope", worst, "its forces", "minus the slope of its energy, by differences")
+
+
+def stress(case: Case) -> None:
+    """The stress is the slope of the energy with strain, over the volume."""
+    reason = "the structure has no volume" if case.atoms.cell.rank < 3 else ""
+    if not case.potential.conservative:
+        reason = "its forces are predicted directly, and it has no stress"
+    if reason:
+        case.report.skipped[case.check] = reason
+        return
+    found, worst = case.results(case.atoms)["stress"][0], 0.0
+    for signs in _signs(case, 3, (3, 3)):
+        direction = (signs + signs.T) / 2
+
+        def energy(step: float, direction: np.ndarray = direction) -> float:
+            strained = case.atoms.copy()
+            strained.set_cell(case.atoms.cell.array @ (np.eye(3) + step * direction), scale_atoms=True)
+            return case.energy(strained)
+
+        expected = slope(energy) / case.atoms.get_volume()
+        error = np.abs((found * direction).sum() - expected) / max(1.0, np.abs(found).max())
+        worst = float(np.maximum(worst, error))
+    what = "the slope of its energy with strain over the volume, by differences"
+    case.measure(case.check, "strain", worst, "the components of its stress", what)
+
+
+def parity(case: Case, calculator: Calculator) -> None:
+    """What the family's own calculator gives."""
+    found, atoms = case.results(case.atoms), case.atoms.copy()
+    atoms.calc = calculator
+    asked = {"energy": "energy", "forces": "forces", "energies": "atomic_energies", "magmoms": "magmoms"}
+    expected: Results = {}
+    for name, ours in asked.items():
+        # Some calculators promise what they do not always compute.
+        if ours in found and name in calculator.implemented_properties:
+            with suppress(PropertyNotImplementedError):
+                expected[ours] = np.atleast_1d(calculator.get_property(name, atoms))
+    if atoms.cell.rank == 3 and "stress" in calculator.implemented_properties:
+        expected["stress"] = atoms.get_stress(voigt=False)[None]
+    case.compare(found, expected, f"what {type(calculator).__name__} gives", (len(atoms),))
+
+
+def _signs(case: Case, n: int, shape: tuple[int, ...]) -> np.ndarray:
+    return case.random.choice([-1.0, 1.0], size=(n, *shape))
+
+
+CHECKS = {
+    "calls": Check(calls, "compute both from one function, detached where no graph is asked for"),
+    "partition": Check(partition, "add everything to the atomic energies that the energy contains"),
+    "forces": Check(forces, "let the energy depend on structures.positions alone, live, with smooth cutoffs"),
+    "stress": Check(stress, "let the energy depend on live structures.cells, as pairs.vectors(structures) does"),
+    "batch": Check(batch, "sum over structures.batch, and let nothing depend on the other members"),
+    "translation": Check(translation, "use positions in pairs.vectors(structures) only, which knows the images"),
+    "rotation": Check(rotation, "take scalars from distances and angles, and vectors from pairs.vectors(structures)"),
+    "permutation": Check(permutation, "sum over neighbours, and read elements from structures.numbers"),
+    "far atom": Check(far, "let an atom without pairs have its own energy, no forces, and finite ones"),
+    "gradient": Check(second, "keep the graph of the forces, without detach(), item() or numpy on the way"),
+    "untouched": Check(untouched, "leave flags, weights and inputs as they are, and work on copies"),
+}
+"""Every check but parity, in order."""

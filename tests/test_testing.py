@@ -1,0 +1,195 @@
+"""The check for authors of adapters: passes what is sound (in test_potentials), and finds each single fault."""
+
+import pytest
+import torch
+from ase import Atoms
+from ase.calculators.lj import LennardJones as AseLennardJones
+from conftest import argon, cluster, lennard_jones
+
+from ase_bptt.potential import Prediction
+from ase_bptt.potentials.lennard_jones import LennardJones
+from ase_bptt.testing import check_potential
+
+
+class Faulty(LennardJones):
+    """Sound, but for what a subclass spoils."""
+
+    def __init__(self):
+        super().__init__(smooth=True, rc=2.4, ro=1.8)
+
+    def forward(self, structures, pairs):
+        energy = self.spoiled(super().forward(structures, pairs).energy, structures, pairs)
+        return Prediction(energy)
+
+    def spoiled(self, energy, structures, pairs):
+        return energy
+
+
+class SeesItsNeighbours(Faulty):
+    def spoiled(self, energy, structures, pairs):
+        return energy + 0.01 * structures.n_atoms
+
+
+class KnowsWhereItIs(Faulty):
+    def spoiled(self, energy, structures, pairs):
+        return energy + 0.1 * structures.sum(structures.positions.sin().sum(1))
+
+
+class KnowsUp(Faulty):
+    def spoiled(self, energy, structures, pairs):
+        along = pairs.vectors(structures)[:, 2].square()
+        return energy + 0.1 * structures.sum(along.new_zeros(structures.n_atoms).index_add(0, pairs.i, along))
+
+
+class CountsFromTheFirst(Faulty):
+    def spoiled(self, energy, structures, pairs):
+        starts = torch.tensor([0, *structures.counts[:-1]]).cumsum(0)
+        rank = torch.arange(structures.n_atoms) - starts[structures.batch]
+        length = pairs.vectors(structures).square().sum(1)
+        nothing = length.new_zeros(structures.n_atoms)
+        return energy + structures.sum(nothing.index_add(0, pairs.i, 1e-2 * rank[pairs.i] * length))
+
+
+class NeedsANeighbour(Faulty):
+    def spoiled(self, energy, structures, pairs):
+        neighbours = torch.bincount(pairs.i, minlength=structures.n_atoms)
+        return energy + structures.sum(1e-3 / neighbours)
+
+
+class ForcesOfAnother(Faulty):
+    def energy_and_forces(self, structures, pairs, *, create_graph=False):
+        energy, forces = super().energy_and_forces(structures, pairs, create_graph=create_graph)
+        return energy, 1.1 * forces
+
+
+class PositionsHalfDetached(Faulty):
+    def spoiled(self, energy, structures, pairs):
+        here = structures.replace(positions=structures.positions.detach(), cells=structures.cells.detach())
+        return (energy + LennardJones.forward(self, here, pairs).energy) / 2
+
+
+class CellsDetached(Faulty):
+    def forward(self, structures, pairs):
+        return super().forward(structures.replace(cells=structures.cells.detach()), pairs)
+
+
+class NoSecondDerivative(Faulty):
+    def energy_and_forces(self, structures, pairs, *, create_graph=False):
+        return super().energy_and_forces(structures, pairs)
+
+
+class OneWeightDetached(Faulty):
+    def _well(self, r2):
+        c6 = (self.sigma.detach() ** 2 / r2) ** 3
+        return 4 * self.epsilon * (c6**2 - c6)
+
+
+class LosesAnAtomicEnergy(LennardJones):
+    def forward(self, structures, pairs):
+        found = super().forward(structures, pairs)
+        return Prediction(found.energy, atomic_energies=found.atomic_energies * 0.9)
+
+
+class Thaws(Faulty):
+    def _weights_aside(self):
+        self.requires_grad_()
+        return super()._weights_aside()
+
+
+class Drifts(Faulty):
+    def spoiled(self, energy, structures, pairs):
+        self.sigma.data.add_(1e-12)
+        return energy
+
+
+class SwitchesGradientsOn(Faulty):
+    def results(self, structures, pairs):
+        structures.positions.requires_grad_()
+        return super().results(structures, pairs)
+
+
+class Breaks(Faulty):
+    def spoiled(self, energy, structures, pairs):
+        if len(structures) > 1:
+            raise IndexError("out of range")
+        return energy
+
+
+FAULTS = [
+    (ForcesOfAnother, "calls", "forces"),
+    (LosesAnAtomicEnergy, "partition", "energy"),
+    (SeesItsNeighbours, "batch", "energy"),
+    (Breaks, "batch", "IndexError"),
+    (KnowsWhereItIs, "translation", "energy"),
+    (KnowsUp, "rotation", "energy"),
+    (CountsFromTheFirst, "permutation", "energy"),
+    (PositionsHalfDetached, "forces", "slope of its energy"),
+    (CellsDetached, "stress", "strain"),
+    (NoSecondDerivative, "gradient", "without a graph"),
+    (OneWeightDetached, "gradient", "gradient weights"),
+    (Thaws, "untouched", "requires_grad"),
+    (Drifts, "untouched", "value of its weight sigma"),
+    (SwitchesGradientsOn, "untouched", "positions that it was given"),
+]
+
+
+@pytest.mark.parametrize(("potential", "check", "word"), FAULTS, ids=[c.__name__ for c, *_ in FAULTS])
+def test_each_fault_is_named_in_one_sentence(potential, check, word):
+    with pytest.raises(AssertionError) as caught:
+        check_potential(potential(), argon())
+    message = str(caught.value)
+    assert message.startswith(f"The check {check!r} of the lj potential on Ar4 failed")
+    assert word in message
+    assert message.count(". ") == 0
+    assert "\n" not in message
+
+
+def test_an_atom_without_neighbours_must_have_finite_energy_and_forces():
+    # In the crystal's cell even a lone atom has its own images.
+    with pytest.raises(AssertionError, match="'far atom'"):
+        check_potential(NeedsANeighbour(), cluster(), skip=["batch"])
+
+
+def test_another_potential_than_the_calculators_is_found_by_parity():
+    with pytest.raises(AssertionError, match=r"'parity'.*from what LennardJones gives"):
+        check_potential(lennard_jones(), argon(), calculator=AseLennardJones(rc=2.5, ro=1.8, smooth=True))
+
+
+def test_the_report_is_a_table_of_errors_and_of_what_was_left_out():
+    report = check_potential(lennard_jones(), cluster(), skip=["rotation"])
+    assert 0 < report["forces"] < report.measured["forces"].tolerance == 1e-6
+    assert set(report.skipped) == {"rotation", "stress", "parity"}
+    lines = str(report).splitlines()
+    assert lines[0] == "lj in float64 on Ar6"
+    assert any(line.startswith("  forces ") and line.endswith("(at most 1e-06 eV/Å)") for line in lines)
+    assert any("left out: the structure has no volume" in line for line in lines)
+
+
+def test_own_tolerances_hold_by_name_and_by_kind():
+    with pytest.raises(AssertionError, match="allowed is 1e-30"):
+        check_potential(lennard_jones(), argon(), tolerances={"slope": 1e-30})
+    with pytest.raises(AssertionError, match=r"'rotation'.*allowed is 1e-30"):
+        check_potential(lennard_jones(), argon(), tolerances={"rotation forces": 1e-30})
+
+
+def test_what_cannot_be_asked_for_is_named():
+    with pytest.raises(ValueError, match="no check 'speed' to skip; there are calls, partition, forces"):
+        check_potential(lennard_jones(), argon(), skip=["speed"])
+    potential = lennard_jones()
+    potential.atomic_numbers = frozenset({14})
+    with pytest.raises(NotImplementedError, match="no parameters for Ar"):
+        check_potential(potential, argon())
+
+
+def test_the_potential_and_the_atoms_that_are_given_are_left_alone():
+    potential, atoms = lennard_jones().requires_grad_(False), argon()
+    before = [w.clone() for w in potential.parameters()]
+    check_potential(potential, atoms)
+    assert not any(w.requires_grad for w in potential.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(potential.parameters(), before, strict=True))
+    assert atoms == argon()
+
+
+def test_a_lone_atom_has_nothing_to_differentiate_and_passes():
+    report = check_potential(lennard_jones(), Atoms("Ar"))
+    assert report.skipped["gradient"] == "no atom of the structure has a neighbour"
