@@ -23,7 +23,7 @@ EXPLODING = 1e3
 FADING = 1e-3
 """A gradient that falls below this tells the first frames nothing."""
 UNSTABLE = 1e-3
-"""A spectral radius above 1 by no more may be due to forces that have not quite vanished."""
+"""A spectral radius above 1 by no more may be due to rounding, and to forces that have not quite vanished."""
 ROWS = 20
 """Structures told of one by one in the text."""
 WIDTH = 80
@@ -118,7 +118,7 @@ class Health:
         if saddles:
             yield (
                 f"{_named(saddles)}: the spectral radius is above 1 although the step is short enough, so that this "
-                "is a saddle and no minimum: rattle the structure and relax it again."
+                "is no minimum but a saddle or a shoulder: relax to a smaller fmax, and rattle what stays there."
             )
 
     def _of_paths(self) -> Iterator[str]:
