@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from .files import replacing
+from .lora import merged
 from .potential import Potential
 from .potentials import quiet
 from .version import __version__
@@ -96,7 +97,8 @@ def as_potential(
 def save_potential(potential: Potential, folder: str | Path) -> None:
     """Write model.json and weights.pt, which load without unpickling, and the native checkpoint.
 
-    Files that are there already are replaced whole, or not at all.
+    Low-rank updates (`ase_bptt.lora`) are folded into the weights that are written; the potential keeps them
+    apart. Files that are there already are replaced whole, or not at all.
 
     Raises
     ------
@@ -107,6 +109,7 @@ def save_potential(potential: Potential, folder: str | Path) -> None:
     if (folder / RUN_POTENTIAL / "model.json").is_file():
         raise FileExistsError(f"{folder} is the folder of a training run, with a potential of its own: take another.")
     folder.mkdir(parents=True, exist_ok=True)
+    potential = merged(potential)
     config = potential.config()
     description = {
         "format": FORMAT,

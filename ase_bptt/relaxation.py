@@ -19,6 +19,7 @@ from .loading import as_potential
 from .potential import Potential
 from .result import Relaxation
 from .runs import Run
+from .stability import steady
 from .steppers import Stepper, make_stepper
 from .structures import Structures
 
@@ -63,7 +64,7 @@ def relax(
     start, sources, single = _batch(structures, potential)
     _refuse_constraints(start)
     potential.check(start)
-    iterated = IteratedMap(potential, make_stepper(stepper).to(start.positions.device))
+    iterated = _map(potential, stepper, start)
     chosen = make_adjoint(adjoint) or Replay()
     inputs = (start.positions, start.cells, *iterated.parameters())
     differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
@@ -77,7 +78,7 @@ def relax(
         steps,
         keep=chosen.keep if differentiable else None,
         first=chosen.first if isinstance(chosen, Guided) else None,
-        tail=None if tail is None else IteratedMap(potential, make_stepper(tail).to(start.positions.device)),
+        tail=None if tail is None else _map(potential, tail, start),
     )
     with torch.set_grad_enabled(differentiable and chosen.on_tape):
         for _ in run.go():
@@ -104,11 +105,16 @@ def relax_each(
     batch, sources, _ = _batch(structures, potential)
     _refuse_constraints(batch)
     potential.check(batch)
-    iterated = IteratedMap(potential, make_stepper(stepper).to(batch.positions.device))
+    iterated = _map(potential, stepper, batch)
     run = Run(iterated, batch, fmax, steps)
     for stopped in run.go():
         for k in stopped:
             yield k, run.member(k, sources)
+
+
+def _map(potential: Potential, stepper: Stepper | str | None, structures: Structures) -> IteratedMap:
+    chosen = steady(make_stepper(stepper), potential, structures)
+    return IteratedMap(potential, chosen.to(structures.positions.device))
 
 
 def _batch(

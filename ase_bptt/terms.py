@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .lora import weights
 from .matching import Points, mismatch
 from .pairs import RelaxationPair
 from .positive import check_positive
@@ -77,7 +78,7 @@ class Pull:
 
     def prepare(self, potential: Potential, pairs: Sequence[RelaxationPair]) -> None:
         """Remember the weights that are trained, unless `load` gave them."""
-        trained = {name: p for name, p in potential.named_parameters() if p.requires_grad}
+        trained = {name: weight for name, weight in weights(potential).items() if weight.requires_grad}
         if not self._start:
             self._start = {name: p.detach().clone() for name, p in trained.items()}
         lost = trained.keys() ^ self._start.keys()
@@ -87,7 +88,7 @@ class Pull:
 
     def loss(self, potential: Potential, pairs: Sequence[RelaxationPair], rng: np.random.Generator) -> Tensor:
         """Mean squared relative change of the trained weights."""
-        now = dict(potential.named_parameters())
+        now = weights(potential)
         count = sum(value.numel() for value in self._start.values())
         whole = float(sum(value.double().square().sum() for value in self._start.values())) / max(count, 1)
         off = [(now[name] - start).square().sum() / _scale(start, whole) / count for name, start in self._start.items()]

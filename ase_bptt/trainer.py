@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +12,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint
+from . import checkpoint, resuming
 from .adjoints import Adjoint, Replay, make_adjoint
 from .checks import check_apart, check_usable
 from .evaluation import Evaluation, evaluate
-from .loading import as_potential, load_potential, save_potential
-from .losses import LOSSES, named_loss
+from .loading import as_potential, save_potential
+from .losses import named_loss
 from .pairloss import Loss, PairLoss
 from .pairs import RelaxationPair, fingerprint
 from .positive import check_positive
 from .potential import Potential
 from .progress import Progress
+from .stability import steady
 from .starts import varied_starts
 from .steppers import BFGS, GradientDescent, Stepper, make_stepper
+from .terms import Term, add_gradients, make_term
+from .trainable import groups
 from .validation import validate
 from .warm import WarmStarts
 
@@ -32,14 +35,13 @@ log = logging.getLogger(__name__)
 
 MOMENTUM = 0.7
 """Of the default gradient descent: 10 frames go nearly as far as 30 without."""
-STATE = ("epoch", "_epochs", "_data", "_base_rates", "history", "best", "best_loss", "best_epoch")
-"""What a Trainer knows beside the states of its parts."""
-NUMBERS = ("lr", "steps", "fmax", "batch_size", "clip", "patience", "along", "rattle", "seed", "warm", "learn")
+SAMPLED = 8
+"""Training structures by whose stiffness step_size="auto" is set."""
 UNROLLED = 10
 """Frames of an unroll where nothing else is said."""
 TO_THE_END = 300
 """Frames at most on the way to a minimum where nothing else is said."""
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
 
 
 class Trainer:
@@ -87,6 +89,10 @@ class Trainer:
         varied by `along` and `rattle`, but for the first frames of `Guided`.
     learn : sequence of str
         Numbers of the stepper that are trained, too, such as "step_size".
+    rates : mapping of str to float, optional
+        By a pattern for names of weights, the factor on `lr` for them (`ase_bptt.trainable.groups`).
+    terms : sequence of Term
+        Further terms of the loss, such as those that keep a potential from forgetting (`ase_bptt.terms`).
     out : path, optional
         Run folder: settings.json, metrics.csv, checkpoint.pt, potential/ (the best so far).
     progress : bool or None
@@ -113,6 +119,8 @@ class Trainer:
         seed: int = 0,
         warm: int = 0,
         learn: Sequence[str] = (),
+        rates: Mapping[str, float] | None = None,
+        terms: Sequence[Term | dict[str, Any]] = (),
         out: str | Path | None = None,
         progress: bool | None = None,
     ):
@@ -138,20 +146,30 @@ class Trainer:
         self.along, self.rattle = along, rattle
         self.out = None if out is None else Path(out)
         self.progress = progress
-        make = optimizer or (lambda parameters: torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0))
+        self.rates, self.terms = dict(rates or {}), [make_term(t) if isinstance(t, dict) else t for t in terms]
         self._trained = [p for m in (self.potential, self.stepper) for p in m.parameters() if p.requires_grad]
         if not self._trained:
             raise ValueError("Nothing can be trained: no weight of the potential or stepper requires gradients.")
-        self.optimizer = make(self._trained)
+        self.optimizer = self._optimizer(optimizer)
         self.epoch = 0
+        self.begun_with = self.stepper.numbers()
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Tensor] = {}
         self.best_loss = float("inf")
         self.best_epoch = 0
         self._epochs = 0
+        self._steps = 0
+        self._further: dict[str, float] = {}
         self._data = ""
         self._generator = torch.Generator().manual_seed(seed)
         self._base_rates = [group["lr"] for group in self.optimizer.param_groups]
+
+    def _optimizer(self, factory: OptimizerFactory | None) -> torch.optim.Optimizer:
+        made = groups(self.potential, self.stepper, self.rates, lr=self.lr)
+        if factory is None:
+            return torch.optim.AdamW(made, lr=self.lr, weight_decay=0.0)
+        # A factory of a person's own may expect plain parameters.
+        return factory(self._trained if len(made) == 1 and not self.rates else made)
 
     # Training ---------------------------------------------------------------------------------
 
@@ -206,6 +224,12 @@ class Trainer:
         self._epochs, self._data = epochs, fingerprint([*train, *valid])
         if self._pairs.warm:
             self._pairs.warm.begin(train)
+        if fresh:
+            some = [p.relaxed for p in train[:: max(1, len(train) // SAMPLED)]]
+            self.stepper = self._pairs.stepper = steady(self.stepper, self.potential, some)
+            self.begun_with = self.stepper.numbers()
+        for term in self.terms:
+            term.prepare(self.potential, train)
         if fresh and self.out is not None:
             save_potential(self.potential, self.out / "potential")
             self._save_checkpoint()
@@ -216,11 +240,14 @@ class Trainer:
         batches = [order[k : k + self.batch_size] for k in range(0, len(order), self.batch_size)]
         losses: list[float] = []
         norms: list[float] = []
+        further: dict[str, list[float]] = {}
         for number, batch in enumerate(batches):
             self._set_rate((self.epoch + number / len(batches)) / self._epochs)
             counted, norm = self.train_step([train[k] for k in batch])
             losses += counted
             norms.append(norm)
+            for name, value in self._further.items():
+                further.setdefault(name, []).append(value)
             progress.advance(len(batch), losses)
         return {
             "epoch": 0,
@@ -229,6 +256,8 @@ class Trainer:
             "skipped": len(train) - len(losses),
             "lr": self.optimizer.param_groups[0]["lr"],
             **self._pairs.counts(),
+            **{name: sum(values) / len(values) for name, values in further.items()},
+            **(self.stepper.numbers() if any(p.requires_grad for p in self.stepper.parameters()) else {}),
         }
 
     def train_step(self, pairs: Sequence[RelaxationPair]) -> tuple[list[float], float]:
@@ -239,6 +268,9 @@ class Trainer:
         losses = self.backward(pairs)
         if not losses:
             return [], 0.0
+        self._steps += 1
+        key = (self.seed, self.epoch, self._steps)
+        self._further = add_gradients(self.terms, self.potential, pairs, key)
         norm = nn.utils.clip_grad_norm_(self._trained, self.clip)
         if not torch.isfinite(norm):
             log.warning("%s: left out, for their gradient is not finite.", ", ".join(p.id for p in pairs))
@@ -305,36 +337,15 @@ class Trainer:
 
     def settings(self) -> dict[str, Any]:
         """What `resume` needs to build the same Trainer, as JSON."""
-        return {
-            "family": self.potential.family,
-            "stepper": self.stepper.todict(),
-            "adjoint": self.adjoint.todict(),
-            "loss": getattr(self.loss, "__name__", type(self.loss).__name__),
-            "optimizer": type(self.optimizer).__name__,
-            **{name: getattr(self, name) for name in NUMBERS},
-            "epochs": self._epochs,
-        }
+        return resuming.settings(self)
 
     def save(self, folder: str | Path) -> None:
         """Write the potential: our format, which loads without unpickling, and the family's native file."""
         save_potential(self.potential, folder)
 
     def _save_checkpoint(self) -> None:
-        if self.out is None:
-            return
-        checkpoint.write(self.out, self.settings(), self.history, self._state())
-
-    def _state(self) -> dict[str, Any]:
-        return {
-            "potential": self.potential.state_dict(),
-            "stepper": self.stepper.state_dict(),
-            "frozen": [name for name, p in self.potential.named_parameters() if not p.requires_grad],
-            "optimizer": self.optimizer.state_dict(),
-            "generator": self._generator.get_state(),
-            "torch_rng": torch.get_rng_state(),
-            "warm_ends": self._pairs.warm.ends if self._pairs.warm else {},
-            **{name: getattr(self, name) for name in STATE},
-        }
+        if self.out is not None:
+            checkpoint.write(self.out, self.settings(), self.history, resuming.state(self))
 
     @classmethod
     def resume(
@@ -345,46 +356,20 @@ class Trainer:
         loss: Loss | None = None,
         stepper: Stepper | None = None,
         adjoint: Adjoint | None = None,
+        terms: Sequence[Term] | None = None,
         device: torch.device | str | None = None,
         progress: bool | None = None,
     ) -> Trainer:
         """Go on after the last complete epoch of a run folder.
 
-        An optimizer, loss, stepper or adjoint of your own must be given again.
+        An optimizer, loss, stepper, adjoint or term of your own must be given again.
         """
         settings, state = checkpoint.read(out)
-        if loss is None and settings["loss"] not in LOSSES:
-            raise ValueError(f"The run in {out} used its own loss {settings['loss']!r}: give it to resume again.")
-        if optimizer is None and settings["optimizer"] != "AdamW":
-            raise ValueError(f"The run in {out} used {settings['optimizer']}: give its factory to resume again.")
-        potential = load_potential(Path(out) / "potential", device=device)
-        for name, parameter in potential.named_parameters():
-            parameter.requires_grad_(name not in state["frozen"])
-        numbers = {k: v for k, v in settings["stepper"].items() if k != "name"}
-        learnt = {k: nn.Parameter(v) for k, v in state["stepper"].items()}
-        trainer = cls(
-            potential,
-            stepper=stepper or make_stepper(settings["stepper"]["name"], **numbers | learnt),
-            adjoint=adjoint or settings["adjoint"],
-            loss=loss or settings["loss"],
-            optimizer=optimizer,
-            **{name: settings[name] for name in NUMBERS},
-            out=out,
-            progress=progress,
-        )
-        trainer._restore(state)
+        given = {"optimizer": optimizer, "loss": loss, "stepper": stepper, "adjoint": adjoint, "terms": terms}
+        arguments = resuming.arguments(Path(out), settings, state, given, device)
+        trainer = cls(**arguments, out=out, progress=progress)
+        resuming.restore(trainer, state)
         return trainer
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        self.potential.load_state_dict(state["potential"])
-        self.stepper.load_state_dict(state["stepper"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self._generator.set_state(state["generator"])
-        torch.set_rng_state(state["torch_rng"])
-        for name in STATE:
-            setattr(self, name, state[name])
-        if self._pairs.warm:
-            self._pairs.warm.ends = state["warm_ends"]
 
 
 def _default_stepper(adjoint: Adjoint) -> Stepper:

@@ -19,8 +19,11 @@ class Weights:
 
     def __init__(self, *modules: nn.Module):
         self.modules = modules
+        self._find()
+
+    def _find(self) -> None:
         self._slots: list[tuple[Mapping[str, Tensor | None], str]] = []
-        for module in (part for whole in modules for part in whole.modules()):
+        for module in (part for whole in self.modules for part in whole.modules()):
             held: Mapping[str, Tensor | None] = module._parameters
             if isinstance(module, torch.jit.ScriptModule):  # holds no dictionary
                 held = dict(module.named_parameters(recurse=False))
@@ -28,5 +31,8 @@ class Weights:
 
     def versions(self) -> Versions:
         """Changes whenever a weight is changed in place or replaced."""
+        # A weight that was given an update (ase_bptt.lora) lies elsewhere since, beside the update's own numbers.
+        if not all(name in held for held, name in self._slots):
+            self._find()
         found = (held.get(name) for held, name in self._slots)
         return tuple((p.data_ptr(), p._version) for p in found if p is not None)

@@ -84,7 +84,7 @@ def table(found: dict[tuple[str, int], dict], arguments: argparse.Namespace) -> 
         rest = "" if name == "untuned" else f"{middle['unsolved']:9.0f}   {middle['elsewhere']:9.0f}"
         lines.append(
             f"{name:20} {took:>10}   {statistics.median(means):12.2f} [{min(means):.2f}, {max(means):.2f}]"
-            f"{middle[f'median_{at}']:17.2f}   {100 * middle[f"basins_{at}"]:10.0f} %   {rest}"
+            f"{middle[f'median_{at}']:17.2f}   {100 * middle[f'basins_{at}']:10.0f} %   {rest}"
         )
     return "\n".join(lines)
 

@@ -49,9 +49,9 @@ def make_adjoint(adjoint: str | dict[str, Any] | Adjoint | None) -> Adjoint | No
         return adjoint
     if isinstance(adjoint, dict):
         return ADJOINTS[adjoint["name"]](**{k: v for k, v in adjoint.items() if k != "name"})
-    name, _, number = adjoint.partition(":")
+    name, colon, number = adjoint.partition(":")
     wanted = FRAMES.get(name)
-    if name not in ADJOINTS or (number and not (wanted and number.isdecimal() and int(number))):
+    if name not in ADJOINTS or (colon and not (wanted and number.isdecimal() and int(number))):
         known = ", ".join(f"{known}:N" if known in FRAMES else known for known in ADJOINTS)
         raise ValueError(f"There is no adjoint {adjoint!r}; there are {known}, with N frames.")
     frames = int(number) if number else NEEDED.get(name)

@@ -174,11 +174,11 @@ def _pull(
     """From dL/dX at the minima to dL/dcells and dL/dweights; one graph serves all products."""
     x = structures.positions.detach().requires_grad_()
     cells = cells.detach().requires_grad_()
-    motions = RigidMotions(structures)
     with torch.enable_grad():
         live = structures.replace(positions=x, cells=cells)
         pairs = record.map.neighbor_list()(live)
         _, forces = record.map.potential.energy_and_forces(live, pairs, create_graph=True)
+    motions = RigidMotions(structures, forces)
 
     def free(v: Tensor) -> Tensor:
         return motions.without(structures.project_forces(v))

@@ -153,7 +153,7 @@ class _WayBack:
             self._through_the_start(state_adjoint, members)
         # What lies before a window is taken as given.
         self.adjoint[start.atoms_of([k for k, t in enumerate(first) if t > 0])] = 0
-        self.record.adjoint_norms = torch.stack(self.norms[::-1])
+        self.record.adjoint_norms = self._norms_since(first)
 
     def _through(self, t: int, now: list[int], before: list[int], state_adjoint: State | None) -> State:
         """Frame t of the structures `now`, where `before` took part in the frame after it."""
@@ -206,6 +206,13 @@ class _WayBack:
 
     def _norm(self) -> Tensor:
         return self.record.start.sum(self.adjoint.square()).sum(1).sqrt()
+
+    def _norms_since(self, first: list[int]) -> Tensor:
+        """One row a frame and one for the end, with zeros before each structure's first frame."""
+        norms = torch.stack(self.norms[::-1])
+        norms = torch.cat((norms.new_zeros(min(first, default=0), norms.shape[1]), norms))
+        frames = torch.arange(len(norms), device=norms.device)
+        return torch.where(frames[:, None] >= torch.tensor(first, device=norms.device), norms, 0.0)
 
     def _clipped(self, state_adjoint: State, now: list[int]) -> State:
         if self.clip is None:

@@ -10,6 +10,8 @@ from ..structures import Structures
 
 TINY = 1e-6
 """Below this, relative to a unit vector, a motion does nothing, or is let pass whole."""
+NOISE = 4.0
+"""A turn of the constraints' forces counts above this, relative to the forces that are left at the minimum."""
 
 
 class RigidMotions:
@@ -19,15 +21,17 @@ class RigidMotions:
     ----------
     structures : Structures
         The motions are those at its positions.
+    forces : Tensor, shape (n_atoms, 3)
+        There, in eV/Å, constraints not applied.
     """
 
-    def __init__(self, structures: Structures):
+    def __init__(self, structures: Structures, forces: Tensor):
         self.structures = structures
-        members = [structures.select([k]) for k in range(len(structures))]
-        bases = [_basis(member) for member in members]
+        parts = forces.detach().cpu().double().split(structures.counts)
+        bases = [_basis(structures.select([k]), part) for k, part in enumerate(parts)]
         width = max((basis.shape[1] for basis in bases), default=0)
         padded = [np.pad(basis, ((0, 0), (0, width - basis.shape[1]))) for basis in bases]
-        rows = np.concatenate([basis.reshape(-1, 3, width) for basis in padded])
+        rows = np.concatenate([basis.reshape(len(basis) // 3, 3, width) for basis in padded])
         self._motions = torch.as_tensor(rows).to(structures.positions)
 
     def __len__(self) -> int:
@@ -39,21 +43,27 @@ class RigidMotions:
         return v - torch.einsum("aim,am->ai", self._motions, shares[self.structures.batch])
 
 
-def _basis(structure: Structures) -> np.ndarray:
+def _basis(structure: Structures, forces: Tensor) -> np.ndarray:
     """Orthonormal rigid motions of one structure, shape (3 n_atoms, m)."""
     x = structure.positions.detach().double().cpu().numpy()
-    centred = x - x.mean(0)
-    motions = [np.tile(axis, (len(x), 1)) for axis in np.eye(3)]
-    motions += [np.cross(axis, centred) for axis in _rotation_axes(structure)]
+    centred, axes = x - x.mean(0), _rotation_axes(structure)
+    motions = [np.tile(axis, (len(x), 1)) for axis in np.eye(3)] + [np.cross(axis, centred) for axis in axes]
     columns = np.stack([motion.ravel() for motion in motions], axis=1)
-    left, lengths, _ = np.linalg.svd(columns, full_matrices=False)
-    basis = left[:, lengths > TINY * max(1.0, lengths.max())]
+    left, lengths, right = np.linalg.svd(columns, full_matrices=False)
+    sound = lengths > TINY * max(1.0, lengths.max())
+    basis = left[:, sound]
     if not structure.maps:
         return basis
-    # Those combinations that the constraints let pass unchanged.
     exact = structure.to(torch.device("cpu"), torch.float64)
-    passed = [exact.project_forces(torch.from_numpy(c.reshape(-1, 3))).numpy().ravel() for c in basis.T]
-    lost = np.stack(passed, axis=1) - basis
+    turns = (right[sound, 3:] / lengths[sound, None]) @ axes
+    # Those combinations that the constraints let pass unchanged, and that turn no force into a free direction:
+    # where constraints hold a structure under strain, a turn that they allow at first costs energy all the same.
+    passed = [exact.project_forces(torch.from_numpy(column.reshape(-1, 3))).numpy().ravel() for column in basis.T]
+    acting = exact.project_forces(forces)
+    turned = [np.cross(turn, (forces - acting).numpy()) for turn in turns]
+    freed = [exact.project_forces(torch.from_numpy(force)).numpy().ravel() for force in turned]
+    noise = NOISE * acting.norm().item() + TINY
+    lost = np.concatenate((np.stack(passed, axis=1) - basis, np.stack(freed, axis=1) * (TINY / noise)))
     _, lengths, combinations = np.linalg.svd(lost, full_matrices=False)
     return basis @ combinations[lengths < TINY].T
 

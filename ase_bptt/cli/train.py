@@ -18,8 +18,9 @@ from ..losses import LOSSES
 from ..outcome import RESULTS, Outcome
 from ..pairs import RelaxationPair
 from ..potential import Potential
+from ..resuming import NUMBERS
 from ..steppers import STEPPERS, Stepper, make_stepper
-from ..trainer import MOMENTUM, NUMBERS, Trainer
+from ..trainer import MOMENTUM, Trainer
 from . import runfolder, words
 from .flags import add_output, add_pairs, add_potential, best_device, between, command, count, flag, positive, seed
 from .inputs import potential_of, read_grouped

@@ -20,7 +20,8 @@ from ..estimate import Estimate
 from ..evaluation import BASIN_RULE
 from ..outcome import Outcome
 from ..pairs import RelaxationPair
-from ..trainer import NUMBERS, Trainer
+from ..resuming import NUMBERS
+from ..trainer import Trainer
 from ..version import __version__
 from .flags import WIDTH
 
@@ -70,7 +71,7 @@ def facts(arguments: argparse.Namespace, trainer: Trainer) -> dict[str, str]:
         "potential": f"{arguments.potential} ({potential.family}, {weights:,} weights trained, "
         f"{str(potential.dtype).removeprefix('torch.')}, {potential.device})",
         "stepper": ", ".join(f"{k} {v}" for k, v in settings["stepper"].items()),
-        "loss": f"{settings['loss']}, gradient by {settings['adjoint']}",
+        "loss": f"{settings['loss']}, gradient by {trainer.adjoint}",
         "training": ", ".join(f"{name} {settings[name]}" for name in NUMBERS) + f", epochs {arguments.epochs}",
     }
     return found | provenance()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import textwrap
 from collections.abc import Iterator
 from statistics import fmean, median
 
-from ..trainer import Trainer
+from ..trainer import UNROLLED
 from .classes import CLASSES, went_farther
 from .findings import Findings
 from .judgement import RETRAIN, some
@@ -19,7 +18,6 @@ NAMED = ("wrong path", "no minimum", "failed")
 """Classes whose structures are named: what is shifted is often most of them."""
 CAREFUL = 0.7
 """Share of the largest stable step that is advised: elsewhere on the way bonds can be stiffer."""
-STEPS = inspect.signature(Trainer).parameters["steps"].default
 MOST_UNROLLED = 40
 """Frames: beyond, the gradient tells little of which basin is chosen."""
 
@@ -87,7 +85,8 @@ def _frames(d: Findings) -> Iterator[str]:
     slow = sum(s.frames is not None and not s.finished for s in d.settling)
     if d.frames is not None:
         needed = max(1, min(round(d.frames), MOST_UNROLLED))
-        advice = f"the default of {STEPS} is enough" if needed <= STEPS else f"try {needed} (the default is {STEPS})"
+        enough = f"the default of {UNROLLED} is enough"
+        advice = enough if needed <= UNROLLED else f"try {needed} (the default is {UNROLLED})"
         yield _item(
             "--steps",
             f"its gradient descent has settled after {d.frames:.0f} frames (median; {min(found)} to {max(found)}): "

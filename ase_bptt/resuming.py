@@ -1,0 +1,119 @@
+"""What a Trainer leaves behind, and how the same one is built from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from . import lora
+from .loading import load_potential
+from .losses import LOSSES
+from .steppers import make_stepper
+from .terms import TERMS
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+STATE = (
+    "epoch",
+    "_epochs",
+    "_steps",
+    "_data",
+    "_base_rates",
+    "history",
+    "best",
+    "best_loss",
+    "best_epoch",
+    "begun_with",
+)
+"""What a Trainer knows beside the states of its parts."""
+NUMBERS = ("lr", "steps", "fmax", "batch_size", "clip", "patience", "along", "rattle", "seed", "warm", "learn", "rates")
+"""Arguments of a Trainer that are plain numbers and names."""
+
+
+def settings(trainer: Trainer) -> dict[str, Any]:
+    """What `arguments` needs to build the same Trainer, as JSON."""
+    loss = trainer.loss
+    return {
+        "family": trainer.potential.family,
+        "stepper": trainer.stepper.todict(),
+        "adjoint": trainer.adjoint.todict(),
+        "loss": getattr(loss, "__name__", type(loss).__name__),
+        "optimizer": type(trainer.optimizer).__name__,
+        "terms": [term.todict() for term in trainer.terms],
+        **{name: getattr(trainer, name) for name in NUMBERS},
+        "epochs": trainer._epochs,
+    }
+
+
+def state(trainer: Trainer) -> dict[str, Any]:
+    """All that the next epoch depends on, beside the settings."""
+    warm = trainer._pairs.warm
+    return {
+        "potential": trainer.potential.state_dict(),
+        "lora": lora.settings(trainer.potential),
+        "stepper": trainer.stepper.state_dict(),
+        "frozen": [name for name, p in trainer.potential.named_parameters() if not p.requires_grad],
+        "optimizer": trainer.optimizer.state_dict(),
+        "terms": [term.state() for term in trainer.terms],
+        "warm_ends": warm.ends if warm else {},
+        "generator": trainer._generator.get_state(),
+        "torch_rng": torch.get_rng_state(),
+        **{name: getattr(trainer, name) for name in STATE},
+    }
+
+
+def arguments(
+    out: Path, settings: dict[str, Any], state: dict[str, Any], given: dict[str, Any], device: torch.device | str | None
+) -> dict[str, Any]:
+    """Arguments for the same Trainer; those that are given count.
+
+    Raises
+    ------
+    ValueError
+        Where a part of a person's own was used and is not given again.
+    """
+    own = given["loss"] is None and settings["loss"] not in LOSSES
+    if own:
+        raise ValueError(f"The run in {out} used its own loss {settings['loss']!r}: give it to resume again.")
+    if given["optimizer"] is None and settings["optimizer"] != "AdamW":
+        raise ValueError(f"The run in {out} used {settings['optimizer']}: give its factory to resume again.")
+    unknown = [term["name"] for term in settings["terms"] if term["name"] not in TERMS]
+    if given["terms"] is None and unknown:
+        raise ValueError(f"The run in {out} used its own term {unknown[0]!r}: give all terms to resume again.")
+    potential = load_potential(out / "potential", device=device)
+    if state["lora"]:
+        lora.restore(potential, state["lora"])
+    for name, parameter in potential.named_parameters():
+        parameter.requires_grad_(name not in state["frozen"])
+    kept = {name: settings[name] for name in ("loss", "terms", "adjoint")}
+    return {
+        "potential": potential,
+        **{name: given[name] if given[name] is not None else kept[name] for name in kept},
+        "stepper": given["stepper"] or _stepper(settings["stepper"], state["stepper"]),
+        "optimizer": given["optimizer"],
+        **{name: settings[name] for name in NUMBERS},
+    }
+
+
+def _stepper(saved: dict[str, Any], learnt: dict[str, Any]) -> Any:
+    numbers = {k: v for k, v in saved.items() if k != "name"}
+    return make_stepper(saved["name"], **numbers | {k: nn.Parameter(v) for k, v in learnt.items()})
+
+
+def restore(trainer: Trainer, state: dict[str, Any]) -> None:
+    """Take up what `state` kept."""
+    trainer.potential.load_state_dict(state["potential"])
+    trainer.stepper.load_state_dict(state["stepper"])
+    trainer.optimizer.load_state_dict(state["optimizer"])
+    trainer._generator.set_state(state["generator"])
+    torch.set_rng_state(state["torch_rng"])
+    for name in STATE:
+        setattr(trainer, name, state[name])
+    if trainer._pairs.warm:
+        trainer._pairs.warm.ends = state["warm_ends"]
+    for term, kept in zip(trainer.terms, state["terms"], strict=True):
+        term.load(kept)
