@@ -77,7 +77,7 @@ class Changes:
 
     def holes(self) -> dict[str, tuple[Hole | None, Hole | None]]:
         """Of each dimer, before and after."""
-        return {name: (hole(curve), hole(self.after.dimers[name])) for name, curve in self.before.dimers.items()}
+        return {name: (hole(curve), hole(self.after.dimers[name], curve)) for name, curve in self.before.dimers.items()}
 
     def warnings(self) -> list[str]:
         """A sentence for each hole that has opened or grown, and for each crystal that has lost its minimum."""

@@ -71,13 +71,16 @@ def chosen_dimers(structures: Sequence[Atoms], most: int = MOST) -> list[tuple[i
     return [*alike, *mixed[: most - len(alike)]]
 
 
-def hole(curve: Curve) -> Hole | None:
-    """The deepest fall on the way from the well inwards; None where the energy rises all the way."""
+def hole(curve: Curve, before: Curve | None = None) -> Hole | None:
+    """The deepest fall on the way from the well inwards; None where the energy rises all the way.
+
+    The well is the lowest point that is not too near; or, with the curve of another potential before, the
+    minimum that leads down from where its well was: a hole may be deeper than the well.
+    """
     distances, energies = np.array(curve.distances), np.array(curve.energies)
     if not np.isfinite(energies).any():
         return None
-    outer = distances >= WELL / FARTHEST * distances[-1]
-    well = int(np.flatnonzero(outer)[energies[outer].argmin()])
+    well = _lowest(curve) if before is None else _downhill(energies, _lowest(before))
     inwards = energies[well::-1]
     # What is not finite breaks off the curve, and is no wall.
     inwards = inwards[: int(np.argmax(~np.isfinite(inwards)))] if not np.isfinite(inwards).all() else inwards
@@ -90,3 +93,19 @@ def hole(curve: Curve) -> Hole | None:
         return None
     summit = int(inwards[: lowest + 1].argmax())
     return Hole(float(distances[well - summit]), float(fall[lowest]), float(inwards[summit] - inwards[0]))
+
+
+def _lowest(curve: Curve) -> int:
+    distances, energies = np.array(curve.distances), np.array(curve.energies)
+    outer = distances >= WELL / FARTHEST * distances[-1]
+    return int(np.flatnonzero(outer)[energies[outer].argmin()])
+
+
+def _downhill(energies: np.ndarray, k: int) -> int:
+    """The minimum that steps to the lower neighbour lead to."""
+    while True:
+        around = [j for j in (k - 1, k + 1) if 0 <= j < len(energies)]
+        lower = min(around, key=lambda j: energies[j])
+        if not energies[lower] < energies[k]:
+            return k
+        k = lower

@@ -74,7 +74,8 @@ class TestCrystals:
         found = elastic(EMT(), [crystal])[name]
         near = found.lattice_constant
         expected = by_ase(name, "fcc", near, ASEsEMT())
-        assert found.lattice_constant == pytest.approx(expected[0], abs=2e-4)
+        # Where a shell of neighbours enters the cutoff, EMT's energy has a kink.
+        assert found.lattice_constant == pytest.approx(expected[0], abs=1e-3)
         assert found.bulk_modulus == pytest.approx(expected[1], rel=0.02)
 
     def test_lennard_jones_agrees_with_ase_even_from_afar(self):
@@ -120,6 +121,19 @@ class TestDimers:
             assert found.barrier == pytest.approx(5 * 0.8**2)
         else:
             assert found is None
+
+    def test_a_hole_deeper_than_the_well_is_seen_beside_the_curve_before(self):
+        distances = tuple(np.linspace(1, 3, 21))
+        energies = 5 * (np.array(distances) - 2.2) ** 2
+        deep = np.where(np.array(distances) < 1.75, -3.0, energies)
+        found = hole(Curve(distances, tuple(deep)), Curve(distances, tuple(energies)))
+        assert found.distance == pytest.approx(1.8)
+        assert found.depth == pytest.approx(3.8)
+
+    def test_a_well_that_moved_is_no_hole(self):
+        distances = tuple(np.linspace(1, 3, 21))
+        before, after = (tuple(5 * (np.array(distances) - d) ** 2) for d in (2.2, 1.9))
+        assert hole(Curve(distances, after), Curve(distances, before)) is None
 
     def test_a_ripple_and_a_curve_of_nothing_finite_are_no_holes(self):
         distances = tuple(np.linspace(1, 3, 21))
