@@ -76,16 +76,23 @@ class Points:
 
 
 def mismatch(potential: Potential, points: Points, *, energies: bool = True) -> Tensor:
-    """How far a potential is from what it shall give, without a unit, with a graph.
+    """How far a potential is from what it shall give, without a unit, with a graph: the `cost` of what it gives."""
+    return cost(points, *answer(potential, points.structures), energies=energies)
+
+
+def answer(potential: Potential, structures: Structures) -> tuple[Tensor, Tensor]:
+    """Energies and forces as the potential gives them now, with a graph."""
+    return potential.energy_and_forces(structures, find_pairs(structures, potential.cutoff), create_graph=True)
+
+
+def cost(points: Points, energy: Tensor, forces: Tensor, *, energies: bool = True) -> Tensor:
+    """What deviations of energies (n,) in eV and forces (n_atoms, 3) in eV/Å cost, without a unit.
 
     The mean over the components of the forces of Huber's function of their deviation in units of
     `FORCE`, and likewise that over the structures of the deviation of the energy per atom in units of
     `ENERGY`. Forces are compared as the constraints let them act; held atoms do not count.
     """
     structures = points.structures
-    energy, forces = potential.energy_and_forces(
-        structures, find_pairs(structures, potential.cutoff), create_graph=True
-    )
     off = structures.project_forces(forces - points.forces) / FORCE
     moving = (3 * structures.movable.sum()).clamp(min=1)
     found = huber_loss(off, torch.zeros_like(off), reduction="sum") / moving

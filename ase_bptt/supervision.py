@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,7 +13,7 @@ from ase import Atoms
 from torch import Tensor
 
 from .losses import root_delta_q
-from .matching import Points, mismatch
+from .matching import Points, answer, cost
 from .pairs import RelaxationPair
 from .positive import check_positive
 from .potential import Potential
@@ -33,8 +34,9 @@ class Reference:
     ----------
     weight : float
     energies : bool
-        Match energies, too: per atom, less an energy for each element that is fitted once, by least
-        squares, to the difference from the pretrained potential, since each method has its own zero.
+        Match energies, too: per atom, less an energy for each element, since each method has its own
+        zero. Those are fitted by least squares to the differences from the potential, each as it was when its
+        frame was drawn last: fitted once, they would tie the potential to the zero it began with.
     per_pair : int
         Frames of each pair of a batch that are matched, drawn anew in each step.
     frames : int
@@ -65,15 +67,16 @@ class Reference:
             raise ValueError(f"The weight of the path must not be negative, got {path}.")
         self.weight, self.energies, self.per_pair, self.frames = weight, energies, per_pair, frames
         self.path, self.legs, self.steps = path, legs, steps
-        self.offsets: dict[int, float] = {}
-        """Energy in eV of an atom of each element (by atomic number) that was taken off the reference's."""
+        self._elements: list[int] = []
+        self._counts = np.zeros((0, 0))
+        self._differences = np.zeros(0)
         self._points: Points | None = None
         self._rows: dict[str, range] = {}
         self._way: dict[str, list[Atoms]] = {}
-        self._loaded = False
+        self._loaded: np.ndarray | None = None
 
     def prepare(self, potential: Potential, pairs: Sequence[RelaxationPair]) -> None:
-        """Read the frames, and fit the elements' energies, unless `load` gave them.
+        """Read the frames, and ask the potential for its energies there, unless `load` gave those.
 
         Raises
         ------
@@ -94,20 +97,31 @@ class Reference:
                 "those (vasprun.xml, OUTCAR, .pwo, extxyz, .traj), or leave the reference term out."
             )
         log.info("reference frames with energies and forces: of %d of %d pairs", len(found), len(pairs))
-        if self.energies and not self._loaded:
-            self.offsets = _fitted(potential, [a for frames in found.values() for a in frames])
         first = 0
         for name, frames in found.items():
             self._rows[name] = range(first, first := first + len(frames))
-        self._points = self._labelled(potential, [a for frames in found.values() for a in frames])
+        every = [a for frames in found.values() for a in frames]
+        self._points = _points(potential, every)
+        self._elements = sorted({int(z) for a in every for z in a.numbers})
+        self._counts = np.array([[np.count_nonzero(a.numbers == z) for z in self._elements] for a in every], float)
+        if not self.energies:
+            return
+        if self._loaded is None:
+            self._differences = (self._points.energies - Points.of(potential, every).energies).double().cpu().numpy()
+        elif len(self._loaded) != len(every):
+            raise ValueError("The reference term was begun with other frames: give those again, or begin a new run.")
+        else:
+            self._differences = self._loaded.copy()
 
-    def _labelled(self, potential: Potential, frames: Sequence[Atoms]) -> Points:
-        """The reference's own energies, less those of the elements, and forces."""
-        structures = _batch(potential, frames)
-        energies = [_energy(a) - sum(self.offsets.get(int(z), 0.0) for z in a.numbers) for a in frames]
-        forces = np.concatenate([a.calc.results["forces"] for a in frames])
-        like = structures.positions
-        return Points(structures, like.new_tensor(energies), like.new_tensor(forces))
+    @property
+    def offsets(self) -> dict[int, float]:
+        """Energy in eV of an atom of each element (by atomic number) that is taken off the reference's."""
+        return dict(zip(self._elements, self._fitted().tolist(), strict=True))
+
+    def _fitted(self) -> np.ndarray:
+        # Per atom, for that is how energies are compared.
+        sizes = self._counts.sum(axis=1)
+        return np.linalg.lstsq(self._counts / sizes[:, None], self._differences / sizes, rcond=None)[0]
 
     def loss(self, potential: Potential, pairs: Sequence[RelaxationPair], rng: np.random.Generator) -> Tensor:
         """`mismatch` at frames of those pairs of the batch that have any, and the path; without a unit."""
@@ -117,10 +131,20 @@ class Reference:
             chosen += sorted(rng.choice(rows, min(self.per_pair, len(rows)), replace=False).tolist() if rows else [])
         total = torch.zeros((), dtype=potential.dtype, device=potential.device)
         if chosen and self._points is not None:
-            total = mismatch(potential, self._points.select(chosen), energies=self.energies)
+            total = self._matched(potential, self._points.select(chosen), chosen)
         if self.path:
             total = total + self.path * self._off_the_path(potential, pairs)
         return total
+
+    def _matched(self, potential: Potential, points: Points, chosen: list[int]) -> Tensor:
+        energy, forces = answer(potential, points.structures)
+        if not self.energies:
+            return cost(points, energy, forces, energies=False)
+        now = (points.energies - energy.detach()).double().cpu().numpy()
+        if np.isfinite(now).all():
+            self._differences[chosen] = now
+        offsets = points.energies.new_tensor(self._counts[chosen] @ self._fitted())
+        return cost(replace(points, energies=points.energies - offsets), energy, forces)
 
     def _off_the_path(self, potential: Potential, pairs: Sequence[RelaxationPair]) -> Tensor:
         here = _batch(potential, [p.initial for p in pairs])
@@ -142,13 +166,12 @@ class Reference:
         return found.mean() if len(found) else here.positions.new_zeros(())
 
     def state(self) -> dict[str, Any]:
-        """The elements' energies; the frames are read again from where the pairs have them."""
-        return {"offsets": dict(self.offsets)}
+        """Differences of energy from the potential, as they were last; the frames are read again."""
+        return {"differences": torch.from_numpy(self._differences.copy())}
 
     def load(self, state: dict[str, Any]) -> None:
         """Take up what `state` gave; call it before `prepare`."""
-        self.offsets = dict(state["offsets"])
-        self._loaded = True
+        self._loaded = state["differences"].numpy()
 
     def todict(self) -> dict[str, Any]:
         names = ("name", "weight", "energies", "per_pair", "frames", "path", "legs", "steps")
@@ -178,6 +201,17 @@ def _frames_of(pair: RelaxationPair) -> list[Atoms]:
     return frames
 
 
+def _points(potential: Potential, frames: Sequence[Atoms]) -> Points:
+    """The frames with the reference's own energies and forces."""
+    structures = _batch(potential, frames)
+    like = structures.positions
+    forces = np.concatenate([a.calc.results["forces"] for a in frames])
+    # A float32 has too few digits for DFT's total energies: only differences of them may lose some.
+    return Points(
+        structures, like.new_tensor([_energy(a) for a in frames], dtype=torch.float64), like.new_tensor(forces)
+    )
+
+
 def _has_labels(atoms: Atoms) -> bool:
     results = getattr(atoms.calc, "results", {})
     return "forces" in results and ("energy" in results or "free_energy" in results)
@@ -192,17 +226,6 @@ def _energy(atoms: Atoms) -> float:
 def _evenly(frames: Sequence[Atoms], most: int) -> list[Atoms]:
     chosen = np.unique(np.linspace(0, len(frames) - 1, min(most, len(frames))).round().astype(int))
     return [frames[k] for k in chosen] if len(frames) else []
-
-
-def _fitted(potential: Potential, frames: Sequence[Atoms]) -> dict[int, float]:
-    """Energies of the elements that bring the reference's zero nearest to the potential's."""
-    elements = sorted({int(z) for a in frames for z in a.numbers})
-    counts = np.array([[np.count_nonzero(a.numbers == z) for z in elements] for a in frames], dtype=float)
-    difference = np.array([_energy(a) for a in frames]) - Points.of(potential, frames).energies.double().cpu().numpy()
-    # Per atom, for that is how they are compared.
-    sizes = counts.sum(axis=1)
-    found = np.linalg.lstsq(counts / sizes[:, None], difference / sizes, rcond=None)[0]
-    return dict(zip(elements, found.tolist(), strict=True))
 
 
 def _ahead(pair: RelaxationPair, way: Sequence[Atoms]) -> list[Atoms]:

@@ -1,0 +1,55 @@
+"""The before-and-after card: what a potential has kept of what it knew, in words, as a picture and for the page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+
+from .changes import Changes
+from .evaluation import Evaluation
+from .pairs import RelaxationPair
+from .portrait import portrait
+from .potential import Potential
+from .report.cards import card_figure, card_section, card_text
+from .report.page import Section
+
+
+class Card(Changes):
+    """`Changes` that can be shown."""
+
+    def text(self) -> str:
+        """Tables and sentences, at most 80 columns wide."""
+        return card_text(self)
+
+    def figure(self) -> Figure:
+        """Drift of the forces, lattice constants, and dimers; `report.save` writes it."""
+        return card_figure(self)
+
+    def section(self) -> Section:
+        """A part of the HTML page."""
+        return card_section(self)
+
+
+def card(
+    before: Potential,
+    after: Potential,
+    pairs: Sequence[RelaxationPair] = (),
+    *,
+    held_out: tuple[Evaluation, Evaluation] | None = None,
+    size: int = 24,
+) -> Card:
+    """Compare two potentials.
+
+    Parameters
+    ----------
+    before, after : Potential
+        Of the same elements, the pretrained one first.
+    pairs : sequence of RelaxationPair
+        As for `portrait`; best held-out ones.
+    held_out : two Evaluations, optional
+        Of the same held-out pairs by each.
+    size : int
+        Probes of each kind.
+    """
+    return Card(portrait(before, pairs, size=size), portrait(after, pairs, size=size), held_out)

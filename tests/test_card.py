@@ -1,0 +1,249 @@
+"""The before-and-after card: right figures, holes found, and shown in text, JSON, picture and page."""
+
+import copy
+import json
+import math
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from ase.build import bulk, molecule
+from ase.calculators.emt import EMT as ASEsEMT
+from ase.calculators.lj import LennardJones as ASEsLennardJones
+from ase.eos import EquationOfState
+from ase.units import GPa
+from conftest import rattled
+
+from ase_bptt import RelaxationPair, evaluate
+from ase_bptt.card import Card, card
+from ase_bptt.crystals import CRYSTALS, Crystal, birch_murnaghan, chosen_crystals, elastic
+from ase_bptt.dimers import Curve, chosen_dimers, dimer_curves, hole
+from ase_bptt.portrait import Portrait, portrait
+from ase_bptt.potential import Prediction
+from ase_bptt.potentials.emt import EMT
+from ase_bptt.potentials.lennard_jones import LennardJones
+from ase_bptt.report import save
+from ase_bptt.report.cards import TITLE
+
+
+def by_ase(name: str, structure: str, a: float, calculator) -> tuple[float, float]:
+    """Lattice constant in Å and bulk modulus in GPa by ASE's own calculator and equation of state."""
+    volumes, energies = [], []
+    for scale in np.linspace(0.976, 1.024, 7):
+        atoms = bulk(name, structure, a=a * scale)
+        atoms.calc = calculator
+        volumes.append(atoms.get_volume())
+        energies.append(atoms.get_potential_energy())
+    volume, _, modulus = EquationOfState(volumes, energies, eos="birchmurnaghan").fit()
+    return (4 * volume) ** (1 / 3), modulus / GPa
+
+
+class Hollow(LennardJones):
+    """Lennard-Jones whose repulsion gives way below a distance."""
+
+    within = 1.8
+
+    def _well(self, r2):
+        return torch.where(r2 < self.within**2, super()._well(r2.new_tensor(self.within**2)) - 3.0, super()._well(r2))
+
+
+def lennard_jones(kind=LennardJones, sigma: float = 2.1) -> LennardJones:
+    return kind(epsilon=0.3, sigma=sigma, rc=6.0, ro=4.5, smooth=True)
+
+
+def silicon_pairs() -> list[RelaxationPair]:
+    return [RelaxationPair(rattled(molecule("Si2H6"), 0.1, k), molecule("Si2H6"), f"pair {k}") for k in range(2)]
+
+
+@cache
+def both() -> Card:
+    before, after = EMT(), EMT()
+    with torch.no_grad():
+        after.s0 *= 1.01
+        after.E0[after.elements.index("Cu")] += 0.25
+    pairs = [RelaxationPair(rattled(bulk("Cu", cubic=True), 0.1, k), bulk("Cu", cubic=True), f"Cu {k}") for k in (1, 2)]
+    held_out = tuple(evaluate(p, pairs, steps=30) for p in (before, after))
+    return card(before, after, pairs, held_out=held_out, size=4)
+
+
+class TestCrystals:
+    @pytest.mark.parametrize("name", ["Cu", "Al", "Au", "Pt"])
+    def test_emt_agrees_with_ase(self, name):
+        crystal = CRYSTALS[name]
+        found = elastic(EMT(), [crystal])[name]
+        near = found.lattice_constant
+        expected = by_ase(name, "fcc", near, ASEsEMT())
+        # Where a shell of neighbours enters the cutoff, EMT's energy has a kink.
+        assert found.lattice_constant == pytest.approx(expected[0], abs=1e-3)
+        assert found.bulk_modulus == pytest.approx(expected[1], rel=0.02)
+
+    def test_lennard_jones_agrees_with_ase_even_from_afar(self):
+        crystal = Crystal("Ar", "fcc", 1.75)
+        found = elastic(LennardJones(rc=2.4, ro=1.8, smooth=True), [crystal])["Ar"]
+        assert found.lattice_constant == pytest.approx(1.55, abs=0.05)
+        calculator = ASEsLennardJones(rc=2.4, ro=1.8, smooth=True)
+        expected = by_ase("Ar", "fcc", found.lattice_constant, calculator)
+        assert found.lattice_constant == pytest.approx(expected[0], abs=2e-4)
+        assert found.bulk_modulus == pytest.approx(expected[1], rel=0.02)
+
+    def test_where_there_is_no_minimum_there_is_no_number(self):
+        repulsive = LennardJones(epsilon=1.0, sigma=8.0, rc=6.0, ro=5.0, smooth=True)
+        found = elastic(repulsive, [CRYSTALS["Cu"]])["Cu"]
+        assert math.isnan(found.lattice_constant)
+        assert math.isnan(found.bulk_modulus)
+
+    def test_the_equation_of_state_is_recovered(self):
+        v, v0, b0, slope = np.linspace(90, 110, 7), 101.0, 0.7, 4.6
+        eta = (v0 / v) ** (2 / 3)
+        e = -3 + 9 * v0 * b0 / 16 * ((eta - 1) ** 3 * slope + (eta - 1) ** 2 * (6 - 4 * eta))
+        assert birch_murnaghan(v, e) == pytest.approx((v0, b0), rel=1e-8)
+
+    def test_ten_are_chosen_whose_elements_are_known(self):
+        known = EMT().atomic_numbers
+        assert {c.name for c in chosen_crystals(EMT())} >= {"Cu", "Al", "C", "Pt", "Au", "Ag", "Pd", "Ni", "NiAl"}
+        assert all(c.elements <= known for c in chosen_crystals(EMT()))
+        assert len(chosen_crystals(LennardJones())) == 10
+
+
+class TestDimers:
+    @pytest.mark.parametrize("inner", ["rises", "falls", "breaks"])
+    def test_holes_are_found(self, inner):
+        distances = tuple(np.linspace(1, 3, 21))
+        energies = 5 * (np.array(distances) - 2.2) ** 2
+        if inner == "falls":
+            energies[:4] = energies[4] - np.arange(4, 0, -1)
+        if inner == "breaks":
+            energies[:3] = np.inf
+        found = hole(Curve(distances, tuple(energies)))
+        if inner == "falls":
+            assert (found.distance, found.depth) == (pytest.approx(1.4), pytest.approx(4.0))
+            assert found.barrier == pytest.approx(5 * 0.8**2)
+        else:
+            assert found is None
+
+    def test_a_hole_deeper_than_the_well_is_seen_beside_the_curve_before(self):
+        distances = tuple(np.linspace(1, 3, 21))
+        energies = 5 * (np.array(distances) - 2.2) ** 2
+        deep = np.where(np.array(distances) < 1.75, -3.0, energies)
+        found = hole(Curve(distances, tuple(deep)), Curve(distances, tuple(energies)))
+        assert found.distance == pytest.approx(1.8)
+        assert found.depth == pytest.approx(3.8)
+
+    def test_a_well_that_moved_is_no_hole(self):
+        distances = tuple(np.linspace(1, 3, 21))
+        before, after = (tuple(5 * (np.array(distances) - d) ** 2) for d in (2.2, 1.9))
+        assert hole(Curve(distances, after), Curve(distances, before)) is None
+
+    def test_a_ripple_and_a_curve_of_nothing_finite_are_no_holes(self):
+        distances = tuple(np.linspace(1, 3, 21))
+        energies = 5 * (np.array(distances) - 2.2) ** 2
+        energies[2] = energies[3] - 0.05
+        assert hole(Curve(distances, tuple(energies))) is None
+        assert hole(Curve(distances, (math.inf,) * 21)) is None
+
+    def test_curves_are_those_of_two_atoms(self):
+        curve = dimer_curves(lennard_jones(), [(14, 8)])["Si-O"]
+        near = np.array(curve.distances)[:20]
+        assert near == pytest.approx(sorted(near))
+        expected = 4 * 0.3 * ((2.1 / near) ** 12 - (2.1 / near) ** 6)
+        assert np.array(curve.energies)[:20] == pytest.approx(expected)
+
+    def test_the_elements_that_most_structures_hold_come_first(self):
+        structures = [molecule("CH4"), molecule("H2O"), molecule("H2")]
+        assert chosen_dimers(structures) == [(1, 1), (6, 6), (8, 8), (1, 6), (1, 8)]
+        assert chosen_dimers(structures, most=3) == [(1, 1), (6, 6), (1, 6)]
+
+
+class TestCard:
+    def test_nothing_has_changed_between_a_potential_and_itself(self):
+        potential = lennard_jones()
+        found = card(potential, copy.deepcopy(potential), silicon_pairs(), size=3)
+        assert found.drift().force == 0
+        assert found.drift().n == 9
+        assert found.drift().size > 0
+        assert found.warnings() == []
+        assert "no hole has opened" in found.text()
+
+    def test_drift_is_the_root_mean_square_by_kind(self):
+        before, after = lennard_jones(), lennard_jones()
+        with torch.no_grad():
+            after.epsilon *= 1.5
+        found = card(before, after, silicon_pairs(), size=3)
+        for kind in ("structures", "crystals", "molecules", None):
+            drift = found.drift(kind)
+            rows = [a for a in found.before.probes if kind in (None, a.kind)]
+            components = np.concatenate([np.ravel(a.forces) for a in rows])
+            assert drift.size == pytest.approx(np.sqrt(np.mean(components**2)))
+            assert drift.force == pytest.approx(drift.size / 2)
+            energies = np.array([a.energy / len(a.forces) for a in rows])
+            assert drift.energy == pytest.approx(np.sqrt(np.mean(energies**2)) / 2)
+            lengths = [np.linalg.norm(f) for a in rows for f in a.forces]
+            assert drift.largest == pytest.approx(max(lengths) / 2)
+
+    def test_lattice_constants_follow_the_radii(self):
+        before, after = both().crystals["Al"]
+        assert after.lattice_constant / before.lattice_constant == pytest.approx(1.01, abs=0.005)
+
+    def test_a_hole_that_opens_is_told_in_words_and_one_that_was_there_is_not(self):
+        hollow = lennard_jones(Hollow)
+        opened = card(lennard_jones(), hollow, silicon_pairs(), size=2)
+        said = [w for w in opened.warnings() if w.startswith("Si-Si")]
+        assert len(said) == 1
+        assert "a hole has opened: nearer than 1.8" in said[0]
+        assert "Warning: Si-Si: a hole has opened" in " ".join(opened.text().split())
+        there = card(hollow, copy.deepcopy(hollow), silicon_pairs(), size=2)
+        assert there.warnings() == []
+        assert "Holes before already: Si-Si, H-Si." in " ".join(there.text().split())
+        wider = lennard_jones(Hollow)
+        wider.within = 2.0
+        assert any("Si-Si: a hole has grown" in w for w in card(hollow, wider, silicon_pairs(), size=2).warnings())
+
+    def test_probes_and_crystals_that_are_lost_are_told(self):
+        class Broken(LennardJones):
+            def forward(self, structures, pairs):
+                return Prediction(super().forward(structures, pairs).energy * torch.nan)
+
+        found = card(lennard_jones(), lennard_jones(Broken), silicon_pairs(), size=2)
+        said = " ".join(found.warnings())
+        assert "On 6 of 6 probes energies or forces are not finite any more." in said
+        assert "the crystal has no minimum of energy any more" in said
+        json.dumps(found.to_json(), allow_nan=False)
+        assert found.text()
+        assert found.figure().axes
+
+    def test_text_is_at_most_80_columns_wide_and_tells_all(self):
+        text = both().text()
+        assert max(map(len, text.splitlines())) <= 80
+        for said in ("rattled structures", "molecules", "Pt", "Cu-Cu", "Held out: mean Delta-Q"):
+            assert said in text
+
+    def test_json_is_finite_and_whole(self, tmp_path):
+        both().write(tmp_path / "card.json")
+        found = json.loads((tmp_path / "card.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+        assert set(found) == {"drift", "crystals", "dimers", "held_out", "warnings"}
+        assert found["drift"]["all"]["n"] == both().drift().n
+        assert found["drift"]["all"]["force"] == both().drift().force
+        assert found["crystals"]["Cu"]["lattice_constant"][0] == pytest.approx(3.59, abs=0.02)
+        assert found["held_out"]["mean"] == [e.mean for e in both().held_out]
+        assert len(found["dimers"]["Cu-Cu"]["before"]) == len(found["dimers"]["Cu-Cu"]["distances"])
+
+    def test_picture_and_part_of_the_page_can_be_made(self, tmp_path):
+        save(both().figure(), tmp_path / "card.png")
+        assert (tmp_path / "card.png").stat().st_size > 10_000
+        section = both().section()
+        assert section.name == TITLE
+        assert [len(table.rows) for table in section.tables] == [4, len(both().crystals)]
+        (picture,) = section.pictures
+        assert "molecules" in picture.alt
+
+    def test_a_portrait_is_kept_exactly(self, tmp_path):
+        found = portrait(EMT(), size=2)
+        found.write(tmp_path / "portrait.json")
+        again = Portrait.read(tmp_path / "portrait.json")
+        assert again == found
+        assert Card(again, found).drift().force == 0
+
+    def test_only_what_was_asked_the_same_can_be_compared(self):
+        with pytest.raises(ValueError, match=r"asked the same can be compared: ask both with the same pairs"):
+            Card(portrait(EMT(), size=1), portrait(EMT(), size=2))

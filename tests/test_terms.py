@@ -1,0 +1,368 @@
+"""Further terms of the loss: zero where nothing changed, right slopes, less forgetting, the same when resumed."""
+
+import copy
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.build import molecule
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.constraints import FixAtoms
+from conftest import cluster, rattled
+
+from ase_bptt import RelaxationPair, datasets, read_pairs, relax
+from ase_bptt.matching import ENERGY, FORCE, Points, mismatch
+from ase_bptt.potentials.emt import EMT
+from ase_bptt.potentials.lennard_jones import LennardJones
+from ase_bptt.potentials.morse import Morse
+from ase_bptt.probes import KINDS, make_probes
+from ase_bptt.terms import TERMS, Pull, Reference, Teacher, add_gradients, make_term
+
+
+def lennard_jones(sigma: float = 2.5, epsilon: float = 0.3) -> LennardJones:
+    return LennardJones(epsilon=epsilon, sigma=sigma, rc=6.0, ro=4.5, smooth=True)
+
+
+def start(k: int) -> Atoms:
+    atoms = cluster(seed=k)
+    atoms.positions *= 2.5
+    return rattled(atoms, 0.1, k)
+
+
+def labelled(atoms: Atoms, potential, offset: float = 0.0) -> Atoms:
+    found = Points.of(potential, [atoms])
+    atoms = atoms.copy()
+    energy = found.energies.item() + offset * len(atoms)
+    atoms.calc = SinglePointCalculator(atoms, energy=energy, forces=found.forces.numpy())
+    return atoms
+
+
+def relaxation(k: int, potential, offset: float = 0.0) -> RelaxationPair:
+    """A reference relaxation by this potential, with its frames."""
+    frames = [start(k)]
+    for _ in range(4):
+        with torch.no_grad():
+            frames.append(relax(potential, frames[-1], fmax=1e-3, steps=6).to_atoms())
+    frames = [labelled(a, potential, offset) for a in frames]
+    return RelaxationPair(frames[0], frames[-1], f"pair {k}", f"group {k}", frames=frames)
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return [relaxation(k, lennard_jones(), offset=7.0) for k in range(3)]
+
+
+def every_term():
+    return [Pull(2.0), Teacher(0.5, size=3, batch=3), Reference(0.5, per_pair=2), Reference(1.0, path=0.3, frames=4)]
+
+
+def rng():
+    return np.random.default_rng(3)
+
+
+@pytest.mark.parametrize("term", every_term(), ids=["pull", "teacher", "reference", "path"])
+class TestEveryTerm:
+    def test_its_slope_is_that_of_differences(self, term, pairs):
+        potential = lennard_jones(sigma=2.6)
+        term.prepare(potential, pairs)
+        with torch.no_grad():
+            potential.sigma += 0.01
+            potential.epsilon -= 0.02
+        term.loss(potential, pairs, rng())
+        found = torch.autograd.grad(copy.deepcopy(term).loss(potential, pairs, rng()), list(potential.parameters()))
+        for weight, slope in zip(potential.parameters(), found, strict=True):
+            values = []
+            for step in (1e-6, -1e-6):
+                with torch.no_grad():
+                    weight += step
+                fixed = copy.deepcopy(term)
+                if isinstance(term, Reference):
+                    # The energies of the elements follow the potential, and are not differentiated.
+                    fixed._fitted = term._fitted
+                values.append(fixed.loss(potential, pairs, rng()).item())
+                with torch.no_grad():
+                    weight -= step
+            assert slope.item() == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-5, abs=1e-7)
+            assert abs(slope.item()) > 1e-4
+
+    def test_a_run_that_goes_on_finds_the_same_bit_for_bit(self, term, pairs, tmp_path):
+        potential = lennard_jones(sigma=2.6)
+        term = make_term(term.todict())
+        term.prepare(potential, pairs)
+        torch.save(term.state(), tmp_path / "state.pt")
+        (tmp_path / "settings.json").write_text(json.dumps(term.todict()))
+        moved = lennard_jones(sigma=2.7)
+        again = make_term(json.loads((tmp_path / "settings.json").read_text()))
+        again.load(torch.load(tmp_path / "state.pt", weights_only=True))
+        again.prepare(moved, pairs)
+        assert again.loss(moved, pairs, rng()).item() == term.loss(moved, pairs, rng()).item()
+        assert again.todict() == term.todict()
+
+    def test_its_gradient_is_added_times_its_weight(self, term, pairs):
+        potential = lennard_jones(sigma=2.6)
+        term.prepare(potential, pairs)
+        with torch.no_grad():
+            potential.sigma += 0.02
+        potential.sigma.grad = torch.tensor(5.0, dtype=torch.float64)
+        found = add_gradients([term], potential, pairs, [0, 1])
+        slope = potential.sigma.grad.item() - 5.0
+        term.weight *= 3
+        potential.sigma.grad = None
+        # The energies of the elements are those of the last step.
+        thrice = add_gradients([term], potential, pairs, [0, 1])
+        assert potential.sigma.grad.item() == pytest.approx(3 * slope)
+        assert thrice[term.name] == pytest.approx(3 * found[term.name])
+        term.weight /= 3
+
+
+@pytest.mark.parametrize("term", [Pull(), Teacher(size=3, batch=20)], ids=["pull", "teacher"])
+def test_a_guard_is_zero_at_the_pretrained_weights_and_nowhere_else(term, pairs):
+    potential = lennard_jones()
+    term.prepare(potential, pairs)
+    assert term.loss(potential, pairs, rng()).item() == pytest.approx(0, abs=1e-20)
+    with torch.no_grad():
+        potential.sigma *= 1.02
+    assert term.loss(potential, pairs, rng()).item() > 1e-5
+
+
+def test_what_a_term_draws_does_not_depend_on_the_others(pairs):
+    potential = lennard_jones(sigma=2.6)
+    terms = [Teacher(size=4, batch=2), Reference()]
+    for term in terms:
+        term.prepare(potential, pairs)
+    with torch.no_grad():
+        potential.sigma += 0.02
+    both, alone = (add_gradients(some, potential, pairs, [0, 0, 0]) for some in (terms, terms[1:]))
+    assert both["reference"] == alone["reference"]
+    assert add_gradients(terms[:1], potential, pairs, [0, 0, 1]) != add_gradients(
+        terms[:1], potential, pairs, [0, 0, 0]
+    )
+
+
+def test_the_pull_is_the_mean_squared_change_relative_to_each_tensors_size(pairs):
+    potential = Morse()
+    potential.epsilon.requires_grad_(False)
+    pull = Pull()
+    pull.prepare(potential, pairs)
+    trained = [p for p in potential.parameters() if p.requires_grad]
+    with torch.no_grad():
+        trained[0] *= 1.1
+        potential.epsilon *= 2
+    assert pull.loss(potential, pairs, rng()).item() == pytest.approx(0.01 / len(trained))
+
+
+def test_the_pull_of_weights_that_began_at_zero_is_finite(pairs):
+    potential = lennard_jones()
+    with torch.no_grad():
+        potential.epsilon.zero_()
+    pull = Pull()
+    pull.prepare(potential, pairs)
+    with torch.no_grad():
+        potential.epsilon += 0.5
+    assert pull.loss(potential, pairs, rng()).item() == pytest.approx(0.25 / (2.5**2 / 2) / 2)
+
+
+def test_a_pull_refuses_other_trained_weights_than_before(pairs):
+    pull = Pull()
+    pull.prepare(lennard_jones(), pairs)
+    again = Pull()
+    again.load(pull.state())
+    frozen = lennard_jones()
+    frozen.sigma.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"other trained weights, as sigma: begin a new run"):
+        again.prepare(frozen, pairs)
+
+
+class TestMismatch:
+    def test_it_is_hubers_function_in_its_units(self):
+        potential = lennard_jones()
+        points = Points.of(potential, [start(0), start(1)])
+        sizes = torch.tensor([6.0, 6.0], dtype=torch.float64)
+        off = dataclasses.replace(points, energies=points.energies + 0.5 * ENERGY * sizes)
+        assert mismatch(potential, off).item() == pytest.approx(0.125)
+        far = dataclasses.replace(points, forces=points.forces + 3 * FORCE)
+        assert mismatch(potential, far).item() == pytest.approx(2.5)
+        assert mismatch(potential, dataclasses.replace(far, energies=far.energies + 9), energies=False).item() == (
+            pytest.approx(2.5)
+        )
+
+    def test_held_atoms_do_not_count(self):
+        potential = lennard_jones()
+        atoms = start(0)
+        atoms.set_constraint(FixAtoms([0, 1]))
+        points = Points.of(potential, [atoms])
+        points.forces[:2] += 100.0
+        assert mismatch(potential, points).item() == pytest.approx(0, abs=1e-20)
+        points.forces[2:] += FORCE
+        assert mismatch(potential, points).item() == pytest.approx(0.5)
+
+
+class TestProbes:
+    def test_only_elements_that_are_known_and_every_kind(self, pairs):
+        known = EMT().atomic_numbers
+        pair = RelaxationPair(molecule("H2O"), molecule("H2O"), "water")
+        probes = make_probes(EMT(), [pair], size=5)
+        assert {p.kind for p in probes} == set(KINDS)
+        assert [p.kind for p in probes] == sorted((p.kind for p in probes), key=KINDS.index)
+        assert all({*p.atoms.numbers.tolist()} <= known for p in probes)
+        assert max(sum(p.kind == kind for p in probes) for kind in KINDS) == 5
+
+    def test_one_seed_gives_one_set_and_another_seed_another(self, pairs):
+        one, two, other = (
+            np.concatenate([p.atoms.positions.ravel() for p in make_probes(lennard_jones(), pairs, size=4, seed=s)])
+            for s in (1, 1, 2)
+        )
+        np.testing.assert_array_equal(one, two)
+        assert one.shape != other.shape or not np.allclose(one, other)
+
+    def test_structures_lie_between_the_ends_and_are_free(self, pairs):
+        held = pairs[0].initial.copy()
+        held.set_constraint(FixAtoms([0]))
+        probes = make_probes(lennard_jones(), [dataclasses.replace(pairs[0], initial=held)], size=8)
+        near = [p.atoms for p in probes if p.kind == "structures"]
+        assert len(near) == 8
+        assert not any(a.constraints for a in near)
+        length = np.linalg.norm(pairs[0].relaxed.positions - held.positions)
+        assert all(np.linalg.norm(a.positions - held.positions) < length + 5 * 0.12 * np.sqrt(18) for a in near)
+
+    def test_atoms_of_crystals_feel_forces(self):
+        found = [p for p in make_probes(EMT(), size=20) if p.kind == "crystals"]
+        points = Points.of(EMT(), [p.atoms for p in found])
+        assert len(found) >= 8
+        assert points.structures.max(points.forces.norm(dim=1)).min() > 0.01
+
+
+class TestTeacher:
+    def test_it_lowers_the_drift_in_a_training(self, pairs):
+        def drift(terms) -> float:
+            potential = lennard_jones()
+            for term in terms:
+                term.prepare(potential, pairs)
+            goal = Points.of(potential, [start(9)])
+            goal.forces *= 1.5
+            optimizer = torch.optim.Adam(potential.parameters(), lr=0.01)
+            for step in range(15):
+                optimizer.zero_grad()
+                mismatch(potential, goal, energies=False).backward()
+                add_gradients(terms, potential, pairs, [0, step])
+                optimizer.step()
+            atoms = [p.atoms for p in make_probes(potential, pairs, size=6, seed=5) if p.kind == "structures"]
+            change = Points.of(potential, atoms).forces - Points.of(lennard_jones(), atoms).forces
+            return change.square().mean().sqrt().item()
+
+        free, guarded, pulled = (drift(terms) for terms in ([], [Teacher(10.0, size=6)], [Pull(1e5)]))
+        assert guarded < free / 3
+        assert pulled < free / 3
+
+    def test_kinds_can_be_left_out(self, pairs):
+        teacher = Teacher(size=4, kinds=["crystals"])
+        teacher.prepare(EMT(), pairs)
+        assert len(teacher.points) == 4
+        assert bool(teacher.points.structures.pbc.all())
+
+    @pytest.mark.parametrize(("kinds", "said"), [(["crystal"], "got crystal"), ([], "got none")])
+    def test_unknown_kinds_are_refused(self, kinds, said):
+        with pytest.raises(ValueError, match=rf"kinds of probes are structures, crystals, molecules; {said}"):
+            Teacher(kinds=kinds)
+
+
+class TestReference:
+    def test_it_is_zero_for_the_potential_that_made_the_frames_whatever_its_zero_of_energy(self, pairs):
+        term = Reference(per_pair=5)
+        potential = lennard_jones()
+        term.prepare(potential, pairs)
+        assert term.offsets[18] == pytest.approx(7.0, abs=1e-6)
+        assert term.loss(potential, pairs, rng()).item() == pytest.approx(0, abs=1e-12)
+        off = lennard_jones(sigma=2.6)
+        assert term.loss(off, pairs, rng()).item() > 0.01
+
+    def test_energies_of_elements_are_told_apart(self):
+        made = [
+            labelled(a, EMT()) for a in (rattled(molecule("H2O")), rattled(molecule("CH4")), rattled(molecule("H2")))
+        ]
+        for atoms in made:
+            atoms.calc.results["energy"] += 2.0 * list(atoms.symbols).count("O") - 1.0 * list(atoms.symbols).count("H")
+        term = Reference()
+        term.prepare(EMT(), [RelaxationPair(a, a, str(a.symbols)) for a in made])
+        assert term.offsets == pytest.approx({1: -1.0, 6: 0.0, 8: 2.0}, abs=1e-9)
+
+    def test_fitting_it_recovers_the_potential(self, pairs):
+        potential, term = lennard_jones(sigma=2.6, epsilon=0.25), Reference(per_pair=3)
+        term.prepare(potential, pairs)
+        optimizer = torch.optim.Adam(potential.parameters(), lr=0.01)
+        for step in range(60):
+            optimizer.zero_grad()
+            add_gradients([term], potential, pairs, [step])
+            optimizer.step()
+        assert potential.sigma.item() == pytest.approx(2.5, abs=0.02)
+        assert potential.epsilon.item() == pytest.approx(0.3, abs=0.03)
+
+    def test_the_path_is_passed_by_the_potential_that_took_it(self, pairs):
+        way = [start(0)]
+        for _ in range(4):
+            with torch.no_grad():
+                way.append(relax(lennard_jones(), way[-1], stepper="gd", steps=3, fmax=1e-6).to_atoms())
+        pair = dataclasses.replace(pairs[0], initial=way[0], relaxed=way[-1], frames=way)
+        found = {}
+        for sigma in (2.4, 2.5, 2.6, 2.8):
+            potential = lennard_jones(sigma=sigma)
+            values = []
+            for weight in (0.0, 0.5, 1.0):
+                term = Reference(path=weight, legs=4, steps=3)
+                term.prepare(potential, [pair])
+                values.append(term.loss(potential, [pair], rng()).item())
+            found[sigma] = values[2] - values[0]
+            assert values[1] - values[0] == pytest.approx(found[sigma] / 2)
+        assert found[2.5] == pytest.approx(0, abs=1e-6)
+        assert 0.1 < found[2.6] < found[2.8]
+        assert found[2.4] > 0.1
+
+    def test_pairs_without_frames_use_their_ends_and_others_count_nothing(self, pairs):
+        ends = dataclasses.replace(pairs[0], frames=())
+        bare = dataclasses.replace(pairs[1], initial=start(1), relaxed=start(2), frames=())
+        term, potential = Reference(), lennard_jones(sigma=2.6)
+        term.prepare(potential, [ends, bare])
+        assert term.loss(potential, [ends], rng()).item() > 0
+        assert term.loss(potential, [bare], rng()).item() == 0
+        assert add_gradients([term], potential, [bare], [0]) == {"reference": 0}
+
+    def test_what_cannot_be_used_is_said(self, pairs):
+        bare = dataclasses.replace(pairs[1], initial=start(1), relaxed=start(2), frames=())
+        with pytest.raises(ValueError, match=r"None of the training pairs has a frame with energy and forces"):
+            Reference().prepare(lennard_jones(), [bare])
+        wrong = dataclasses.replace(pairs[0], frames=[molecule("H2O")])
+        with pytest.raises(ValueError, match=r"pair 0: its frame 0 is OH2 and not Ar6"):
+            Reference().prepare(lennard_jones(), [wrong])
+        with pytest.raises(ValueError, match=r"Two training pairs are called 'pair 0'"):
+            Reference().prepare(lennard_jones(), [pairs[0], dataclasses.replace(pairs[1], id="pair 0")])
+
+    def test_only_so_many_frames_are_kept_the_ends_among_them(self, pairs):
+        term = Reference(frames=2, per_pair=9, energies=False)
+        term.prepare(lennard_jones(sigma=2.6), pairs)
+        ends = Points.of(lennard_jones(), [pairs[0].initial, pairs[0].relaxed])
+        expected = mismatch(lennard_jones(sigma=2.6), ends, energies=False).item()
+        assert term.loss(lennard_jones(sigma=2.6), pairs[:1], rng()).item() == pytest.approx(expected)
+
+
+def test_files_of_frames_are_read_when_they_are_asked_for():
+    pair = read_pairs(sorted(datasets.FOLDER.glob("*.extxyz"))[0])[0]
+    assert len(pair.frames) == 11
+    frames = list(pair.frames)
+    np.testing.assert_array_equal(frames[0].positions, pair.initial.positions)
+    assert all("forces" in a.calc.results for a in frames)
+    assert pair.frames[0] is not frames[0]
+    np.testing.assert_array_equal(pair.frames[-1].positions, frames[-1].positions)
+
+
+@pytest.mark.parametrize("name", sorted(TERMS))
+def test_a_weight_must_be_positive(name):
+    with pytest.raises(ValueError, match=r"weight must be positive, got 0\."):
+        make_term({"name": name, "weight": 0.0})
+
+
+def test_an_unknown_term_is_refused_with_what_there_is():
+    with pytest.raises(ValueError, match=r"There is no term 'pul'; there are pull, teacher, reference\."):
+        make_term({"name": "pul"})
