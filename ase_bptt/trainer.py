@@ -128,6 +128,7 @@ class Trainer:
         self.potential = as_potential(potential)
         self.adjoint = make_adjoint(adjoint) or Replay()
         self.stepper = _default_stepper(self.adjoint) if stepper is None else make_stepper(stepper)
+        self.adjoint.check_stepper(self.stepper)
         self.loss: Loss = named_loss(loss) if isinstance(loss, str) else loss
         self.steps = steps or (TO_THE_END if self.adjoint.to_the_end else UNROLLED)
         self.fmax, self.batch_size, self.clip = fmax, batch_size, clip

@@ -32,7 +32,10 @@ class Adjoint:
 
     def check(self, iterated: IteratedMap, structures: Structures) -> None:
         """Raise what `attach` could not treat, before any work is lost."""
-        stepper = iterated.stepper
+        self.check_stepper(iterated.stepper)
+
+    def check_stepper(self, stepper: Stepper) -> None:
+        """Raise TypeError for a stepper that this adjoint cannot go through."""
         if self.through_frames and not stepper.differentiable:
             raise TypeError(
                 f"The stepper {stepper.name!r} cannot be differentiated, and the adjoint {self.name!r} goes through "

@@ -9,7 +9,8 @@ import torch
 
 from ..datasets import DEMO_FOLD, FOLDS, si_defects
 from .flags import add_output, add_potential, command, flag
-from .train import add_training, launch, stopped
+from .train import launch, stopped
+from .training import add_training
 
 __all__ = ["add", "run", "stopped"]
 DESCRIPTION = """\

@@ -43,7 +43,7 @@ def command(commands: Any, usage: str, actions: Actions, summary: str, descripti
 
 def flag(group: Any, parser: argparse.ArgumentParser, name: str, text: str, default: Any = None, **how: Any) -> None:
     """Add a flag; its default is set afterwards, by `completed`, so that one can tell what was given."""
-    said = "" if default is None or default is False else f" (default: {default})"
+    said = "" if default is None or default is False or default == [] else f" (default: {default})"
     action = group.add_argument(name, help=(text + said).replace("%", "%%"), default=argparse.SUPPRESS, **how)
     parser.get_default("flag_defaults")[action.dest] = default
 

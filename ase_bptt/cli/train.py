@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from ..adjoints import ADJOINTS
 from ..checks import usable
 from ..estimate import estimate
 from ..finetune import cross_validate, finetune
 from ..groups import split_by_group, split_into_folds
-from ..losses import LOSSES
 from ..outcome import RESULTS, Outcome
 from ..pairs import RelaxationPair
 from ..potential import Potential
-from ..resuming import NUMBERS
-from ..steppers import STEPPERS, Stepper, make_stepper
-from ..trainer import MOMENTUM, Trainer
 from . import runfolder, words
-from .flags import add_output, add_pairs, add_potential, best_device, between, command, count, flag, positive, seed
-from .inputs import potential_of, read_grouped
-from .stopping import held
+from .flags import add_output, add_pairs, add_potential, command, count, flag
+from .inputs import read_grouped
+from .training import add_training, new_trainer, resumed_trainer
 
 DESCRIPTION = """\
 Fine-tune a potential on reference relaxations, so that its own relaxations
@@ -43,7 +36,6 @@ examples:
   ase-bptt train runs/ --potential chgnet --out check --folds 5
       cross-validate: each kind is held out once
 """
-DIFFERENTIABLE = sorted(name for name, stepper in STEPPERS.items() if stepper.differentiable)
 Splits = dict[str, list[RelaxationPair]]
 
 
@@ -62,33 +54,6 @@ def add(commands: Any) -> None:
     flag(group, parser, "--folds", "cross-validate over so many folds of the kinds, a run folder each", type=count,
          metavar="K")  # fmt: skip
     add_output(parser, "ase-bptt-run", "run folder", resume=True)
-
-
-def add_training(parser: argparse.ArgumentParser) -> Any:
-    """The numbers of the training; their defaults are the Trainer's own."""
-    group = parser.add_argument_group("training")
-    default = {name: p.default for name, p in inspect.signature(Trainer).parameters.items()}
-    default["epochs"] = inspect.signature(Trainer.fit).parameters["epochs"].default
-
-    def number(name: str, kind: Callable[[str], Any], text: str, metavar: str = "X") -> None:
-        flag(group, parser, name, text, default[name.removeprefix("--").replace("-", "_")], type=kind, metavar=metavar)
-
-    number("--epochs", count, "passes over the training pairs", "N")
-    number("--steps", count, "frames of an unroll in training", "N")
-    number("--fmax", positive, "eV/Å at which a relaxation stops in training")
-    flag(group, parser, "--stepper", "update rule in training", "gd", choices=DIFFERENTIABLE)
-    flag(group, parser, "--step-size", "of gd, in Å^2/eV (default: 0.05)", type=positive, metavar="X")
-    flag(group, parser, "--momentum", f"of gd (default: {MOMENTUM})", type=between(0, 1), metavar="X")
-    flag(group, parser, "--adjoint", "way to the gradient", "replay", choices=sorted(ADJOINTS))
-    flag(group, parser, "--loss", f"distance that is lowered: {', '.join(LOSSES)}", default["loss"],
-         choices=sorted(LOSSES), metavar="NAME")  # fmt: skip
-    number("--lr", positive, "learning rate of AdamW at the start")
-    number("--batch-size", count, "pairs a step of the optimizer", "N")
-    number("--along", between(0, 1), "share of training starts on the way to the reference")
-    number("--rattle", between(0, 1), "noise on training starts, in Å")
-    number("--patience", count, "stop after so many epochs without a better validation", "N")
-    number("--seed", seed, "of the order of pairs, of their starts and of the split", "N")
-    return group
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -121,10 +86,10 @@ def launch(arguments: argparse.Namespace, read: Callable[[argparse.Namespace, Po
         runfolder.take_over(arguments)
         if (arguments.out / RESULTS).is_file():
             return _tell_again(arguments)
-        trainer = _resumed(arguments, arguments.out)
+        trainer = resumed_trainer(arguments, arguments.out)
     else:
         runfolder.refuse_if_there(arguments)
-        trainer = _new(arguments, arguments.out)
+        trainer = new_trainer(arguments, arguments.out)
     splits = read(arguments, trainer.potential)
     runfolder.same_data(arguments, [pair for split in splits.values() for pair in split])
     # What cannot be trained on must not cost the last run.
@@ -155,7 +120,7 @@ def _cross_validate(arguments: argparse.Namespace) -> int:
             return _tell_again(arguments)
     else:
         runfolder.refuse_if_there(arguments)
-    trainer = _new(arguments, None)
+    trainer = new_trainer(arguments, None)
     pairs = _pairs(arguments, trainer.potential)
     runfolder.same_data(arguments, pairs)
     splits = split_into_folds(pairs, arguments.folds, seed=arguments.seed)
@@ -169,9 +134,9 @@ def _cross_validate(arguments: argparse.Namespace) -> int:
         found = estimate(trainer, *splits[0].values(), epochs=arguments.epochs)
         return words.planned(arguments, splits[0], found)
     outcome = cross_validate(
-        partial(_new, arguments), pairs, arguments.out, folds=arguments.folds, epochs=arguments.epochs,
+        partial(new_trainer, arguments), pairs, arguments.out, folds=arguments.folds, epochs=arguments.epochs,
         seed=arguments.seed, facts=words.facts(arguments, trainer),
-        resume=partial(_resumed, arguments),
+        resume=partial(resumed_trainer, arguments),
     )  # fmt: skip
     words.conclude(arguments, outcome)
     return 0
@@ -183,24 +148,3 @@ def _splits(arguments: argparse.Namespace, potential: Potential) -> Splits:
 
 def _pairs(arguments: argparse.Namespace, potential: Potential) -> list[RelaxationPair]:
     return usable(potential, read_grouped(arguments), skip_invalid=arguments.skip_invalid)
-
-
-def _new(arguments: argparse.Namespace, out: Path | None) -> Trainer:
-    names = [name for name in ("adjoint", "loss", *NUMBERS) if hasattr(arguments, name)]
-    numbers = {name: getattr(arguments, name) for name in names}
-    return Trainer(potential_of(arguments), stepper=_stepper(arguments), **numbers, out=out)
-
-
-def _resumed(arguments: argparse.Namespace, out: Path) -> Trainer:
-    with held():
-        return Trainer.resume(out, device=arguments.device or best_device())
-
-
-def _stepper(arguments: argparse.Namespace) -> Stepper:
-    given = {"step_size": arguments.step_size, "momentum": arguments.momentum}
-    given = {name: value for name, value in given.items() if value is not None}
-    if arguments.stepper == "gd":
-        return make_stepper("gd", **{"momentum": MOMENTUM} | given)
-    if given:
-        raise ValueError("--step-size and --momentum belong to --stepper gd.")
-    return make_stepper(arguments.stepper)
