@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -23,14 +25,20 @@ class Pairs:
         Atom and neighbour, as indices into the batch.
     shifts : Tensor, shape (n_pairs, 3)
         Whole numbers of cell vectors that lead to the neighbour's image, in the positions' dtype.
+    mirror : Tensor of int64 or None, shape (n_pairs,)
+        Index of each pair's other direction; None where it was not looked for.
     """
 
     i: Tensor
     j: Tensor
     shifts: Tensor
+    mirror: Tensor | None = None
+    _offsets: Tensor | None = None
 
     def offsets(self, structures: Structures) -> Tensor:
         """Cartesian translation of each neighbour to its image, shape (n_pairs, 3), in Å."""
+        if self._offsets is not None:
+            return self._offsets
         cells = structures.cells[structures.batch[self.i]]
         return (self.shifts.unsqueeze(1) @ cells).squeeze(1)
 
@@ -41,9 +49,36 @@ class Pairs:
 
     def within(self, cutoff: float, structures: Structures) -> Pairs:
         """The pairs that are closer than the cutoff (Å) now."""
+        return self.select(self.near(cutoff, structures))
+
+    def near(self, cutoff: float, structures: Structures) -> Tensor:
+        """Whether each pair is closer than the cutoff (Å) now, shape (n_pairs,)."""
         with torch.no_grad():
             near = self.vectors(structures).square().sum(1) < cutoff**2
-        return Pairs(self.i[near], self.j[near], self.shifts[near])
+        # A length may differ from that of the other direction in the last bit.
+        return near if self.mirror is None else near & near[self.mirror]
+
+    def select(self, keep: Tensor) -> Pairs:
+        """The pairs where keep, bool of shape (n_pairs,), is true: both directions or none."""
+        mirror = None if self.mirror is None else (keep.cumsum(0) - 1)[self.mirror[keep]]
+        return Pairs(self.i[keep], self.j[keep], self.shifts[keep], mirror)
+
+    def with_offsets(self, offsets: Tensor) -> Pairs:
+        """The same pairs, whose offsets are these instead of what follows from the cells."""
+        new = copy(self)
+        new._offsets = offsets
+        return new
+
+    @cached_property
+    def one_way_first(self) -> Tensor | None:
+        """Order in which one direction of every pair comes first, then the other in the same order.
+
+        None where there is no `mirror`.
+        """
+        if self.mirror is None:
+            return None
+        first = (self.mirror > torch.arange(len(self.i), device=self.i.device)).nonzero().squeeze(1)
+        return torch.cat((first, self.mirror[first]))
 
 
 class NeighborList:
@@ -68,14 +103,21 @@ class NeighborList:
         self.builds = 0
         self._built_for: Structures | None = None
         self._stored: Pairs | None = None
+        self._near: Tensor | None = None
+        self._found: Pairs | None = None
 
     def __call__(self, structures: Structures) -> Pairs:
         """The pairs of this batch."""
         if self._stored is None or self._outdated(structures):
-            self._stored = find_pairs(structures, self.cutoff + self.skin)
+            found = find_pairs(structures, self.cutoff + self.skin)
+            self._stored = found.with_offsets(found.offsets(structures).detach())
+            self._found = None
             self._built_for = structures.replace(positions=structures.positions.detach().clone())
             self.builds += 1
-        return self._stored.within(self.cutoff, structures)
+        near = self._stored.near(self.cutoff, structures)
+        if self._found is None or self._near is None or not torch.equal(near, self._near):
+            self._near, self._found = near, self._stored.select(near)
+        return self._found
 
     def _outdated(self, now: Structures) -> bool:
         then = self._built_for
@@ -101,7 +143,7 @@ def find_pairs(structures: Structures, cutoff: float) -> Pairs:
     positions = structures.positions.detach().double().cpu().numpy()
     cells = structures.cells.detach().double().cpu().numpy()
     pbc = structures.pbc.cpu().numpy()
-    found, first = [], 0
+    found, first, n_found = [], 0, 0
     for count, cell, periodic in zip(structures.counts, cells, pbc, strict=True):
         x = positions[first : first + count]
         if np.isfinite(x).all():
@@ -110,22 +152,34 @@ def find_pairs(structures: Structures, cutoff: float) -> Pairs:
             find = VesinNeighborList(cutoff=reach, full_list=True, n_threads=1)
             i, j, shifts = find.compute(x, _filled(cell, periodic, x), periodic, "ijS")
             # One order for one geometry, whenever the list was built: sums repeat bit for bit.
-            order = np.argsort(_code(i, j, shifts, count))
+            code = _code(i, j, shifts, count)
+            order = np.argsort(code)
             i, j, shifts = i[order], j[order], shifts[order]
-            found.append((i.astype(np.int64) + first, j.astype(np.int64) + first, shifts))
+            mirror = np.searchsorted(code[order], _code(j, i, -shifts, count))
+            found.append((i.astype(np.int64) + first, j.astype(np.int64) + first, shifts, mirror + n_found))
+            n_found += len(i)
         first += count
     device = structures.positions.device
     columns = [np.concatenate(c) for c in zip(*found, strict=True)] or [
         np.zeros(0, np.int64),
         np.zeros(0, np.int64),
         np.zeros((0, 3)),
+        np.zeros(0, np.int64),
     ]
-    i, j, shifts = columns
+    i, j, shifts, mirror = columns
     return Pairs(
         torch.from_numpy(i).to(device),
         torch.from_numpy(j).to(device),
         torch.from_numpy(shifts).to(device, structures.positions.dtype),
+        torch.from_numpy(mirror).to(device) if _is_mirror(i, j, shifts, mirror) else None,
     )
+
+
+def _is_mirror(i: np.ndarray, j: np.ndarray, shifts: np.ndarray, mirror: np.ndarray) -> bool:
+    """Whether every pair has its other direction there; right at the cutoff the search may have found only one."""
+    if mirror.max(initial=-1) >= len(i):
+        return False
+    return np.array_equal(i[mirror], j) and np.array_equal(j[mirror], i) and np.array_equal(shifts[mirror], -shifts)
 
 
 def _code(i: np.ndarray, j: np.ndarray, shifts: np.ndarray, n_atoms: int) -> np.ndarray:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
@@ -97,24 +98,22 @@ class Potential(nn.Module):
         if not self.conservative:
             energy, forces = self.energy_and_forces(structures, pairs)
             return {"energy": energy.detach(), "forces": forces.detach()}
-        positions = structures.positions.detach().requires_grad_()
-        strain = torch.zeros_like(structures.cells).requires_grad_()
+        # Where the cells act through the offsets alone, as in most families, this graph is as small as that
+        # of the forces: no atom and no pair has to be strained in it.
+        inputs = [x.detach().requires_grad_() for x in (structures.positions, structures.cells)]
+        inputs.append(pairs.offsets(structures).detach().requires_grad_())
         with torch.enable_grad(), self._weights_aside():
-            deformation = torch.eye(3).to(strain) + (strain + strain.mT) / 2
-            strained = structures.replace(
-                positions=(positions.unsqueeze(1) @ deformation[structures.batch]).squeeze(1),
-                cells=structures.cells @ deformation,
-            )
-            prediction = self(strained, pairs)
+            prediction = self(structures.replace(positions=inputs[0], cells=inputs[1]), pairs.with_offsets(inputs[2]))
             total = prediction.energy.sum()
-            inputs = (positions, strain)
-            gradients: tuple[Tensor | None, ...] = (None, None)
+            gradients: tuple[Tensor | None, ...] = (None, None, None)
             if total.requires_grad:
                 gradients = torch.autograd.grad(total, inputs, allow_unused=True)
-        dx, virial = (torch.zeros_like(x) if g is None else g for x, g in zip(inputs, gradients, strict=True))
+        slopes = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, gradients, strict=True)]
+        with torch.no_grad():
+            virial = _strain_slope(structures, pairs, inputs, slopes)
         found = {
             "energy": prediction.energy,
-            "forces": -dx,
+            "forces": -slopes[0],
             "stress": virial / structures.volumes.where(structures.volumes > 0, torch.nan)[:, None, None],
             "atomic_energies": prediction.atomic_energies,
             "magmoms": prediction.magmoms,
@@ -124,7 +123,7 @@ class Potential(nn.Module):
     @contextmanager
     def _weights_aside(self) -> Iterator[None]:
         """Keep the weights out of a graph that is for forces alone: it is smaller and faster without them."""
-        live = [p for p in self.parameters() if p.requires_grad]
+        live = [p for p in self._parameters_at_first if p.requires_grad]
         try:
             for p in live:
                 p.requires_grad_(False)
@@ -132,6 +131,11 @@ class Potential(nn.Module):
         finally:
             for p in live:
                 p.requires_grad_()
+
+    @cached_property
+    def _parameters_at_first(self) -> list[nn.Parameter]:
+        """Found once, for the walk takes time in every frame; weights that are put in later cost time, no more."""
+        return list(self.parameters())
 
     def stresses(self, structures: Structures, pairs: Pairs) -> Tensor:
         """Stress per atom in eV/Å^3, shape (n_atoms, 3, 3), summing to the stress of the cell."""
@@ -190,6 +194,17 @@ class Potential(nn.Module):
     def save_native(self, path: Path) -> None:
         """Write the file that the family's own tools load."""
         raise NotImplementedError
+
+
+def _strain_slope(structures: Structures, pairs: Pairs, inputs: list[Tensor], slopes: list[Tensor]) -> Tensor:
+    """dE/dstrain, shape (n, 3, 3), from positions, cells and offsets, which a strain stretches, and dE/d(each)."""
+    positions, cells, offsets = inputs
+    slope = cells.mT @ slopes[1]
+    owners = (structures.batch, structures.batch[pairs.i])
+    for owner, x, dx in zip(owners, (positions, offsets), (slopes[0], slopes[2]), strict=True):
+        outer = x.unsqueeze(2) * dx.unsqueeze(1)
+        slope.scatter_add_(0, owner[:, None, None].expand_as(outer), outer)
+    return (slope + slope.mT) / 2
 
 
 def symbols(numbers: Iterable[int]) -> str:

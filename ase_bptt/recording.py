@@ -11,7 +11,7 @@ from ase.calculators.calculator import compare_atoms
 from torch import Tensor
 
 from .adjoints import Adjoint, AtMinimum, make_adjoint
-from .calculator import TorchCalculator
+from .calculator import TorchCalculator, same_but_positions
 from .constraints import KNOWN, unknown_of
 from .frames import IteratedMap, Keep, Record
 from .result import Relaxation, Status
@@ -77,7 +77,8 @@ class Recording:
 
     def _continues(self, record: Record, atoms: Atoms) -> bool:
         """Whether these atoms, constraints, weights and numbers are what the last frame that was kept left."""
-        changed = compare_atoms(self._begun, atoms, excluded_properties={"positions"})
+        changed = not same_but_positions(self._begun, atoms)
+        changed = changed and bool(compare_atoms(self._begun, atoms, excluded_properties={"positions"}))
         as_left = self._expected is not None and np.array_equal(self._expected, atoms.positions.ravel())
         held = len(self._held) == len(atoms.constraints)
         held = held and all(a is b for a, b in zip(self._held, atoms.constraints, strict=True))

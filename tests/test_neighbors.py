@@ -66,6 +66,18 @@ def test_the_skin_saves_searches_and_changes_nothing():
     assert 1 < neighbors.builds < 15
 
 
+@pytest.mark.parametrize("members", [[silicon()], [bulk("Si"), molecule("H2O"), silicon(), Atoms("He")]], ids=len)
+@pytest.mark.parametrize("cutoff", [2.5, 4.0])
+def test_every_pair_knows_its_other_direction(members, cutoff):
+    pairs = NeighborList(cutoff, skin=0.6)(Structures.from_atoms(members))
+    ahead, back = pairs.one_way_first.reshape(2, -1)
+    assert sorted(pairs.one_way_first.tolist()) == list(range(len(pairs.i)))
+    for one, other in [(torch.arange(len(pairs.i)), pairs.mirror), (ahead, back)]:
+        assert torch.equal(pairs.i[one], pairs.j[other])
+        assert torch.equal(pairs.j[one], pairs.i[other])
+        assert torch.equal(pairs.shifts[one], -pairs.shifts[other])
+
+
 def test_it_is_rebuilt_only_beyond_half_the_skin():
     neighbors = NeighborList(cutoff=3.0, skin=0.5)
     atoms = silicon()

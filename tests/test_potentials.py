@@ -22,7 +22,9 @@ from conftest import (
 )
 
 from ase_bptt import load_potential
-from ase_bptt.neighbors import NeighborList
+from ase_bptt.neighbors import NeighborList, Pairs
+from ase_bptt.potential import Prediction
+from ase_bptt.potentials import require
 from ase_bptt.potentials.emt import EMT
 from ase_bptt.potentials.lennard_jones import LennardJones
 from ase_bptt.potentials.morse import Morse
@@ -157,3 +159,44 @@ def test_a_lone_atom_has_no_forces():
     assert found["energy"].item() == 0
     assert not found["forces"].any()
     assert torch.isnan(found["stress"]).all()
+
+
+class OwnOffsets(LennardJones):
+    """Finds the images by itself, and knows the volume."""
+
+    def forward(self, structures, pairs):
+        offsets = (pairs.shifts[:, None] @ structures.cells[structures.batch[pairs.i]]).squeeze(1)
+        vectors = structures.positions[pairs.j] - structures.positions[pairs.i] + offsets
+        halves = vectors.new_zeros(structures.n_atoms).index_add(0, pairs.i, self._pair_energies(vectors) / 2)
+        return Prediction(structures.sum(halves) + structures.volumes.log())
+
+
+def test_the_stress_holds_what_acts_through_the_cells_themselves():
+    atoms, plain, own = argon(), lennard_jones(), OwnOffsets(smooth=True, rc=2.4, ro=1.8)
+    pressure = torch.eye(3, dtype=torch.float64) / atoms.get_volume()
+    torch.testing.assert_close(
+        evaluate(own, atoms)["stress"][0], evaluate(plain, atoms)["stress"][0] + pressure, atol=1e-12, rtol=0
+    )
+
+
+MACES = [
+    {},
+    {"distance_transform": "Agnesi", "pair_repulsion": True},
+    {"interaction_cls": "RealAgnosticDensityResidualInteractionBlock", "apply_cutoff": False},
+    {"interaction_cls": "RealAgnosticAttResidualInteractionBlock"},
+]
+
+
+@needs_mace
+@pytest.mark.parametrize("changes", MACES, ids=lambda c: "-".join(map(str, c.values())) or "plain")
+@pytest.mark.parametrize("make", [silicon, skewed, methanol])
+def test_mace_that_sees_each_distance_once_is_mace(make, changes):
+    classes = require("mace.modules", extra="mace").interaction_classes
+    changes = {k: classes[v] if k == "interaction_cls" else v for k, v in changes.items()}
+    potential = mace_potential(elements=(1, 6, 8, 14), **changes)
+    structures = Structures.from_atoms([make(), make()[1:]])
+    pairs = NeighborList(potential.cutoff)(structures)
+    once, both = (potential.results(structures, p) for p in (pairs, Pairs(pairs.i, pairs.j, pairs.shifts)))
+    for name, value in both.items():
+        torch.testing.assert_close(once[name], value, atol=1e-12, rtol=1e-12, equal_nan=True)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in potential.modules())

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..neighbors import Pairs
 from ..potential import Potential, Prediction
@@ -36,7 +38,7 @@ class MACE(Potential):
     atomic_properties = ("energies",)
 
     model: Any
-    _column: torch.Tensor
+    _column: Tensor
 
     def __init__(self, model: Any, head: str | None = None):
         super().__init__()
@@ -48,31 +50,46 @@ class MACE(Potential):
         column = torch.zeros(max(known) + 1, dtype=torch.int64, device=model.r_max.device)
         column[known] = torch.arange(len(known), device=column.device)
         self.register_buffer("_column", column, persistent=False)
+        self._made: tuple[tuple, dict[str, Tensor]] | None = None
 
     def forward(self, structures: Structures, pairs: Pairs) -> Prediction:
         positions = structures.positions
         # MACE switches gradients on for the tensor that it is given.
         if not positions.requires_grad:
             positions = positions.detach()
-        batch = structures.batch
-        elements = nn.functional.one_hot(self._column[structures.numbers], len(self.atomic_numbers or ()))
-        ends = torch.tensor(structures.counts, device=batch.device).cumsum(0)
+        edges, offsets, shifts = torch.stack((pairs.i, pairs.j)), pairs.offsets(structures), pairs.shifts
+        order = pairs.one_way_first
+        if order is not None:
+            edges, offsets, shifts = edges[:, order], offsets[order], shifts[order]
         data = {
+            **self._composition(structures),
             "positions": positions,
-            "node_attrs": elements.to(positions),
-            "edge_index": torch.stack((pairs.i, pairs.j)),
-            "shifts": pairs.offsets(structures),
-            "unit_shifts": pairs.shifts,
+            "edge_index": edges,
+            "shifts": offsets,
+            "unit_shifts": shifts,
             "cell": structures.cells.reshape(-1, 3),
-            "batch": batch,
-            "ptr": nn.functional.pad(ends, (1, 0)),
-            "head": torch.full_like(ends, self.head),
         }
+        once = nullcontext() if order is None else each_distance_once(self.model, len(order))
         # TorchScript's optimised graphs set in after some calls and round differently: a run that
         # was resumed would not repeat an uninterrupted one bit for bit.
-        with torch.jit.optimized_execution(False):
+        with once, torch.jit.optimized_execution(False):
             out = self.model(data, training=True, compute_force=False)
         return Prediction(out["energy"], atomic_energies=out["node_energy"].to(positions))
+
+    def _composition(self, structures: Structures) -> dict[str, Tensor]:
+        """What depends on the elements and counts alone; kept, for it is the same in every frame of a run."""
+        made_for = (structures.numbers, structures.counts, structures.positions.dtype)
+        if self._made is None or any(a is not b for a, b in zip(self._made[0], made_for, strict=True)):
+            elements = nn.functional.one_hot(self._column[structures.numbers], len(self.atomic_numbers or ()))
+            ends = torch.tensor(structures.counts, device=structures.batch.device).cumsum(0)
+            made = {
+                "node_attrs": elements.to(structures.positions),
+                "batch": structures.batch,
+                "ptr": nn.functional.pad(ends, (1, 0)),
+                "head": torch.full_like(ends, self.head),
+            }
+            self._made = made_for, {name: value.detach() for name, value in made.items()}
+        return self._made[1]
 
     @classmethod
     def from_name(cls, variant: str | None) -> MACE:
@@ -134,6 +151,43 @@ class MACE(Potential):
 
     def save_native(self, path: Path) -> None:
         torch.save(self.model, path)
+
+
+@contextmanager
+def each_distance_once(model: Any, n_pairs: int) -> Iterator[None]:
+    """While it holds, the radial networks of a MACE see one direction of each pair, and serve both.
+
+    They map a distance to the weights of a tensor product, and take a quarter of the time. The pairs
+    that the model is called with have to be all of one direction, then the others in the same order.
+    """
+    one_way = n_pairs // 2
+    features: list[Any] = [None, None]  # of both directions, and of one
+
+    def halve_lengths(module: nn.Module, given: tuple) -> tuple:
+        lengths, elements, ends, numbers = given
+        return lengths[:one_way], elements, ends[:, :one_way], numbers
+
+    def double_features(module: nn.Module, given: tuple, found: Any) -> Any:
+        # The features, from some version on with the cutoff function that is still to be applied.
+        several = found if isinstance(found, tuple) else (found,)
+        both = tuple(None if x is None else torch.cat((x, x)) for x in several)
+        features[:] = both[0], several[0]
+        return both if isinstance(found, tuple) else both[0]
+
+    def halve_features(module: nn.Module, given: tuple) -> tuple:
+        # Some interactions add the features of the two atoms, which are not the same both ways.
+        return (features[1],) if len(given) == 1 and given[0] is features[0] else given
+
+    def double_weights(module: nn.Module, given: tuple, found: Tensor) -> Tensor:
+        return torch.cat((found, found)) if given[0] is features[1] else found
+
+    hooks = [(model.radial_embedding, halve_lengths, double_features)]
+    hooks += [(layer.conv_tp_weights, halve_features, double_weights) for layer in model.interactions]
+    with ExitStack() as held:
+        for module, before, after in hooks:
+            held.enter_context(module.register_forward_pre_hook(before))
+            held.enter_context(module.register_forward_hook(after))
+        yield
 
 
 def _head_index(heads: list[str], wanted: str | None) -> int:
