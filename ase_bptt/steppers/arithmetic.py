@@ -11,6 +11,11 @@ def dot(x: Tensor, y: Tensor, batch: Tensor, n: int) -> Tensor:
     return x.new_zeros(n).index_add(0, batch, (x * y).sum(1))
 
 
+def spread(values: Tensor, batch: Tensor) -> Tensor:
+    """A number of each structure, (n,), beside its atoms' coordinates: (n_atoms, 1), or (1, 1) for one structure."""
+    return values[:, None] if len(values) == 1 else values[batch, None]
+
+
 def cap(square: Tensor, maxstep: float) -> Tensor:
     """Factor that brings a length down to maxstep, given its square; 1 where it is short enough."""
     too_long = square > maxstep**2
@@ -19,5 +24,7 @@ def cap(square: Tensor, maxstep: float) -> Tensor:
 
 def shortened(moves: Tensor, batch: Tensor, n: int, maxstep: float) -> Tensor:
     """Moves with each structure's longest one at maxstep at most, and its others in proportion."""
-    longest = moves.new_zeros(n).scatter_reduce(0, batch, moves.square().sum(1), "amax")
-    return moves * cap(longest, maxstep)[batch, None]
+    square = moves.square().sum(1)
+    alone = n == 1 and len(square) > 0
+    longest = square.amax(0, keepdim=True) if alone else moves.new_zeros(n).scatter_reduce(0, batch, square, "amax")
+    return moves * spread(cap(longest, maxstep), batch)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..positive import check_positive
 from . import arithmetic
+from .arithmetic import spread
 from .base import State, Stepper
 from .numbers import SMALLEST, Ranges
 
@@ -81,16 +82,16 @@ class FIRE(Stepper):
 
         # Guarded inside as well as outside: sqrt has no finite slope at zero.
         ratio = a * torch.where(down, v2, 1.0).sqrt() / torch.where(down, f2, 1.0).sqrt()
-        mixed = (1 - a)[batch, None] * v + ratio[batch, None] * forces
-        v = torch.where(down[batch, None], mixed, 0.0)
+        mixed = spread(1 - a, batch) * v + spread(ratio, batch) * forces
+        v = torch.where(spread(down, batch), mixed, 0.0)
 
         grow = down & (downhill > self.Nmin)
         dt = torch.where(grow, (dt * self.finc).clamp(max=self.dtmax), torch.where(up, dt * self.fdec, dt))
         a = torch.where(grow, a * self.fa, torch.where(up, a.new_ones(()) * self.astart, a))
         downhill = torch.where(down, downhill + 1, torch.where(up, 0, downhill))
 
-        v = v + dt[batch, None] * forces
-        moves = dt[batch, None] * v
-        moves = moves * arithmetic.cap(arithmetic.dot(moves, moves, batch, len(dt)), self.maxstep)[batch, None]
+        v = v + spread(dt, batch) * forces
+        moves = spread(dt, batch) * v
+        moves = moves * spread(arithmetic.cap(arithmetic.dot(moves, moves, batch, len(dt)), self.maxstep), batch)
         structures = {"dt": dt, "a": a, "downhill": downhill, "started": torch.ones_like(started)}
         return positions + moves, State({"velocities": v}, structures)
