@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .matching import Points, mismatch
+from .matching import SOUND, Points, mismatch
 from .pairs import RelaxationPair
 from .positive import check_positive
 from .potential import Potential
@@ -151,12 +151,14 @@ class Teacher:
         if not probes:
             raise ValueError(f"The potential knows no probes of the kinds {', '.join(self.kinds)}: take others.")
         points = Points.of(potential, probes)
-        good = torch.isfinite(points.structures.sum(points.forces).sum(1) + points.energies).nonzero().squeeze(1)
-        if not len(good):
-            raise ValueError("The pretrained potential gives no finite forces on any probe: leave the teacher out.")
+        good = points.sound()
+        if not good:
+            raise ValueError(
+                f"On no probe are the pretrained potential's forces below {SOUND:g} eV/Å: leave the teacher out."
+            )
         if len(good) < len(points):
-            log.warning("Left out %d of %d probes, whose forces are not finite.", len(points) - len(good), len(points))
-        self.points = points.select(good.tolist())
+            log.info("left out %d of %d probes, with forces above %g eV/Å", len(points) - len(good), len(points), SOUND)
+        self.points = points.select(good)
 
     def loss(self, potential: Potential, pairs: Sequence[RelaxationPair], rng: np.random.Generator) -> Tensor:
         """How far the potential is from the pretrained one on some probes; without a unit."""

@@ -257,6 +257,12 @@ class TestTeacher:
         assert guarded < free / 3
         assert pulled < free / 3
 
+    def test_probes_that_the_potential_does_not_know_are_left_out(self, pairs):
+        teacher = Teacher(size=10)
+        teacher.prepare(lennard_jones(), pairs)
+        assert 10 < len(teacher.points) < 30
+        assert teacher.points.forces.abs().max() < 30
+
     def test_kinds_can_be_left_out(self, pairs):
         teacher = Teacher(size=4, kinds=["crystals"])
         teacher.prepare(EMT(), pairs)
