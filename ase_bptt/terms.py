@@ -20,6 +20,10 @@ from .supervision import Reference
 log = logging.getLogger(__name__)
 
 
+CHANGE = 0.01
+"""Of its size: a weight that changes so much costs 1. A default fine-tuning changes them about as much."""
+
+
 class Term(Protocol):
     """A term that is added to the loss of each step, times its weight.
 
@@ -59,9 +63,9 @@ class Term(Protocol):
 class Pull:
     """A pull to the pretrained weights.
 
-    The mean over all trained numbers of their squared change, each in units of the root mean square that
-    its tensor had before training (of all trained numbers, for a tensor of zeros): 0.01 means that
-    weights have changed by a tenth of their size.
+    The mean over all trained numbers of their squared change, each in units of `CHANGE` times the root mean
+    square that its tensor had before training (of all trained numbers, for a tensor of zeros): 4 means that
+    weights have changed by 2 % of their size.
 
     Parameters
     ----------
@@ -86,11 +90,14 @@ class Pull:
         self._start = {name: value.to(trained[name]) for name, value in self._start.items()}
 
     def loss(self, potential: Potential, pairs: Sequence[RelaxationPair], rng: np.random.Generator) -> Tensor:
-        """Mean squared relative change of the trained weights."""
+        """Mean squared relative change of the trained weights, in units of `CHANGE`."""
         now = dict(potential.named_parameters())
         count = sum(value.numel() for value in self._start.values())
         whole = float(sum(value.double().square().sum() for value in self._start.values())) / max(count, 1)
-        off = [(now[name] - start).square().sum() / _scale(start, whole) / count for name, start in self._start.items()]
+        off = [
+            (now[name] - start).square().sum() / _scale(start, whole) / CHANGE**2 / count
+            for name, start in self._start.items()
+        ]
         return torch.stack(off).sum() if off else torch.zeros((), dtype=potential.dtype, device=potential.device)
 
     def state(self) -> dict[str, Any]:
