@@ -12,6 +12,7 @@ import numpy as np
 from .dimers import Hole, hole
 from .evaluation import Evaluation
 from .files import without_nan, write_json
+from .matching import SOUND
 from .portrait import Answer, Portrait
 from .probes import KINDS
 
@@ -26,7 +27,7 @@ class Drift:
     Attributes
     ----------
     n : int
-        Probes whose energies and forces are finite in both.
+        Probes on which the first finds no force above `SOUND`, and the second finite ones.
     force, energy : float
         Root mean square of the change of a force's component in eV/Å, and of an energy in eV per atom.
     largest : float
@@ -60,7 +61,7 @@ class Changes:
         rows = [
             (b, a)
             for b, a in zip(self.before.probes, self.after.probes, strict=True)
-            if kind in (None, b.kind) and _finite(b) and _finite(a)
+            if kind in (None, b.kind) and _sound(b) and _finite(a)
         ]
         if not rows:
             return Drift(0, math.nan, math.nan, math.nan, math.nan)
@@ -85,7 +86,7 @@ class Changes:
         for name, b in self.before.crystals.items():
             if math.isfinite(b.lattice_constant) and not math.isfinite(self.after.crystals[name].lattice_constant):
                 found.append(f"{name}: the crystal has no minimum of energy any more where it was before.")
-        lost = sum(_finite(b) and not _finite(a) for b, a in zip(self.before.probes, self.after.probes, strict=True))
+        lost = sum(_sound(b) and not _finite(a) for b, a in zip(self.before.probes, self.after.probes, strict=True))
         if lost:
             found.append(f"On {lost} of {len(self.before.probes)} probes energies or forces are not finite any more.")
         return found
@@ -127,6 +128,10 @@ class Changes:
 
 def _finite(answer: Answer) -> bool:
     return math.isfinite(answer.energy) and bool(np.isfinite(answer.forces).all())
+
+
+def _sound(answer: Answer) -> bool:
+    return _finite(answer) and float(np.linalg.norm(answer.forces, axis=1).max()) < SOUND
 
 
 def _rms(values: np.ndarray) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def _grouped_by_kind() -> list[RelaxationPair]:
         return kinds[a] == kinds[b] or same_structure(pairs[a].relaxed, pairs[b].relaxed)
 
     first = classes(len(pairs), related)
-    return [RelaxationPair(p.initial, p.relaxed, p.id, group=kinds[k]) for p, k in zip(pairs, first, strict=True)]
+    return [dataclasses.replace(p, group=kinds[k]) for p, k in zip(pairs, first, strict=True)]
 
 
 def _family(kind: str) -> int:

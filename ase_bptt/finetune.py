@@ -7,10 +7,12 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from .card import Card
 from .evaluation import Evaluation, evaluate
 from .groups import split_into_folds
-from .outcome import BEFORE, RESULTS, Outcome, read_rows, write_rows
+from .outcome import BEFORE, PORTRAITS, RESULTS, Outcome, read_rows, write_rows
 from .pairs import RelaxationPair, fingerprint
+from .portrait import Portrait, portrait
 from .trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -42,10 +44,12 @@ def finetune(
     clock = time.monotonic()
     train, valid, test = (splits[name] for name in ("train", "valid", "test"))
     trainer.begin(train, valid, test, epochs=epochs)
+    first = _portrait_before(trainer, test, out / PORTRAITS[0])
     before, before_bfgs = _before(trainer, test, out / BEFORE)
     trainer.fit(train, valid, epochs=epochs)
     trainer.save(out / "potential")
     after, after_bfgs = _measure(trainer, test)
+    last = portrait(trainer.potential, test)
     # A resumed run adds up what its epochs took, since nobody knows how long it stood still.
     seconds = max(time.monotonic() - clock, sum(row["seconds"] for row in trainer.history))
     outcome = Outcome(
@@ -58,6 +62,7 @@ def finetune(
         seconds,
         best_epoch=trainer.best_epoch,
         facts=dict(facts or {}),
+        card=Card(first, last, (before, after)),
     )
     outcome.write()
     return outcome
@@ -146,6 +151,15 @@ def _in_order(evaluations: Sequence[Evaluation], pairs: Sequence[RelaxationPair]
     ends = [atoms for e in evaluations for atoms in e.ends]
     order = sorted(range(len(rows)), key=lambda k: place[rows[k].id])
     return Evaluation(tuple(rows[k] for k in order), tuple(ends[k] for k in order) if len(ends) == len(rows) else ())
+
+
+def _portrait_before(trainer: Trainer, test: Sequence[RelaxationPair], file: Path) -> Portrait:
+    # A run that an earlier release began has none, and its potential is no longer the pretrained one.
+    if file.is_file() or trainer.epoch > 0:
+        return Portrait.read(file)
+    found = portrait(trainer.potential, test)
+    found.write(file)
+    return found
 
 
 def _before(trainer: Trainer, test: Sequence[RelaxationPair], file: Path) -> tuple[Evaluation, Evaluation]:

@@ -17,6 +17,8 @@ from .structures import Structures
 
 FORCE, ENERGY = 0.1, 0.05
 """eV/Å and eV an atom: a deviation of this size costs 1/2, smaller ones go by their square, larger ones linearly."""
+SOUND = 30.0
+"""eV/Å: where a potential finds a larger force, it was asked for what it does not know."""
 TOGETHER = 16
 """Structures in one batch."""
 
@@ -52,6 +54,11 @@ class Points:
 
     def __len__(self) -> int:
         return len(self.structures)
+
+    def sound(self) -> list[int]:
+        """Which of them have a finite energy, and no force above `SOUND`."""
+        largest = self.structures.max(self.forces.norm(dim=1).nan_to_num(nan=torch.inf))
+        return (torch.isfinite(self.energies) & (largest < SOUND)).nonzero().squeeze(1).tolist()
 
     def select(self, keep: Sequence[int]) -> Points:
         """Those with these indices, in this order."""

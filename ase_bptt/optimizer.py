@@ -10,7 +10,6 @@ from typing import IO, Any
 import numpy as np
 import torch
 from ase import Atoms
-from ase.io import Trajectory
 from ase.optimize.optimize import Optimizer
 from ase.utils.abc import Optimizable
 from torch import Tensor
@@ -73,6 +72,7 @@ class BPTTOptimizer(Optimizer):
             raise TypeError("An ASE run does not stop at its first frames for 'guided': take ase_bptt.relax.")
         self.record = record and self.stepper.differentiable and self.adjoint.keep is not None
         self._state: State | None = None
+        self._begun: Atoms | None = None
         self._recording = Recording(self.stepper, self.adjoint.keep or Keep())
         super().__init__(atoms, restart, logfile, trajectory, append_trajectory, **kwargs)
 
@@ -108,6 +108,8 @@ class BPTTOptimizer(Optimizer):
             return
         if self._state is None:
             self._state = self._first_state()
+        if self._begun is None and isinstance(self.adjoint, AtMinimum) and isinstance(self.atoms, Atoms):
+            self._begun = self.atoms.copy()
         self._before_frame()
         positions, force = self._rows(self.optimizable.get_x()), -self._rows(gradient)
         if self.record:
@@ -198,7 +200,7 @@ class BPTTOptimizer(Optimizer):
             For constraints that `relax` does not know, by name.
         """
         if isinstance(self.adjoint, AtMinimum):
-            return as_relaxation(self.atoms, adjoint=self.adjoint, nsteps=self.nsteps)
+            return as_relaxation(self.atoms, initial=self._begun, adjoint=self.adjoint, nsteps=self.nsteps)
         if not self.stepper.differentiable:
             raise RuntimeError(not_differentiable(type(self).__name__, self.stepper.name))
         fmax: Any = self.fmax

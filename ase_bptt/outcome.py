@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from . import report
+from .card import Card
 from .comparison import Comparison, compare
 from .evaluation import BASIN_RULE, Evaluation
 from .files import replacing, without_nan, write_json
+from .portrait import Portrait
 
 RESULTS, BEFORE, AFTER = "results.json", "before.json", "after.json"
+PORTRAITS = ("portrait_before.json", "portrait_after.json")
+CARD = "card.json"
 
 
 @dataclass(eq=False)
@@ -33,6 +37,8 @@ class Outcome:
         Of a cross-validation, whose evaluations are those of all folds together.
     facts : dict
         Names and values for the head of the page: potential, settings, versions.
+    card : Card or None
+        What else has changed; None for a cross-validation, each of whose folds has its own.
     """
 
     out: Path
@@ -45,6 +51,7 @@ class Outcome:
     best_epoch: int | None = None
     folds: int | None = None
     facts: dict[str, str] = field(default_factory=dict)
+    card: Card | None = None
 
     @property
     def comparison(self) -> Comparison:
@@ -57,6 +64,8 @@ class Outcome:
             "test": summary(self.before, self.after),
             "test_bfgs": summary(self.before_bfgs, self.after_bfgs),
             "comparison": self.comparison.todict(),
+            "drift": None if self.card is None else {k: vars(d) for k, d in self.card.drifts.items()},
+            "warnings": [] if self.card is None else self.card.warnings(),
             "checkpoint": None if self.folds else str(self.out / "potential"),
             "run": str(self.out),
             "folds": self.folds,
@@ -70,6 +79,11 @@ class Outcome:
         """Write rows, table.csv, pictures and report.html, and results.json last: it says that all is there."""
         write_rows(self.out / BEFORE, self.before, self.before_bfgs)
         write_rows(self.out / AFTER, self.after, self.after_bfgs)
+        if self.card is not None:
+            self.card.before.write(self.out / PORTRAITS[0])
+            self.card.after.write(self.out / PORTRAITS[1])
+            self.card.write(self.out / CARD)
+            report.save(self.card.figure(), self.out / "card.png")
         report.write_csv(self.out / "table.csv", self.before, self.after)
         report.write_pictures(
             self.out, self.before, self.after, history=self.history or None, best_epoch=self.best_epoch
@@ -83,6 +97,7 @@ class Outcome:
             history=self.history or None,
             best_epoch=self.best_epoch,
             facts=tuple(self.facts.items()),
+            extra=[] if self.card is None else [self.card.section()],
         )
         rows = {"rows_before": self.before.todict()["rows"], "rows_after": self.after.todict()["rows"]}
         write_json(self.out / RESULTS, self.todict() | without_nan(rows) | {"rule": BASIN_RULE, "facts": self.facts})
@@ -97,6 +112,8 @@ class Outcome:
                 history = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
         before, before_bfgs = read_rows(out / BEFORE)
         after, after_bfgs = read_rows(out / AFTER)
+        portraits = [Portrait.read(out / name) for name in PORTRAITS if (out / name).is_file()]
+        card = Card(portraits[0], portraits[1], (before, after)) if len(portraits) == 2 else None
         return cls(
             out,
             before,
@@ -108,6 +125,7 @@ class Outcome:
             best_epoch=results["best_epoch"],
             folds=results["folds"],
             facts=results["facts"],
+            card=card,
         )
 
 

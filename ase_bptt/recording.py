@@ -105,9 +105,14 @@ def as_relaxation(
     Raises
     ------
     ValueError
-        Where a force is larger than the adjoint's fmax.
+        Where a force is larger than the adjoint's fmax, or the initial structure holds other atoms.
     """
     _check_differentiable(atoms)
+    if initial is not None and not np.array_equal(initial.numbers, atoms.numbers):
+        raise ValueError(
+            f"The initial structure holds {initial.symbols} and the relaxed one {atoms.symbols}: give the same atoms "
+            "in the same order."
+        )
     chosen = make_adjoint(adjoint)
     if not isinstance(chosen, AtMinimum):
         raise TypeError("Only 'implicit' and 'one-step' need no frames: relax with ase_bptt.relax for the others.")
@@ -118,7 +123,7 @@ def as_relaxation(
             f"The largest force on these atoms is {largest:.3g} eV/Å, and the adjoint {chosen.name!r} holds at a "
             f"minimum: relax below its fmax of {chosen.fmax:g} eV/Å."
         )
-    start = Structures.from_atoms(initial or atoms, device=potential.device, dtype=potential.dtype)
+    start = Structures.from_atoms(atoms if initial is None else initial, device=potential.device, dtype=potential.dtype)
     record = Record(IteratedMap(potential, GradientDescent()), start, nsteps=[nsteps])
     chosen.check(record.map, start)
     return _as_left(record, atoms, chosen, chosen.fmax)

@@ -50,7 +50,8 @@ class Relaxation:
         Frames that each structure took.
     status : tuple of Status, length n
     early : Relaxation or None
-        Where the batch stood after its first frames, with a gradient of its own; the adjoint `Guided` asks for it.
+        Where the batch stood after its first frames, with a gradient of its own; the adjoint `Guided` asks for
+        it. None where nothing requires gradients.
     """
 
     start: Structures

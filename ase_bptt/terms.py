@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .lora import weights
-from .matching import Points, mismatch
+from .matching import SOUND, Points, mismatch
 from .pairs import RelaxationPair
 from .positive import check_positive
 from .potential import Potential
@@ -19,6 +19,10 @@ from .probes import KINDS, make_probes
 from .supervision import Reference
 
 log = logging.getLogger(__name__)
+
+
+CHANGE = 0.01
+"""Of its size: a weight that changes so much costs 1. A default fine-tuning changes them about as much."""
 
 
 class Term(Protocol):
@@ -60,9 +64,9 @@ class Term(Protocol):
 class Pull:
     """A pull to the pretrained weights.
 
-    The mean over all trained numbers of their squared change, each in units of the root mean square that
-    its tensor had before training (of all trained numbers, for a tensor of zeros): 0.01 means that
-    weights have changed by a tenth of their size.
+    The mean over all trained numbers of their squared change, each in units of `CHANGE` times the root mean
+    square that its tensor had before training (of all trained numbers, for a tensor of zeros): 4 means that
+    weights have changed by 2 % of their size.
 
     Parameters
     ----------
@@ -87,11 +91,14 @@ class Pull:
         self._start = {name: value.to(trained[name]) for name, value in self._start.items()}
 
     def loss(self, potential: Potential, pairs: Sequence[RelaxationPair], rng: np.random.Generator) -> Tensor:
-        """Mean squared relative change of the trained weights."""
+        """Mean squared relative change of the trained weights, in units of `CHANGE`."""
         now = weights(potential)
         count = sum(value.numel() for value in self._start.values())
         whole = float(sum(value.double().square().sum() for value in self._start.values())) / max(count, 1)
-        off = [(now[name] - start).square().sum() / _scale(start, whole) / count for name, start in self._start.items()]
+        off = [
+            (now[name] - start).square().sum() / _scale(start, whole) / CHANGE**2 / count
+            for name, start in self._start.items()
+        ]
         return torch.stack(off).sum() if off else torch.zeros((), dtype=potential.dtype, device=potential.device)
 
     def state(self) -> dict[str, Any]:
@@ -152,12 +159,14 @@ class Teacher:
         if not probes:
             raise ValueError(f"The potential knows no probes of the kinds {', '.join(self.kinds)}: take others.")
         points = Points.of(potential, probes)
-        good = torch.isfinite(points.structures.sum(points.forces).sum(1) + points.energies).nonzero().squeeze(1)
-        if not len(good):
-            raise ValueError("The pretrained potential gives no finite forces on any probe: leave the teacher out.")
+        good = points.sound()
+        if not good:
+            raise ValueError(
+                f"On no probe are the pretrained potential's forces below {SOUND:g} eV/Å: leave the teacher out."
+            )
         if len(good) < len(points):
-            log.warning("Left out %d of %d probes, whose forces are not finite.", len(points) - len(good), len(points))
-        self.points = points.select(good.tolist())
+            log.info("left out %d of %d probes, with forces above %g eV/Å", len(points) - len(good), len(points), SOUND)
+        self.points = points.select(good)
 
     def loss(self, potential: Potential, pairs: Sequence[RelaxationPair], rng: np.random.Generator) -> Tensor:
         """How far the potential is from the pretrained one on some probes; without a unit."""

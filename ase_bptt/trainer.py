@@ -148,6 +148,8 @@ class Trainer:
         self.out = None if out is None else Path(out)
         self.progress = progress
         self.rates, self.terms = dict(rates or {}), [make_term(t) if isinstance(t, dict) else t for t in terms]
+        if len({term.name for term in self.terms}) < len(self.terms):
+            raise ValueError("Two terms of the loss have one name: give each once.")
         self._trained = [p for m in (self.potential, self.stepper) for p in m.parameters() if p.requires_grad]
         if not self._trained:
             raise ValueError("Nothing can be trained: no weight of the potential or stepper requires gradients.")
@@ -160,6 +162,7 @@ class Trainer:
         self.best_epoch = 0
         self._epochs = 0
         self._steps = 0
+        self._prepared = False
         self._further: dict[str, float] = {}
         self._data = ""
         self._generator = torch.Generator().manual_seed(seed)
@@ -229,8 +232,10 @@ class Trainer:
             some = [p.relaxed for p in train[:: max(1, len(train) // SAMPLED)]]
             self.stepper = self._pairs.stepper = steady(self.stepper, self.potential, some)
             self.begun_with = self.stepper.numbers()
-        for term in self.terms:
-            term.prepare(self.potential, train)
+        if not self._prepared:
+            for term in self.terms:
+                term.prepare(self.potential, train)
+            self._prepared = True
         if fresh and self.out is not None:
             save_potential(self.potential, self.out / "potential")
             self._save_checkpoint()
@@ -257,7 +262,7 @@ class Trainer:
             "skipped": len(train) - len(losses),
             "lr": self.optimizer.param_groups[0]["lr"],
             **self._pairs.counts(),
-            **{name: sum(values) / len(values) for name, values in further.items()},
+            **{f"term_{name}": sum(values) / len(values) for name, values in further.items()},
             **(self.stepper.numbers() if any(p.requires_grad for p in self.stepper.parameters()) else {}),
         }
 

@@ -166,7 +166,7 @@ def test_a_structure_that_is_lost_does_not_take_the_others_along(name):
 @pytest.mark.parametrize("name", ["bfgs", "lbfgs"])
 @pytest.mark.parametrize("adjoint", ["replay", "full"])
 def test_a_tape_refuses_quasi_newton_steps(name, adjoint):
-    with pytest.raises(TypeError, match=rf"The stepper '{name}' cannot be differentiated: use torch\.no_grad"):
+    with pytest.raises(TypeError, match=rf"The stepper '{name}' cannot be differentiated.*torch\.no_grad"):
         relax(lennard_jones().requires_grad_(), argon(), stepper=name, adjoint=adjoint, steps=3)
 
 

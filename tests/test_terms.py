@@ -56,7 +56,7 @@ def pairs():
 
 
 def every_term():
-    return [Pull(2.0), Teacher(0.5, size=3, batch=3), Reference(0.5, per_pair=2), Reference(1.0, path=0.3, frames=4)]
+    return [Pull(0.01), Teacher(0.5, size=3, batch=3), Reference(0.5, per_pair=2), Reference(1.0, path=0.3, frames=4)]
 
 
 def rng():
@@ -151,7 +151,7 @@ def test_the_pull_is_the_mean_squared_change_relative_to_each_tensors_size(pairs
     with torch.no_grad():
         trained[0] *= 1.1
         potential.epsilon *= 2
-    assert pull.loss(potential, pairs, rng()).item() == pytest.approx(0.01 / len(trained))
+    assert pull.loss(potential, pairs, rng()).item() == pytest.approx(100 / len(trained))
 
 
 def test_the_pull_of_weights_that_began_at_zero_is_finite(pairs):
@@ -162,7 +162,7 @@ def test_the_pull_of_weights_that_began_at_zero_is_finite(pairs):
     pull.prepare(potential, pairs)
     with torch.no_grad():
         potential.epsilon += 0.5
-    assert pull.loss(potential, pairs, rng()).item() == pytest.approx(0.25 / (2.5**2 / 2) / 2)
+    assert pull.loss(potential, pairs, rng()).item() == pytest.approx(1e4 * 0.25 / (2.5**2 / 2) / 2)
 
 
 def test_a_pull_refuses_other_trained_weights_than_before(pairs):
@@ -253,9 +253,15 @@ class TestTeacher:
             change = Points.of(potential, atoms).forces - Points.of(lennard_jones(), atoms).forces
             return change.square().mean().sqrt().item()
 
-        free, guarded, pulled = (drift(terms) for terms in ([], [Teacher(10.0, size=6)], [Pull(1e5)]))
+        free, guarded, pulled = (drift(terms) for terms in ([], [Teacher(10.0, size=6)], [Pull(10.0)]))
         assert guarded < free / 3
         assert pulled < free / 3
+
+    def test_probes_that_the_potential_does_not_know_are_left_out(self, pairs):
+        teacher = Teacher(size=10)
+        teacher.prepare(lennard_jones(), pairs)
+        assert 10 < len(teacher.points) < 30
+        assert teacher.points.forces.abs().max() < 30
 
     def test_kinds_can_be_left_out(self, pairs):
         teacher = Teacher(size=4, kinds=["crystals"])

@@ -19,6 +19,11 @@ from .inputs import potential_of
 from .stopping import held
 
 ARGUMENTS = ("loss", *NUMBERS)
+TERMS = {
+    "pull": "weight of a pull to the pretrained weights",
+    "teacher": "weight of the pretrained energies and forces on probes",
+    "reference": "weight of the energies and forces of reference frames",
+}
 
 
 def add_training(parser: argparse.ArgumentParser) -> Any:
@@ -53,6 +58,7 @@ def add_training(parser: argparse.ArgumentParser) -> Any:
     number("--patience", count, "stop after so many epochs without a better validation", "N")
     number("--seed", seed, "of the order of pairs, of their starts and of the split", "N")
     _add_weights(parser)
+    _add_terms(parser)
     return group
 
 
@@ -62,6 +68,12 @@ def _add_weights(parser: argparse.ArgumentParser) -> None:
     flag(group, parser, "--freeze", "not weights of these names", [], nargs="+", metavar="PATTERN")
     flag(group, parser, "--last", "the last N layers, with the readout", type=count, metavar="N")
     flag(group, parser, "--lora", "low-rank updates of this rank, folded in on saving", type=count, metavar="RANK")
+
+
+def _add_terms(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("further terms of the loss (default: none)")
+    for name, text in TERMS.items():
+        flag(group, parser, f"--{name}", text, type=positive, metavar="X")
 
 
 def new_trainer(arguments: argparse.Namespace, out: Path | None) -> Trainer:
@@ -77,7 +89,9 @@ def new_trainer(arguments: argparse.Namespace, out: Path | None) -> Trainer:
     potential = potential_of(arguments)
     prepare(potential, train=arguments.train, freeze=arguments.freeze, last=arguments.last, lora=arguments.lora)
     numbers = {name: getattr(arguments, name) for name in ARGUMENTS if getattr(arguments, name, None) is not None}
-    return Trainer(potential, stepper=_stepper(arguments, chosen), adjoint=chosen, **numbers, out=out)
+    terms = [{"name": name, "weight": getattr(arguments, name)} for name in TERMS if getattr(arguments, name)]
+    stepper = _stepper(arguments, chosen)
+    return Trainer(potential, stepper=stepper, adjoint=chosen, **numbers, terms=terms, out=out)
 
 
 def resumed_trainer(arguments: argparse.Namespace, out: Path) -> Trainer:

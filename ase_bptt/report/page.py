@@ -35,6 +35,10 @@ TERMS = (
      "diverged."),
     ("Group", "Structures that are alike, as those of one kind of defect. They are not independent, so intervals and "
      "the test are over groups."),
+    ("Change of forces", "Of each component of the force on each atom, root mean square; beside it, in per cent of the "
+     "root mean square of the components themselves. Energies change by a constant, too."),
+    ("Hole", "Two atoms must repel each other the more the nearer they come. Where the energy falls instead, atoms "
+     "that come so near in a hot or a bad structure fall into each other."),
 )  # fmt: skip
 
 
@@ -59,6 +63,7 @@ def write_page(
     history: Sequence[dict[str, float]] | None = None,
     facts: Iterable[tuple[str, str]] = (),
     best_epoch: int | None = None,
+    extra: Sequence[Section] = (),
 ) -> None:
     """Write a page that opens in any browser, whole or not at all.
 
@@ -78,6 +83,8 @@ def write_page(
         Of the training, as for `learning_curve`; best_epoch too.
     facts : pairs of str
         Names and values: potential, settings, versions, command, date, ...
+    extra : sequence of Section
+        What stands last, as the section of a `Card`.
 
     Raises
     ------
@@ -91,6 +98,7 @@ def write_page(
     sections += _results(evaluation, after, labels, comparison)
     if history:
         sections.append(Section("Training", pictures=[learning(history, best_epoch)]))
+    sections += extra
     text = _template().render(title=title, headline=headline(evaluation, after, labels, UNIT), sections=sections,
                               terms=TERMS)  # fmt: skip
     with replacing(path) as temporary:

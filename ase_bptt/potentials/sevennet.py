@@ -1,0 +1,186 @@
+"""SevenNet: equivariant message passing for large systems (Park et al., J. Chem. Theory Comput. 20, 4857 (2024))."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..neighbors import Pairs
+from ..potential import Potential, Prediction
+from ..structures import Structures
+from . import quiet, require
+
+VARIANTS = ("7net-0", "7net-l3i5", "7net-mf-0", "7net-0_22may2024")
+"""What the package sevenn carries; it would download others."""
+BACKENDS = {"cuequivariance_config": {"use": False}, "use_flash_tp": False, "use_oeq": False}
+ENERGY = "atomic_energy"
+
+
+class SevenNet(Potential):
+    """A module of sevenn, seen as a Potential.
+
+    Pairs, live positions and live cells are ours; sevenn's own layer for forces is left out. The
+    module is used as it is, not copied.
+
+    Parameters
+    ----------
+    model : sevenn.nn.sequential.AtomGraphSequential
+    settings : dict or None
+        The configuration that sevenn built it from, as its checkpoints hold it; without, the
+        potential computes, but cannot be saved.
+    modal : str or None
+        For a model of several modals (levels of theory), the one to compute with; None takes the
+        checkpoint's default, or the only one.
+    """
+
+    family = "sevennet"
+    extra = "sevennet"
+    native_name = "sevennet.pth"
+    atomic_properties = ("energies",)
+
+    model: Any
+    _column: Tensor
+
+    def __init__(self, model: Any, settings: dict[str, Any] | None = None, modal: str | None = None):
+        super().__init__()
+        self.model = model.eval()
+        self.settings = settings
+        self.cutoff = float(model.cutoff)
+        self.atomic_numbers = frozenset(model.type_map)
+        self.modals = dict(model.modal_map or {})
+        self.modal = _modal(self.modals, modal or (settings or {}).get("default_modal"))
+        device = next(model.parameters()).device
+        column = torch.zeros(max(model.type_map) + 1, dtype=torch.int64, device=device)
+        for number, index in model.type_map.items():
+            column[number] = index
+        self.register_buffer("_column", column, persistent=False)
+        self.register_state_dict_post_hook(_without_copies)
+
+    def forward(self, structures: Structures, pairs: Pairs) -> Prediction:
+        data = {
+            "x": self._column[structures.numbers],
+            "edge_vec": pairs.vectors(structures),
+            "edge_index": torch.stack((pairs.i, pairs.j)),
+            "batch": structures.batch,
+        }
+        if self.modal:
+            data["modal_type"] = torch.full_like(data["batch"][: len(structures)], self.modals[self.modal])
+        dtype = self.dtype
+        # TorchScript's optimised graphs round differently after some calls; see MACE.
+        with torch.jit.optimized_execution(False), self._in_batches():
+            for layer in self.model:
+                data = layer(data)
+                if ENERGY in data:
+                    break
+                # sevenn's one-hot vectors are float32, whatever its weights are.
+                data |= {name: value.to(dtype) for name, value in data.items() if value.is_floating_point()}
+        atomic = data[ENERGY].squeeze(1)
+        return Prediction(structures.sum(atomic), atomic_energies=atomic)
+
+    @contextmanager
+    def _in_batches(self) -> Iterator[None]:
+        """Tell the layers that there may be several structures; sevenn's calculator tells them the opposite."""
+        before = self.model.is_batch_data
+        self.model.set_is_batch_data(True)
+        try:
+            yield
+        finally:
+            self.model.set_is_batch_data(before)
+
+    @classmethod
+    def from_name(cls, variant: str | None) -> SevenNet:
+        """A pretrained model out of sevenn's wheel, with its modal if it has several: 7net-mf-0:R2SCAN."""
+        name, _, modal = (variant or VARIANTS[0]).partition(":")
+        if name.lower() not in VARIANTS:
+            raise ValueError(
+                f"The package sevenn carries no SevenNet {name!r}, but {', '.join(VARIANTS)}; give any other as the "
+                "file of its checkpoint, with trust (--potential FILE --trust in the shell)."
+            )
+        util = require("sevenn.util", extra="sevennet")
+        return cls._from_checkpoint(util.pretrained_name_to_path(name), modal or None)
+
+    @classmethod
+    def owns(cls, native: Any) -> bool:
+        if isinstance(native, dict):
+            return {"model_state_dict", "config"} <= native.keys()
+        return type(native).__module__.startswith("sevenn.") and hasattr(native, "type_map")
+
+    @classmethod
+    def from_native(cls, native: Any) -> SevenNet:
+        if not isinstance(native, dict):
+            return cls(native)
+        # sevenn brings checkpoints of older releases up to date only where it reads them from a file.
+        with tempfile.TemporaryDirectory() as folder:
+            torch.save(native, Path(folder) / "checkpoint.pth")
+            return cls._from_checkpoint(Path(folder) / "checkpoint.pth", None)
+
+    @classmethod
+    def _from_checkpoint(cls, path: str | Path, modal: str | None) -> SevenNet:
+        sevenn, util = require("sevenn", extra="sevennet"), require("sevenn.util", extra="sevennet")
+        with quiet():
+            checkpoint = util.load_checkpoint(str(path))
+            settings = checkpoint.config | BACKENDS | {"version": sevenn.__version__}
+            return cls(checkpoint.build_model(), settings, modal)
+
+    def config(self) -> dict[str, Any]:
+        if self.settings is None:
+            raise NotImplementedError(
+                "A SevenNet module does not know its configuration and cannot be saved: load it from its checkpoint."
+            )
+        return {"modal": self.modal, "settings": {k: v for k, v in self.settings.items() if _is_json(v)}}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> SevenNet:
+        settings = dict(config["settings"])
+        # JSON has no whole numbers for keys.
+        settings["_type_map"] = {int(number): index for number, index in settings["_type_map"].items()}
+        build = require("sevenn.model_build", extra="sevennet")
+        with quiet():
+            model = build.build_E3_equivariant_model(settings | {"_flash_lammps": False})
+        return cls(model.to(torch.get_default_dtype()), settings, config["modal"])
+
+    def save_native(self, path: Path) -> None:
+        settings = self.config()["settings"] | {"_type_map": dict(self.model.type_map), "default_modal": self.modal}
+        weights = {name.removeprefix("model."): value.detach().cpu() for name, value in self.state_dict().items()}
+        checkpoint = {
+            "model_state_dict": weights,
+            "config": settings,
+            "optimizer_state_dict": {},
+            "scheduler_state_dict": {},
+            "epoch": 0,
+            "hash": uuid.uuid4().hex,
+        }
+        torch.save(checkpoint, path)
+
+
+def _without_copies(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+    """Leave out the constants that e3nn's layers hold a second time once they have been copied."""
+    for name in [name for name in state if "._tensor_constant" in name]:
+        del state[name]
+
+
+def _modal(known: dict[str, int], wanted: str | None) -> str | None:
+    if not known:
+        return None
+    names = {name.lower(): name for name in known}
+    if wanted is None and len(known) == 1:
+        return next(iter(known))
+    if (wanted or "").lower() not in names:
+        raise ValueError(f"This SevenNet has the modals {', '.join(known)}; {wanted!r} is none of them.")
+    return names[str(wanted).lower()]
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return True
