@@ -10,6 +10,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 from ase import Atoms
+from ase.io import Trajectory
 from ase.optimize.optimize import Optimizer
 from ase.utils.abc import Optimizable
 from torch import Tensor

@@ -615,7 +615,9 @@ def test_a_limit_that_is_none_is_refused(limit):
 
 def test_auto_that_nobody_has_resolved_is_refused_with_a_sentence():
     with pytest.raises(ValueError, match=r"step_size='auto' is no number yet: call resolved\(limit\)"):
-        relax(lennard_jones(), argon(), stepper=GradientDescent("auto"))
+        stepper = GradientDescent("auto")
+        x = torch.zeros(2, 3, dtype=torch.float64)
+        stepper.step(x, x, stepper.init(x, 1), torch.zeros(2, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.7, 0.95])
