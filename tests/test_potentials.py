@@ -126,9 +126,7 @@ class TestCHGNetParity:
 
         calculator = CHGNetCalculator(chgnet_module(variant), use_device="cpu")
         evaluate(chgnet_potential(variant, torch.float64), atoms())
-        # Without angles the module of 0.2.0 leaves a layer out, for the whole batch or not at all.
-        skip = ["batch"] if variant == "0.2.0" else []
-        report = check_potential(chgnet_potential(variant, torch.float32), atoms(), calculator=calculator, skip=skip)
+        report = check_potential(chgnet_potential(variant, torch.float32), atoms(), calculator=calculator)
         assert {f"parity {name}" for name in ("energy", "forces", "stress", "magmoms")} <= report.measured.keys()
 
     def test_float64_equals_its_own_graph_in_float64(self, variant, atoms, chgnet_module, monkeypatch):

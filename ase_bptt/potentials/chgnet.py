@@ -48,6 +48,21 @@ class CHGNet(Potential):
 
     def forward(self, structures: Structures, pairs: Pairs) -> Prediction:
         graph = self._batched_graph(structures, pairs)
+        bent = structures.batch[graph.batched_bond_graph[:, 0]].unique().tolist()
+        straight = sorted(set(range(len(structures))) - set(bent))
+        if not (bent and straight):
+            return self._predict(structures, graph)
+        # Where a batch has no angle at all chgnet leaves layers out, which tells in 0.2.0: what has none stands apart.
+        parts = []
+        for members in (bent, straight):
+            part = structures.select(members)
+            parts.append(self._predict(part, self._batched_graph(part, _among(pairs, structures, members))))
+        back = torch.tensor([*bent, *straight], device=structures.batch.device).argsort()
+        atoms_back = structures.atoms_of([*bent, *straight]).argsort()
+        energy, atomic, magmoms = (torch.cat(c) for c in zip(*map(_tensors, parts), strict=True))
+        return Prediction(energy[back], atomic_energies=atomic[atoms_back], magmoms=magmoms[atoms_back])
+
+    def _predict(self, structures: Structures, graph: Any) -> Prediction:
         out = self.model._compute(graph, compute_magmom=True, return_site_energies=True)
         sizes = torch.tensor(structures.counts, device=structures.positions.device)
         energy = out["e"] * sizes if self.model.is_intensive else out["e"]
@@ -126,6 +141,18 @@ class CHGNet(Potential):
 
     def save_native(self, path: Path) -> None:
         torch.save({"model": self.model.as_dict()}, path)
+
+
+def _tensors(found: Prediction) -> tuple[Any, ...]:
+    return found.energy, found.atomic_energies, found.magmoms
+
+
+def _among(pairs: Pairs, structures: Structures, members: list[int]) -> Pairs:
+    """The pairs of these structures, as indices into the batch of them alone."""
+    atoms = structures.atoms_of(members)
+    place = torch.full_like(structures.batch, -1).index_copy(0, atoms, torch.arange(len(atoms), device=atoms.device))
+    kept = place[pairs.i] >= 0
+    return Pairs(place[pairs.i[kept]], place[pairs.j[kept]], pairs.shifts[kept])
 
 
 @dataclass(eq=False)
