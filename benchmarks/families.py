@@ -108,8 +108,9 @@ def main() -> None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_json(path, cell(name, fold, arguments))
                 print(f"{name}, fold {fold}: done", flush=True)
+    print("drift in eV/Å, the longest run in minutes")
     print(
-        f"{'':16} {'folds':10}   n   mean Delta-Q, amu^1/2 Å    median                   basins      drift, eV/Å   longest, min"
+        f"{'':16} {'folds':10}   n   mean Delta-Q, amu^1/2 Å    median                   basins      drift     longest"
     )
     for name in POTENTIALS:
         paths = {fold: place(name, fold, arguments) for fold in range(FOLDS)}
