@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -77,13 +76,16 @@ class Case:
         """Most memory used so far, MiB."""
         if self.potential.device.type == "cuda":
             return torch.cuda.max_memory_allocated() / 2**20
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        # Not getrusage: a child process begins with its parent's peak.
+        (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) / 1024
 
     def resident(self) -> float:
-        """Memory in use now, MiB: what loading took for a while is given back by then."""
+        """Memory in use now, MiB, from which the peak begins anew."""
         if self.potential.device.type == "cuda":
             return torch.cuda.memory_allocated() / 2**20
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+        Path("/proc/self/clear_refs").write_text("5")  # what loading took for a while is no peak of ours
+        return self.peak()
 
     def finish(self) -> None:
         if self.potential.device.type == "cuda":
@@ -236,7 +238,7 @@ def main() -> None:
     parser.add_argument("--potential", default="mace-si")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--cells", type=int, default=2, help="cubic cells along each axis")
-    parser.add_argument("--frames", type=int, default=10, help="of the part replay")
+    parser.add_argument("--frames", type=int, default=30, help="of the part replay")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--parts", nargs="+", default=["replay", "memory", "implicit", "guided", "ways"])
     parser.add_argument("--one", nargs=2, metavar=("ADJOINT", "FRAMES"), help="measure one case and print JSON")
