@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from .card import Card
 from .evaluation import Evaluation, evaluate
@@ -43,6 +44,7 @@ def finetune(
     """
     clock = time.monotonic()
     train, valid, test = (splits[name] for name in ("train", "valid", "test"))
+    given = trainer.stepper.todict()
     trainer.begin(train, valid, test, epochs=epochs)
     first = _portrait_before(trainer, test, out / PORTRAITS[0])
     before, before_bfgs = _before(trainer, test, out / BEFORE)
@@ -61,7 +63,7 @@ def finetune(
         trainer.history,
         seconds,
         best_epoch=trainer.best_epoch,
-        facts=dict(facts or {}),
+        facts=dict(facts or {}) | _step_size(trainer, given) | _learnt(trainer),
         card=Card(first, last, (before, after)),
     )
     outcome.write()
@@ -151,6 +153,22 @@ def _in_order(evaluations: Sequence[Evaluation], pairs: Sequence[RelaxationPair]
     ends = [atoms for e in evaluations for atoms in e.ends]
     order = sorted(range(len(rows)), key=lambda k: place[rows[k].id])
     return Evaluation(tuple(rows[k] for k in order), tuple(ends[k] for k in order) if len(ends) == len(rows) else ())
+
+
+def _step_size(trainer: Trainer, given: dict[str, Any]) -> dict[str, str]:
+    """The one that "auto" was."""
+    if given.get("step_size") != "auto":
+        return {}
+    return {"step size": f"{trainer.begun_with['step_size']:.4g} Å^2/eV, half of what is stable"}
+
+
+def _learnt(trainer: Trainer) -> dict[str, str]:
+    """How far the numbers of the stepper moved, where some were trained."""
+    trained = {name.partition(".")[0] for name, p in trainer.stepper.named_parameters() if p.requires_grad}
+    now = trainer.stepper.numbers()
+    moved = [f"{name} {begun:.4g} -> {now[name]:.4g}" for name, begun in trainer.begun_with.items()
+             if name.partition("[")[0] in trained]  # fmt: skip
+    return {"learnt": ", ".join(moved)} if moved else {}
 
 
 def _portrait_before(trainer: Trainer, test: Sequence[RelaxationPair], file: Path) -> Portrait:

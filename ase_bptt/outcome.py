@@ -17,7 +17,7 @@ from .portrait import Portrait
 
 RESULTS, BEFORE, AFTER = "results.json", "before.json", "after.json"
 PORTRAITS = ("portrait_before.json", "portrait_after.json")
-CARD = "card.json"
+CARD, CARD_PICTURE = "card.json", "card.png"
 
 
 @dataclass(eq=False)
@@ -83,7 +83,7 @@ class Outcome:
             self.card.before.write(self.out / PORTRAITS[0])
             self.card.after.write(self.out / PORTRAITS[1])
             self.card.write(self.out / CARD)
-            report.save(self.card.figure(), self.out / "card.png")
+            report.save(self.card.figure(), self.out / CARD_PICTURE)
         report.write_csv(self.out / "table.csv", self.before, self.after)
         report.write_pictures(
             self.out, self.before, self.after, history=self.history or None, best_epoch=self.best_epoch

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from . import lora
+from .adjoints import ADJOINTS
 from .loading import load_potential
 from .losses import LOSSES
-from .steppers import make_stepper
+from .steppers import STEPPERS, make_stepper
 from .terms import TERMS
 
 if TYPE_CHECKING:
@@ -81,9 +82,16 @@ def arguments(
         raise ValueError(f"The run in {out} used its own loss {settings['loss']!r}: give it to resume again.")
     if given["optimizer"] is None and settings["optimizer"] != "AdamW":
         raise ValueError(f"The run in {out} used {settings['optimizer']}: give its factory to resume again.")
-    unknown = [term["name"] for term in settings["terms"] if term["name"] not in TERMS]
+    for part, known in (("stepper", STEPPERS), ("adjoint", ADJOINTS)):
+        name = settings[part]["name"]
+        if given[part] is None and name not in known:
+            raise ValueError(f"The run in {out} used its own {part} {name!r}: give it to resume again.")
+    terms = [term["name"] for term in settings["terms"]]
+    unknown = [name for name in terms if name not in TERMS]
     if given["terms"] is None and unknown:
         raise ValueError(f"The run in {out} used its own term {unknown[0]!r}: give all terms to resume again.")
+    if given["terms"] is not None and [term.name for term in given["terms"]] != terms:
+        raise ValueError(f"The run in {out} had the terms {', '.join(terms) or 'none'}: give those to resume again.")
     potential = load_potential(out / "potential", device=device)
     if state["lora"]:
         lora.restore(potential, state["lora"])

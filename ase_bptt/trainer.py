@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,9 @@ class Trainer:
         out: str | Path | None = None,
         progress: bool | None = None,
     ):
-        check_positive(steps=steps, batch_size=batch_size, lr=lr, fmax=fmax, clip=clip, patience=patience)
+        check_positive(
+            steps=steps, batch_size=batch_size, lr=lr, fmax=fmax, clip=clip, patience=patience, warm=warm or None
+        )
         self.potential = as_potential(potential)
         self.adjoint = make_adjoint(adjoint) or Replay()
         self.stepper = _default_stepper(self.adjoint) if stepper is None else make_stepper(stepper)
@@ -134,6 +137,7 @@ class Trainer:
         self.fmax, self.batch_size, self.clip = fmax, batch_size, clip
         self.warm, self.learn = warm, list(learn)
         if learn:
+            _check_learnable(self.stepper, self.adjoint, learn)
             self.stepper.learn(*learn)
         if warm and not self.adjoint.to_the_end:
             raise ValueError(
@@ -246,23 +250,24 @@ class Trainer:
         batches = [order[k : k + self.batch_size] for k in range(0, len(order), self.batch_size)]
         losses: list[float] = []
         norms: list[float] = []
-        further: dict[str, list[float]] = {}
+        further: dict[str, list[float]] = {term.name: [] for term in self.terms}
         for number, batch in enumerate(batches):
             self._set_rate((self.epoch + number / len(batches)) / self._epochs)
             counted, norm = self.train_step([train[k] for k in batch])
             losses += counted
             norms.append(norm)
             for name, value in self._further.items():
-                further.setdefault(name, []).append(value)
+                further[name].append(value)
             progress.advance(len(batch), losses)
+        means = {f"term_{name}": sum(found) / len(found) if found else nan for name, found in further.items()}
         return {
             "epoch": 0,
-            "train_loss": sum(losses) / len(losses) if losses else float("nan"),
+            "train_loss": sum(losses) / len(losses) if losses else nan,
             "gradient_norm": sum(norms) / len(norms),
             "skipped": len(train) - len(losses),
             "lr": self.optimizer.param_groups[0]["lr"],
             **self._pairs.counts(),
-            **{f"term_{name}": sum(values) / len(values) for name, values in further.items()},
+            **means,
             **(self.stepper.numbers() if any(p.requires_grad for p in self.stepper.parameters()) else {}),
         }
 
@@ -271,6 +276,7 @@ class Trainer:
 
         Pairs whose relaxation diverges are reported and left out.
         """
+        self._further = {}
         losses = self.backward(pairs)
         if not losses:
             return [], 0.0
@@ -381,3 +387,16 @@ class Trainer:
 def _default_stepper(adjoint: Adjoint) -> Stepper:
     """The paper's map where the gradient goes through its frames, else what finds a minimum soonest."""
     return GradientDescent(momentum=MOMENTUM) if adjoint.through_frames else BFGS()
+
+
+def _check_learnable(stepper: Stepper, adjoint: Adjoint, names: Sequence[str]) -> None:
+    """Raise for numbers of the stepper that would stay where they are, or are no numbers yet."""
+    if not adjoint.through_frames:
+        raise ValueError(
+            f"The adjoint {adjoint.name!r} has no gradient for the numbers of the stepper, so that none can be learnt: "
+            "take 'replay' or 'guided'."
+        )
+    if "step_size" in names and stepper.todict().get("step_size") == "auto":
+        raise ValueError(
+            "step_size='auto' is found when the training begins and then kept: give it a number in Å^2/eV to learn it."
+        )

@@ -36,11 +36,14 @@ KEYS = {
     "basins_before",
     "basins_after",
 }
-RESULT = {"test", "test_bfgs", "comparison", "checkpoint", "run", "folds", "epochs", "best_epoch", "seconds"}
+RESULT = {
+    "test", "test_bfgs", "comparison", "drift", "warnings", "checkpoint", "run", "folds", "epochs", "best_epoch",
+    "seconds",
+}  # fmt: skip
 FILES = {
     "settings.json", "metrics.csv", "checkpoint.pt", "potential", "results.json", "table.csv",
     "before_after.png", "by_group.png", "displacements.png", "learning_curve.png", "before.json", "after.json",
-    "report.html", "command.json",
+    "report.html", "command.json", "portrait_before.json", "portrait_after.json", "card.json", "card.png",
 }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from textwrap import fill
+from typing import Any
 
 import ase
 import torch
@@ -18,9 +19,10 @@ import torch
 from .. import report
 from ..estimate import Estimate
 from ..evaluation import BASIN_RULE
-from ..outcome import Outcome
+from ..outcome import CARD, CARD_PICTURE, Outcome
 from ..pairs import RelaxationPair
 from ..resuming import NUMBERS
+from ..trainable import describe
 from ..trainer import Trainer
 from ..version import __version__
 from .flags import WIDTH
@@ -35,9 +37,12 @@ def introduction(trainer: Trainer, arguments: argparse.Namespace, splits: dict[s
     """What will be trained on what."""
     sizes = ", ".join(f"{len(v)} {k} ({len({p.group for p in v})} kinds)" for k, v in splits.items())
     again = f", on from epoch {trainer.epoch}" if arguments.resume and trainer.epoch else ""
+    few = not trainer.adjoint.to_the_end
+    frames = f"{trainer.steps} frames of {trainer.stepper.name}" + ("" if few else " at most")
     return (
-        f"{arguments.potential}, fine-tuned through {trainer.steps} frames of {trainer.stepper.name}, "
-        f"{arguments.epochs} epochs{again}\n"
+        f"{arguments.potential}, fine-tuned {'through' if few else 'at minima, after'} {frames}, gradient by "
+        f"{arguments.adjoint}, {arguments.epochs} epochs{again}\n"
+        f"{describe(trainer.potential)}\n"
         f"relaxations: {sizes}; kinds are never split\n"
         f"run folder: {arguments.out}"
     )
@@ -65,16 +70,23 @@ def planned(arguments: argparse.Namespace, splits: dict[str, list[RelaxationPair
 def facts(arguments: argparse.Namespace, trainer: Trainer) -> dict[str, str]:
     """For the head of the page: what was run, and with what."""
     potential = trainer.potential
-    weights = sum(p.numel() for p in potential.parameters() if p.requires_grad)
     settings = trainer.settings()
+    # In a run that goes on, the stepper's numbers may have moved already.
+    begun = {name: trainer.begun_with.get(name, value) for name, value in settings["stepper"].items()}
+    terms = [f"{term['weight']:g} {term['name']}" for term in settings["terms"]]
+    numbers = {name: settings[name] for name in NUMBERS if settings[name] not in (None, [], {})}
     found = {
-        "potential": f"{arguments.potential} ({potential.family}, {weights:,} weights trained, "
+        "potential": f"{arguments.potential} ({potential.family}, {describe(potential)}, "
         f"{str(potential.dtype).removeprefix('torch.')}, {potential.device})",
-        "stepper": ", ".join(f"{k} {v}" for k, v in settings["stepper"].items()),
-        "loss": f"{settings['loss']}, gradient by {trainer.adjoint}",
-        "training": ", ".join(f"{name} {settings[name]}" for name in NUMBERS) + f", epochs {arguments.epochs}",
+        "stepper": ", ".join(f"{k} {v}" for k, v in begun.items()),
+        "loss": f"{' + '.join([settings['loss'], *terms])}, gradient by {trainer.adjoint}",
+        "training": ", ".join(f"{name} {_plain(v)}" for name, v in numbers.items()) + f", epochs {arguments.epochs}",
     }
     return found | provenance()
+
+
+def _plain(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def provenance() -> dict[str, str]:
@@ -107,7 +119,23 @@ def conclusion(outcome: Outcome) -> str:
         f"{fill(BASIN_RULE, WIDTH)}\n\n"
         f"{report.comparison_text(outcome.comparison)}\n"
         f"relaxed by BFGS instead: mean {before.mean:.2f} before, {after.mean:.2f} after, "
-        f"{report.change(before.mean, after.mean)}\n\n"
+        f"{report.change(before.mean, after.mean)}\n\n{_kept_or_lost(outcome)}"
         f"{outcome.seconds:.0f} s; tuned potential in {place}, all figures and pictures in "
         f"{outcome.out / 'report.html'}"
     )
+
+
+def _kept_or_lost(outcome: Outcome) -> str:
+    """Of the card, the warnings and how far forces have moved; and where all of it is."""
+    card = outcome.card
+    if card is None:
+        return ""
+    drift = card.drift()
+    said = [f"Warning: {warning}" for warning in card.warnings()]
+    if drift.n:
+        said.append(
+            f"What else has changed: on {drift.n} other structures forces by {drift.force:.3f} eV/Å, of "
+            f"{drift.size:.3f}, and energies by {1000 * drift.energy:.1f} meV/atom (root mean square)."
+        )
+    said.append(f"More of this in {outcome.out / CARD_PICTURE} and {outcome.out / CARD}.")
+    return "\n".join(fill(line, WIDTH, break_long_words=False, break_on_hyphens=False) for line in said) + "\n\n"

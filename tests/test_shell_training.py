@@ -1,0 +1,161 @@
+"""The shell's choices for a training: adjoints, warm starts, learnt steppers, terms, and what is trained."""
+
+import csv
+import json
+import re
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from conftest import needs_mace, tiny_mace
+from shell import is_refused, run, write_relaxations
+
+import ase_bptt
+from ase_bptt import load_potential, lora, save_potential
+from ase_bptt.evaluation import evaluate
+from ase_bptt.portrait import portrait
+
+QUICK = ["--epochs", "2", "--lr", "0.02"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Relaxations of clusters, and a potential that wants tuning."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("data")
+    write_relaxations(folder)
+    return folder
+
+
+def train(data, *arguments, potential="lj"):
+    return run("train", data / "pairs", "--potential", data / potential, "--out", "run", *QUICK, *arguments)
+
+
+def trained(data, *arguments, **how) -> tuple[str, dict, list[dict]]:
+    """What a run says, its settings, and its rows of metrics.csv."""
+    code, out, err = train(data, *arguments, **how)
+    assert code == 0, err
+    settings = json.loads(Path("run/settings.json").read_text())
+    return out, settings, list(csv.DictReader(Path("run/metrics.csv").read_text().splitlines()))
+
+
+def facts() -> dict:
+    return json.loads(Path("run/results.json").read_text())["facts"]
+
+
+class TestChoices:
+    def test_implicit_warm_starts_and_a_teacher(self, data):
+        out, settings, rows = trained(data, "--adjoint", "implicit", "--warm", "2", "--teacher", "0.1")
+        assert (settings["adjoint"]["name"], settings["warm"], settings["stepper"]["name"]) == ("implicit", 2, "bfgs")
+        assert [term["weight"] for term in settings["terms"]] == [0.1]
+        assert {"unsolved", "elsewhere", "term_teacher"} <= set(rows[0])
+        assert float(rows[1]["train_loss"]) < float(rows[0]["train_loss"])
+        assert "fine-tuned at minima, after 300 frames of bfgs at most, gradient by implicit, 2 epochs" in out
+        assert facts()["loss"].startswith("root_delta_q + 0.1 teacher, gradient by Implicit(")
+
+    def test_guided_with_a_learnt_step_size(self, data):
+        out, settings, rows = trained(data, "--adjoint", "guided:5", "--learn", "step_size", "--freeze", "epsilon")
+        assert (settings["adjoint"]["first"], settings["learn"]) == (5, ["step_size"])
+        assert "after 300 frames of gd at most, gradient by guided:5" in out
+        assert "trains 1 of 2 weights" in out
+        assert facts()["learnt"] == f"step_size 0.05 -> {float(rows[-1]['step_size']):.4g}"
+        assert float(rows[-1]["step_size"]) != 0.05
+
+    def test_a_step_size_that_is_found(self, data):
+        out, settings, _ = trained(data, "--step-size", "auto", "--steps", "3")
+        found = settings["stepper"]["step_size"]
+        assert 0.001 < found < 0.1
+        assert facts()["step size"].startswith(f"{found:.4g} Å^2/eV")
+        assert "fine-tuned through 3 frames of gd, gradient by replay, 2 epochs\ntrains all 2 weights\n" in out
+
+    def test_the_end_says_what_else_has_changed_and_where_more_is(self, data):
+        out, *_ = trained(data, "--steps", "2", "--pull", "0.1")
+        drift = json.loads(Path("run/results.json").read_text())["drift"]["all"]
+        said = " ".join(out.split())
+        assert f"What else has changed: on {drift['n']} other structures forces by {drift['force']:.3f} eV/Å" in said
+        assert "More of this in run/card.png and run/card.json." in said
+        assert max(map(len, out[out.index("What else") :].splitlines()[:-1])) <= 80
+        assert {"card.png", "card.json"} <= {p.name for p in Path("run").iterdir()}
+
+    @needs_mace
+    @pytest.mark.parametrize(
+        ("flags", "said"),
+        [
+            (["--lora", "2"], r"trains [\d,]+ numbers beside [\d,]+ weights \(LoRA, rank 2\)"),
+            (["--last", "1"], r"trains [\d,]+ of [\d,]+ weights"),
+        ],
+        ids=["lora", "last"],
+    )
+    def test_what_is_trained(self, data, flags, said):
+        from ase_bptt.potentials.mace import MACE
+
+        before = MACE(tiny_mace(elements=(10, 18, 36, 54), max_ell=1))
+        save_potential(before, data / "mace")
+        quick = {"evaluate": partial(evaluate, steps=3), "portrait": partial(portrait, size=2)}
+        with mock.patch.multiple("ase_bptt.finetune", **quick):
+            out, *_ = trained(data, *flags, "--steps", "2", potential="mace")
+        assert re.search(said, out)
+        after = load_potential("run")
+        assert not lora.has(after)
+        changed = [
+            name for (name, a), b in zip(before.named_parameters(), after.parameters(), strict=True)
+            if not torch.equal(a, b)
+        ]  # fmt: skip
+        assert 0 < len(changed) < len(list(before.parameters()))
+
+
+class TestRefusing:
+    @pytest.mark.parametrize(
+        ("flags", "texts"),
+        [
+            (["--adjoint", "replay", "--stepper", "bfgs"], ["--stepper bfgs", "--adjoint implicit"]),
+            (["--warm", "2"], ["Warm starts", "not 'replay'"]),
+            (["--adjoint", "implicit", "--learn", "step_size", "--stepper", "gd"], ["'implicit' has no gradient"]),
+            (["--step-size", "auto", "--learn", "step_size"], ["step_size='auto'", "to learn it"]),
+            (["--learn", "colour"], ["colour", "step_size"]),
+            (["--lora", "2"], ["no linear maps"]),
+            (["--last", "1"], ["lj"]),
+            (["--train", "weights*"], ["'weights*'", "sigma"]),
+        ],
+        ids=lambda x: " ".join(x) if x[0].startswith("--") else "",
+    )
+    def test_what_does_not_go_together(self, data, tmp_path, flags, texts):
+        is_refused(train(data, *flags), *texts)
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_warm_run_goes_on(data, tmp_path):
+    flags = ["--adjoint", "implicit", "--warm", "3", "--batch-size", "1", "--json"]
+    assert train(data, *flags)[0] == 0
+    (tmp_path / "run").rename(tmp_path / "whole")
+    real, calls = ase_bptt.Trainer.train_step, iter(range(100))
+
+    def stopping(self, pairs):
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return real(self, pairs)
+
+    with mock.patch.object(ase_bptt.Trainer, "train_step", stopping):
+        assert train(data, *flags)[0] == 130
+    code, out, err = run("train", "--out", "run", "--resume", "--json")
+    assert code == 0, err
+    whole = json.loads((tmp_path / "whole" / "results.json").read_text())
+    assert json.loads(out)["test"] == whole["test"]
+    assert load_potential("run").sigma.item() == load_potential("whole").sigma.item()
+
+
+def test_a_dry_run_of_implicit_gives_an_estimate(data, tmp_path):
+    code, out, err = train(data, "--adjoint", "implicit", "--warm", "2", "--dry-run", "--json")
+    assert code == 0, err
+    assert json.loads(out)["estimate"]["seconds"] > 0
+    assert not (tmp_path / "run").exists()
+
+
+def test_overwriting_leaves_nothing_of_the_last_run(data, tmp_path):
+    flags = ["--steps", "2", "--adjoint", "implicit", "--warm", "2", "--pull", "0.1"]
+    assert train(data, *flags)[0] == 0
+    with mock.patch("ase_bptt.cli.train.finetune", side_effect=KeyboardInterrupt):
+        assert train(data, *flags, "--overwrite")[0] == 130
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["command.json"]

@@ -1,0 +1,299 @@
+"""Training by every adjoint, with learnt steppers, step sizes that are found, rates, low-rank updates and terms."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import needs_mace, rattled, silicon, tiny_mace
+from test_terms import relaxation
+from test_trainer import (
+    Exploding,
+    Killed,
+    contents,
+    killed_in,
+    lennard_jones,
+    make_pairs,
+    same,
+    trainer,
+    untuned,
+    with_xenon,
+    without_times,
+)
+
+from ase_bptt import RelaxationPair, Trainer, load_potential, lora, relax
+from ase_bptt.adjoints import Guided, Implicit, OneStep, Replay
+from ase_bptt.estimate import estimate
+from ase_bptt.finetune import finetune
+from ase_bptt.losses import delta_q
+from ase_bptt.neighbors import NeighborList
+from ase_bptt.outcome import Outcome
+from ase_bptt.stability import stability_limit
+from ase_bptt.steppers import FIRE, GradientDescent
+from ase_bptt.structures import Structures
+from ase_bptt.terms import Pull, Reference, Teacher
+
+TIGHT = Implicit(fmax=1e-6, tolerance=1e-8)
+TO_THE_END = {"stepper": None, "steps": None}
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    torch.set_num_threads(1)
+    return make_pairs(0, 5)
+
+
+@pytest.fixture(scope="module")
+def labelled():
+    torch.set_num_threads(1)
+    return [relaxation(k, lennard_jones(), 3.0) for k in range(5)]
+
+
+def gradients(run) -> list[float]:
+    return [p.grad.item() for p in run.potential.parameters()]
+
+
+def by_hand(run, pairs, starts, stepper, adjoint, steps) -> list[float]:
+    """The gradient of the mean loss of a batch, by `relax` alone."""
+    relaxation = relax(run.potential, starts, stepper=stepper, adjoint=adjoint, steps=steps, fmax=run.fmax)
+    loss = delta_q(relaxation, Structures.from_atoms([p.relaxed for p in pairs])).mean()
+    return [g.item() for g in torch.autograd.grad(loss, list(run.potential.parameters()))]
+
+
+def interrupted(make, tmp_path, train, valid=(), *, step, epochs, **given):
+    """A run that nothing interrupts, and one of the same that died in a step and went on."""
+    whole = make(tmp_path / "whole").fit(train, valid, epochs=epochs)
+    with pytest.raises(Killed):
+        killed_in(make(tmp_path / "run"), step).fit(train, valid, epochs=epochs)
+    torch.manual_seed(99)
+    resumed = Trainer.resume(tmp_path / "run", progress=False, **given)
+    assert 0 < resumed.epoch < epochs
+    resumed.fit(train, valid, epochs=epochs)
+    assert same(contents(resumed, tmp_path / "run"), contents(whole, tmp_path / "whole"))
+    assert same(dict(resumed.stepper.state_dict()), dict(whole.stepper.state_dict()))
+    assert resumed.begun_with == whole.begun_with
+    return whole, resumed
+
+
+class TestAdjoints:
+    @pytest.mark.parametrize(
+        ("adjoint", "changes"),
+        [
+            ("full", {}),
+            ("replay:3", {}),
+            ("truncated:4", {}),
+            ("guided:6", {"steps": None}),
+            ("guided:6", {"steps": None, "warm": 2}),
+            ("implicit", TO_THE_END),
+            ("implicit", TO_THE_END | {"warm": 2}),
+            ("one-step", TO_THE_END),
+            ("one-step", TO_THE_END | {"warm": 2}),
+        ],
+    )
+    def test_every_adjoint_trains(self, pairs, adjoint, changes):
+        run = trainer(adjoint=adjoint, **changes).fit(pairs, epochs=3)
+        losses = [row["train_loss"] for row in run.history]
+        assert losses[2] < 0.7 * losses[0]
+        assert 2.4 < run.potential.sigma.item() < 2.6
+        assert all(row["skipped"] == 0 and row.get("unsolved", 0) == 0 for row in run.history)
+
+    @pytest.mark.parametrize(
+        ("adjoint", "stepper", "steps"),
+        [(Replay(), GradientDescent(0.05), 6), (Implicit(), "bfgs", 300), (OneStep(), "fire", 300)],
+        ids=["replay", "implicit", "one-step"],
+    )
+    def test_a_batch_has_the_gradient_that_relax_gives(self, pairs, adjoint, stepper, steps):
+        run = trainer(adjoint=adjoint, stepper=stepper, steps=steps)
+        run.backward(pairs[:2])
+        found = by_hand(run, pairs[:2], [p.initial for p in pairs[:2]], stepper, adjoint, steps)
+        assert gradients(run) == pytest.approx(found, rel=1e-12)
+
+    @pytest.mark.parametrize("weight", [0.5, 3.0])
+    @pytest.mark.parametrize("warm", [0, 2])
+    def test_guided_adds_the_loss_after_the_first_frames_times_its_weight(self, pairs, weight, warm):
+        run = trainer(adjoint=Guided(4, weight=weight, solve=TIGHT), steps=300, warm=warm)
+        for epoch in (0, 1):
+            run._pairs.backward(pairs[:2], epoch)
+            found = gradients(run)
+            run.optimizer.zero_grad()
+        starts = [p.initial for p in pairs[:2]]
+        end = by_hand(run, pairs[:2], starts, "bfgs", TIGHT, 300)
+        early = by_hand(run, pairs[:2], starts, run.stepper, Replay(), 4)
+        assert found == pytest.approx([a + weight * b for a, b in zip(end, early, strict=True)], rel=1e-4)
+        assert max(map(abs, early)) > 0.05 * max(map(abs, end))
+
+    def test_an_estimate_leaves_no_trace_in_the_counts(self, pairs):
+        run = trainer(adjoint="implicit", stepper=None, steps=2)
+        estimate(run, pairs[:3], pairs[3:4], pairs[4:], epochs=1)
+        assert run.fit(pairs[:3], epochs=1).history[0]["unsolved"] == 3
+
+
+class TestLearning:
+    @pytest.mark.parametrize(
+        ("stepper", "learn", "numbers"),
+        [
+            (lambda: GradientDescent(0.03, momentum=0.3), ["step_size", "momentum"], ["step_size", "momentum"]),
+            (lambda: GradientDescent({"Ar": 0.03, "Kr": 0.02}), ["step_size"], ["step_size[Ar]"]),
+            (lambda: GradientDescent([0.03, 0.02, 0.01]), ["step_size"], ["step_size[0]", "step_size[2]"]),
+            (lambda: FIRE(dt=0.2), ["dt", "a"], ["dt", "a"]),
+        ],
+        ids=["gd", "gd-elements", "gd-frames", "fire"],
+    )
+    def test_numbers_of_the_stepper_move_and_go_on_bit_for_bit(self, pairs, tmp_path, stepper, learn, numbers):
+        def make(out):
+            return trainer(stepper=stepper(), learn=learn, out=out)
+
+        whole, _ = interrupted(make, tmp_path, pairs, step=5, epochs=2)
+        assert whole.begun_with == stepper().numbers()
+        rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").read_text().splitlines()))
+        now = whole.stepper.numbers()
+        for name in numbers:
+            assert now[name] != whole.begun_with[name]
+            assert float(rows[-1][name]) == now[name]
+            assert now[name] == pytest.approx(whole.begun_with[name], rel=0.1)
+
+    @pytest.mark.parametrize("rate", [1.0, -1.0])
+    def test_they_stay_in_their_ranges(self, pairs, rate):
+        run = trainer(
+            untuned().requires_grad_(False), stepper=GradientDescent(0.03, momentum=0.5), learn=["momentum"],
+            optimizer=lambda p: torch.optim.SGD(p, lr=1e6, maximize=rate < 0),
+        )  # fmt: skip
+        run.train_step(pairs[:2])
+        assert run.stepper.numbers()["momentum"] in (0.0, 0.999)
+
+    def test_an_optimizer_of_ones_own_gets_groups_with_their_rates(self, pairs, tmp_path):
+        seen = []
+
+        def factory(groups):
+            seen.append([(g["name"], g.get("lr")) for g in groups])
+            return torch.optim.Adam(groups, lr=0.01)
+
+        def make(out):
+            return trainer(stepper=GradientDescent(0.03), learn=["step_size"], optimizer=factory, out=out)
+
+        interrupted(make, tmp_path, pairs, step=4, epochs=2, optimizer=factory)
+        assert seen[0] == [("weights", None), ("stepper.step_size", pytest.approx(3e-4))]
+
+    def test_the_page_and_the_results_say_how_far_they_moved(self, pairs, tmp_path):
+        run = trainer(stepper=GradientDescent(0.03), learn=["step_size"], out=tmp_path)
+        outcome = finetune(run, {"train": pairs[:2], "valid": pairs[2:3], "test": pairs[3:]}, tmp_path, epochs=1)
+        said = f"step_size 0.03 -> {run.stepper.step_size.item():.4g}"
+        assert outcome.facts["learnt"] == said
+        assert json.loads((tmp_path / "results.json").read_text())["facts"]["learnt"] == said
+        assert said.replace(">", "&gt;") in (tmp_path / "report.html").read_text()
+
+    @pytest.mark.parametrize(
+        ("changes", "said"),
+        [
+            ({"adjoint": "implicit", "steps": None}, "'implicit' has no gradient for the numbers of the stepper"),
+            ({"stepper": GradientDescent("auto")}, "give it a number in Å^2/eV to learn it"),
+        ],
+        ids=["implicit", "auto"],
+    )
+    def test_what_could_not_be_learnt_is_refused(self, changes, said):
+        with pytest.raises(ValueError, match=said.replace("^", r"\^")):
+            trainer(learn=["step_size"], **changes)
+
+
+class TestAutomaticStepSize:
+    def test_it_is_found_before_the_first_epoch_and_kept(self, pairs, tmp_path):
+        def make(out):
+            return trainer(stepper=GradientDescent("auto", momentum=0.2), learn=["momentum"], out=out)
+
+        begun = make(tmp_path / "begun")
+        begun.begin(pairs, epochs=2)
+        found = begun.stepper.todict()["step_size"]
+        assert found == pytest.approx(stability_limit(untuned(), [p.relaxed for p in pairs]) / 2)
+        assert json.loads((tmp_path / "begun" / "settings.json").read_text())["stepper"]["step_size"] == found
+        whole, resumed = interrupted(make, tmp_path, pairs, step=5, epochs=2)
+        assert whole.stepper.step_size == resumed.stepper.step_size == resumed.begun_with["step_size"] == found
+        assert whole.stepper.momentum.item() != 0.2
+
+    def test_a_batch_relaxes_with_it(self, pairs):
+        starts = [p.relaxed for p in pairs]
+        found = relax(untuned(), starts, stepper=GradientDescent("auto"), steps=40, fmax=0.01)
+        number = stability_limit(untuned(), starts) / 2
+        expected = relax(untuned(), starts, stepper=GradientDescent(number), steps=40, fmax=0.01)
+        assert torch.equal(found.positions, expected.positions)
+        assert {status.value for status in found.status} == {"converged"}
+
+
+class TestWeights:
+    def test_rates_of_patterns_are_taken_up_again(self, pairs, tmp_path):
+        def make(out):
+            return trainer(rates={"sig*": 0.1}, out=out)
+
+        run = make(None)
+        run.train_step(pairs[:2])
+        # A first step of Adam is as long as its rate.
+        assert abs(run.potential.sigma.item() - 2.65) == pytest.approx(0.002, rel=1e-3)
+        assert abs(run.potential.epsilon.item() - 0.3) == pytest.approx(0.02, rel=1e-3)
+        interrupted(make, tmp_path, pairs, step=4, epochs=2)
+
+    @needs_mace
+    def test_low_rank_updates_go_on_and_are_saved_as_plain_weights(self, tmp_path):
+        from ase_bptt.potentials.mace import MACE
+
+        def make(out):
+            potential = MACE(tiny_mace(elements=(14,), max_ell=1))
+            lora.add(potential, 2)
+            return trainer(potential, steps=2, rates={"*readouts*": 2.0}, out=out)
+
+        made = [RelaxationPair(silicon(k), rattled(silicon(k), 0.1, k), f"{k}", f"{k}") for k in range(2)]
+        _, resumed = interrupted(make, tmp_path, made, step=2, epochs=2)
+        assert lora.has(resumed.potential)
+        assert lora.settings(resumed.potential)["rank"] == 2
+        folder = tmp_path / "run" / "potential"
+        saved = [load_potential(folder), load_potential(folder / "mace.model", trust=True)]
+        structures = Structures.from_atoms(silicon(5), dtype=torch.float64)
+        energies = [
+            p.energy_and_forces(structures, NeighborList(p.cutoff)(structures))[0].item()
+            for p in (resumed.potential, *saved)
+        ]
+        assert not any(lora.has(p) for p in saved)
+        np.testing.assert_allclose(energies, energies[0], rtol=1e-10)
+
+
+class Nudge(Pull):
+    """A term of one's own."""
+
+    name = "nudge"
+
+
+class TestTerms:
+    @staticmethod
+    def make(out=None):
+        return trainer(terms=[Pull(1.0), Teacher(0.3, size=3), Reference(0.3, path=0.5)], out=out)
+
+    def test_they_go_on_bit_for_bit(self, labelled, tmp_path):
+        whole, resumed = interrupted(self.make, tmp_path, labelled[:3], labelled[3:], step=4, epochs=3)
+        assert same(*([term.state() for term in run.terms] for run in (whole, resumed)))
+        assert same(without_times(whole.history), without_times(resumed.history))
+        assert all(whole.history[-1][f"term_{name}"] > 0 for name in ("pull", "teacher", "reference"))
+
+    def test_the_page_says_what_else_has_changed(self, labelled, tmp_path):
+        splits = {"train": labelled[:2], "valid": labelled[2:3], "test": labelled[3:4]}
+        outcome = finetune(self.make(tmp_path), splits, tmp_path, epochs=1)
+        assert "What else has changed" in (tmp_path / "report.html").read_text()
+        assert Outcome.load(tmp_path).card.text() == outcome.card.text()
+
+    def test_each_term_has_its_column_even_where_no_step_was_taken(self, pairs):
+        potential = Exploding(**untuned().config())
+        potential.fault = float("nan")
+        run = trainer(potential, terms=[Pull()]).fit([with_xenon(p) for p in pairs[:2]], epochs=1)
+        assert np.isnan(run.history[0]["term_pull"])
+
+    def test_two_of_one_name_are_refused(self):
+        with pytest.raises(ValueError, match="Two terms of the loss have one name"):
+            trainer(terms=[Pull(), {"name": "pull", "weight": 2.0}])
+
+    def test_terms_of_ones_own_must_be_given_again(self, pairs, tmp_path):
+        def make(out):
+            return trainer(terms=[Nudge(0.1)], out=out)
+
+        interrupted(make, tmp_path, pairs, step=4, epochs=2, terms=[Nudge(0.1)])
+        with pytest.raises(ValueError, match="used its own term 'nudge': give all terms"):
+            Trainer.resume(tmp_path / "run")
+        with pytest.raises(ValueError, match="had the terms nudge: give those to resume"):
+            Trainer.resume(tmp_path / "run", terms=[])

@@ -1,0 +1,158 @@
+"""Warm starts: shorter ways to the same minima, a look at the beginning now and then, and the same when resumed."""
+
+import csv
+import logging
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from test_trainer import Killed, contents, killed_in, make_pairs, same, trainer
+
+from ase_bptt import RelaxationPair, Trainer, pairloss
+from ase_bptt.adjoints import Guided, Implicit, Replay
+from ase_bptt.potentials.double_well import DoubleWell
+from ase_bptt.steppers import GradientDescent
+
+STILL = {"along": 0.0, "rattle": 0.0}
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    torch.set_num_threads(1)
+    return make_pairs(0, 4)
+
+
+def warm(every=2, adjoint="implicit", **changes):
+    return trainer(**{"adjoint": adjoint, "warm": every, "stepper": None, "steps": None} | changes)
+
+
+def watched(run, monkeypatch) -> list:
+    """Collects (epoch, adjoint, positions of the starts, frames) of each batch that the run relaxes."""
+    seen = []
+    real = pairloss.relax
+
+    def relax(potential, structures, *, adjoint, **settings):
+        found = real(potential, structures, adjoint=adjoint, **settings)
+        seen.append((run.epoch, adjoint, structures.positions.clone(), found.nsteps.sum().item()))
+        return found
+
+    monkeypatch.setattr(pairloss, "relax", relax)
+    return seen
+
+
+class TestStarts:
+    def test_ways_are_shorter_but_for_the_cold_epochs(self, pairs, monkeypatch):
+        run = warm(every=3, lr=0.004)
+        seen = watched(run, monkeypatch)
+        run.fit(pairs, epochs=5)
+        frames = [sum(n for epoch, *_, n in seen if epoch == k) for k in range(5)]
+        assert max(frames[1], frames[2], frames[4]) < 0.7 * min(frames[0], frames[3])
+
+    def test_cold_epochs_begin_at_the_initial_structures_and_others_at_the_ends(self, pairs, monkeypatch):
+        run = warm(every=2, along=0.5, rattle=0.1)
+        seen, ends = watched(run, monkeypatch), []
+        validate = run._validate
+
+        def note(valid):
+            ends.append(dict(run._pairs.warm.ends))
+            return validate(valid)
+
+        run._validate = note
+        run.fit(pairs, epochs=4)
+        initial = {p.id: torch.from_numpy(p.initial.positions) for p in pairs}
+        for epoch in range(4):
+            starts = torch.cat([x for k, _, x, _ in seen if k == epoch]).split(6)
+            expected = ends[epoch] if epoch % 2 else initial
+            assert {tuple(x.flatten().tolist()) for x in starts} == {
+                tuple(x.flatten().tolist()) for x in expected.values()
+            }
+
+    def test_of_guided_only_the_end_is_warm(self, pairs, monkeypatch):
+        run = warm(adjoint=Guided(3), batch_size=4)
+        seen = watched(run, monkeypatch)
+        run.backward(pairs)
+        run._pairs.backward(pairs, 1)
+        initial = torch.cat([torch.from_numpy(p.initial.positions) for p in pairs])
+        ends = torch.cat([run._pairs.warm.ends[p.id] for p in pairs])
+        assert [type(adjoint) for _, adjoint, *_ in seen] == [Implicit, Replay, Implicit, Replay]
+        np.testing.assert_array_equal(seen[1][2], initial)
+        np.testing.assert_array_equal(seen[3][2], initial)
+        np.testing.assert_allclose(seen[2][2], ends, atol=0.01)
+        assert (seen[2][3], seen[3][3]) == (0, 12)
+
+    def test_a_pair_that_did_not_converge_starts_cold_the_next_time(self, pairs, monkeypatch):
+        run = warm(every=9, batch_size=4)
+        run._pairs.backward(pairs, 0)
+        assert len(run._pairs.warm.ends) == 4
+        with torch.no_grad():
+            run.potential.sigma += 0.05
+        run._pairs.steps = 1
+        run._pairs.backward(pairs, 1)
+        assert run._pairs.counts()["unsolved"] == 4
+        seen = watched(run, monkeypatch)
+        run._pairs.backward(pairs, 2)
+        np.testing.assert_array_equal(seen[0][2], np.concatenate([p.initial.positions for p in pairs]))
+
+
+class Well(DoubleWell):
+    """One that can be saved."""
+
+    def config(self):
+        return {"height": self.height.item()}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**config)
+
+
+class Raised(Trainer):
+    """After its first epoch the bump is there, which sends the path from the initial structure to the other well."""
+
+    def _validate(self, valid):
+        if self.epoch == 1:
+            with torch.no_grad():
+                self.potential.height.fill_(0.3)
+        return super()._validate(valid)
+
+
+def test_another_basin_is_noticed_at_the_next_cold_start_and_told_once(tmp_path, caplog):
+    initial, relaxed = (Atoms("Ar2", positions=[[0, 0, 0], [0, 0, z]]) for z in (3.02, 2.5))
+    run = Raised(
+        Well(), adjoint="implicit", warm=2, stepper=GradientDescent(0.004), steps=1000, progress=False,
+        out=tmp_path / "run", **STILL,
+    )  # fmt: skip
+    run.fit([RelaxationPair(initial, relaxed, "dimer", "dimer")], epochs=5)
+    rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").read_text().splitlines()))
+    assert [float(row["elsewhere"]) for row in rows] == [0, 0, 1, 0, 0]
+    losses = [float(row["train_loss"]) for row in rows]
+    assert min(losses[:2]) > 10 * max(losses[2:])
+    told = [r.message for r in caplog.records if r.levelno == logging.WARNING]
+    assert len(told) == 1
+    assert told[0].startswith("dimer: from its initial structure it now relaxes to another basin")
+
+
+class TestResuming:
+    @pytest.mark.parametrize("adjoint", ["implicit", "guided:3"])
+    @pytest.mark.parametrize("step", [4, 8])
+    def test_a_run_that_goes_on_is_warm(self, pairs, tmp_path, adjoint, step):
+        whole = warm(3, adjoint, out=tmp_path / "whole").fit(pairs[:3], pairs[3:], epochs=4)
+        with pytest.raises(Killed):
+            killed_in(warm(3, adjoint, out=tmp_path / "run"), step).fit(pairs[:3], pairs[3:], epochs=4)
+        resumed = Trainer.resume(tmp_path / "run", progress=False)
+        assert set(resumed._pairs.warm.ends) == {p.id for p in pairs[:3]}
+        resumed.fit(pairs[:3], pairs[3:], epochs=4)
+        assert same(contents(resumed, tmp_path / "run"), contents(whole, tmp_path / "whole"))
+        ends = [torch.load(tmp_path / n / "checkpoint.pt", weights_only=True)["warm_ends"] for n in ("run", "whole")]
+        assert same(*ends)
+
+
+@pytest.mark.parametrize("adjoint", ["replay", "full", "truncated:3"])
+def test_warm_starts_need_a_minimum_to_start_at(adjoint):
+    with pytest.raises(ValueError, match=rf"not '{adjoint.split(':')[0]}': take 'implicit', 'guided' or 'one-step'\.$"):
+        warm(adjoint=adjoint, stepper="gd", steps=5)
+
+
+def test_epochs_between_cold_starts_are_not_negative():
+    with pytest.raises(ValueError, match=r"warm must be positive, got -1\."):
+        warm(-1)
