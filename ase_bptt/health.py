@@ -82,7 +82,7 @@ class Health:
 
     def _of_ends(self) -> Iterator[str]:
         for status in (Status.DIVERGED, Status.OUT_OF_STEPS):
-            members = [k for k, v in enumerate(self.structures) if v.status is status and not _told_by_solve(v)]
+            members = [k for k, v in enumerate(self.structures) if v.status is status and not _meant_or_told(v)]
             if members:
                 yield f"{_named(members)}: not relaxed ({status.value}). {status.sentence}"
 
@@ -90,7 +90,7 @@ class Health:
         for status in (SolveStatus.UNRELAXED, SolveStatus.SADDLE, SolveStatus.CAPPED):
             members = [k for k, v in enumerate(self.structures) if v.solve and v.solve.status is status]
             if status is SolveStatus.UNRELAXED:
-                members = [k for k in members if _told_by_solve(self.structures[k])]
+                members = [k for k in members if self.structures[k].status is Status.OUT_OF_STEPS]
             if members:
                 yield f"{_named(members)}: the implicit gradient is unsolved ({status.value}). {status.sentence}"
 
@@ -178,9 +178,10 @@ def _row(k: int, v: Vitals) -> str:
     ).replace("nan", "  -")
 
 
-def _told_by_solve(v: Vitals) -> bool:
-    """Whether it is by the missing gradient that is told that the structure did not relax."""
-    return v.status is Status.OUT_OF_STEPS and v.solve is not None and v.solve.status is SolveStatus.UNRELAXED
+def _meant_or_told(v: Vitals) -> bool:
+    """Whether a short run was meant, its gradient going through frames, or the missing gradient tells of it."""
+    short = v.status is Status.OUT_OF_STEPS
+    return short and (v.back_to is not None or (v.solve is not None and v.solve.status is SolveStatus.UNRELAXED))
 
 
 def _named(members: list[int]) -> str:

@@ -16,10 +16,12 @@ from ase.utils.abc import Optimizable
 from torch import Tensor
 
 from .adjoints import Adjoint, AtMinimum, FullTape, Guided, Replay, make_adjoint
+from .calculator import TorchCalculator
 from .frames import Keep
 from .recording import Recording, as_relaxation
 from .restart import BROKEN, read_restart, state_from_json, state_to_json, unreadable, write_restart
 from .result import Relaxation, Status
+from .stability import steady
 from .steppers import STEPPERS, Learner, State, Stepper, make_stepper
 
 log = logging.getLogger(__name__)
@@ -108,6 +110,7 @@ class BPTTOptimizer(Optimizer):
             stop(self)
             return
         if self._state is None:
+            self._settle()
             self._state = self._first_state()
         if self._begun is None and isinstance(self.adjoint, AtMinimum) and isinstance(self.atoms, Atoms):
             self._begun = self.atoms.copy()
@@ -124,6 +127,12 @@ class BPTTOptimizer(Optimizer):
         # Constraints may have moved the atoms elsewhere than they were asked to.
         self._recording.moved(self.optimizable.get_x())
         self.dump(self._saved())
+
+    def _settle(self) -> None:
+        """Find the step of step_size="auto", where there is a potential to ask."""
+        calculator = getattr(self.atoms, "calc", None)
+        if isinstance(self.atoms, Atoms) and isinstance(calculator, TorchCalculator):
+            self.stepper = self._recording.stepper = steady(self.stepper, calculator.potential, [self.atoms])
 
     def _before_frame(self) -> None:
         """What a rule does before a frame that needs energies, too."""
@@ -225,7 +234,7 @@ def not_differentiable(name: str, stepper: str) -> str:
     """Why a run has no relaxation."""
     return (
         f"A run of {name} leaves no relaxation, for {stepper!r} cannot be differentiated: relax with FIRE or "
-        "gradient descent where a gradient is wanted."
+        "gradient descent where a gradient is wanted, or take adjoint='implicit', which needs the minimum alone."
     )
 
 

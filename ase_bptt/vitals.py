@@ -113,9 +113,9 @@ def _ways_back(relaxation: Relaxation) -> list[WayBack]:
     norms = through.adjoint_norms
     if norms is None:
         return [(None, None, None, None)] * len(relaxation)
-    # Rows are the frames from the first one that any structure of the batch went back to.
-    first = max(through._record.nsteps) - (len(norms) - 1)
     shares = torch.where(norms[-1] > 0, norms / norms[-1], torch.nan).double().cpu()
     peaks, rows = shares.max(0)
-    triples = zip(shares[0].tolist(), peaks.tolist(), rows.tolist(), strict=True)
-    return [(first, growth, peak, first + row) for growth, peak, row in triples]
+    # What lies before a window is zero.
+    firsts = (shares != 0).to(torch.int64).argmax(0).tolist()
+    growths = [column[first].item() for column, first in zip(shares.T, firsts, strict=True)]
+    return list(zip(firsts, growths, peaks.tolist(), rows.tolist(), strict=True))

@@ -614,10 +614,10 @@ def test_a_limit_that_is_none_is_refused(limit):
 
 
 def test_auto_that_nobody_has_resolved_is_refused_with_a_sentence():
+    stepper, x = GradientDescent("auto"), torch.zeros(2, 3, dtype=torch.float64)
+    state, batch = stepper.init(x, 1), torch.zeros(2, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"step_size='auto' is no number yet: call resolved\(limit\)"):
-        stepper = GradientDescent("auto")
-        x = torch.zeros(2, 3, dtype=torch.float64)
-        stepper.step(x, x, stepper.init(x, 1), torch.zeros(2, dtype=torch.int64))
+        stepper.step(x, x, state, batch)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.7, 0.95])
