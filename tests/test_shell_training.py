@@ -9,12 +9,14 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import needs_mace, tiny_mace
+from builds import built_once, quick_mace
+from conftest import needs_mace
 from shell import is_refused, run, write_relaxations
 
 import ase_bptt
 from ase_bptt import load_potential, lora, save_potential
 from ase_bptt.evaluation import evaluate
+from ase_bptt.layers import layers
 from ase_bptt.portrait import portrait
 
 QUICK = ["--epochs", "2", "--lr", "0.02"]
@@ -58,7 +60,7 @@ class TestChoices:
     def test_guided_with_a_learnt_step_size(self, data):
         out, settings, rows = trained(data, "--adjoint", "guided:5", "--learn", "step_size", "--freeze", "epsilon")
         assert (settings["adjoint"]["first"], settings["learn"]) == (5, ["step_size"])
-        assert "after 300 frames of gd at most, gradient by guided:5" in out
+        assert "after 300 frames of gd and bfgs at most, gradient by guided:5" in out
         assert "trains 1 of 2 weights" in out
         assert facts()["learnt"] == f"step_size 0.05 -> {float(rows[-1]['step_size']):.4g}"
         assert float(rows[-1]["step_size"]) != 0.05
@@ -74,36 +76,28 @@ class TestChoices:
         out, *_ = trained(data, "--steps", "2", "--pull", "0.1")
         drift = json.loads(Path("run/results.json").read_text())["drift"]["all"]
         said = " ".join(out.split())
-        assert f"What else has changed: on {drift['n']} other structures forces by {drift['force']:.3f} eV/Å" in said
+        assert (
+            f"What else has changed, on {drift['n']} other structures: forces of {drift['size']:.3f} eV/Å by "
+            f"{drift['force']:.3f}, and energies by {1000 * drift['energy']:.1f} meV/atom"
+        ) in said
         assert "More of this in run/card.png and run/card.json." in said
         assert max(map(len, out[out.index("What else") :].splitlines()[:-1])) <= 80
         assert {"card.png", "card.json"} <= {p.name for p in Path("run").iterdir()}
 
     @needs_mace
-    @pytest.mark.parametrize(
-        ("flags", "said"),
-        [
-            (["--lora", "2"], r"trains [\d,]+ numbers beside [\d,]+ weights \(LoRA, rank 2\)"),
-            (["--last", "1"], r"trains [\d,]+ of [\d,]+ weights"),
-        ],
-        ids=["lora", "last"],
-    )
-    def test_what_is_trained(self, data, flags, said):
-        from ase_bptt.potentials.mace import MACE
-
-        before = MACE(tiny_mace(elements=(10, 18, 36, 54), max_ell=1))
+    def test_low_rank_updates_of_the_last_layer(self, data):
+        before = quick_mace(10, 18, 36, 54)
         save_potential(before, data / "mace")
         quick = {"evaluate": partial(evaluate, steps=3), "portrait": partial(portrait, size=2)}
-        with mock.patch.multiple("ase_bptt.finetune", **quick):
-            out, *_ = trained(data, *flags, "--steps", "2", potential="mace")
-        assert re.search(said, out)
+        with built_once(), mock.patch.multiple("ase_bptt.finetune", **quick):
+            out, *_ = trained(data, "--last", "1", "--lora", "2", "--steps", "2", potential="mace")
+        assert re.search(r"trains [\d,]+ numbers beside [\d,]+ weights \(LoRA, rank 2\)", out)
         after = load_potential("run")
         assert not lora.has(after)
-        changed = [
-            name for (name, a), b in zip(before.named_parameters(), after.parameters(), strict=True)
-            if not torch.equal(a, b)
-        ]  # fmt: skip
-        assert 0 < len(changed) < len(list(before.parameters()))
+        both = zip(before.named_parameters(), after.parameters(), strict=True)
+        changed = {name for (name, a), b in both if not torch.equal(a, b)}
+        assert {name.endswith("weight") for name in changed} == {True}
+        assert changed < set(layers(before)[-1])
 
 
 class TestRefusing:

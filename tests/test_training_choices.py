@@ -1,12 +1,10 @@
-"""Training by every adjoint, with learnt steppers, step sizes that are found, rates, low-rank updates and terms."""
-
-import csv
-import json
+"""Training by every adjoint, with rates for patterns of weights, low-rank updates and further terms of the loss."""
 
 import numpy as np
 import pytest
 import torch
-from conftest import needs_mace, rattled, silicon, tiny_mace
+from builds import built_once, quick_mace
+from conftest import needs_mace, rattled, silicon
 from test_terms import relaxation
 from test_trainer import (
     Exploding,
@@ -29,8 +27,7 @@ from ase_bptt.finetune import finetune
 from ase_bptt.losses import delta_q
 from ase_bptt.neighbors import NeighborList
 from ase_bptt.outcome import Outcome
-from ase_bptt.stability import stability_limit
-from ase_bptt.steppers import FIRE, GradientDescent
+from ase_bptt.steppers import GradientDescent
 from ase_bptt.structures import Structures
 from ase_bptt.terms import Pull, Reference, Teacher
 
@@ -129,96 +126,6 @@ class TestAdjoints:
         assert run.fit(pairs[:3], epochs=1).history[0]["unsolved"] == 3
 
 
-class TestLearning:
-    @pytest.mark.parametrize(
-        ("stepper", "learn", "numbers"),
-        [
-            (lambda: GradientDescent(0.03, momentum=0.3), ["step_size", "momentum"], ["step_size", "momentum"]),
-            (lambda: GradientDescent({"Ar": 0.03, "Kr": 0.02}), ["step_size"], ["step_size[Ar]"]),
-            (lambda: GradientDescent([0.03, 0.02, 0.01]), ["step_size"], ["step_size[0]", "step_size[2]"]),
-            (lambda: FIRE(dt=0.2), ["dt", "a"], ["dt", "a"]),
-        ],
-        ids=["gd", "gd-elements", "gd-frames", "fire"],
-    )
-    def test_numbers_of_the_stepper_move_and_go_on_bit_for_bit(self, pairs, tmp_path, stepper, learn, numbers):
-        def make(out):
-            return trainer(stepper=stepper(), learn=learn, out=out)
-
-        whole, _ = interrupted(make, tmp_path, pairs, step=5, epochs=2)
-        assert whole.begun_with == stepper().numbers()
-        rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").read_text().splitlines()))
-        now = whole.stepper.numbers()
-        for name in numbers:
-            assert now[name] != whole.begun_with[name]
-            assert float(rows[-1][name]) == now[name]
-            assert now[name] == pytest.approx(whole.begun_with[name], rel=0.1)
-
-    @pytest.mark.parametrize("rate", [1.0, -1.0])
-    def test_they_stay_in_their_ranges(self, pairs, rate):
-        run = trainer(
-            untuned().requires_grad_(False), stepper=GradientDescent(0.03, momentum=0.5), learn=["momentum"],
-            optimizer=lambda p: torch.optim.SGD(p, lr=1e6, maximize=rate < 0),
-        )  # fmt: skip
-        run.train_step(pairs[:2])
-        assert run.stepper.numbers()["momentum"] in (0.0, 0.999)
-
-    def test_an_optimizer_of_ones_own_gets_groups_with_their_rates(self, pairs, tmp_path):
-        seen = []
-
-        def factory(groups):
-            seen.append([(g["name"], g.get("lr")) for g in groups])
-            return torch.optim.Adam(groups, lr=0.01)
-
-        def make(out):
-            return trainer(stepper=GradientDescent(0.03), learn=["step_size"], optimizer=factory, out=out)
-
-        interrupted(make, tmp_path, pairs, step=4, epochs=2, optimizer=factory)
-        assert seen[0] == [("weights", None), ("stepper.step_size", pytest.approx(3e-4))]
-
-    def test_the_page_and_the_results_say_how_far_they_moved(self, pairs, tmp_path):
-        run = trainer(stepper=GradientDescent(0.03), learn=["step_size"], out=tmp_path)
-        outcome = finetune(run, {"train": pairs[:2], "valid": pairs[2:3], "test": pairs[3:]}, tmp_path, epochs=1)
-        said = f"step_size 0.03 -> {run.stepper.step_size.item():.4g}"
-        assert outcome.facts["learnt"] == said
-        assert json.loads((tmp_path / "results.json").read_text())["facts"]["learnt"] == said
-        assert said.replace(">", "&gt;") in (tmp_path / "report.html").read_text()
-
-    @pytest.mark.parametrize(
-        ("changes", "said"),
-        [
-            ({"adjoint": "implicit", "steps": None}, "'implicit' has no gradient for the numbers of the stepper"),
-            ({"stepper": GradientDescent("auto")}, "give it a number in Å^2/eV to learn it"),
-        ],
-        ids=["implicit", "auto"],
-    )
-    def test_what_could_not_be_learnt_is_refused(self, changes, said):
-        with pytest.raises(ValueError, match=said.replace("^", r"\^")):
-            trainer(learn=["step_size"], **changes)
-
-
-class TestAutomaticStepSize:
-    def test_it_is_found_before_the_first_epoch_and_kept(self, pairs, tmp_path):
-        def make(out):
-            return trainer(stepper=GradientDescent("auto", momentum=0.2), learn=["momentum"], out=out)
-
-        begun = make(tmp_path / "begun")
-        begun.begin(pairs, epochs=2)
-        found = begun.stepper.todict()["step_size"]
-        assert found == pytest.approx(stability_limit(untuned(), [p.relaxed for p in pairs]) / 2)
-        assert json.loads((tmp_path / "begun" / "settings.json").read_text())["stepper"]["step_size"] == found
-        whole, resumed = interrupted(make, tmp_path, pairs, step=5, epochs=2)
-        assert whole.stepper.step_size == resumed.stepper.step_size == resumed.begun_with["step_size"] == found
-        assert whole.stepper.momentum.item() != 0.2
-
-    def test_a_batch_relaxes_with_it(self, pairs):
-        starts = [p.relaxed for p in pairs]
-        found = relax(untuned(), starts, stepper=GradientDescent("auto"), steps=40, fmax=0.01)
-        number = stability_limit(untuned(), starts) / 2
-        expected = relax(untuned(), starts, stepper=GradientDescent(number), steps=40, fmax=0.01)
-        assert torch.equal(found.positions, expected.positions)
-        assert {status.value for status in found.status} == {"converged"}
-
-
 class TestWeights:
     def test_rates_of_patterns_are_taken_up_again(self, pairs, tmp_path):
         def make(out):
@@ -233,15 +140,14 @@ class TestWeights:
 
     @needs_mace
     def test_low_rank_updates_go_on_and_are_saved_as_plain_weights(self, tmp_path):
-        from ase_bptt.potentials.mace import MACE
-
         def make(out):
-            potential = MACE(tiny_mace(elements=(14,), max_ell=1))
+            potential = quick_mace(14)
             lora.add(potential, 2)
             return trainer(potential, steps=2, rates={"*readouts*": 2.0}, out=out)
 
         made = [RelaxationPair(silicon(k), rattled(silicon(k), 0.1, k), f"{k}", f"{k}") for k in range(2)]
-        _, resumed = interrupted(make, tmp_path, made, step=2, epochs=2)
+        with built_once():
+            _, resumed = interrupted(make, tmp_path, made, step=2, epochs=2)
         assert lora.has(resumed.potential)
         assert lora.settings(resumed.potential)["rank"] == 2
         folder = tmp_path / "run" / "potential"

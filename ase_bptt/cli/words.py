@@ -38,7 +38,9 @@ def introduction(trainer: Trainer, arguments: argparse.Namespace, splits: dict[s
     sizes = ", ".join(f"{len(v)} {k} ({len({p.group for p in v})} kinds)" for k, v in splits.items())
     again = f", on from epoch {trainer.epoch}" if arguments.resume and trainer.epoch else ""
     few = not trainer.adjoint.to_the_end
-    frames = f"{trainer.steps} frames of {trainer.stepper.name}" + ("" if few else " at most")
+    tail = getattr(trainer.adjoint, "tail", None)
+    movers = trainer.stepper.name + (f" and {tail.name}" if tail else "")
+    frames = f"{trainer.steps} frames of {movers}" + ("" if few else " at most")
     return (
         f"{arguments.potential}, fine-tuned {'through' if few else 'at minima, after'} {frames}, gradient by "
         f"{arguments.adjoint}, {arguments.epochs} epochs{again}\n"
@@ -134,8 +136,8 @@ def _kept_or_lost(outcome: Outcome) -> str:
     said = [f"Warning: {warning}" for warning in card.warnings()]
     if drift.n:
         said.append(
-            f"What else has changed: on {drift.n} other structures forces by {drift.force:.3f} eV/Å, of "
-            f"{drift.size:.3f}, and energies by {1000 * drift.energy:.1f} meV/atom (root mean square)."
+            f"What else has changed, on {drift.n} other structures: forces of {drift.size:.3f} eV/Å by "
+            f"{drift.force:.3f}, and energies by {1000 * drift.energy:.1f} meV/atom (root mean square)."
         )
     said.append(f"More of this in {outcome.out / CARD_PICTURE} and {outcome.out / CARD}.")
     return "\n".join(fill(line, WIDTH, break_long_words=False, break_on_hyphens=False) for line in said) + "\n\n"
