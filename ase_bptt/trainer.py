@@ -88,7 +88,7 @@ class Trainer:
         With `Implicit`, `OneStep` or `Guided`: begin the relaxation to the minimum where it ended in the epoch before,
         and from the initial structure again in every epoch of this many; 0 always begins there. Warm starts are not
         varied by `along` and `rattle`, but for the first frames of `Guided`.
-    learn : sequence of str
+    learn : str or sequence of str
         Numbers of the stepper that are trained, too, such as "step_size".
     rates : mapping of str to float, optional
         By a pattern for names of weights, the factor on `lr` for them (`ase_bptt.trainable.groups`).
@@ -135,10 +135,10 @@ class Trainer:
         self.loss: Loss = named_loss(loss) if isinstance(loss, str) else loss
         self.steps = steps or (TO_THE_END if self.adjoint.to_the_end else UNROLLED)
         self.fmax, self.batch_size, self.clip = fmax, batch_size, clip
-        self.warm, self.learn = warm, list(learn)
-        if learn:
-            _check_learnable(self.stepper, self.adjoint, learn)
-            self.stepper.learn(*learn)
+        self.warm, self.learn = warm, [learn] if isinstance(learn, str) else list(learn)
+        if self.learn:
+            _check_learnable(self.stepper, self.adjoint, self.learn)
+            self.stepper.learn(*self.learn)
         if warm and not self.adjoint.to_the_end:
             raise ValueError(
                 f"Warm starts need an adjoint that ends at the minimum, not {self.adjoint.name!r}: take 'implicit', "
@@ -340,6 +340,8 @@ class Trainer:
         if self.out is not None:
             self.potential.config()  # raises where it could not be saved
         check_apart(training=train, validation=valid, test=test)
+        if self._pairs.warm:
+            self._pairs.warm.check(train)
         if self._data and (fingerprint([*train, *valid]), epochs) != (self._data, self._epochs):
             raise ValueError("This run was begun with other pairs or epochs: go on with those, or start a new run.")
         for pair in (*train, *valid, *test):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -40,6 +41,12 @@ class WarmStarts:
     def begin(self, pairs: Sequence[RelaxationPair]) -> None:
         """Remember the initial structures, to begin from in a cold epoch."""
         self._initial = {pair.id: pair.initial for pair in pairs}
+
+    def check(self, pairs: Sequence[RelaxationPair]) -> None:
+        """Raise ValueError for two pairs of one name, whose ends could not be told apart."""
+        [(name, times)] = Counter(pair.id for pair in pairs).most_common(1)
+        if times > 1:
+            raise ValueError(f"Two training pairs are called {name!r}: give each a name of its own for warm starts.")
 
     def starts(self, pairs: Sequence[RelaxationPair], epoch: int) -> list[Atoms]:
         """Where each relaxation shall begin."""

@@ -61,7 +61,7 @@ class TestLearning:
             return torch.optim.Adam(groups, lr=0.01)
 
         def make(out):
-            return trainer(stepper=GradientDescent(0.03), learn=["step_size"], optimizer=factory, out=out)
+            return trainer(stepper=GradientDescent(0.03), learn="step_size", optimizer=factory, out=out)
 
         interrupted(make, tmp_path, pairs, step=4, epochs=2, optimizer=factory)
         assert seen[0] == [("weights", None), ("stepper.step_size", pytest.approx(3e-4))]

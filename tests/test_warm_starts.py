@@ -1,6 +1,7 @@
 """Warm starts: shorter ways to the same minima, a look at the beginning now and then, and the same when resumed."""
 
 import csv
+import dataclasses
 import logging
 
 import numpy as np
@@ -151,6 +152,12 @@ class TestResuming:
 def test_warm_starts_need_a_minimum_to_start_at(adjoint):
     with pytest.raises(ValueError, match=rf"not '{adjoint.split(':')[0]}': take 'implicit', 'guided' or 'one-step'\.$"):
         warm(adjoint=adjoint, stepper="gd", steps=5)
+
+
+def test_pairs_must_have_names_of_their_own(pairs):
+    twice = [dataclasses.replace(p, id="a pair") for p in pairs[:2]]
+    with pytest.raises(ValueError, match="Two training pairs are called 'a pair'"):
+        warm().check(twice, epochs=1)
 
 
 def test_epochs_between_cold_starts_are_not_negative():
