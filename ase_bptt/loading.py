@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import logging
 import pickle
@@ -91,6 +92,7 @@ def as_potential(
         potential = module if isinstance(module, Potential) else _from_native(module, "this module")
     else:
         potential = _from_spec(str(spec), trust).requires_grad_()
+        potential.metadata = dict(potential.metadata) or {"source": str(spec)}
     return potential.to(device=device, dtype=dtype)
 
 
@@ -118,6 +120,7 @@ def save_potential(potential: Potential, folder: str | Path) -> None:
         "dtype": str(potential.dtype).removeprefix("torch."),
         "written_by": f"ase_bptt {__version__}",
         "config": config,
+        "metadata": dict(potential.metadata),
     }
     blank = _rebuild(type(potential), config, potential.dtype).state_dict()
     parameters = dict(potential.named_parameters())
@@ -134,6 +137,16 @@ def save_potential(potential: Potential, folder: str | Path) -> None:
     if potential.native_name:
         with replacing(folder / potential.native_name) as path:
             potential.save_native(path)
+
+
+def weights_hash(potential: Potential) -> str:
+    """SHA-256 of all parameters, names and dtypes included: the same for the same weights."""
+    found = hashlib.sha256()
+    for name, value in sorted(merged(potential).named_parameters()):
+        array = value.detach().cpu().contiguous().numpy()
+        found.update(f"{name} {array.dtype} {array.shape}".encode())
+        found.update(array.tobytes())
+    return found.hexdigest()
 
 
 def families() -> tuple[str, ...]:
@@ -190,6 +203,7 @@ def _from_folder(folder: Path) -> Potential:
             f"The weights in {folder} do not fit its model.json: "
             f"{len(lost)} are missing and {len(unexpected)} are unknown, as {min({*lost, *unexpected})}."
         )
+    potential.metadata = description.get("metadata") or {}
     return potential
 
 

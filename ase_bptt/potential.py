@@ -6,12 +6,13 @@ stress, the graph of a graph, dtype and device are handled here, once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -59,6 +60,8 @@ class Potential(nn.Module):
     atomic_properties: ClassVar[tuple[str, ...]] = ()
     """Which of ASE's 'energies', 'stresses', 'magmoms' the family has."""
 
+    metadata: Mapping[str, Any] = MappingProxyType({})
+    """Where the weights come from, as JSON; goes along into the files that are written."""
     cutoff: float
     """Radius in Å within which it wants pairs."""
     atomic_numbers: frozenset[int] | None = None

@@ -5,15 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import ase
 import torch
 from torch import nn
 
 from . import lora
 from .adjoints import ADJOINTS
-from .loading import load_potential
+from .loading import load_potential, weights_hash
 from .losses import LOSSES
 from .steppers import STEPPERS, make_stepper
 from .terms import TERMS
+from .version import __version__
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -64,6 +66,17 @@ def state(trainer: Trainer) -> dict[str, Any]:
         "generator": trainer._generator.get_state(),
         "torch_rng": torch.get_rng_state(),
         **{name: getattr(trainer, name) for name in STATE},
+    }
+
+
+def provenance(trainer: Trainer) -> dict[str, Any]:
+    """Where the tuned weights come from, for the files that hold them: base, data, settings, versions."""
+    base = dict(trainer.potential.metadata) or {"source": f"a {type(trainer.potential).__name__} object"}
+    return {
+        "base": base | {"family": trainer.potential.family, "weights": weights_hash(trainer.potential)},
+        "data": trainer._data,
+        "settings": settings(trainer),
+        "versions": {"ase_bptt": __version__, "ase": ase.__version__, "torch": torch.__version__},
     }
 
 

@@ -236,6 +236,7 @@ class Trainer:
             some = [p.relaxed for p in train[:: max(1, len(train) // SAMPLED)]]
             self.stepper = self._pairs.stepper = steady(self.stepper, self.potential, some)
             self.begun_with = self.stepper.numbers()
+            self.potential.metadata = resuming.provenance(self)
         if not self._prepared:
             for term in self.terms:
                 term.prepare(self.potential, train)

@@ -13,9 +13,9 @@ from ase import Atoms
 from conftest import argon, cluster, lennard_jones, needs_chgnet, needs_mace, silicon, skewed, tiny_mace
 from torch import nn
 
-from ase_bptt import TorchCalculator, load_potential, relax, save_potential
+from ase_bptt import RelaxationPair, TorchCalculator, Trainer, load_potential, relax, save_potential
 from ase_bptt.files import replacing
-from ase_bptt.loading import families, family
+from ase_bptt.loading import families, family, weights_hash
 
 
 def mace_potential(**changes):
@@ -391,3 +391,22 @@ def test_a_checkpoint_of_a_missing_package_names_the_extra(tmp_path, monkeypatch
     monkeypatch.setattr(torch, "load", missing)
     with pytest.raises(ImportError, match=r"ase_bptt\[mace\]"):
         load_potential(tmp_path / "some.model", trust=True)
+
+
+@needs_chgnet
+def test_what_is_saved_says_where_it_comes_from(tmp_path):
+    pair = RelaxationPair(silicon(), silicon(amplitude=0.02), "a", group="a")
+    trainer = Trainer("chgnet", steps=1, seed=3, out=tmp_path / "run")
+    before = weights_hash(trainer.potential)
+    trainer.fit([pair], epochs=1)
+    tuned = load_potential(tmp_path / "run")
+    assert weights_hash(tuned) not in (before, "")
+    base, settings = tuned.metadata["base"], tuned.metadata["settings"]
+    assert (base["source"], base["family"], base["weights"]) == ("chgnet", "chgnet", before)
+    assert (settings["seed"], settings["steps"], settings["epochs"]) == (3, 1, 1)
+    native = torch.load(tmp_path / "run" / "potential" / "chgnet.pth.tar", weights_only=False)
+    assert native["metadata"] == json.loads(json.dumps(tuned.metadata))
+    # A second tuning names the first as its base.
+    again = Trainer(tuned, steps=1)
+    again.fit([pair], epochs=1)
+    assert again.potential.metadata["base"]["base"] == base

@@ -140,7 +140,7 @@ class CHGNet(Potential):
         return cls(model.to(torch.get_default_dtype()), config["version"])
 
     def save_native(self, path: Path) -> None:
-        torch.save({"model": self.model.as_dict()}, path)
+        torch.save({"model": self.model.as_dict(), "metadata": dict(self.metadata)}, path)
 
 
 def _tensors(found: Prediction) -> tuple[Any, ...]:

@@ -150,7 +150,11 @@ class MACE(Potential):
         return cls(model, head=config.get("head"))
 
     def save_native(self, path: Path) -> None:
-        torch.save(self.model, path)
+        try:
+            self.model.metadata = dict(self.metadata)
+            torch.save(self.model, path)
+        finally:
+            del self.model.metadata
 
 
 @contextmanager

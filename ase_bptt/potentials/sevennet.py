@@ -157,6 +157,7 @@ class SevenNet(Potential):
             "scheduler_state_dict": {},
             "epoch": 0,
             "hash": uuid.uuid4().hex,
+            "metadata": dict(self.metadata),
         }
         torch.save(checkpoint, path)
 
