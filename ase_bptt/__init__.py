@@ -17,7 +17,7 @@ from .recording import as_relaxation
 from .relaxation import relax
 from .result import Relaxation, Status
 from .structures import Structures
-from .trainer import Trainer
+from .training.trainer import Trainer
 from .version import __version__
 
 register()

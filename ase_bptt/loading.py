@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from .files import replacing
-from .lora import merged
 from .potential import Potential
 from .potentials import quiet
+from .tuning.lora import merged
 from .version import __version__
 
 log = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ def as_potential(
 def save_potential(potential: Potential, folder: str | Path) -> None:
     """Write model.json and weights.pt, which load without unpickling, and the native checkpoint.
 
-    Low-rank updates (`ase_bptt.lora`) are folded into the weights that are written; the potential keeps them
+    Low-rank updates (`ase_bptt.tuning.lora`) are folded into the weights that are written; the potential keeps them
     apart. Files that are there already are replaced whole, or not at all.
 
     Raises

@@ -31,7 +31,7 @@ class Weights:
 
     def versions(self) -> Versions:
         """Changes whenever a weight is changed in place or replaced."""
-        # A weight that was given an update (ase_bptt.lora) lies elsewhere since, beside the update's own numbers.
+        # A weight that was given an update (ase_bptt.tuning.lora) lies elsewhere since, beside the update's numbers.
         if not all(name in held for held, name in self._slots):
             self._find()
         found = (held.get(name) for held, name in self._slots)

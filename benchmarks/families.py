@@ -6,8 +6,8 @@ One command, the Trainer's default settings but for the learning rate of pretrai
 the kinds of defect, each held out once. A cell of the table is a potential on a fold and is kept in a file of its own
 when it is done, so that a second call, also from the environment of another family, goes on with the missing ones;
 cells that nobody has run stay empty. Changes are those of the mean and of the median over the folds that are there.
-Drift is the root mean square change of the forces on the probe set (`ase_bptt.probes`); `--terms teacher:1` trains with
-the guard against forgetting.
+Drift is the root mean square change of the forces on the probe set (`ase_bptt.guard.probes`); `--terms teacher:1`
+trains with the guard against forgetting.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from pathlib import Path
 import torch
 
 from ase_bptt import Trainer, load_potential
-from ase_bptt.changes import Changes
 from ase_bptt.datasets import FOLDS, si_defects
 from ase_bptt.evaluation import evaluate
 from ase_bptt.files import write_json
-from ase_bptt.portrait import portrait
+from ase_bptt.guard.changes import Changes
+from ase_bptt.guard.portrait import portrait
 
 POTENTIALS = ["mace-si", "chgnet:0.2.0", "chgnet:0.3.0", "chgnet:r2scan", "sevennet"]
 

@@ -24,7 +24,7 @@ from shell import KINDS, QUICK, is_refused, lennard_jones, relaxation, run, writ
 from ase_bptt import load_potential, save_potential
 from ase_bptt.potentials.lennard_jones import LennardJones
 from ase_bptt.potentials.mace import MACE
-from ase_bptt.trainer import Trainer
+from ase_bptt.training.trainer import Trainer
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,10 @@ from ase.units import GPa
 from conftest import rattled
 
 from ase_bptt import RelaxationPair, evaluate
-from ase_bptt.card import Card, card
-from ase_bptt.crystals import CRYSTALS, Crystal, birch_murnaghan, chosen_crystals, elastic
-from ase_bptt.dimers import Curve, chosen_dimers, dimer_curves, hole
-from ase_bptt.portrait import Portrait, portrait
+from ase_bptt.guard.card import Card, card
+from ase_bptt.guard.crystals import CRYSTALS, Crystal, birch_murnaghan, chosen_crystals, elastic
+from ase_bptt.guard.dimers import Curve, chosen_dimers, dimer_curves, hole
+from ase_bptt.guard.portrait import Portrait, portrait
 from ase_bptt.potential import Prediction
 from ase_bptt.potentials.emt import EMT
 from ase_bptt.potentials.lennard_jones import LennardJones

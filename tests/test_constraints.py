@@ -34,8 +34,8 @@ from ase_bptt import (
     rmsd,
 )
 from ase_bptt.constraints import KNOWN
-from ase_bptt.starts import varied_starts
 from ase_bptt.steppers import FIRE, GradientDescent
+from ase_bptt.training.starts import varied_starts
 
 
 def symmetric() -> Atoms:

@@ -9,11 +9,11 @@ import torch
 from conftest import cluster, rattled
 
 from ase_bptt import RelaxationPair, Trainer, relax
-from ase_bptt.estimate import Estimate, estimate
 from ase_bptt.files import without_nan
-from ase_bptt.finetune import cross_validate, finetune
-from ase_bptt.outcome import Outcome, read_rows, write_rows
 from ase_bptt.potentials.lennard_jones import LennardJones
+from ase_bptt.training.estimate import Estimate, estimate
+from ase_bptt.training.finetune import cross_validate, finetune
+from ase_bptt.training.outcome import Outcome, read_rows, write_rows
 
 
 def lennard_jones(sigma: float) -> LennardJones:
@@ -123,7 +123,7 @@ def test_a_run_that_dies_in_its_first_measurement_can_be_resumed(pairs, tmp_path
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("ase_bptt.finetune.evaluate", dying)
+        patch.setattr("ase_bptt.training.finetune.evaluate", dying)
         with pytest.raises(Killed):
             finetune(maker([])(tmp_path / "run"), splits, tmp_path / "run", epochs=1)
     again = finetune(Trainer.resume(tmp_path / "run", progress=False), splits, tmp_path / "run", epochs=1)

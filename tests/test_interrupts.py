@@ -67,7 +67,7 @@ with mock.patch("matplotlib.figure.Figure.savefig", drawn), interrupting(where, 
     sys.exit(main(arguments))
 """
 FORWARD = "ase_bptt.potentials.lennard_jones:LennardJones.forward"
-STEP = "ase_bptt.trainer:Trainer.train_step"
+STEP = "ase_bptt.training.trainer:Trainer.train_step"
 ADD = "ase_bptt.journal:Journal.add"
 
 

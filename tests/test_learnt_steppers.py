@@ -9,9 +9,9 @@ from test_trainer import make_pairs, trainer, untuned
 from test_training_choices import interrupted
 
 from ase_bptt import relax
-from ase_bptt.finetune import finetune
 from ase_bptt.stability import stability_limit
 from ase_bptt.steppers import FIRE, GradientDescent
+from ase_bptt.training.finetune import finetune
 
 
 @pytest.fixture(scope="module")

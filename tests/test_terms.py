@@ -14,12 +14,12 @@ from ase.constraints import FixAtoms
 from conftest import cluster, rattled
 
 from ase_bptt import RelaxationPair, datasets, read_pairs, relax
-from ase_bptt.matching import ENERGY, FORCE, Points, mismatch
+from ase_bptt.guard.matching import ENERGY, FORCE, Points, mismatch
+from ase_bptt.guard.probes import KINDS, make_probes
+from ase_bptt.guard.terms import TERMS, Pull, Reference, Teacher, add_gradients, make_term
 from ase_bptt.potentials.emt import EMT
 from ase_bptt.potentials.lennard_jones import LennardJones
 from ase_bptt.potentials.morse import Morse
-from ase_bptt.probes import KINDS, make_probes
-from ase_bptt.terms import TERMS, Pull, Reference, Teacher, add_gradients, make_term
 
 
 def lennard_jones(sigma: float = 2.5, epsilon: float = 0.3) -> LennardJones:

@@ -5,10 +5,10 @@ import torch
 from conftest import lennard_jones, needs_chgnet, needs_mace, skewed
 from test_lora import chgnet, mace
 
-from ase_bptt import lora, trainable
-from ase_bptt.layers import layers
 from ase_bptt.relaxation import relax
 from ase_bptt.steppers import GradientDescent
+from ase_bptt.tuning import lora, trainable
+from ase_bptt.tuning.layers import layers
 
 LAST = [
     pytest.param(mace, 1, "model.readouts.1.", "model.readouts.0.", id="mace", marks=needs_mace),

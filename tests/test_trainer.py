@@ -22,8 +22,8 @@ from ase_bptt import RelaxationPair, Trainer, load_potential, relax
 from ase_bptt.losses import rmsd
 from ase_bptt.pairs import fingerprint
 from ase_bptt.potentials.lennard_jones import LennardJones
-from ase_bptt.starts import varied_starts
 from ase_bptt.steppers import GradientDescent
+from ase_bptt.training.starts import varied_starts
 
 SETTINGS = {
     "loss": "delta_q", "steps": 6, "fmax": 0.01, "batch_size": 2, "lr": 0.02, "clip": 1.0, "along": 0.5,

@@ -20,16 +20,17 @@ from test_trainer import (
     without_times,
 )
 
-from ase_bptt import RelaxationPair, Trainer, load_potential, lora, relax
+from ase_bptt import RelaxationPair, Trainer, load_potential, relax
 from ase_bptt.adjoints import Guided, Implicit, OneStep, Replay
-from ase_bptt.estimate import estimate
-from ase_bptt.finetune import finetune
+from ase_bptt.guard.terms import Pull, Reference, Teacher
 from ase_bptt.losses import delta_q
 from ase_bptt.neighbors import NeighborList
-from ase_bptt.outcome import Outcome
 from ase_bptt.steppers import GradientDescent
 from ase_bptt.structures import Structures
-from ase_bptt.terms import Pull, Reference, Teacher
+from ase_bptt.training.estimate import estimate
+from ase_bptt.training.finetune import finetune
+from ase_bptt.training.outcome import Outcome
+from ase_bptt.tuning import lora
 
 TIGHT = Implicit(fmax=1e-6, tolerance=1e-8)
 TO_THE_END = {"stepper": None, "steps": None}

@@ -10,10 +10,11 @@ import torch
 from ase import Atoms
 from test_trainer import Killed, contents, killed_in, make_pairs, same, trainer
 
-from ase_bptt import RelaxationPair, Trainer, pairloss
+from ase_bptt import RelaxationPair, Trainer
 from ase_bptt.adjoints import Guided, Implicit, Replay
 from ase_bptt.potentials.double_well import DoubleWell
 from ase_bptt.steppers import GradientDescent
+from ase_bptt.training import pairloss
 
 STILL = {"along": 0.0, "rattle": 0.0}
 

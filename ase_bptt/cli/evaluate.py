@@ -16,10 +16,10 @@ from ..comparison import Comparison, compare
 from ..evaluation import BASIN_RULE, Evaluation, evaluate
 from ..files import replacing, without_nan, write_json
 from ..journal import Journal, run_key
-from ..outcome import RESULTS, summary
 from ..pairs import RelaxationPair, fingerprint
 from ..potential import Potential
 from ..steppers import STEPPERS
+from ..training.outcome import RESULTS, summary
 from . import runfolder, words
 from .flags import WIDTH, add_output, add_pairs, add_potential, command, count, flag, positive, seed
 from .inputs import potential_of, read_grouped

@@ -8,12 +8,12 @@ from functools import partial
 from typing import Any
 
 from ..checks import usable
-from ..estimate import estimate
-from ..finetune import cross_validate, finetune
 from ..groups import split_by_group, split_into_folds
-from ..outcome import RESULTS, Outcome
 from ..pairs import RelaxationPair
 from ..potential import Potential
+from ..training.estimate import estimate
+from ..training.finetune import cross_validate, finetune
+from ..training.outcome import RESULTS, Outcome
 from . import runfolder, words
 from .flags import add_output, add_pairs, add_potential, command, count, flag
 from .inputs import read_grouped

@@ -10,10 +10,10 @@ from typing import Any
 
 from ..adjoints import Adjoint, make_adjoint
 from ..losses import LOSSES
-from ..resuming import NUMBERS
 from ..steppers import STEPPERS, Stepper, make_stepper
-from ..trainable import prepare
-from ..trainer import MOMENTUM, Trainer
+from ..training.resuming import NUMBERS
+from ..training.trainer import MOMENTUM, Trainer
+from ..tuning.trainable import prepare
 from .flags import best_device, between, count, flag, positive, seed
 from .inputs import potential_of
 from .stopping import held

@@ -17,13 +17,13 @@ import ase
 import torch
 
 from .. import report
-from ..estimate import Estimate
 from ..evaluation import BASIN_RULE
-from ..outcome import CARD, CARD_PICTURE, Outcome
 from ..pairs import RelaxationPair
-from ..resuming import NUMBERS
-from ..trainable import describe
-from ..trainer import Trainer
+from ..training.estimate import Estimate
+from ..training.outcome import CARD, CARD_PICTURE, Outcome
+from ..training.resuming import NUMBERS
+from ..training.trainer import Trainer
+from ..tuning.trainable import describe
 from ..version import __version__
 from .flags import WIDTH
 

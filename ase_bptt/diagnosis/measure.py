@@ -11,7 +11,7 @@ from ..pairs import RelaxationPair
 from ..potential import Potential
 from ..stability import largest_curvature
 from ..steppers import GradientDescent
-from ..trainer import MOMENTUM
+from ..training.trainer import MOMENTUM
 from .classes import classify
 from .findings import Findings
 from .judgement import judge

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterator
 from statistics import fmean, median
 
-from ..trainer import UNROLLED
+from ..training.trainer import UNROLLED
 from .classes import CLASSES, went_farther
 from .findings import Findings
 from .judgement import RETRAIN, some

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..changes import Changes, Drift
+from ..guard.changes import Changes, Drift
 from .figures import BLUE, GREY, ORANGE, new_figure
 from .grid import Column, grid
 from .page import Section

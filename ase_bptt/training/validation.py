@@ -8,10 +8,10 @@ from statistics import fmean
 
 import torch
 
-from .losses import SCALE, delta_q
-from .pairs import RelaxationPair
-from .potential import Potential
-from .relaxation import relax
+from ..losses import SCALE, delta_q
+from ..pairs import RelaxationPair
+from ..potential import Potential
+from ..relaxation import relax
 
 TOGETHER = 16
 """Validation structures in one batch."""

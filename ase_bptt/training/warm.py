@@ -10,9 +10,9 @@ import torch
 from ase import Atoms
 from torch import Tensor
 
-from .losses import SAME_END, max_displacement
-from .pairs import RelaxationPair
-from .result import Relaxation, Status
+from ..losses import SAME_END, max_displacement
+from ..pairs import RelaxationPair
+from ..result import Relaxation, Status
 
 log = logging.getLogger(__name__)
 

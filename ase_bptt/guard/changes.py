@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from ..evaluation import Evaluation
+from ..files import without_nan, write_json
 from .dimers import Hole, hole
-from .evaluation import Evaluation
-from .files import without_nan, write_json
 from .matching import SOUND
 from .portrait import Answer, Portrait
 from .probes import KINDS

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .potential import Potential
+from ..potential import Potential
 
 
 class Stages(NamedTuple):

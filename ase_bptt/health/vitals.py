@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from .adjoints import Solve
-from .result import Relaxation, Status
+from ..adjoints import Solve
+from ..result import Relaxation, Status
+from ..stability import largest_curvature, step_limit
 from .spectrum import ITERATIONS, spectral_radius
-from .stability import largest_curvature, step_limit
 
 
 @dataclass(frozen=True)

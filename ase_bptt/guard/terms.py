@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .lora import weights
+from ..pairs import RelaxationPair
+from ..positive import check_positive
+from ..potential import Potential
+from ..tuning.lora import weights
 from .matching import SOUND, Points, mismatch
-from .pairs import RelaxationPair
-from .positive import check_positive
-from .potential import Potential
 from .probes import KINDS, make_probes
 from .supervision import Reference
 
@@ -119,7 +119,7 @@ def _scale(start: Tensor, whole: float) -> float:
 
 
 class Teacher:
-    """Energies and forces of the pretrained potential on a probe set (`ase_bptt.probes`), as in `mismatch`.
+    """Energies and forces of the pretrained potential on a probe set (`ase_bptt.guard.probes`), as in `mismatch`.
 
     Parameters
     ----------

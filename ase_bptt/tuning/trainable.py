@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from ..positive import check_positive
+from ..potential import Potential
+from ..steppers import Stepper
 from . import lora as low_rank
 from .layers import layers
 from .patterns import matching, plain
-from .positive import check_positive
-from .potential import Potential
-from .steppers import Stepper
 
 STEPPER_RATE = 0.01
 """How far a step of Adam moves a number of the stepper, as a share of that number."""

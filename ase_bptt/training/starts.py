@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .losses import displacements
-from .pairs import RelaxationPair
+from ..losses import displacements
+from ..pairs import RelaxationPair
 
 
 def varied_starts(

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from .files import UNFINISHED, replacing
-from .loading import UNREADABLE, in_short
-from .potentials import quiet
+from ..files import UNFINISHED, replacing
+from ..loading import UNREADABLE, in_short
+from ..potentials import quiet
 
 
 def write(out: Path, settings: dict[str, Any], history: Sequence[dict[str, float]], state: dict[str, Any]) -> None:

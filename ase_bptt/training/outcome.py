@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import report
-from .card import Card
-from .comparison import Comparison, compare
-from .evaluation import BASIN_RULE, Evaluation
-from .files import replacing, without_nan, write_json
-from .portrait import Portrait
+from .. import report
+from ..comparison import Comparison, compare
+from ..evaluation import BASIN_RULE, Evaluation
+from ..files import replacing, without_nan, write_json
+from ..guard.card import Card
+from ..guard.portrait import Portrait
 
 RESULTS, BEFORE, AFTER = "results.json", "before.json", "after.json"
 PORTRAITS = ("portrait_before.json", "portrait_after.json")

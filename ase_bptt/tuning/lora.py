@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..positive import check_positive
+from ..potential import Potential
 from .patterns import matching, plain
-from .positive import check_positive
-from .potential import Potential
 
 TRAINED = "_trained_before_lora"
 """Attribute of a potential with updates: the names of the weights that trained before."""

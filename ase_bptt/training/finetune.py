@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .card import Card
-from .evaluation import Evaluation, evaluate
-from .groups import split_into_folds
+from ..evaluation import Evaluation, evaluate
+from ..groups import split_into_folds
+from ..guard.card import Card
+from ..guard.portrait import Portrait, portrait
+from ..pairs import RelaxationPair, fingerprint
 from .outcome import BEFORE, PORTRAITS, RESULTS, Outcome, read_rows, write_rows
-from .pairs import RelaxationPair, fingerprint
-from .portrait import Portrait, portrait
 from .trainer import Trainer
 
 log = logging.getLogger(__name__)

@@ -11,9 +11,9 @@ from ase import Atoms
 from torch import Tensor
 from torch.nn.functional import huber_loss
 
-from .neighbors import find_pairs
-from .potential import Potential
-from .structures import Structures
+from ..neighbors import find_pairs
+from ..potential import Potential
+from ..structures import Structures
 
 FORCE, ENERGY = 0.1, 0.05
 """eV/Å and eV an atom: a deviation of this size costs 1/2, smaller ones go by their square, larger ones linearly."""

@@ -12,9 +12,9 @@ from ase.build import bulk
 from ase.data import atomic_numbers, chemical_symbols, reference_states
 from ase.units import GPa
 
-from .neighbors import find_pairs
-from .potential import Potential
-from .structures import Structures
+from ..neighbors import find_pairs
+from ..potential import Potential
+from ..structures import Structures
 
 COMPOUNDS: tuple[tuple[str, str, float], ...] = (
     ("MgO", "rocksalt", 4.21), ("NaCl", "rocksalt", 5.64), ("LiF", "rocksalt", 4.03), ("CaO", "rocksalt", 4.81),

@@ -12,14 +12,14 @@ import torch
 from ase import Atoms
 from torch import Tensor
 
-from .losses import root_delta_q
+from ..losses import root_delta_q
+from ..pairs import RelaxationPair
+from ..positive import check_positive
+from ..potential import Potential
+from ..relaxation import relax
+from ..steppers import GradientDescent
+from ..structures import Structures
 from .matching import Points, answer, cost
-from .pairs import RelaxationPair
-from .positive import check_positive
-from .potential import Potential
-from .relaxation import relax
-from .steppers import GradientDescent
-from .structures import Structures
 
 log = logging.getLogger(__name__)
 

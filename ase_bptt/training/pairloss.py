@@ -11,13 +11,13 @@ import torch
 from ase import Atoms
 from torch import Tensor
 
-from .adjoints import Adjoint, Guided, Replay, SolveStatus
-from .pairs import RelaxationPair
-from .potential import Potential
-from .relaxation import relax
-from .result import Relaxation, Status
-from .steppers import Stepper
-from .structures import Structures
+from ..adjoints import Adjoint, Guided, Replay, SolveStatus
+from ..pairs import RelaxationPair
+from ..potential import Potential
+from ..relaxation import relax
+from ..result import Relaxation, Status
+from ..steppers import Stepper
+from ..structures import Structures
 from .warm import WarmStarts
 
 log = logging.getLogger(__name__)

@@ -13,22 +13,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..adjoints import Adjoint, Replay, make_adjoint
+from ..checks import check_apart, check_usable
+from ..evaluation import Evaluation, evaluate
+from ..guard.terms import Term, add_gradients, make_term
+from ..loading import as_potential, save_potential
+from ..losses import named_loss
+from ..pairs import RelaxationPair, fingerprint
+from ..positive import check_positive
+from ..potential import Potential
+from ..stability import steady
+from ..steppers import BFGS, GradientDescent, Stepper, make_stepper
+from ..tuning.trainable import groups
 from . import checkpoint, resuming
-from .adjoints import Adjoint, Replay, make_adjoint
-from .checks import check_apart, check_usable
-from .evaluation import Evaluation, evaluate
-from .loading import as_potential, save_potential
-from .losses import named_loss
 from .pairloss import Loss, PairLoss
-from .pairs import RelaxationPair, fingerprint
-from .positive import check_positive
-from .potential import Potential
 from .progress import Progress
-from .stability import steady
 from .starts import varied_starts
-from .steppers import BFGS, GradientDescent, Stepper, make_stepper
-from .terms import Term, add_gradients, make_term
-from .trainable import groups
 from .validation import validate
 from .warm import WarmStarts
 
@@ -91,9 +91,9 @@ class Trainer:
     learn : str or sequence of str
         Numbers of the stepper that are trained, too, such as "step_size".
     rates : mapping of str to float, optional
-        By a pattern for names of weights, the factor on `lr` for them (`ase_bptt.trainable.groups`).
+        By a pattern for names of weights, the factor on `lr` for them (`ase_bptt.tuning.trainable.groups`).
     terms : sequence of Term
-        Further terms of the loss, such as those that keep a potential from forgetting (`ase_bptt.terms`).
+        Further terms of the loss, such as those that keep a potential from forgetting (`ase_bptt.guard.terms`).
     out : path, optional
         Run folder: settings.json, metrics.csv, checkpoint.pt, potential/ (the best so far).
     progress : bool or None

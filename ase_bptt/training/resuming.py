@@ -9,13 +9,13 @@ import ase
 import torch
 from torch import nn
 
-from . import lora
-from .adjoints import ADJOINTS
-from .loading import load_potential, weights_hash
-from .losses import LOSSES
-from .steppers import STEPPERS, make_stepper
-from .terms import TERMS
-from .version import __version__
+from ..adjoints import ADJOINTS
+from ..guard.terms import TERMS
+from ..loading import load_potential, weights_hash
+from ..losses import LOSSES
+from ..steppers import STEPPERS, make_stepper
+from ..tuning import lora
+from ..version import __version__
 
 if TYPE_CHECKING:
     from .trainer import Trainer

@@ -11,8 +11,8 @@ import numpy as np
 from ase import Atoms
 from ase.data import chemical_symbols, covalent_radii
 
+from ..potential import Potential
 from .crystals import energies_of
-from .potential import Potential
 
 NEAREST, FARTHEST, POINTS = 0.5, 1.6, 45
 """In sums of the covalent radii: where a curve begins and ends; and its distances."""

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
+from ..evaluation import Evaluation
+from ..pairs import RelaxationPair
+from ..potential import Potential
+from ..report.cards import card_figure, card_section, card_text
+from ..report.page import Section
 from .changes import Changes
-from .evaluation import Evaluation
-from .pairs import RelaxationPair
 from .portrait import portrait
-from .potential import Potential
-from .report.cards import card_figure, card_section, card_text
-from .report.page import Section
 
 
 class Card(Changes):

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from .pairs import RelaxationPair
-from .relaxation import relax
+from ..pairs import RelaxationPair
+from ..relaxation import relax
 from .trainer import Trainer
 
 FRAMES = 80

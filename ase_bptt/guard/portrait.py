@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from ..files import replacing
+from ..pairs import RelaxationPair
+from ..potential import Potential
 from .crystals import Elastic, chosen_crystals, elastic
 from .dimers import Curve, chosen_dimers, dimer_curves
-from .files import replacing
 from .matching import Points
-from .pairs import RelaxationPair
-from .potential import Potential
 from .probes import make_probes
 
 SEED = 1

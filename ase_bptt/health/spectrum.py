@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .adjoints.rigid import RigidMotions
-from .frames import Record
-from .result import Relaxation
-from .steppers import State
-from .structures import Structures
+from ..adjoints.rigid import RigidMotions
+from ..frames import Record
+from ..result import Relaxation
+from ..steppers import State
+from ..structures import Structures
 
 ITERATIONS = 100
 """Products with the Jacobian. What is found then is rather too small than too large: by a thousandth where one

@@ -10,10 +10,10 @@ from ase import Atoms
 from ase.build import molecule
 from ase.data.g2 import data as G2
 
+from ..losses import displacements
+from ..pairs import RelaxationPair
+from ..potential import Potential
 from .crystals import Crystal, known_crystals
-from .losses import displacements
-from .pairs import RelaxationPair
-from .potential import Potential
 
 KINDS = ("structures", "crystals", "molecules")
 RATTLE = {"structures": (0.02, 0.12), "crystals": (0.02, 0.12), "molecules": (0.02, 0.06)}

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .adjoints import SolveStatus
-from .files import without_nan
-from .result import Relaxation, Status
+from ..adjoints import SolveStatus
+from ..files import without_nan
+from ..result import Relaxation, Status
+from ..steppers.gradient_descent import SHARE
 from .spectrum import ITERATIONS, spectral_radius
-from .steppers.gradient_descent import SHARE
 from .vitals import Vitals, measure
 
 __all__ = ["Health", "Vitals", "health", "spectral_radius"]
