@@ -8,7 +8,7 @@ frames run again on the way back (Replay, the default). Prints seconds and memor
 gradients are, the gradient by a finite difference, what Replay keeps of a frame, and how much of the start is left
 to be felt in the end after more and more frames.
 
-On larger cells the difference grows: benchmarks/tape.py measures 63 atoms and 100 frames. Linux and macOS
+On larger cells the difference grows: benchmarks/adjoints.py measures 63 atoms. Linux and macOS
 only, for the highest memory of a process is asked of the system.
 """
 
