@@ -1,4 +1,4 @@
-"""Native checkpoints of potentials that were really tuned: the families' own tools read them, and find other weights."""
+"""Native checkpoints of potentials that were really tuned: the families' own tools read the tuned weights."""
 
 import sys
 
