@@ -268,7 +268,7 @@ class TestResumeTrain:
             (["--epochs", "5"], ("--epochs 3", "5")),
             (["--seed", "1"], ("--seed 0", "1")),
             (["--dtype", "float32"], ("--dtype float64", "float32")),
-            (["--stepper", "fire"], ("--stepper gd", "fire")),
+            (["--stepper", "fire"], ("without --stepper", "fire")),
             (["--folds", "3"], ("--folds", "3")),
         ],
         ids=lambda x: x[0] if x[0].startswith("--") and len(x[0].split()) == 1 else "",

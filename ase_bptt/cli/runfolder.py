@@ -125,7 +125,7 @@ def take_over(arguments: argparse.Namespace) -> None:
         if name in arguments.given and now[name] != value:
             flag = "--" + name.replace("_", "-")
             raise ValueError(
-                f"The run in {arguments.out} was begun with {flag} {value}, not {now[name]}: "
+                f"The run in {arguments.out} was begun {_said(flag, value)}, not {now[name]}: "
                 "leave the flag out to go on, or start a new run with another --out."
             )
         setattr(arguments, name, value)
@@ -150,6 +150,10 @@ def same_data(arguments: argparse.Namespace, pairs: Sequence[RelaxationPair]) ->
             "those again, or start a new run with another --out."
         )
     arguments.data = data
+
+
+def _said(flag: str, value: Any) -> str:
+    return f"without {flag}" if value in (None, []) else f"with {flag} {value}"
 
 
 def _lasting(spec: str) -> str:
