@@ -9,7 +9,7 @@ from ase.constraints import FixAtoms, FixCom
 from conftest import argon, cluster, methanol, silicon, skewed
 
 from ase_bptt import Structures
-from ase_bptt.relaxation import largest_force
+from ase_bptt.result import largest_force
 from ase_bptt.structures import as_structures
 
 MEMBERS = [silicon, methanol, lambda: Atoms("He"), skewed]
