@@ -19,6 +19,7 @@ from ..potential import Potential
 from ..relaxation import relax
 from ..steppers import GradientDescent
 from ..structures import Structures
+from .labelled import ReferenceFrames, energy_of
 from .matching import Points, answer, cost
 
 log = logging.getLogger(__name__)
@@ -72,30 +73,36 @@ class Reference:
         self._differences = np.zeros(0)
         self._points: Points | None = None
         self._rows: dict[str, range] = {}
-        self._way: dict[str, list[Atoms]] = {}
+        self._kept = ReferenceFrames([], frames)
         self._loaded: np.ndarray | None = None
 
-    def prepare(self, potential: Potential, pairs: Sequence[RelaxationPair]) -> None:
-        """Read the frames, and ask the potential for its energies there, unless `load` gave those.
+    def check(self, pairs: Sequence[RelaxationPair]) -> None:
+        """Read the frames.
 
         Raises
         ------
         ValueError
-            Where no pair has what is asked for, or a frame holds other atoms than its pair.
+            Where no pair has a frame with energy and forces, or a frame holds other atoms than its pair.
         """
-        found: dict[str, list[Atoms]] = {}
-        for pair in _each_once(pairs):
-            every = _frames_of(pair)
-            if self.path:
-                self._way[pair.id] = _evenly(every, self.frames)
-            labelled = _evenly([a for a in every if _has_labels(a)], self.frames)
-            if labelled:
-                found[pair.id] = labelled
-        if not found:
+        # Frames are read from files, and the same pairs are checked more than once before a training.
+        if self._kept.pairs != list(pairs):
+            self._kept = ReferenceFrames(pairs, self.frames)
+        if not self._kept.labelled:
             raise ValueError(
                 "None of the training pairs has a frame with energy and forces: read them from files that hold "
                 "those (vasprun.xml, OUTCAR, .pwo, extxyz, .traj), or leave the reference term out."
             )
+
+    def prepare(self, potential: Potential, pairs: Sequence[RelaxationPair]) -> None:
+        """Take the frames, and ask the potential for its energies there, unless `load` gave those.
+
+        Raises
+        ------
+        ValueError
+            As `check` does, and where a run goes on with other frames.
+        """
+        self.check(pairs)
+        found = self._kept.labelled
         log.info("reference frames with energies and forces: of %d of %d pairs", len(found), len(pairs))
         first = 0
         for name, frames in found.items():
@@ -156,7 +163,7 @@ class Reference:
         off = []
         for k, pair in enumerate(pairs):
             # What lies behind the start, which may be anywhere on the way, is not to be passed again.
-            ahead = _ahead(pair, self._way[pair.id])
+            ahead = _ahead(pair, self._kept.every[pair.id])
             reference = _batch(potential, ahead)
             ends = [v.select([k] * len(ahead)) for v in visited]
             distances = torch.stack([root_delta_q(end, reference) for end in ends])
@@ -182,25 +189,6 @@ def _batch(potential: Potential, atoms: Sequence[Atoms]) -> Structures:
     return Structures.from_atoms(atoms, device=potential.device, dtype=potential.dtype)
 
 
-def _each_once(pairs: Sequence[RelaxationPair]) -> list[RelaxationPair]:
-    every: dict[str, RelaxationPair] = {}
-    for pair in pairs:
-        if every.setdefault(pair.id, pair).relaxed is not pair.relaxed:
-            raise ValueError(f"Two training pairs are called {pair.id!r}: give each a name of its own.")
-    return list(every.values())
-
-
-def _frames_of(pair: RelaxationPair) -> list[Atoms]:
-    frames = list(pair.frames) or [pair.initial, pair.relaxed]
-    wrong = next((k for k, a in enumerate(frames) if not np.array_equal(a.numbers, pair.relaxed.numbers)), None)
-    if wrong is not None:
-        raise ValueError(
-            f"{pair.id}: its frame {wrong} is {frames[wrong].symbols} and not {pair.relaxed.symbols}; "
-            "give the frames of this relaxation, with their atoms in the same order."
-        )
-    return frames
-
-
 def _points(potential: Potential, frames: Sequence[Atoms]) -> Points:
     """The frames with the reference's own energies and forces."""
     structures = _batch(potential, frames)
@@ -208,24 +196,8 @@ def _points(potential: Potential, frames: Sequence[Atoms]) -> Points:
     forces = np.concatenate([a.calc.results["forces"] for a in frames])
     # A float32 has too few digits for DFT's total energies: only differences of them may lose some.
     return Points(
-        structures, like.new_tensor([_energy(a) for a in frames], dtype=torch.float64), like.new_tensor(forces)
+        structures, like.new_tensor([energy_of(a) for a in frames], dtype=torch.float64), like.new_tensor(forces)
     )
-
-
-def _has_labels(atoms: Atoms) -> bool:
-    results = getattr(atoms.calc, "results", {})
-    return "forces" in results and ("energy" in results or "free_energy" in results)
-
-
-def _energy(atoms: Atoms) -> float:
-    """The energy that the forces are the slope of, where the file tells it."""
-    results = atoms.calc.results
-    return float(results["free_energy"] if "free_energy" in results else results["energy"])
-
-
-def _evenly(frames: Sequence[Atoms], most: int) -> list[Atoms]:
-    chosen = np.unique(np.linspace(0, len(frames) - 1, min(most, len(frames))).round().astype(int))
-    return [frames[k] for k in chosen] if len(frames) else []
 
 
 def _ahead(pair: RelaxationPair, way: Sequence[Atoms]) -> list[Atoms]:

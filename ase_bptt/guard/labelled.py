@@ -1,0 +1,79 @@
+"""Frames of reference relaxations, and which of them hold the energies and forces of the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from ase import Atoms
+
+from ..pairs import RelaxationPair
+
+
+class ReferenceFrames:
+    """Frames that are kept of some pairs, evenly spaced from the first to the last, by the pair's id.
+
+    Parameters
+    ----------
+    pairs : sequence of RelaxationPair
+    most : int
+        Frames of each.
+
+    Attributes
+    ----------
+    pairs : list of RelaxationPair
+    every : dict of str to list of Atoms
+    labelled : dict of str to list of Atoms
+        Of those with energy and forces alone; pairs without any are not in it.
+
+    Raises
+    ------
+    ValueError
+        For two pairs of one name, and a frame that holds other atoms than its pair.
+    """
+
+    def __init__(self, pairs: Sequence[RelaxationPair], most: int):
+        self.pairs = list(pairs)
+        self.every: dict[str, list[Atoms]] = {}
+        self.labelled: dict[str, list[Atoms]] = {}
+        for pair in _each_once(pairs):
+            frames = _frames_of(pair)
+            self.every[pair.id] = _evenly(frames, most)
+            labelled = _evenly([a for a in frames if _has_labels(a)], most)
+            if labelled:
+                self.labelled[pair.id] = labelled
+
+
+def energy_of(atoms: Atoms) -> float:
+    """The energy in eV that the forces are the slope of, where the file tells it."""
+    results = atoms.calc.results
+    return float(results["free_energy"] if "free_energy" in results else results["energy"])
+
+
+def _each_once(pairs: Sequence[RelaxationPair]) -> list[RelaxationPair]:
+    every: dict[str, RelaxationPair] = {}
+    for pair in pairs:
+        if every.setdefault(pair.id, pair).relaxed is not pair.relaxed:
+            raise ValueError(f"Two training pairs are called {pair.id!r}: give each a name of its own.")
+    return list(every.values())
+
+
+def _frames_of(pair: RelaxationPair) -> list[Atoms]:
+    frames = list(pair.frames) or [pair.initial, pair.relaxed]
+    wrong = next((k for k, a in enumerate(frames) if not np.array_equal(a.numbers, pair.relaxed.numbers)), None)
+    if wrong is not None:
+        raise ValueError(
+            f"{pair.id}: its frame {wrong} is {frames[wrong].symbols} and not {pair.relaxed.symbols}; "
+            "give the frames of this relaxation, with their atoms in the same order."
+        )
+    return frames
+
+
+def _has_labels(atoms: Atoms) -> bool:
+    results = getattr(atoms.calc, "results", {})
+    return "forces" in results and ("energy" in results or "free_energy" in results)
+
+
+def _evenly(frames: Sequence[Atoms], most: int) -> list[Atoms]:
+    chosen = np.unique(np.linspace(0, len(frames) - 1, min(most, len(frames))).round().astype(int))
+    return [frames[k] for k in chosen] if len(frames) else []
