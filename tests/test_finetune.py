@@ -130,6 +130,18 @@ def test_a_run_that_dies_in_its_first_measurement_can_be_resumed(pairs, tmp_path
     assert again.after == whole.after
 
 
+@pytest.mark.parametrize("left", [["portrait_before.json"], ["before.json"], []])
+def test_a_trained_run_without_what_it_was_before_is_refused_by_file(pairs, tmp_path, left):
+    trainer = maker([])(tmp_path)
+    splits = {"train": pairs[:2], "valid": pairs[2:4], "test": pairs[4:]}
+    finetune(trainer, splits, tmp_path, epochs=1)
+    gone = [name for name in ("portrait_before.json", "before.json") if name not in left]
+    for name in gone:
+        (tmp_path / name).unlink()
+    with pytest.raises(ValueError, match=f"There is no .*{gone[0]} to compare with: only a run that ase-bptt began"):
+        finetune(Trainer.resume(tmp_path, progress=False), splits, tmp_path, epochs=1)
+
+
 def test_rows_are_kept_exactly_even_those_that_are_not_finite(validated, tmp_path):
     found = validated[2].after
     broken = dataclasses.replace(found.rows[0], delta_q=float("nan"), displacements=(float("inf"), 1 / 3))

@@ -5,10 +5,10 @@ import json
 
 import pytest
 import torch
-from test_trainer import make_pairs, trainer, untuned
+from test_trainer import SETTINGS, Scripted, make_pairs, trainer, untuned
 from test_training_choices import interrupted
 
-from ase_bptt import relax
+from ase_bptt import Trainer, relax
 from ase_bptt.stability import stability_limit
 from ase_bptt.steppers import FIRE, GradientDescent
 from ase_bptt.training.finetune import finetune
@@ -43,6 +43,22 @@ class TestLearning:
             assert now[name] != whole.begun_with[name]
             assert float(rows[-1][name]) == now[name]
             assert now[name] == pytest.approx(whole.begun_with[name], rel=0.1)
+
+    @pytest.mark.parametrize(("script", "best"), [([3.0, 2.0, 1.0, 2.5], 2), ([1.0, 2.0, 2.0, 2.5], 0)])
+    def test_they_end_where_they_were_in_the_best_epoch_as_the_weights_do(self, pairs, tmp_path, script, best):
+        seen = []
+
+        class Watched(Scripted):
+            def _validate(self, valid):
+                seen.append(self.stepper.step_size.item())
+                return super()._validate(valid)
+
+        settings = SETTINGS | {"stepper": GradientDescent(0.03), "learn": "step_size", "out": tmp_path / "run"}
+        run = Watched(untuned(), script=script, **settings).fit(pairs[:4], pairs[4:], epochs=3)
+        again = Trainer.resume(tmp_path / "run", progress=False).fit(pairs[:4], pairs[4:], epochs=3)
+        assert len(set(seen)) == 4
+        assert run.stepper.step_size.item() == again.stepper.step_size.item() == seen[best]
+        assert run.potential.sigma.item() == again.potential.sigma.item() == run.sigmas[best]
 
     @pytest.mark.parametrize("rate", [1.0, -1.0])
     def test_they_stay_in_their_ranges(self, pairs, rate):

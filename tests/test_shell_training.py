@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+from ase.io import read, write
 from builds import built_once, quick_mace
 from conftest import needs_mace
 from shell import is_refused, run, write_relaxations
@@ -63,7 +64,9 @@ class TestChoices:
         assert (settings["adjoint"]["first"], settings["learn"]) == (5, ["step_size"])
         assert "after 300 frames of gd and bfgs at most, gradient by guided:5" in out
         assert "trains 1 of 2 weights" in out
-        assert facts()["learnt"] == f"step_size 0.05 -> {float(rows[-1]['step_size']):.4g}"
+        results = json.loads(Path("run/results.json").read_text())
+        kept = float(rows[results["best_epoch"] - 1]["step_size"]) if results["best_epoch"] else 0.05
+        assert facts()["learnt"] == f"step_size 0.05 -> {kept:.4g}"
         assert float(rows[-1]["step_size"]) != 0.05
 
     def test_a_step_size_that_is_found(self, data):
@@ -119,6 +122,14 @@ class TestRefusing:
     def test_what_does_not_go_together(self, data, tmp_path, flags, texts):
         is_refused(train(data, *flags), *texts)
         assert not (tmp_path / "run").exists()
+
+
+def test_a_reference_term_without_energies_and_forces_leaves_no_folder(data, tmp_path):
+    for file in (data / "pairs").iterdir():
+        write(tmp_path / file.name, [atoms.copy() for atoms in read(file, ":")])
+    refused = run("train", tmp_path, "--potential", data / "lj", "--out", tmp_path / "run", "--reference", "1")
+    is_refused(refused, "None of the training pairs has a frame with energy and forces")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_warm_run_goes_on(data, tmp_path):

@@ -482,6 +482,21 @@ class TestResuming:
             Trainer.resume(tmp_path / "run")
         assert "\n" not in str(error.value)
 
+    @pytest.mark.parametrize(
+        ("file", "name"), [("settings.json", "warm"), ("settings.json", "terms"), ("checkpoint.pt", "best_epoch")]
+    )
+    def test_a_run_of_an_older_release_is_refused_with_one_sentence(self, pairs, tmp_path, file, name):
+        trainer(out=tmp_path / "run").fit(pairs["train"], epochs=1)
+        path = tmp_path / "run" / file
+        plain = path.suffix == ".json"
+        kept = json.loads(path.read_text()) if plain else torch.load(path, weights_only=True)
+        del kept[name]
+        path.write_text(json.dumps(kept)) if plain else torch.save(kept, path)
+        with pytest.raises(
+            ValueError, match=f"run was begun by an older release, which kept no '{name}', .*: begin ag"
+        ):
+            Trainer.resume(tmp_path / "run")
+
     def test_a_folder_that_is_not_there_is_refused_with_one_sentence(self, tmp_path):
         with pytest.raises(ValueError, match=r"nowhere holds no run that can be resumed .*\.$"):
             Trainer.resume(tmp_path / "nowhere")

@@ -1,5 +1,7 @@
 """Training by every adjoint, with rates for patterns of weights, low-rank updates and further terms of the loss."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -168,6 +170,24 @@ class Nudge(Pull):
     name = "nudge"
 
 
+class Flat:
+    """A term of one's own that looks at no pairs and wants nothing kept."""
+
+    name, weight = "flat", 0.1
+
+    def prepare(self, potential, pairs):
+        pass
+
+    def loss(self, potential, pairs, rng):
+        return torch.ones((), dtype=potential.dtype)
+
+    def state(self):
+        return {}
+
+    def todict(self):
+        return {"name": self.name}
+
+
 class TestTerms:
     @staticmethod
     def make(out=None):
@@ -194,6 +214,40 @@ class TestTerms:
     def test_two_of_one_name_are_refused(self):
         with pytest.raises(ValueError, match="Two terms of the loss have one name"):
             trainer(terms=[Pull(), {"name": "pull", "weight": 2.0}])
+
+    @pytest.mark.parametrize("terms", ["pull", ["pull"], [{"name": "pull"}]])
+    def test_by_name_they_have_weight_1(self, pairs, terms):
+        run = trainer(terms=terms).fit(pairs[:2], epochs=1)
+        assert [(term.name, term.weight) for term in run.terms] == [("pull", 1.0)]
+        assert "term_pull" in run.history[0]
+
+    def test_pairs_that_a_term_cannot_use_are_refused_before_there_is_a_folder(self, pairs, tmp_path):
+        run = trainer(terms=["reference"], out=tmp_path / "run")
+        # A copy of a structure has no energy and forces.
+        pairs = [dataclasses.replace(p, relaxed=p.relaxed.copy()) for p in pairs]
+        for refusing in (run.check, run.fit):
+            with pytest.raises(ValueError, match="None of the training pairs has a frame with energy and forces"):
+                refusing(pairs, epochs=1)
+        assert not (tmp_path / "run").exists()
+
+    def test_frames_are_read_once_however_often_pairs_are_checked(self, labelled):
+        reads = []
+
+        class File(list):
+            def __iter__(self):
+                reads.append(len(self))
+                return super().__iter__()
+
+        pairs = [dataclasses.replace(p, frames=File(p.frames)) for p in labelled[:2]]
+        run = trainer(terms=["reference"])
+        run.check(pairs, epochs=1)
+        run.begin(pairs, epochs=1)
+        before = len(reads)
+        run.fit(pairs, epochs=1)
+        assert before == len(reads) == 2
+
+    def test_a_term_of_ones_own_need_not_check_pairs(self, pairs):
+        assert trainer(terms=[Flat()]).fit(pairs[:2], epochs=1).history[0]["term_flat"] == pytest.approx(0.1)
 
     def test_terms_of_ones_own_must_be_given_again(self, pairs, tmp_path):
         def make(out):

@@ -172,9 +172,9 @@ def _learnt(trainer: Trainer) -> dict[str, str]:
 
 
 def _portrait_before(trainer: Trainer, test: Sequence[RelaxationPair], file: Path) -> Portrait:
-    # A run that an earlier release began has none, and its potential is no longer the pretrained one.
-    if file.is_file() or trainer.epoch > 0:
+    if file.is_file():
         return Portrait.read(file)
+    _check_untuned(trainer, file)
     found = portrait(trainer.potential, test)
     found.write(file)
     return found
@@ -184,11 +184,16 @@ def _before(trainer: Trainer, test: Sequence[RelaxationPair], file: Path) -> tup
     if file.is_file():
         fire, bfgs = read_rows(file)
         return fire, bfgs
-    if trainer.epoch > 0:
-        raise ValueError(f"There is no {file} to compare with: only a run that ase-bptt began can be resumed so.")
+    _check_untuned(trainer, file)
     found = _measure(trainer, test)
     write_rows(file, *found)
     return found
+
+
+def _check_untuned(trainer: Trainer, file: Path) -> None:
+    # What an earlier release began, or `Trainer.fit` alone, has no such file.
+    if trainer.epoch > 0:
+        raise ValueError(f"There is no {file} to compare with: only a run that ase-bptt began can be resumed so.")
 
 
 def _measure(trainer: Trainer, test: Sequence[RelaxationPair]) -> tuple[Evaluation, Evaluation]:

@@ -20,21 +20,17 @@ from ..version import __version__
 if TYPE_CHECKING:
     from .trainer import Trainer
 
-STATE = (
-    "epoch",
-    "_epochs",
-    "_steps",
-    "_data",
-    "_base_rates",
-    "history",
-    "best",
-    "best_loss",
-    "best_epoch",
-    "begun_with",
-)
+STATE = ("epoch", "epochs", "data", "history", "best", "best_loss", "best_epoch", "begun_with")
 """What a Trainer knows beside the states of its parts."""
 NUMBERS = ("lr", "steps", "fmax", "batch_size", "clip", "patience", "along", "rattle", "seed", "warm", "learn", "rates")
 """Arguments of a Trainer that are plain numbers and names."""
+SETTINGS = {*NUMBERS, "stepper", "adjoint", "loss", "optimizer", "terms"}
+"""Without these in settings.json nothing is resumed."""
+PARTS = {
+    "potential", "lora", "stepper", "frozen", "optimizer", "steps_taken", "base_rates", "terms", "warm_ends",
+    "generator", "torch_rng",
+}  # fmt: skip
+"""Nor without these, and `STATE`, in the checkpoint."""
 
 
 def settings(trainer: Trainer) -> dict[str, Any]:
@@ -48,22 +44,22 @@ def settings(trainer: Trainer) -> dict[str, Any]:
         "optimizer": type(trainer.optimizer).__name__,
         "terms": [term.todict() for term in trainer.terms],
         **{name: getattr(trainer, name) for name in NUMBERS},
-        "epochs": trainer._epochs,
+        "epochs": trainer.epochs,
     }
 
 
 def state(trainer: Trainer) -> dict[str, Any]:
     """All that the next epoch depends on, beside the settings."""
-    warm = trainer._pairs.warm
+    warm = trainer.warm_starts
     return {
         "potential": trainer.potential.state_dict(),
         "lora": lora.settings(trainer.potential),
         "stepper": trainer.stepper.state_dict(),
         "frozen": [name for name, p in trainer.potential.named_parameters() if not p.requires_grad],
-        "optimizer": trainer.optimizer.state_dict(),
+        **trainer.updates.state(),
         "terms": [term.state() for term in trainer.terms],
         "warm_ends": warm.ends if warm else {},
-        "generator": trainer._generator.get_state(),
+        "generator": trainer.order.generator.get_state(),
         "torch_rng": torch.get_rng_state(),
         **{name: getattr(trainer, name) for name in STATE},
     }
@@ -74,7 +70,7 @@ def provenance(trainer: Trainer) -> dict[str, Any]:
     base = dict(trainer.potential.metadata) or {"source": f"a {type(trainer.potential).__name__} object"}
     return {
         "base": base | {"family": trainer.potential.family, "weights": weights_hash(trainer.potential)},
-        "data": trainer._data,
+        "data": trainer.data,
         "settings": settings(trainer),
         "versions": {"ase_bptt": __version__, "ase": ase.__version__, "torch": torch.__version__},
     }
@@ -88,8 +84,9 @@ def arguments(
     Raises
     ------
     ValueError
-        Where a part of a person's own was used and is not given again.
+        Where a part of a person's own was used and is not given again, and for runs of older releases.
     """
+    _check_complete(out, settings, state)
     own = given["loss"] is None and settings["loss"] not in LOSSES
     if own:
         raise ValueError(f"The run in {out} used its own loss {settings['loss']!r}: give it to resume again.")
@@ -120,6 +117,15 @@ def arguments(
     }
 
 
+def _check_complete(out: Path, settings: dict[str, Any], state: dict[str, Any]) -> None:
+    lacking = (SETTINGS - settings.keys()) | ({*STATE} | PARTS) - state.keys()
+    if lacking:
+        raise ValueError(
+            f"The run in {out} was begun by an older release, which kept no {min(lacking)!r}, and cannot be resumed: "
+            "begin again."
+        )
+
+
 def _stepper(saved: dict[str, Any], learnt: dict[str, Any]) -> Any:
     numbers = {k: v for k, v in saved.items() if k != "name"}
     return make_stepper(saved["name"], **numbers | {k: nn.Parameter(v) for k, v in learnt.items()})
@@ -129,12 +135,12 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
     """Take up what `state` kept."""
     trainer.potential.load_state_dict(state["potential"])
     trainer.stepper.load_state_dict(state["stepper"])
-    trainer.optimizer.load_state_dict(state["optimizer"])
-    trainer._generator.set_state(state["generator"])
+    trainer.updates.load(state)
+    trainer.order.generator.set_state(state["generator"])
     torch.set_rng_state(state["torch_rng"])
     for name in STATE:
         setattr(trainer, name, state[name])
-    if trainer._pairs.warm:
-        trainer._pairs.warm.ends = state["warm_ends"]
+    if trainer.warm_starts:
+        trainer.warm_starts.ends = state["warm_ends"]
     for term, kept in zip(trainer.terms, state["terms"], strict=True):
         term.load(kept)

@@ -2,47 +2,33 @@
 
 from __future__ import annotations
 
-import logging
+import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
-from math import nan
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..adjoints import Adjoint, Replay, make_adjoint
-from ..checks import check_apart, check_usable
+from ..adjoints import Adjoint
 from ..evaluation import Evaluation, evaluate
-from ..guard.terms import Term, add_gradients, make_term
+from ..guard.terms import Term, make_terms
 from ..loading import as_potential, save_potential
-from ..losses import named_loss
 from ..pairs import RelaxationPair, fingerprint
 from ..positive import check_positive
 from ..potential import Potential
-from ..stability import steady
-from ..steppers import BFGS, GradientDescent, Stepper, make_stepper
-from ..tuning.trainable import groups
+from ..steppers import Stepper
 from . import checkpoint, resuming
-from .pairloss import Loss, PairLoss
+from .choices import MOMENTUM, UNROLLED, check_data, make_pair_loss, make_steady
+from .epoch import Order, Tally
+from .pairloss import Loss
 from .progress import Progress
-from .starts import varied_starts
+from .updates import OptimizerFactory, Updates
 from .validation import validate
-from .warm import WarmStarts
 
-log = logging.getLogger(__name__)
-
-MOMENTUM = 0.7
-"""Of the default gradient descent: 10 frames go nearly as far as 30 without."""
-SAMPLED = 8
-"""Training structures by whose stiffness step_size="auto" is set."""
-UNROLLED = 10
-"""Frames of an unroll where nothing else is said."""
-TO_THE_END = 300
-"""Frames at most on the way to a minimum where nothing else is said."""
-OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
+__all__ = ["MOMENTUM", "UNROLLED", "Trainer"]
+Pairs = Sequence[RelaxationPair]
 
 
 class Trainer:
@@ -77,9 +63,9 @@ class Trainer:
         Stop after so many epochs without a better validation score (the mean `log_delta_q` of the validation
         structures, relaxed by FIRE); None never stops early.
     along : float
-        Share of the training starts that are drawn on the way from the initial to the reference
-        structure, anew in each epoch; the others are the initial structures. They teach the basin
-        of the reference even where the relaxation from the initial structure never reaches it.
+        Share of the training starts that are drawn on the way from the initial to the reference structure, anew in each
+        epoch; the others are the initial structures. They teach the basin of the reference even where the relaxation
+        from the initial structure never reaches it.
     rattle : float
         Standard deviation in Å of the noise on every training start.
     seed : int
@@ -92,8 +78,9 @@ class Trainer:
         Numbers of the stepper that are trained, too, such as "step_size".
     rates : mapping of str to float, optional
         By a pattern for names of weights, the factor on `lr` for them (`ase_bptt.tuning.trainable.groups`).
-    terms : sequence of Term
-        Further terms of the loss, such as those that keep a potential from forgetting (`ase_bptt.guard.terms`).
+    terms : sequence of Term or str
+        Further terms of the loss, such as those that keep a potential from forgetting (`ase_bptt.guard.terms`); by
+        name they have weight 1.
     out : path, optional
         Run folder: settings.json, metrics.csv, checkpoint.pt, potential/ (the best so far).
     progress : bool or None
@@ -121,7 +108,7 @@ class Trainer:
         warm: int = 0,
         learn: Sequence[str] = (),
         rates: Mapping[str, float] | None = None,
-        terms: Sequence[Term | dict[str, Any]] = (),
+        terms: Sequence[Term | dict[str, Any] | str] = (),
         out: str | Path | None = None,
         progress: bool | None = None,
     ):
@@ -129,65 +116,30 @@ class Trainer:
             steps=steps, batch_size=batch_size, lr=lr, fmax=fmax, clip=clip, patience=patience, warm=warm or None
         )
         self.potential = as_potential(potential)
-        self.adjoint = make_adjoint(adjoint) or Replay()
-        self.stepper = _default_stepper(self.adjoint) if stepper is None else make_stepper(stepper)
-        self.adjoint.check_stepper(self.stepper)
-        self.loss: Loss = named_loss(loss) if isinstance(loss, str) else loss
-        self.steps = steps or (TO_THE_END if self.adjoint.to_the_end else UNROLLED)
-        self.fmax, self.batch_size, self.clip = fmax, batch_size, clip
-        self.warm, self.learn = warm, [learn] if isinstance(learn, str) else list(learn)
-        if self.learn:
-            _check_learnable(self.stepper, self.adjoint, self.learn)
-            self.stepper.learn(*self.learn)
-        if warm and not self.adjoint.to_the_end:
-            raise ValueError(
-                f"Warm starts need an adjoint that ends at the minimum, not {self.adjoint.name!r}: take 'implicit', "
-                "'guided' or 'one-step'."
-            )
-        self._pairs = PairLoss(
-            self.potential, self.stepper, self.adjoint, self.loss, self.steps, fmax, WarmStarts(warm) if warm else None
+        self.learn = [learn] if isinstance(learn, str) else list(learn)
+        self._pairs = pairs = make_pair_loss(
+            self.potential, stepper, adjoint, loss, steps=steps, fmax=fmax, learn=self.learn, warm=warm
         )
-        self.patience, self.seed, self.lr = patience, seed, lr
-        self.along, self.rattle = along, rattle
-        self.out = None if out is None else Path(out)
-        self.progress = progress
-        self.rates, self.terms = dict(rates or {}), [make_term(t) if isinstance(t, dict) else t for t in terms]
-        if len({term.name for term in self.terms}) < len(self.terms):
-            raise ValueError("Two terms of the loss have one name: give each once.")
-        self._trained = [p for m in (self.potential, self.stepper) for p in m.parameters() if p.requires_grad]
-        if not self._trained:
-            raise ValueError("Nothing can be trained: no weight of the potential or stepper requires gradients.")
-        self.optimizer = self._optimizer(optimizer)
-        self.epoch = 0
+        self.stepper, self.adjoint, self.loss, self.warm_starts = pairs.stepper, pairs.adjoint, pairs.loss, pairs.warm
+        self.steps, self.fmax, self.batch_size, self.clip, self.warm = pairs.steps, fmax, batch_size, clip, warm
+        self.patience, self.seed, self.lr, self.along, self.rattle = patience, seed, lr, along, rattle
+        self.out, self.progress = None if out is None else Path(out), progress
+        self.rates, self.terms = dict(rates or {}), make_terms(terms)
+        self.updates = Updates(self.potential, self.stepper, self.terms, optimizer, lr=lr, rates=self.rates, clip=clip)
+        self.optimizer = self.updates.optimizer
+        self.order = Order(batch_size, along, rattle, seed)
+        self.epoch, self.epochs, self.data = 0, 0, ""
         self.begun_with = self.stepper.numbers()
         self.history: list[dict[str, float]] = []
-        self.best: dict[str, Tensor] = {}
-        self.best_loss = float("inf")
-        self.best_epoch = 0
-        self._epochs = 0
-        self._steps = 0
+        self.best: dict[str, dict[str, Tensor]] = {}
+        self.best_loss, self.best_epoch = float("inf"), 0
         self._prepared = False
-        self._further: dict[str, float] = {}
-        self._data = ""
-        self._generator = torch.Generator().manual_seed(seed)
-        self._base_rates = [group["lr"] for group in self.optimizer.param_groups]
 
-    def _optimizer(self, factory: OptimizerFactory | None) -> torch.optim.Optimizer:
-        made = groups(self.potential, self.stepper, self.rates, lr=self.lr)
-        if factory is None:
-            return torch.optim.AdamW(made, lr=self.lr, weight_decay=0.0)
-        # A factory of a person's own may expect plain parameters.
-        return factory(self._trained if len(made) == 1 and not self.rates else made)
+    def fit(self, train: Pairs, valid: Pairs = (), *, epochs: int = 16) -> Trainer:
+        """Train, and leave the potential and the numbers of the stepper in their best state on the validation pairs.
 
-    # Training ---------------------------------------------------------------------------------
-
-    def fit(
-        self, train: Sequence[RelaxationPair], valid: Sequence[RelaxationPair] = (), *, epochs: int = 16
-    ) -> Trainer:
-        """Train, and leave the potential in its best state on the validation pairs.
-
-        Without validation pairs the last state is kept. A resumed Trainer goes on after its last
-        complete epoch, and needs the same pairs and epochs.
+        Without validation pairs the last state is kept. A resumed Trainer goes on after its last complete epoch, and
+        needs the same pairs and epochs.
 
         Raises
         ------
@@ -198,157 +150,96 @@ class Trainer:
         """
         self.begin(train, valid, epochs=epochs)
         if self.epoch == 0:
-            self._consider(self._validate(valid)["valid_score"], valid)
-            self._save_checkpoint()
+            self._keep(self._validate(valid)["valid_score"], valid)
         with Progress(epochs, len(train), done=self.epoch, bar=self.progress) as progress:
             while self.epoch < epochs and not self._out_of_patience():
                 began = time.monotonic()
                 row = self._train_epoch(train, progress)
                 self.epoch += 1
                 found = self._validate(valid)
-                row |= {"epoch": self.epoch, **found, "seconds": time.monotonic() - began}
+                row |= {**found, "seconds": time.monotonic() - began}
                 self.history.append(row)
-                self._consider(found["valid_score"], valid)
-                self._save_checkpoint()
+                self._keep(found["valid_score"], valid)
                 progress.epoch(row)
-        if self.best:
-            self.potential.load_state_dict(self.best)
+        self.potential.load_state_dict(self.best["potential"])
+        self.stepper.load_state_dict(self.best["stepper"])
         return self
 
-    def begin(
-        self,
-        train: Sequence[RelaxationPair],
-        valid: Sequence[RelaxationPair] = (),
-        test: Sequence[RelaxationPair] = (),
-        *,
-        epochs: int,
-    ) -> None:
+    def begin(self, train: Pairs, valid: Pairs = (), test: Pairs = (), *, epochs: int) -> None:
         """Check the pairs, and write a run folder that can be resumed, before the first epoch and what leads to it.
 
         `fit` does it by itself; whoever measures something first calls it first.
         """
         self.check(train, valid, test, epochs=epochs)
-        fresh = not self._data
-        self._epochs, self._data = epochs, fingerprint([*train, *valid])
-        if self._pairs.warm:
-            self._pairs.warm.begin(train)
+        fresh = not self.data
+        self.epochs, self.data = epochs, fingerprint([*train, *valid])
+        if self.warm_starts:
+            self.warm_starts.begin(train)
         if fresh:
-            some = [p.relaxed for p in train[:: max(1, len(train) // SAMPLED)]]
-            self.stepper = self._pairs.stepper = steady(self.stepper, self.potential, some)
+            self.stepper = make_steady(self._pairs, train)
             self.begun_with = self.stepper.numbers()
             self.potential.metadata = resuming.provenance(self)
         if not self._prepared:
             for term in self.terms:
                 term.prepare(self.potential, train)
             self._prepared = True
-        if fresh and self.out is not None:
-            save_potential(self.potential, self.out / "potential")
-            self._save_checkpoint()
+        if fresh:
+            self._write(potential=True)
 
-    def _train_epoch(self, train: Sequence[RelaxationPair], progress: Progress) -> dict[str, float]:
-        order = torch.randperm(len(train), generator=self._generator).tolist()
-        train = varied_starts(train, self.along, self.rattle, np.random.default_rng([self.seed, self.epoch]))
-        batches = [order[k : k + self.batch_size] for k in range(0, len(order), self.batch_size)]
-        losses: list[float] = []
-        norms: list[float] = []
-        further: dict[str, list[float]] = {term.name: [] for term in self.terms}
-        for number, batch in enumerate(batches):
-            self._set_rate((self.epoch + number / len(batches)) / self._epochs)
-            counted, norm = self.train_step([train[k] for k in batch])
-            losses += counted
-            norms.append(norm)
-            for name, value in self._further.items():
-                further[name].append(value)
-            progress.advance(len(batch), losses)
-        means = {f"term_{name}": sum(found) / len(found) if found else nan for name, found in further.items()}
-        return {
-            "epoch": 0,
-            "train_loss": sum(losses) / len(losses) if losses else nan,
-            "gradient_norm": sum(norms) / len(norms),
-            "skipped": len(train) - len(losses),
-            "lr": self.optimizer.param_groups[0]["lr"],
-            **self._pairs.counts(),
-            **means,
-            **(self.stepper.numbers() if any(p.requires_grad for p in self.stepper.parameters()) else {}),
-        }
+    def _train_epoch(self, train: Pairs, progress: Progress) -> dict[str, float]:
+        tally = Tally(len(train), self.terms)
+        for share, batch in self.order.batches(train, self.epoch):
+            self.updates.set_rate((self.epoch + share) / self.epochs)
+            losses, norm = self.train_step(batch)
+            tally.add(losses, norm, self.updates.further)
+            progress.advance(len(batch), tally.losses)
+        rate = self.optimizer.param_groups[0]["lr"]
+        return tally.row(self.epoch + 1, rate, self._pairs.counts(), self.stepper)
 
-    def train_step(self, pairs: Sequence[RelaxationPair]) -> tuple[list[float], float]:
+    def train_step(self, pairs: Pairs) -> tuple[list[float], float]:
         """One step of the optimizer on a batch: the losses that counted, and the gradient's norm.
 
         Pairs whose relaxation diverges are reported and left out.
         """
-        self._further = {}
         losses = self.backward(pairs)
-        if not losses:
+        norm = self.updates.take(pairs, (self.seed, self.epoch)) if losses else None
+        if norm is None:
             return [], 0.0
-        self._steps += 1
-        key = (self.seed, self.epoch, self._steps)
-        self._further = add_gradients(self.terms, self.potential, pairs, key)
-        norm = nn.utils.clip_grad_norm_(self._trained, self.clip)
-        if not torch.isfinite(norm):
-            log.warning("%s: left out, for their gradient is not finite.", ", ".join(p.id for p in pairs))
-            self.optimizer.zero_grad(set_to_none=True)
-            return [], 0.0
-        self.optimizer.step()
         self.stepper.restrain()
-        return losses, norm.item()
+        return losses, norm
 
-    def backward(self, pairs: Sequence[RelaxationPair]) -> list[float]:
+    def backward(self, pairs: Pairs) -> list[float]:
         """Gradients of the mean loss of a batch, into ``.grad``; the losses of the pairs that counted."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self.updates.clear()
         return self._pairs.backward(pairs, self.epoch)
 
-    def _set_rate(self, done: float) -> None:
-        """Half a cosine from the optimizer's own rates to zero."""
-        factor = float(0.5 * (1 + torch.cos(torch.tensor(torch.pi * done, dtype=torch.float64))))
-        for group, rate in zip(self.optimizer.param_groups, self._base_rates, strict=True):
-            group["lr"] = rate * factor
-
-    # Validation -------------------------------------------------------------------------------
-
-    def evaluate(self, pairs: Sequence[RelaxationPair], **settings: Any) -> Evaluation:
+    def evaluate(self, pairs: Pairs, **settings: Any) -> Evaluation:
         """`ase_bptt.evaluation.evaluate` with the potential as it is."""
         return evaluate(self.potential, pairs, **settings)
 
-    def _validate(self, valid: Sequence[RelaxationPair]) -> dict[str, float]:
+    def _validate(self, valid: Pairs) -> dict[str, float]:
         return validate(self.potential, valid)
 
-    def _consider(self, found: float, valid: Sequence[RelaxationPair]) -> None:
-        """Keep this state if it is the best yet, or the last and there is nothing to judge by."""
-        if not valid or not self.best or found < self.best_loss:
-            self.best_loss, self.best_epoch = min(self.best_loss, found), self.epoch
-            self.best = {k: v.detach().clone() for k, v in self.potential.state_dict().items()}
-            if self.out is not None:
-                save_potential(self.potential, self.out / "potential")
+    def _keep(self, score: float, valid: Pairs) -> None:
+        """Keep this state: as the best if it is that, or if it is the last and there is nothing to judge by."""
+        best = not valid or not self.best or score < self.best_loss
+        if best:
+            self.best_loss, self.best_epoch = min(self.best_loss, score), self.epoch
+            now = {"potential": self.potential.state_dict(), "stepper": self.stepper.state_dict()}
+            self.best = copy.deepcopy(now)
+        self._write(potential=best)
 
     def _out_of_patience(self) -> bool:
         return self.patience is not None and self.epoch - self.best_epoch >= self.patience
 
-    # Checks -----------------------------------------------------------------------------------
-
-    def check(
-        self,
-        train: Sequence[RelaxationPair],
-        valid: Sequence[RelaxationPair] = (),
-        test: Sequence[RelaxationPair] = (),
-        *,
-        epochs: int,
-    ) -> None:
+    def check(self, train: Pairs, valid: Pairs = (), test: Pairs = (), *, epochs: int) -> None:
         """Raise what `fit` would raise for these pairs, before any work is lost."""
         check_positive(epochs=epochs)
-        if not train:
-            raise ValueError("There are no pairs to train on.")
         if self.out is not None:
             self.potential.config()  # raises where it could not be saved
-        check_apart(training=train, validation=valid, test=test)
-        if self._pairs.warm:
-            self._pairs.warm.check(train)
-        if self._data and (fingerprint([*train, *valid]), epochs) != (self._data, self._epochs):
+        if self.data and (fingerprint([*train, *valid]), epochs) != (self.data, self.epochs):
             raise ValueError("This run was begun with other pairs or epochs: go on with those, or start a new run.")
-        for pair in (*train, *valid, *test):
-            check_usable(self.potential, pair)
-
-    # Files ------------------------------------------------------------------------------------
+        check_data(self._pairs, self.terms, train, valid, test)
 
     def settings(self) -> dict[str, Any]:
         """What `resume` needs to build the same Trainer, as JSON."""
@@ -358,9 +249,12 @@ class Trainer:
         """Write the potential: our format, which loads without unpickling, and the family's native file."""
         save_potential(self.potential, folder)
 
-    def _save_checkpoint(self) -> None:
-        if self.out is not None:
-            checkpoint.write(self.out, self.settings(), self.history, resuming.state(self))
+    def _write(self, *, potential: bool) -> None:
+        if self.out is None:
+            return
+        if potential:
+            self.save(self.out / "potential")
+        checkpoint.write(self.out, self.settings(), self.history, resuming.state(self))
 
     @classmethod
     def resume(
@@ -385,21 +279,3 @@ class Trainer:
         trainer = cls(**arguments, out=out, progress=progress)
         resuming.restore(trainer, state)
         return trainer
-
-
-def _default_stepper(adjoint: Adjoint) -> Stepper:
-    """The paper's map where the gradient goes through its frames, else what finds a minimum soonest."""
-    return GradientDescent(momentum=MOMENTUM) if adjoint.through_frames else BFGS()
-
-
-def _check_learnable(stepper: Stepper, adjoint: Adjoint, names: Sequence[str]) -> None:
-    """Raise for numbers of the stepper that would stay where they are, or are no numbers yet."""
-    if not adjoint.through_frames:
-        raise ValueError(
-            f"The adjoint {adjoint.name!r} has no gradient for the numbers of the stepper, so that none can be learnt: "
-            "take 'replay' or 'guided'."
-        )
-    if "step_size" in names and stepper.todict().get("step_size") == "auto":
-        raise ValueError(
-            "step_size='auto' is found when the training begins and then kept: give it a number in Å^2/eV to learn it."
-        )

@@ -1,0 +1,111 @@
+"""Steps of the optimizer: what is trained, how fast, and which gradients are left out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..guard.terms import Term, add_gradients
+from ..pairs import RelaxationPair
+from ..potential import Potential
+from ..steppers import Stepper
+from ..tuning.trainable import groups
+
+log = logging.getLogger(__name__)
+OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
+
+
+class Updates:
+    """Moves what requires gradients in a potential and its stepper, one step of the optimizer at a time.
+
+    Parameters
+    ----------
+    potential : Potential
+    stepper : Stepper
+    terms : sequence of Term
+        Their gradients are added in each step.
+    factory : callable or None
+        Makes the optimizer; None is AdamW.
+    lr, rates, clip
+        As for `Trainer`.
+
+    Attributes
+    ----------
+    optimizer : torch.optim.Optimizer
+    further : dict of str to float
+        Each term in the last step, times its weight; empty where no step was taken.
+
+    Raises
+    ------
+    ValueError
+        Where nothing requires gradients.
+    """
+
+    def __init__(
+        self,
+        potential: Potential,
+        stepper: Stepper,
+        terms: Sequence[Term],
+        factory: OptimizerFactory | None,
+        *,
+        lr: float,
+        rates: Mapping[str, float],
+        clip: float,
+    ):
+        self.potential, self.terms, self.clip = potential, terms, clip
+        self._trained = [p for m in (potential, stepper) for p in m.parameters() if p.requires_grad]
+        if not self._trained:
+            raise ValueError("Nothing can be trained: no weight of the potential or stepper requires gradients.")
+        made = groups(potential, stepper, rates, lr=lr)
+        if factory is None:
+            self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(made, lr=lr, weight_decay=0.0)
+        else:
+            # A factory of a person's own may expect plain parameters.
+            self.optimizer = factory(self._trained if len(made) == 1 and not rates else made)
+        self.further: dict[str, float] = {}
+        self._taken = 0
+        self._base_rates = [group["lr"] for group in self.optimizer.param_groups]
+
+    def set_rate(self, done: float) -> None:
+        """Half a cosine from the optimizer's own rates to zero, by the share of the training that is done."""
+        factor = float(0.5 * (1 + torch.cos(torch.tensor(torch.pi * done, dtype=torch.float64))))
+        for group, rate in zip(self.optimizer.param_groups, self._base_rates, strict=True):
+            group["lr"] = rate * factor
+
+    def clear(self) -> None:
+        """Forget the gradients of the last step."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.further = {}
+
+    def take(self, pairs: Sequence[RelaxationPair], key: Sequence[int]) -> float | None:
+        """A step by the gradients in ``.grad`` and those of the terms; the norm before it was clipped.
+
+        None where the gradient is not finite: that is reported, and no step is taken. What the terms draw depends on
+        `key` and the number of the step.
+        """
+        self._taken += 1
+        self.further = add_gradients(self.terms, self.potential, pairs, (*key, self._taken))
+        norm = nn.utils.clip_grad_norm_(self._trained, self.clip)
+        if not torch.isfinite(norm):
+            log.warning("%s: left out, for their gradient is not finite.", ", ".join(p.id for p in pairs))
+            self.optimizer.zero_grad(set_to_none=True)
+            return None
+        self.optimizer.step()
+        return norm.item()
+
+    def state(self) -> dict[str, Any]:
+        """What the next step depends on."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "steps_taken": self._taken,
+            "base_rates": self._base_rates,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take up what `state` gave."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._taken, self._base_rates = state["steps_taken"], state["base_rates"]
