@@ -131,14 +131,33 @@ class TestCheckpoints:
             twin.rattle(0.01, seed=1)
 
 
-@needs_sevennet
-@pytest.mark.filterwarnings("ignore")
-def test_it_is_tuned_through_a_relaxation(tmp_path):
+def moved_pair() -> RelaxationPair:
     start = skewed()
     with torch.no_grad():
         reference = relax("sevennet", start, steps=4).to_atoms()
     reference.positions[1] += [0.05, 0, 0]
-    pair = RelaxationPair(start, reference, "one", "one")
+    return RelaxationPair(start, reference, "one", "one")
+
+
+@needs_sevennet
+@pytest.mark.filterwarnings("ignore")
+def test_a_copy_loads_its_own_weights_and_is_trained():
+    potential, other = (copy.deepcopy(load_potential("sevennet", dtype="float64")) for _ in range(2))
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.mul_(1.01)
+    expected = results(other, skewed())["forces"]
+    potential.load_state_dict(other.state_dict(), strict=True)
+    assert torch.equal(results(potential, skewed())["forces"], expected)
+    trainer = Trainer(potential, steps=2, batch_size=1, lr=1e-4, along=0.0, rattle=0.0, progress=False)
+    trainer.fit([moved_pair()], epochs=1)
+    assert not torch.equal(results(potential, skewed())["forces"], expected)
+
+
+@needs_sevennet
+@pytest.mark.filterwarnings("ignore")
+def test_it_is_tuned_through_a_relaxation(tmp_path):
+    pair = moved_pair()
     trainer = Trainer("sevennet", steps=2, batch_size=1, lr=1e-4, along=0.0, rattle=0.0, out=tmp_path, progress=False)
     trainer.potential.requires_grad_()
     trainer.fit([pair], epochs=2)

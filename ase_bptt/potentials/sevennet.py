@@ -63,6 +63,7 @@ class SevenNet(Potential):
             column[number] = index
         self.register_buffer("_column", column, persistent=False)
         self.register_state_dict_post_hook(_without_copies)
+        self.register_load_state_dict_pre_hook(_with_copies)
 
     def forward(self, structures: Structures, pairs: Pairs) -> Prediction:
         data = {
@@ -166,6 +167,13 @@ def _without_copies(module: nn.Module, state: dict[str, Any], prefix: str, metad
     """Leave out the constants that e3nn's layers hold a second time once they have been copied."""
     for name in [name for name in state if "._tensor_constant" in name]:
         del state[name]
+
+
+def _with_copies(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Fill in what `_without_copies` left out, or a strict load would miss it."""
+    for name, value in module.named_buffers():
+        if "._tensor_constant" in name:
+            state.setdefault(prefix + name, value)
 
 
 def _modal(known: dict[str, int], wanted: str | None) -> str | None:
