@@ -229,7 +229,10 @@ def _from_pickle(path: Path, trust: bool) -> Potential:
 def _from_native(native: Any, name: str) -> Potential:
     for candidate in map(family, families()):
         if candidate.owns(native):
-            return candidate.from_native(native)
+            potential = candidate.from_native(native)
+            told = native.get("metadata") if isinstance(native, dict) else getattr(native, "metadata", None)
+            potential.metadata = told if isinstance(told, dict) else {}
+            return potential
     raise ValueError(
         f"No family of potentials knows what to do with {name} (a {type(native).__module__}."
         f"{type(native).__name__}); the families are {', '.join(families())}."

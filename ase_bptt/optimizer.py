@@ -10,6 +10,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 from ase import Atoms
+from ase.calculators.calculator import compare_atoms
 from ase.io import Trajectory
 from ase.optimize.optimize import Optimizer
 from ase.utils.abc import Optimizable
@@ -18,7 +19,7 @@ from torch import Tensor
 from .adjoints import Adjoint, AtMinimum, FullTape, Guided, Replay, make_adjoint
 from .calculator import TorchCalculator
 from .frames import Keep
-from .recording import Recording, as_relaxation
+from .recording import PASSING, Recording, as_relaxation
 from .restart import BROKEN, read_restart, state_from_json, state_to_json, unreadable, write_restart
 from .result import Relaxation, Status
 from .stability import steady
@@ -73,6 +74,10 @@ class BPTTOptimizer(Optimizer):
             raise TypeError("An ASE run leaves no tape behind: take adjoint='replay', or ase_bptt.relax.")
         if isinstance(self.adjoint, Guided):
             raise TypeError("An ASE run does not stop at its first frames for 'guided': take ase_bptt.relax.")
+        if self.stepper.todict().get("step_size") == "auto" and not isinstance(atoms, Atoms):
+            raise ValueError(
+                "step_size='auto' asks the potential of Atoms: give a number for a filter or a band."
+            )
         self.record = record and self.stepper.differentiable and self.adjoint.keep is not None
         self._state: State | None = None
         self._begun: Atoms | None = None
@@ -155,6 +160,7 @@ class BPTTOptimizer(Optimizer):
         orig_cell = getattr(self.atoms, "orig_cell", None)
         return {
             "stepper": self.stepper.name,
+            "numbers": self.stepper.todict(),
             **state_to_json(self._state),
             "orig_cell": None if orig_cell is None else np.asarray(orig_cell).tolist(),
         }
@@ -163,6 +169,9 @@ class BPTTOptimizer(Optimizer):
         """Go on from what `_saved` gave."""
         if saved["stepper"] != self.stepper.name:
             raise ValueError(f"it belongs to the stepper {saved['stepper']!r}, not {self.stepper.name!r}")
+        if self.stepper.todict().get("step_size") == "auto":
+            numbers = {name: value for name, value in saved["numbers"].items() if name != "name"}
+            self.stepper = self._recording.stepper = make_stepper(self.stepper.name, **numbers)
         self._state = state_from_json(saved, self._first_state())
         if saved["orig_cell"] is not None:
             filtered: Any = self.atoms
@@ -210,7 +219,10 @@ class BPTTOptimizer(Optimizer):
             For constraints that `relax` does not know, by name.
         """
         if isinstance(self.adjoint, AtMinimum):
-            return as_relaxation(self.atoms, initial=self._begun, adjoint=self.adjoint, nsteps=self.nsteps)
+            begun = self._begun
+            # Somebody may have changed the atoms between two runs.
+            same = begun is not None and not compare_atoms(begun, self.atoms, excluded_properties=PASSING)
+            return as_relaxation(self.atoms, initial=begun if same else None, adjoint=self.adjoint, nsteps=self.nsteps)
         if not self.stepper.differentiable:
             raise RuntimeError(not_differentiable(type(self).__name__, self.stepper.name))
         fmax: Any = self.fmax

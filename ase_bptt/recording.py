@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,9 @@ from .frames import IteratedMap, Keep, Record
 from .result import Relaxation, Status
 from .steppers import GradientDescent, State, Stepper
 from .structures import Structures
+
+PASSING = {"positions", "initial_charges", "initial_magmoms"}
+"""What start and end of a relaxation may differ in."""
 
 
 class Recording:
@@ -72,8 +76,9 @@ class Recording:
             raise RuntimeError(
                 "The atoms were changed after the last step of this run: take its relaxation before that."
             )
-        record.nsteps = [len(record.frames)]
-        return _as_left(record, atoms, adjoint, fmax)
+        # A record of its own: the run may go on.
+        frames = list(record.frames)
+        return _as_left(replace(record, frames=frames, nsteps=[len(frames)], _again={}), atoms, adjoint, fmax)
 
     def _continues(self, record: Record, atoms: Atoms) -> bool:
         """Whether these atoms, constraints, weights and numbers are what the last frame that was kept left."""
@@ -105,13 +110,13 @@ def as_relaxation(
     Raises
     ------
     ValueError
-        Where a force is larger than the adjoint's fmax, or the initial structure holds other atoms.
+        Where a force is larger than the adjoint's fmax, or the initial structure holds other atoms or another cell.
     """
     _check_differentiable(atoms)
-    if initial is not None and not np.array_equal(initial.numbers, atoms.numbers):
+    if initial is not None and compare_atoms(initial, atoms, excluded_properties=PASSING):
         raise ValueError(
-            f"The initial structure holds {initial.symbols} and the relaxed one {atoms.symbols}: give the same atoms "
-            "in the same order."
+            f"The initial structure ({initial.symbols}) and the relaxed one ({atoms.symbols}) do not hold the same "
+            "atoms in the same order and cell: give the start of a relaxation at fixed cell, or leave it out."
         )
     chosen = make_adjoint(adjoint)
     if not isinstance(chosen, AtMinimum):
@@ -123,7 +128,9 @@ def as_relaxation(
             f"The largest force on these atoms is {largest:.3g} eV/Å, and the adjoint {chosen.name!r} holds at a "
             f"minimum: relax below its fmax of {chosen.fmax:g} eV/Å."
         )
-    start = Structures.from_atoms(atoms if initial is None else initial, device=potential.device, dtype=potential.dtype)
+    start = Structures.from_atoms(atoms, device=potential.device, dtype=potential.dtype)
+    if initial is not None:
+        start = start.replace(positions=torch.tensor(initial.positions).to(start.positions))
     record = Record(IteratedMap(potential, GradientDescent()), start, nsteps=[nsteps])
     chosen.check(record.map, start)
     return _as_left(record, atoms, chosen, chosen.fmax)
@@ -140,7 +147,7 @@ def _as_left(record: Record, atoms: Atoms, adjoint: Adjoint, fmax: float) -> Rel
         start=structures,
         positions=adjoint.attach(record) if record.map.parameters() else record.final,
         forces=torch.tensor(forces).to(structures.positions),
-        nsteps=torch.tensor(record.nsteps),
+        nsteps=torch.tensor(record.nsteps, device=structures.positions.device),
         status=(Status.DIVERGED if broken else Status.CONVERGED if converged else Status.OUT_OF_STEPS,),
         _energies=torch.tensor([atoms.get_potential_energy()]).to(structures.positions),
         _record=record,

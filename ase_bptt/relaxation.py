@@ -113,8 +113,8 @@ def relax_each(
 
 
 def _map(potential: Potential, stepper: Stepper | str | None, structures: Structures) -> IteratedMap:
-    chosen = steady(make_stepper(stepper), potential, structures)
-    return IteratedMap(potential, chosen.to(structures.positions.device))
+    # Its numbers stay where they are: what an optimizer holds of them must not be left behind on another device.
+    return IteratedMap(potential, steady(make_stepper(stepper), potential, structures))
 
 
 def _batch(

@@ -410,3 +410,18 @@ def test_what_is_saved_says_where_it_comes_from(tmp_path):
     again = Trainer(tuned, steps=1)
     again.fit([pair], epochs=1)
     assert again.potential.metadata["base"]["base"] == base
+
+
+@needs_mace
+def test_native_files_bring_back_where_they_come_from():
+    from ase_bptt.potentials.mace import MACE
+
+    model = tiny_mace()
+    potential = MACE(model)
+    potential.metadata = {"base": {"source": "mine"}}
+    save_potential(potential, "saved")
+    assert not hasattr(model, "metadata")
+    again = load_potential("saved/mace.model", trust=True)
+    assert again.metadata == {"base": {"source": "mine"}}
+    save_potential(again, "again")
+    assert again.model.metadata == load_potential("again/mace.model", trust=True).metadata

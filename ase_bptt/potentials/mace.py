@@ -150,11 +150,14 @@ class MACE(Potential):
         return cls(model, head=config.get("head"))
 
     def save_native(self, path: Path) -> None:
+        held = vars(self.model).pop("metadata", None)
         try:
             self.model.metadata = dict(self.metadata)
             torch.save(self.model, path)
         finally:
             del self.model.metadata
+            if held is not None:
+                self.model.metadata = held
 
 
 @contextmanager
