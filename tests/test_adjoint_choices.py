@@ -51,6 +51,29 @@ def test_bad_names_are_told_with_those_there_are(bad):
         make_adjoint(bad)
 
 
+@pytest.mark.parametrize(("bad", "said"), [({"name": "x"}, "'x'"), ({"every": 2}, "None")])
+def test_bad_names_in_json_are_told_the_same(bad, said):
+    with pytest.raises(ValueError, match=f"no adjoint {said}; there are full, replay:N, truncated:N, implicit"):
+        make_adjoint(bad)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda n: Replay(every=n), "every"),
+        (Truncated, "window"),
+        (Guided, "first"),
+        (lambda n: Implicit(cap=n), "cap"),
+    ],
+    ids=["replay", "truncated", "guided", "implicit"],
+)
+@pytest.mark.parametrize("count", [0, -1, 2.5, 2.0, float("inf"), float("nan"), "3"])
+def test_counts_that_are_not_whole_are_refused(make, name, count):
+    with pytest.raises(ValueError, match=f"{name} must be a whole number, at least 1, got {count}."):
+        make(count)
+    make(np.int64(3))
+
+
 BAD = [
     lambda: Replay(every=0),
     lambda: Replay(clip=0.0),

@@ -48,12 +48,19 @@ def make_adjoint(adjoint: str | dict[str, Any] | Adjoint | None) -> Adjoint | No
     if adjoint is None or isinstance(adjoint, Adjoint):
         return adjoint
     if isinstance(adjoint, dict):
-        return ADJOINTS[adjoint["name"]](**{k: v for k, v in adjoint.items() if k != "name"})
+        settings = dict(adjoint)
+        name = settings.pop("name", None)
+        if name not in ADJOINTS:
+            raise _unknown(name)
+        return ADJOINTS[name](**settings)
     name, colon, number = adjoint.partition(":")
     wanted = FRAMES.get(name)
     if name not in ADJOINTS or (colon and not (wanted and number.isdecimal() and int(number))):
-        known = ", ".join(f"{known}:N" if known in FRAMES else known for known in ADJOINTS)
-        raise ValueError(f"There is no adjoint {adjoint!r}; there are {known}, with N frames.")
+        raise _unknown(adjoint)
     frames = int(number) if number else NEEDED.get(name)
-    settings: dict[str, Any] = {} if wanted is None or frames is None else {wanted: frames}
-    return ADJOINTS[name](**settings)
+    return ADJOINTS[name](**{} if wanted is None or frames is None else {wanted: frames})
+
+
+def _unknown(adjoint: Any) -> ValueError:
+    known = ", ".join(f"{known}:N" if known in FRAMES else known for known in ADJOINTS)
+    return ValueError(f"There is no adjoint {adjoint!r}; there are {known}, with N frames.")

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..frames import IteratedMap, Keep, Record
-from ..positive import check_positive
+from ..positive import check_count, check_positive
 from ..steppers import Stepper
 from ..structures import Structures
 from .base import Adjoint, stepper_of
@@ -47,7 +47,8 @@ class Guided(Adjoint):
     to_the_end = True
 
     def __post_init__(self) -> None:
-        check_positive(first=self.first, weight=self.weight)
+        check_count(first=self.first)
+        check_positive(weight=self.weight)
         tail: Any = stepper_of(self.tail)
         solve = {k: v for k, v in self.solve.items() if k != "name"} if isinstance(self.solve, dict) else None
         # As JSON brings them back.

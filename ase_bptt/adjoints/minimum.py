@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..frames import IteratedMap, Record
-from ..positive import check_positive
+from ..positive import check_count, check_positive
 from ..structures import Structures
 from .base import Adjoint
 from .krylov import Solve, SolveStatus, conjugate_gradients
@@ -94,7 +94,8 @@ class Implicit(AtMinimum):
     name = "implicit"
 
     def __post_init__(self) -> None:
-        check_positive(fmax=self.fmax, tolerance=self.tolerance, cap=self.cap)
+        check_positive(fmax=self.fmax, tolerance=self.tolerance)
+        check_count(cap=self.cap)
         if not self.damping >= 0:
             raise ValueError(f"damping must not be negative, got {self.damping} eV/Å^2.")
 

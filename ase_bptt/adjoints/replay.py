@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..frames import Keep, Record
-from ..positive import check_positive
+from ..positive import check_count, check_positive
 from .base import Adjoint
 from .wayback import WayBack
 
@@ -38,7 +38,8 @@ class Replay(Adjoint):
     name = "replay"
 
     def __post_init__(self) -> None:
-        check_positive(every=self.every, clip=self.clip)
+        check_count(every=self.every)
+        check_positive(clip=self.clip)
 
     @property
     def keep(self) -> Keep:  # type: ignore[override]
@@ -68,7 +69,7 @@ class Truncated(Adjoint):
     name = "truncated"
 
     def __post_init__(self) -> None:
-        check_positive(window=self.window)
+        check_count(window=self.window)
 
     @property
     def keep(self) -> Keep:  # type: ignore[override]
