@@ -5,6 +5,7 @@ import torch
 from conftest import lennard_jones, needs_chgnet, needs_mace, skewed
 from test_lora import chgnet, mace
 
+from ase_bptt.potentials.direct import Direct
 from ase_bptt.relaxation import relax
 from ase_bptt.steppers import GradientDescent
 from ase_bptt.tuning import lora, trainable
@@ -16,6 +17,7 @@ LAST = [
     pytest.param(
         chgnet, 2, "model.atom_conv_layers.1.", "model.atom_conv_layers.0.", id="chgnet-2", marks=needs_chgnet
     ),
+    pytest.param(Direct, 1, "force_head.", "updates.0.", id="direct"),
 ]
 
 
@@ -62,7 +64,7 @@ def test_the_last_layers(make, last, inside, outside):
     assert reached <= chosen
 
 
-@pytest.mark.parametrize("make", [case.values[0] for case in LAST[:2]], ids=["mace", "chgnet"])
+@pytest.mark.parametrize("make", [case.values[0] for case in (*LAST[:2], LAST[3])], ids=["mace", "chgnet", "direct"])
 def test_layers_hold_every_weight_that_forces_depend_on_once(make):
     potential = make()
     names = [name for layer in layers(potential) for name in layer]

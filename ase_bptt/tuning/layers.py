@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ class Stages(NamedTuple):
 
     before: tuple[str, ...]
     stacks: tuple[str, ...]
-    """Each is a list of modules, and the last of all of them lie side by side."""
+    """Each is a list of modules, a number following the prefix; the last of all of them lie side by side."""
     after: tuple[str, ...]
 
 
@@ -24,6 +25,13 @@ STAGES = {
         ("model.atom_conv_layers.", "model.bond_conv_layers.", "model.angle_layers."),
         ("model.site_wise.", "model.readout_norm.", "model.mlp."),
     ),
+    # Its layers are told apart by the numbers that their names begin with.
+    "sevennet": Stages(
+        ("model.edge_embedding.", "model.onehot_to_feature_x."),
+        ("model.",),
+        ("model.reduce_", "model.rescale_atomic_energy.scale"),
+    ),
+    "direct": Stages(("elements.",), ("filters.", "updates."), ("energy_head.", "force_head.")),
 }
 
 
@@ -50,15 +58,16 @@ def layers(potential: Potential) -> list[list[str]]:
 def staged(names: Sequence[str], stages: Stages) -> list[list[str]]:
     """Layers from the prefixes of names: the stacks are counted from their ends, what comes after is in the last."""
     depth = {
-        stack: 1 + max((_index(name, stack) for name in names if name.startswith(stack)), default=-1)
+        stack: 1 + max((k for name in names if (k := _index(name, stack)) is not None), default=-1)
         for stack in stages.stacks
     }
     deepest = max(depth.values())
     found: list[list[str]] = [[] for _ in range(deepest + 1)]
     for name in names:
-        stack = next((stack for stack in stages.stacks if name.startswith(stack)), None)
-        if stack is not None:
-            found[deepest - depth[stack] + _index(name, stack) + 1].append(name)
+        place = next(((s, k) for s in stages.stacks if (k := _index(name, s)) is not None), None)
+        if place is not None:
+            stack, index = place
+            found[deepest - depth[stack] + index + 1].append(name)
         elif name.startswith(stages.after):
             found[-1].append(name)
         elif name.startswith(stages.before):
@@ -66,5 +75,7 @@ def staged(names: Sequence[str], stages: Stages) -> list[list[str]]:
     return [layer for layer in found if layer]
 
 
-def _index(name: str, stack: str) -> int:
-    return int(name.removeprefix(stack).partition(".")[0])
+def _index(name: str, stack: str) -> int | None:
+    """The number of a layer, where it is one of this stack."""
+    found = re.match(r"\d+", name.removeprefix(stack)) if name.startswith(stack) else None
+    return int(found[0]) if found else None
