@@ -44,6 +44,14 @@ class TestLearning:
             assert float(rows[-1][name]) == now[name]
             assert now[name] == pytest.approx(whole.begun_with[name], rel=0.1)
 
+    def test_the_stepper_that_is_given_stays_for_the_next_training(self, pairs):
+        given = GradientDescent(0.03)
+        runs = [trainer(stepper=given, learn="step_size").fit(pairs[:2], epochs=1) for _ in range(2)]
+        assert [run.begun_with["step_size"] for run in runs] == pytest.approx([0.03, 0.03])
+        assert runs[0].stepper.numbers() == runs[1].stepper.numbers() != runs[0].begun_with
+        assert given.todict() == GradientDescent(0.03).todict()
+        assert not list(given.parameters())
+
     @pytest.mark.parametrize(("script", "best"), [([3.0, 2.0, 1.0, 2.5], 2), ([1.0, 2.0, 2.0, 2.5], 0)])
     def test_they_end_where_they_were_in_the_best_epoch_as_the_weights_do(self, pairs, tmp_path, script, best):
         seen = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 from ..adjoints import Adjoint, Replay, make_adjoint
@@ -44,7 +45,8 @@ def make_pair_loss(
         For names that there are not, and for choices that do not go together.
     """
     chosen = make_adjoint(adjoint) or Replay()
-    moved = _default_stepper(chosen) if stepper is None else make_stepper(stepper)
+    # A copy: what is learnt must not be where the next training begins that is given the same stepper.
+    moved = _default_stepper(chosen) if stepper is None else copy.deepcopy(make_stepper(stepper))
     chosen.check_stepper(moved)
     measured: Loss = named_loss(loss) if isinstance(loss, str) else loss
     if learn:
