@@ -211,6 +211,17 @@ class TestTerms:
         run = trainer(potential, terms=[Pull()]).fit([with_xenon(p) for p in pairs[:2]], epochs=1)
         assert np.isnan(run.history[0]["term_pull"])
 
+    def test_objects_serve_several_trainings_each_with_its_own_beginning(self, pairs):
+        given = [Pull(), Teacher(size=3, batch=20)]
+        for sigma in (2.6, 2.7):
+            run = trainer(untuned(), terms=given)
+            with torch.no_grad():
+                run.potential.sigma.fill_(sigma)
+            run.begin(pairs[:2], epochs=1)
+            losses = [term.loss(run.potential, pairs[:2], np.random.default_rng(0)).item() for term in run.terms]
+            assert losses == pytest.approx([0.0, 0.0], abs=1e-20)
+            run.fit(pairs[:2], epochs=1)
+
     def test_two_of_one_name_are_refused(self):
         with pytest.raises(ValueError, match="Two terms of the loss have one name"):
             trainer(terms=[Pull(), {"name": "pull", "weight": 2.0}])

@@ -119,6 +119,8 @@ class Teacher:
         """Make the probes and ask the potential what it gives there, unless `load` gave both."""
         if self._state is not None:
             self.points = Points.from_state(self._state, potential)
+            # They are kept once, on the potential's device.
+            self._state = None
             return
         probes = [
             p.atoms for p in make_probes(potential, pairs, size=self.size, seed=self.seed) if p.kind in self.kinds

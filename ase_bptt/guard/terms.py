@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol
@@ -73,9 +74,12 @@ def make_term(settings: dict[str, Any] | str) -> Term:
 
 
 def make_terms(terms: Sequence[Term | dict[str, Any] | str] | str) -> list[Term]:
-    """Terms as they are, or as `make_term` makes them; ValueError for two of one name."""
+    """Copies of terms, or as `make_term` makes them; ValueError for two of one name.
+
+    Copies, since a term remembers the potential that its training began with.
+    """
     given = [terms] if isinstance(terms, str) else terms
-    made = [make_term(term) if isinstance(term, (dict, str)) else term for term in given]
+    made = [make_term(term) if isinstance(term, (dict, str)) else copy.deepcopy(term) for term in given]
     if len({term.name for term in made}) < len(made):
         raise ValueError("Two terms of the loss have one name: give each once.")
     return made
