@@ -448,3 +448,16 @@ def test_a_batch_where_nothing_is_finite_is_still_a_relaxation(how):
 def test_an_unknown_adjoint_is_named(name):
     with pytest.raises(ValueError, match=f"no adjoint '{name}'; there are full, replay"):
         relax(lennard_jones(), argon(), adjoint=name)
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS)
+def test_without_a_frame_the_end_is_the_start(adjoint):
+    potential, fixed, moving = lennard_jones(), Structures.from_atoms([cluster()]), batch(cluster())
+    weights = list(potential.parameters())
+    for structures in (fixed, moving):
+        inputs = [x for x in (structures.positions, *weights) if x.requires_grad]
+        relaxation = relax(potential, structures, steps=0, fmax=1e-9, adjoint=adjoint, stepper="gd")
+        found = gradient(inputs, relaxation.positions.square().sum())
+        expected = {id(structures.positions): 2 * structures.positions.detach()}
+        for x, slope in zip(inputs, found, strict=True):
+            assert torch.equal(slope, expected.get(id(x), torch.zeros_like(x)))
