@@ -14,6 +14,8 @@ from ase_bptt.pairs import RelaxationPair
 from ase_bptt.potentials.sevennet import SevenNet
 from ase_bptt.structures import Structures
 from ase_bptt.testing import check_potential
+from ase_bptt.tuning import trainable
+from ase_bptt.tuning.layers import layers
 
 HAS_SEVENNET = importlib.util.find_spec("sevenn") is not None
 needs_sevennet = pytest.mark.skipif(not HAS_SEVENNET, reason='needs pip install "ase_bptt[sevennet]", on its own')
@@ -164,6 +166,23 @@ def test_it_is_tuned_through_a_relaxation(tmp_path):
     losses = [row["train_loss"] for row in trainer.history]
     assert losses[-1] < losses[0]
     assert (tmp_path / "potential" / "sevennet.pth").is_file()
+
+
+@needs_sevennet
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("spec", ["sevennet", "sevennet:7net-mf-0", "sevennet:7net-l3i5"])
+def test_its_layers_hold_every_weight_that_forces_depend_on_once(spec):
+    potential = load_potential(spec)
+    found = layers(potential)
+    names = [name for layer in found for name in layer]
+    every = {name for name, _ in potential.named_parameters()}
+    assert len(names) == len(set(names))
+    assert every - set(names) == {"model.rescale_atomic_energy.shift"}
+    assert "model.onehot_to_feature_x.linear.weight" in found[0]
+    trainable.select(potential, last=1)
+    chosen = {name for name, p in potential.named_parameters() if p.requires_grad}
+    assert {"model.4_self_interaction_2.linear.weight", "model.reduce_hidden_to_energy.linear.weight"} <= chosen
+    assert not any(name.startswith("model.3_") for name in chosen)
 
 
 @pytest.mark.skipif(HAS_SEVENNET, reason="for environments without sevenn")
