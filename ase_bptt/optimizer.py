@@ -75,9 +75,7 @@ class BPTTOptimizer(Optimizer):
         if isinstance(self.adjoint, Guided):
             raise TypeError("An ASE run does not stop at its first frames for 'guided': take ase_bptt.relax.")
         if self.stepper.todict().get("step_size") == "auto" and not isinstance(atoms, Atoms):
-            raise ValueError(
-                "step_size='auto' asks the potential of Atoms: give a number for a filter or a band."
-            )
+            raise ValueError("step_size='auto' asks the potential of Atoms: give a number for a filter or a band.")
         self.record = record and self.stepper.differentiable and self.adjoint.keep is not None
         self._state: State | None = None
         self._begun: Atoms | None = None
