@@ -69,7 +69,8 @@ class Case:
         self.loss(run).backward()
         self.finish()
         seconds = {"forward": between - began, "backward": clock() - between}
-        grads = [p.grad.flatten() for p in self.potential.parameters() if p.grad is not None]
+        weights = [p for p in self.potential.parameters() if p.requires_grad]
+        grads = [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in weights]
         return torch.cat(grads).cpu(), run, seconds
 
     def peak(self) -> float:
