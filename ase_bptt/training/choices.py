@@ -45,8 +45,11 @@ def make_pair_loss(
         For names that there are not, and for choices that do not go together.
     """
     chosen = make_adjoint(adjoint) or Replay()
-    # A copy: what is learnt must not be where the next training begins that is given the same stepper.
-    moved = _default_stepper(chosen) if stepper is None else copy.deepcopy(make_stepper(stepper))
+    moved = _default_stepper(chosen) if stepper is None else make_stepper(stepper)
+    if learn:
+        # What is learnt must not be where the next training begins that is given the same stepper. Parameters that a
+        # person has put into it are trained in place, as the potential is.
+        moved = copy.deepcopy(moved)
     chosen.check_stepper(moved)
     measured: Loss = named_loss(loss) if isinstance(loss, str) else loss
     if learn:

@@ -75,7 +75,8 @@ class Trainer:
         and from the initial structure again in every epoch of this many; 0 always begins there. Warm starts are not
         varied by `along` and `rattle`, but for the first frames of `Guided`.
     learn : str or sequence of str
-        Numbers of the stepper that are trained, too, such as "step_size".
+        Numbers of the stepper that are trained, too, such as "step_size": of a copy of the one that is given, while
+        Parameters that it holds already are trained in place.
     rates : mapping of str to float, optional
         By a pattern for names of weights, the factor on `lr` for them (`ase_bptt.tuning.trainable.groups`).
     terms : sequence of Term or str
