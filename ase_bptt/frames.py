@@ -71,13 +71,10 @@ class Keep:
         Each so many frames; those between are run again when they are asked for.
     last : int or None
         Of each structure no more than this many, its last ones.
-    first : int or None
-        None after so many frames.
     """
 
     every: int = 1
     last: int | None = None
-    first: int | None = None
 
 
 @dataclass(eq=False)

@@ -70,22 +70,22 @@ def relax(
     differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     if differentiable:
         chosen.check(iterated, start)
-    tail = chosen.tail if isinstance(chosen, Guided) else None
+    guided = chosen if isinstance(chosen, Guided) else None
     run = Run(
         iterated,
         start,
         chosen.tolerance_of_forces(fmax),
         steps,
         keep=chosen.keep if differentiable else None,
-        first=chosen.first if isinstance(chosen, Guided) else None,
-        tail=None if tail is None else _map(potential, tail, start),
+        first=guided.first if guided else None,
+        tail=_map(potential, guided.tail, start) if guided and guided.tail else None,
     )
     with torch.set_grad_enabled(differentiable and chosen.on_tape):
         for _ in run.go():
             pass
     if not differentiable:
         return run.relaxation(sources, single)
-    early = chosen.attach_early(run.early) if isinstance(chosen, Guided) else None
+    early = guided.attach_early(run.early) if guided else None
     return run.relaxation(sources, single, chosen.attach(run.record), early)
 
 

@@ -45,6 +45,7 @@ class Guided(Adjoint):
 
     name = "guided"
     to_the_end = True
+    keep = Keep()
 
     def __post_init__(self) -> None:
         check_count(first=self.first)
@@ -54,11 +55,6 @@ class Guided(Adjoint):
         # As JSON brings them back.
         object.__setattr__(self, "tail", tail)
         object.__setattr__(self, "solve", self.solve if solve is None else Implicit(**solve))
-
-    @property
-    def keep(self) -> Keep:  # type: ignore[override]
-        """The first frames."""
-        return Keep(first=self.first)
 
     def check(self, iterated: IteratedMap, structures: Structures) -> None:
         """What either of the two refuses."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from ase import Atoms
@@ -45,7 +45,7 @@ class PairLoss:
     steps: int
     fmax: float
     warm: WarmStarts | None = None
-    unsolved: int = field(default=0)
+    unsolved: int = 0
 
     def backward(self, pairs: Sequence[RelaxationPair], epoch: int = 0) -> list[float]:
         """Add the gradient of the mean loss of a batch to ``.grad``; the losses of the pairs that counted.
