@@ -131,13 +131,20 @@ class Record:
             if not any(n - kept.last <= old < n for n in self.nsteps):
                 self.frames[old] = None
 
-    def before(self, t: int) -> Kept:
-        """Positions and stepper state before frame t, where and in the dtype the potential computes."""
-        if self.frames[t] is None:
-            if t not in self._again:
-                self._run_again(t - t % self.kept.every)
-            return self._again[t]
-        return self._placed(t)
+    def before(self, t: int, members: list[int] | None = None) -> Kept:
+        """Positions and stepper state before frame t, where and in the dtype the potential computes.
+
+        Of all structures that took the frame, or of these among them.
+        """
+        if self.frames[t] is None and t not in self._again:
+            self._run_again(t - t % self.kept.every)
+        positions, state = self._placed(t) if self.frames[t] is not None else self._again[t]
+        moving = self.moving(t)
+        if members is None or members == moving:
+            return positions, state
+        rows = [moving.index(k) for k in members]
+        atoms = self.start.select(moving).atoms_of(rows)
+        return positions[atoms], state.select(atoms, torch.tensor(rows, device=positions.device))
 
     def _placed(self, t: int) -> Kept:
         like, kept = self.start.positions, self.frames[t]

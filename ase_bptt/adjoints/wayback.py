@@ -48,7 +48,7 @@ class WayBack:
     def _through(self, t: int, now: list[int], before: list[int], state_adjoint: State | None) -> State:
         """Frame t of the structures `now`, where `before` took part in the frame after it."""
         start, iterated = self.record.start, self.record.map
-        positions, state = self._states(t, now)
+        positions, state = self.record.before(t, now)
         # Structures that stopped after frame t enter with a state that nothing depends on.
         state_adjoint = _matched(state_adjoint, state, before, now, start.counts)
         atoms, members = start.atoms_of(now), start.select(now)
@@ -70,15 +70,6 @@ class WayBack:
             self.to_cells[now] += _or_zero(rest.pop(0), cells)
         self._add(rest)
         return self._clipped(state.with_floats(back), now)
-
-    def _states(self, t: int, now: list[int]) -> tuple[Tensor, State]:
-        positions, state = self.record.before(t)
-        moving = self.record.moving(t)
-        if now == moving:
-            return positions, state
-        rows = [moving.index(k) for k in now]
-        atoms = self.record.start.select(moving).atoms_of(rows)
-        return positions[atoms], state.select(atoms, torch.tensor(rows, device=positions.device))
 
     def _through_the_start(self, state_adjoint: State | None, members: list[int]) -> None:
         """The first state may depend on the stepper's own parameters."""

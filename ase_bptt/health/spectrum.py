@@ -96,11 +96,8 @@ def _last_frame(record: Record, k: int) -> tuple[Structures, State]:
     if not 0 <= t < len(record.frames):
         there = alone.replace(positions=record.final.detach()[record.start.atoms_of([k])])
         return there, record.map.start(there)
-    positions, state = record.before(t)
-    moving = record.moving(t)
-    row = moving.index(k)
-    atoms = record.start.select(moving).atoms_of([row])
-    return alone.replace(positions=positions[atoms]), state.select(atoms, torch.tensor([row], device=positions.device))
+    positions, state = record.before(t, [k])
+    return alone.replace(positions=positions), state
 
 
 Pull = Callable[[list[Tensor]], list[Tensor]]
