@@ -40,6 +40,8 @@ class Pull:
         check_positive(weight=weight)
         self.weight = weight
         self._start: dict[str, Tensor] = {}
+        self._scales: dict[str, float] = {}
+        self._count = 0
 
     def check(self, pairs: Sequence[RelaxationPair]) -> None:
         """Any pairs will do."""
@@ -53,14 +55,15 @@ class Pull:
         if lost:
             raise ValueError(f"The pull was begun with other trained weights, as {min(lost)}: begin a new run.")
         self._start = {name: value.to(trained[name]) for name, value in self._start.items()}
+        self._count = sum(value.numel() for value in self._start.values())
+        whole = float(sum(value.double().square().sum() for value in self._start.values())) / max(self._count, 1)
+        self._scales = {name: _scale(start, whole) for name, start in self._start.items()}
 
     def loss(self, potential: Potential, pairs: Sequence[RelaxationPair], rng: np.random.Generator) -> Tensor:
         """Mean squared relative change of the trained weights, in units of `CHANGE`."""
         now = weights(potential)
-        count = sum(value.numel() for value in self._start.values())
-        whole = float(sum(value.double().square().sum() for value in self._start.values())) / max(count, 1)
         off = [
-            (now[name] - start).square().sum() / _scale(start, whole) / CHANGE**2 / count
+            (now[name] - start).square().sum() / self._scales[name] / CHANGE**2 / self._count
             for name, start in self._start.items()
         ]
         return torch.stack(off).sum() if off else torch.zeros((), dtype=potential.dtype, device=potential.device)
