@@ -13,12 +13,11 @@ from ase import Atoms
 from .batches import End
 from .journal import Journal, relax_kept
 from .losses import SAME_END, delta_q, displacements, max_displacement, rmsd
-from .neighbors import NeighborList
 from .pairs import RelaxationPair
 from .potential import Potential
 from .result import largest_force
+from .singlepoint import single_points
 from .steppers import Stepper
-from .structures import Structures
 from .symmetry import space_group
 
 BASIN_RULE = (
@@ -197,9 +196,5 @@ def _row(pair: RelaxationPair, found: End, control: Atoms, residual: float) -> R
 
 
 def _residual_forces(potential: Potential, structures: Sequence[Atoms], size: int) -> list[float]:
-    found: list[float] = []
-    for first in range(0, len(structures), size):
-        batch = Structures.from_atoms(structures[first : first + size], device=potential.device, dtype=potential.dtype)
-        neighbors = NeighborList(potential.cutoff, skin=0.0)(batch)
-        found += largest_force(batch, potential.energy_and_forces(batch, neighbors)[1]).tolist()
-    return found
+    batches = single_points(potential, structures, size)
+    return [force for batch, _, forces in batches for force in largest_force(batch, forces).tolist()]

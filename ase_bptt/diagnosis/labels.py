@@ -9,15 +9,12 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from ..neighbors import NeighborList
 from ..pairs import RelaxationPair
 from ..potential import Potential
-from ..structures import Structures
+from ..singlepoint import single_points
 
 STRONG = 0.1
 """eV/Å: a structure whose largest reference force is below says nothing of the direction of forces."""
-TOGETHER = 16
-"""Structures in one batch."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +70,8 @@ def force_error(
         return None
     references = [forces for _, forces in labelled]
     found: list[np.ndarray] = []
-    for first in range(0, len(labelled), TOGETHER):
-        found += _forces(potential, [atoms for atoms, _ in labelled[first : first + TOGETHER]])
+    for batch, _, there in single_points(potential, [atoms for atoms, _ in labelled]):
+        found += [f.numpy() for f in there.double().cpu().split(batch.counts)]
         report(len(found), len(labelled))
     strong = [k for k, forces in enumerate(references) if np.linalg.norm(forces, axis=1).max() > STRONG]
     error, reference = _means(found, references)
@@ -88,12 +85,6 @@ def force_error(
         strong_reference=strong_reference,
         cosine=_cosine([found[k] for k in strong], [references[k] for k in strong]),
     )
-
-
-def _forces(potential: Potential, structures: Sequence[Atoms]) -> list[np.ndarray]:
-    batch = Structures.from_atoms(structures, device=potential.device, dtype=potential.dtype)
-    _, forces = potential.energy_and_forces(batch, NeighborList(potential.cutoff, skin=0.0)(batch))
-    return [f.numpy() for f in forces.double().cpu().split(batch.counts)]
 
 
 def _means(found: Sequence[np.ndarray], references: Sequence[np.ndarray]) -> tuple[float | None, float | None]:

@@ -13,14 +13,13 @@ from torch.nn.functional import huber_loss
 
 from ..neighbors import find_pairs
 from ..potential import Potential
+from ..singlepoint import single_points
 from ..structures import Structures
 
 FORCE, ENERGY = 0.1, 0.05
 """eV/Å and eV an atom: a deviation of this size costs 1/2, smaller ones go by their square, larger ones linearly."""
 SOUND = 30.0
 """eV/Å: where a potential finds a larger force, it was asked for what it does not know."""
-TOGETHER = 16
-"""Structures in one batch."""
 
 
 @dataclass(eq=False)
@@ -44,12 +43,8 @@ class Points:
     def of(cls, potential: Potential, atoms: Sequence[Atoms]) -> Points:
         """What this potential gives for these structures as it is now."""
         structures = Structures.from_atoms(atoms, device=potential.device, dtype=potential.dtype)
-        found = [
-            potential.energy_and_forces(batch, find_pairs(batch, potential.cutoff))
-            for first in range(0, len(structures), TOGETHER)
-            for batch in [structures.select(range(first, min(first + TOGETHER, len(structures))))]
-        ]
-        energies, forces = (torch.cat(column) for column in zip(*found, strict=True))
+        _, *found = zip(*single_points(potential, atoms), strict=True)
+        energies, forces = (torch.cat(column) for column in found)
         return cls(structures, energies, forces)
 
     def __len__(self) -> int:
