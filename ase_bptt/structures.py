@@ -140,6 +140,16 @@ class Structures:
         free = [drift(steps, n) for (_, steps), n in zip(self.maps, self.counts, strict=True)]
         return torch.as_tensor(np.stack(free)).to(self.masses)
 
+    @cached_property
+    def orthogonal(self) -> list[bool]:
+        """Whether each structure's map of forces is an orthogonal projection, as tried on two random vectors."""
+        exact = self.to(torch.device("cpu"), torch.float64)
+        u, v = torch.from_numpy(np.random.default_rng(0).normal(size=(2, self.n_atoms, 3)))
+        once = exact.project_forces(v)
+        twisted = exact.sum(u * once - exact.project_forces(u) * v).sum(1).abs() / torch.tensor(self.counts)
+        lost = exact.max((exact.project_forces(once) - once).abs().amax(1))
+        return (twisted + lost < 1e-8).tolist()
+
     def project_forces(self, forces: Tensor) -> Tensor:
         """Forces as the constraints let them act, shape (n_atoms, 3)."""
         return forces if self.force_map is None else self.force_map(forces)
