@@ -15,7 +15,7 @@ from .figures import BLUE, GREY, ORANGE, new_figure
 from .grid import Column, grid
 from .page import Section
 from .pagetables import NUMBER, Cell, Table
-from .pictures import _picture
+from .pictures import picture_of
 from .words import LABELS, change, number
 
 TITLE = "What else has changed"
@@ -87,7 +87,7 @@ def card_section(changes: Changes) -> Section:
         "energy of two atoms at short range, grey and dashed before, blue after: it must rise to the left. An orange "
         "point marks where a hole begins."
     )
-    return Section(TITLE, [lead, *sentences(changes)], tables, [_picture(card_figure(changes), alt, caption)])
+    return Section(TITLE, [lead, *sentences(changes)], tables, [picture_of(card_figure(changes), alt, caption)])
 
 
 def card_figure(changes: Changes) -> Figure:

@@ -31,7 +31,8 @@ class Picture:
     caption: str
 
 
-def _picture(figure: Figure, alt: str, caption: str) -> Picture:
+def picture_of(figure: Figure, alt: str, caption: str) -> Picture:
+    """A figure for the page, with what is said where it is not seen, and below it."""
     height = round(CSS_WIDTH * figure.get_figheight() / figure.get_figwidth())
     return Picture(b64encode(png(figure)).decode(), CSS_WIDTH, height, alt, caption)
 
@@ -48,7 +49,7 @@ def scatter(before: Evaluation, after: Evaluation, labels: tuple[str, str]) -> P
         f"A point is a structure. On the line nothing changed; in the shaded part below it, “{labels[1]}” ends nearer "
         f"to the reference than “{labels[0]}”. A cross: “{labels[1]}” ends in another basin. The farthest are named."
     )
-    return _picture(before_after(before, after, labels), alt, caption)
+    return picture_of(before_after(before, after, labels), alt, caption)
 
 
 def dots(evaluation: Evaluation, after: Evaluation | None, labels: tuple[str, str]) -> Picture:
@@ -60,7 +61,7 @@ def dots(evaluation: Evaluation, after: Evaluation | None, labels: tuple[str, st
         f"A line is a group, the farthest on top; a point is a structure, a bar the mean of the group. Left is "
         f"nearer to the reference.{colours}"
     )
-    return _picture(by_group(evaluation, after, labels), alt, caption)
+    return picture_of(by_group(evaluation, after, labels), alt, caption)
 
 
 def bars(evaluation: Evaluation, after: Evaluation | None, labels: tuple[str, str]) -> Picture:
@@ -72,7 +73,7 @@ def bars(evaluation: Evaluation, after: Evaluation | None, labels: tuple[str, st
         f"One high bar: one atom sits elsewhere; bars alike: all are off a little. Of more than {MOST_ATOMS} atoms "
         "the farthest are shown. Each structure has its own scale."
     )
-    return _picture(figure, f"Bars of the displacement of each atom: {names}.", caption)
+    return picture_of(figure, f"Bars of the displacement of each atom: {names}.", caption)
 
 
 def learning(history: Sequence[dict[str, float]], best_epoch: int | None) -> Picture:
@@ -90,7 +91,7 @@ def learning(history: Sequence[dict[str, float]], best_epoch: int | None) -> Pic
             f"relaxed. {kept} "
             "Epochs are judged by the mean of the logarithm of Delta-Q, so the best need not be the lowest point."
         )
-    return _picture(learning_curve(history, best_epoch), f"{alt}.", caption)
+    return picture_of(learning_curve(history, best_epoch), f"{alt}.", caption)
 
 
 def write_pictures(
