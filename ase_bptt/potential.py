@@ -6,7 +6,7 @@ stress, the graph of a graph, dtype and device are handled here, once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
+from ase import Atoms
 from ase.data import chemical_symbols
 from torch import Tensor, nn
 
@@ -66,6 +67,10 @@ class Potential(nn.Module):
     """Radius in Å within which it wants pairs."""
     atomic_numbers: frozenset[int] | None = None
     """Elements it knows; None means all."""
+
+    def batch(self, atoms: Atoms | Sequence[Atoms]) -> Structures:
+        """Atoms as tensors, where and in the dtype the potential computes."""
+        return Structures.from_atoms(atoms, device=self.device, dtype=self.dtype)
 
     def forward(self, structures: Structures, pairs: Pairs) -> Prediction:
         """Energies of a batch from its live positions, cells and pairs."""

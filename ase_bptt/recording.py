@@ -17,7 +17,6 @@ from .constraints import KNOWN, unknown_of
 from .frames import IteratedMap, Keep, Record
 from .result import Relaxation, Status
 from .steppers import GradientDescent, State, Stepper
-from .structures import Structures
 
 PASSING = {"positions", "initial_charges", "initial_magmoms"}
 """What start and end of a relaxation may differ in."""
@@ -47,7 +46,7 @@ class Recording:
             return
         if self.record is None or not self._continues(self.record, atoms):
             potential = atoms.calc.potential
-            start = Structures.from_atoms(atoms, device=potential.device, dtype=potential.dtype)
+            start = potential.batch(atoms)
             self.record = Record(IteratedMap(potential, self.stepper), start, kept=self.kept)
             self._begun, self._begun_with = atoms.copy(), self.stepper.todict()
             self._held = list(atoms.constraints)
@@ -128,7 +127,7 @@ def as_relaxation(
             f"The largest force on these atoms is {largest:.3g} eV/Å, and the adjoint {chosen.name!r} holds at a "
             f"minimum: relax below its fmax of {chosen.fmax:g} eV/Å."
         )
-    start = Structures.from_atoms(atoms, device=potential.device, dtype=potential.dtype)
+    start = potential.batch(atoms)
     if initial is not None:
         start = start.replace(positions=torch.tensor(initial.positions).to(start.positions))
     record = Record(IteratedMap(potential, GradientDescent()), start, nsteps=[nsteps])

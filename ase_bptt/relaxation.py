@@ -124,7 +124,7 @@ def _batch(
         return structures.to(potential.device, potential.dtype), None, False
     single = isinstance(structures, Atoms)
     sources = (structures,) if isinstance(structures, Atoms) else tuple(structures)
-    batch = Structures.from_atoms(sources, device=potential.device, dtype=potential.dtype)
+    batch = potential.batch(sources)
     return batch, sources, single
 
 

@@ -20,5 +20,5 @@ def single_points(
 ) -> Iterator[tuple[Structures, Tensor, Tensor]]:
     """Each batch of so many structures, its energies (n,) in eV and its forces (n_atoms, 3) in eV/Å, detached."""
     for first in range(0, len(atoms), size):
-        batch = Structures.from_atoms(atoms[first : first + size], device=potential.device, dtype=potential.dtype)
+        batch = potential.batch(atoms[first : first + size])
         yield batch, *potential.energy_and_forces(batch, NeighborList(potential.cutoff, skin=0.0)(batch))

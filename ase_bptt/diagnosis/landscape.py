@@ -159,10 +159,7 @@ def settling(
 def _settling(
     potential: Potential, pairs: Sequence[RelaxationPair], stepper: Stepper, fmax: float
 ) -> Iterator[Settling]:
-    start, reference = (
-        Structures.from_atoms(atoms, device=potential.device, dtype=potential.dtype)
-        for atoms in ([p.initial for p in pairs], [p.relaxed for p in pairs])
-    )
+    start, reference = (potential.batch(atoms) for atoms in ([p.initial for p in pairs], [p.relaxed for p in pairs]))
     # So that relax keeps the frames.
     start.positions.requires_grad_()
     with torch.enable_grad():

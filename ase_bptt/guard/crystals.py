@@ -14,7 +14,6 @@ from ase.units import GPa
 
 from ..neighbors import find_pairs
 from ..potential import Potential
-from ..structures import Structures
 
 COMPOUNDS: tuple[tuple[str, str, float], ...] = (
     ("MgO", "rocksalt", 4.21), ("NaCl", "rocksalt", 5.64), ("LiF", "rocksalt", 4.03), ("CaO", "rocksalt", 4.81),
@@ -130,7 +129,7 @@ def energies_of(potential: Potential, atoms: Sequence[Atoms], together: int = 32
     """Energies in eV of structures, so many in one batch; infinite where they are not finite."""
     found = []
     for first in range(0, len(atoms), together):
-        batch = Structures.from_atoms(atoms[first : first + together], device=potential.device, dtype=potential.dtype)
+        batch = potential.batch(atoms[first : first + together])
         with torch.no_grad():
             energy = potential(batch, find_pairs(batch, potential.cutoff)).energy
         found.append(energy.double().cpu().numpy())

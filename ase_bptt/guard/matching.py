@@ -42,7 +42,7 @@ class Points:
     @classmethod
     def of(cls, potential: Potential, atoms: Sequence[Atoms]) -> Points:
         """What this potential gives for these structures as it is now."""
-        structures = Structures.from_atoms(atoms, device=potential.device, dtype=potential.dtype)
+        structures = potential.batch(atoms)
         _, *found = zip(*single_points(potential, atoms), strict=True)
         energies, forces = (torch.cat(column) for column in found)
         return cls(structures, energies, forces)

@@ -18,7 +18,6 @@ from ..positive import check_positive
 from ..potential import Potential
 from ..relaxation import relax
 from ..steppers import GradientDescent
-from ..structures import Structures
 from .labelled import ReferenceFrames, energy_of
 from .matching import Points, answer, cost
 
@@ -154,7 +153,7 @@ class Reference:
         return cost(replace(points, energies=points.energies - offsets), energy, forces)
 
     def _off_the_path(self, potential: Potential, pairs: Sequence[RelaxationPair]) -> Tensor:
-        here = _batch(potential, [p.initial for p in pairs])
+        here = potential.batch([p.initial for p in pairs])
         visited = []
         for _ in range(self.legs):
             run = relax(potential, here, stepper=GradientDescent(), fmax=0.0, steps=self.steps)
@@ -164,7 +163,7 @@ class Reference:
         for k, pair in enumerate(pairs):
             # What lies behind the start, which may be anywhere on the way, is not to be passed again.
             ahead = _ahead(pair, self._kept.every[pair.id])
-            reference = _batch(potential, ahead)
+            reference = potential.batch(ahead)
             ends = [v.select([k] * len(ahead)) for v in visited]
             distances = torch.stack([root_delta_q(end, reference) for end in ends])
             off.append(distances.amin(0).mean())
@@ -185,13 +184,9 @@ class Reference:
         return {name: getattr(self, name) for name in names}
 
 
-def _batch(potential: Potential, atoms: Sequence[Atoms]) -> Structures:
-    return Structures.from_atoms(atoms, device=potential.device, dtype=potential.dtype)
-
-
 def _points(potential: Potential, frames: Sequence[Atoms]) -> Points:
     """The frames with the reference's own energies and forces."""
-    structures = _batch(potential, frames)
+    structures = potential.batch(frames)
     like = structures.positions
     forces = np.concatenate([a.calc.results["forces"] for a in frames])
     # A float32 has too few digits for DFT's total energies: only differences of them may lose some.

@@ -104,7 +104,7 @@ def array(tensor: Tensor) -> np.ndarray:
 
 
 def _batch(potential: Potential, atoms: Atoms | Sequence[Atoms]) -> tuple[Structures, Pairs]:
-    structures = Structures.from_atoms(atoms, device=potential.device, dtype=potential.dtype)
+    structures = potential.batch(atoms)
     return structures, NeighborList(potential.cutoff, skin=0.0)(structures)
 
 

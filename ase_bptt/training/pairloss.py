@@ -53,7 +53,7 @@ class PairLoss:
         Pairs whose relaxation diverges are reported and left out.
         """
         relaxation = self.relaxation(pairs, epoch)
-        reference = self._batch([p.relaxed for p in pairs])
+        reference = self.potential.batch([p.relaxed for p in pairs])
         losses = self.loss(relaxation, reference)
         ends = [relaxation]
         if isinstance(self.adjoint, Guided) and relaxation.early is not None:
@@ -95,10 +95,9 @@ class PairLoss:
         return dataclasses.replace(end, early=self._relax(initial, self.stepper, Replay(), guided.first))
 
     def _relax(self, starts: Sequence[Atoms], stepper: Stepper | str, adjoint: Adjoint, steps: int) -> Relaxation:
-        return relax(self.potential, self._batch(starts), stepper=stepper, fmax=self.fmax, steps=steps, adjoint=adjoint)
-
-    def _batch(self, atoms: Sequence[Atoms]) -> Structures:
-        return Structures.from_atoms(atoms, device=self.potential.device, dtype=self.potential.dtype)
+        return relax(
+            self.potential, self.potential.batch(starts), stepper=stepper, fmax=self.fmax, steps=steps, adjoint=adjoint
+        )
 
     def _count(self, pairs: Sequence[RelaxationPair], relaxation: Relaxation) -> None:
         for pair, solve in zip(pairs, relaxation.solves, strict=False):
