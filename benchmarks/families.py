@@ -2,10 +2,11 @@
 
     python benchmarks/families.py --out families [--potentials mace-si chgnet:0.2.0 chgnet chgnet:r2scan sevennet]
 
-One command, the Trainer's default settings but for the learning rate of pretrained models (`--lr`), and five folds of
-the kinds of defect, each held out once. A cell of the table is a potential on a fold and is kept in a file of its own
-when it is done, so that a second call, also from the environment of another family, goes on with the missing ones;
-cells that nobody has run stay empty. Changes are those of the mean and of the median over the folds that are there.
+One command, and the Trainer's default settings but for the learning rate and the epochs of pretrained models (`--lr`,
+`--epochs`): three seeds on the demo's fold of the kinds of defect, or other folds and seeds. A cell of the table is a
+potential on a fold with a seed and is kept in a file of its own when it is done, so that a second call, also from the
+environment of another family, goes on with the missing ones; cells that nobody has run stay empty. Changes are those
+of the mean and of the median over all cells that are there; in brackets, those of each cell alone.
 Drift is the root mean square change of the forces on the probe set (`ase_bptt.guard.probes`); `--terms teacher:1`
 trains with the guard against forgetting.
 """
@@ -13,15 +14,17 @@ trains with the guard against forgetting.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 
 from ase_bptt import Trainer, load_potential
-from ase_bptt.datasets import FOLDS, si_defects
+from ase_bptt.datasets import DEMO_FOLD, si_defects
 from ase_bptt.evaluation import evaluate
 from ase_bptt.files import write_json
 from ase_bptt.guard.changes import Changes
@@ -30,7 +33,7 @@ from ase_bptt.guard.portrait import portrait
 POTENTIALS = ["mace-si", "chgnet:0.2.0", "chgnet:0.3.0", "chgnet:r2scan", "sevennet"]
 
 
-def cell(name: str, fold: int, arguments: argparse.Namespace) -> dict:
+def cell(name: str, fold: int, seed: int, arguments: argparse.Namespace) -> dict:
     """One fine-tuning run: each held-out structure before and after."""
     began = time.monotonic()
     splits = {split: si_defects(split, fold=fold) for split in ("train", "valid", "test")}
@@ -38,7 +41,7 @@ def cell(name: str, fold: int, arguments: argparse.Namespace) -> dict:
     before, known = evaluate(potential, splits["test"]), portrait(potential, splits["test"])
     own = {} if name == "mace-si" else {"lr": arguments.lr}
     epochs = arguments.epochs if own else 16
-    trainer = Trainer(potential, **own, terms=[term(text) for text in arguments.terms])
+    trainer = Trainer(potential, **own, seed=seed, terms=[term(text) for text in arguments.terms])
     trainer.fit(splits["train"], splits["valid"], epochs=epochs)
     after = evaluate(trainer.potential, splits["test"])
     rows = {
@@ -62,38 +65,45 @@ def term(text: str) -> dict:
     return {"name": name, "weight": float(weight)}
 
 
-def place(name: str, fold: int, arguments: argparse.Namespace) -> Path:
+def place(name: str, fold: int, seed: int, arguments: argparse.Namespace) -> Path:
     """The file of a cell."""
-    parts = [name, str(fold), *arguments.terms]
-    return arguments.out / ("_".join(parts).replace(":", "_") + ".json")
+    parts = [name, f"fold {fold}", f"seed {seed}", *arguments.terms]
+    return arguments.out / ("_".join(parts).replace(":", "_").replace(" ", "") + ".json")
 
 
-def line(name: str, cells: dict[int, dict]) -> str:
+def line(name: str, cells: dict[tuple[int, int], dict]) -> str:
     """A row of the table."""
-    rows = [row for found in cells.values() for row in found["rows"].values()]
+    found = list(cells.values())
+    rows = [row for one in found for row in one["rows"].values()]
     if not rows:
-        return f"{name:16}"
-    figures = {}
-    for when in ("before", "after"):
-        values = [row[when] for row in rows]
-        figures[when] = (statistics.fmean(values), statistics.median(values))
-        figures[f"basins {when}"] = sum(row[f"basin_{when}"] for row in rows)
+        return f"{name:14}"
 
-    def change(k: int) -> str:
-        was, now = figures["before"][k], figures["after"][k]
-        return f"{was:5.2f} -> {now:5.2f} {100 * (now / was - 1):+5.0f} %   "
+    def change(of: Callable[[Iterable[float]], float]) -> str:
+        was, now = (of([row[when] for row in rows]) for when in ("before", "after"))
+        each = [relative(of, one["rows"].values()) for one in found]
+        return f"{was:5.2f} -> {now:5.2f} {100 * (now / was - 1):+5.0f} % {str(each):18}"
 
-    folds = ",".join(str(fold) for fold in sorted(cells))
-    longest = max(found["seconds"] for found in cells.values()) / 60
-    basins = f"{figures['basins before']:3} -> {figures['basins after']:3}"
-    drift = statistics.fmean(found["drift"]["all"] for found in cells.values())
-    return f"{name:16} {folds:10} {len(rows):3}   {change(0)}{change(1)}{basins}   {drift:7.3f}   {longest:5.1f}"
+    which = ",".join(f"{fold}.{seed}" for fold, seed in sorted(cells))
+    basins = [sum(row[f"basin_{when}"] for row in rows) for when in ("before", "after")]
+    drift = statistics.fmean(one["drift"]["all"] for one in found)
+    longest = max(one["seconds"] for one in found) / 60
+    return (
+        f"{name:14} {which:12} {len(rows):3}   {change(statistics.fmean)} {change(statistics.median)} "
+        f"{basins[0]:3} -> {basins[1]:3}   {drift:6.3f}   {longest:5.1f}"
+    )
+
+
+def relative(of: Callable[[Iterable[float]], float], rows: Iterable[dict]) -> int:
+    """The change of a mean or median, in percent."""
+    rows = list(rows)
+    return round(100 * (of([row["after"] for row in rows]) / of([row["before"] for row in rows]) - 1))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--potentials", nargs="+", default=POTENTIALS)
-    parser.add_argument("--folds", type=int, nargs="+", default=list(range(FOLDS)))
+    parser.add_argument("--folds", type=int, nargs="+", default=[DEMO_FOLD])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--lr", type=float, default=1e-3, help="of the pretrained models")
     parser.add_argument("--epochs", type=int, default=6, help="of the pretrained models")
     parser.add_argument("--terms", nargs="+", default=[], metavar="NAME:WEIGHT", help="such as teacher:1")
@@ -101,20 +111,21 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print what is there, and run nothing")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    for fold in arguments.folds:
-        for name in [] if arguments.table else arguments.potentials:
-            path = place(name, fold, arguments)
-            if not path.is_file():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_json(path, cell(name, fold, arguments))
-                print(f"{name}, fold {fold}: done", flush=True)
-    print("drift in eV/Å, the longest run in minutes")
+    cells = list(itertools.product(arguments.folds, arguments.seeds))
+    for (fold, seed), name in [] if arguments.table else itertools.product(cells, arguments.potentials):
+        path = place(name, fold, seed, arguments)
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, cell(name, fold, seed, arguments))
+            print(f"{name}, fold {fold}, seed {seed}: done", flush=True)
+    print("cells are fold.seed, drift is in eV/Å, longest in minutes")
     print(
-        f"{'':16} {'folds':10}   n   mean Delta-Q, amu^1/2 Å    median                   basins      drift     longest"
+        f"{'':14} {'cells':12}   n   mean Delta-Q, amu^1/2 Å  {'each cell, %':16} median                 "
+        f"{'each cell, %':16} basins      drift   longest"
     )
     for name in POTENTIALS:
-        paths = {fold: place(name, fold, arguments) for fold in range(FOLDS)}
-        print(line(name, {fold: json.loads(path.read_text()) for fold, path in paths.items() if path.is_file()}))
+        paths = {which: place(name, *which, arguments) for which in cells}
+        print(line(name, {which: json.loads(path.read_text()) for which, path in paths.items() if path.is_file()}))
 
 
 if __name__ == "__main__":
