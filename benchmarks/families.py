@@ -81,7 +81,7 @@ def line(name: str, cells: dict[tuple[int, int], dict]) -> str:
     def change(of: Callable[[Iterable[float]], float]) -> str:
         was, now = (of([row[when] for row in rows]) for when in ("before", "after"))
         each = [relative(of, one["rows"].values()) for one in found]
-        return f"{was:5.2f} -> {now:5.2f} {100 * (now / was - 1):+5.0f} % {str(each):18}"
+        return f"{was:5.2f} -> {now:5.2f} {100 * (now / was - 1):+5.0f} % {each!s:18}"
 
     which = ",".join(f"{fold}.{seed}" for fold, seed in sorted(cells))
     basins = [sum(row[f"basin_{when}"] for row in rows) for when in ("before", "after")]
