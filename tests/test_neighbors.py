@@ -6,6 +6,7 @@ from ase.build import bulk, molecule
 from ase.neighborlist import neighbor_list
 from conftest import silicon
 
+from ase_bptt import images, search
 from ase_bptt.neighbors import NeighborList, find_pairs
 from ase_bptt.structures import Structures
 
@@ -19,8 +20,7 @@ def ase_set(atoms, cutoff):
     return set(map(tuple, np.column_stack([i, j, shifts]).tolist()))
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_random_cells_equal_ase(seed):
+def random_atoms(seed):
     rng = np.random.default_rng(seed)
     cell = np.eye(3) * rng.uniform(1.5, 5) + rng.normal(size=(3, 3))
     pbc = rng.random(3) < 0.5
@@ -28,8 +28,41 @@ def test_random_cells_equal_ase(seed):
         cell[~pbc] = 0
     n = int(rng.integers(1, 12))
     atoms = Atoms("H" * n, positions=rng.uniform(-8, 8, (n, 3)), cell=cell, pbc=pbc)
-    cutoff = rng.uniform(0.5, 6)
+    return atoms, rng.uniform(0.5, 6)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_cells_equal_ase(seed):
+    atoms, cutoff = random_atoms(seed)
     assert as_set(find_pairs(Structures.from_atoms(atoms), cutoff)) == ase_set(atoms, cutoff)
+
+
+@pytest.mark.parametrize("block", [50, 10**6])
+def test_where_the_structures_are_the_same_pairs_are_found_in_the_same_order(block, monkeypatch):
+    monkeypatch.setattr(images, "BLOCK", block)
+    batch = Structures.from_atoms([random_atoms(seed)[0] for seed in range(40)] + [silicon(), Atoms("He")])
+    host = search.search(batch, 3.3)
+    found = images.search(batch.positions, batch.counts, batch.cells.numpy(), batch.pbc.numpy(), 3.3)
+    for by_host, (i, j, shifts, mirror) in zip(host, found, strict=True):
+        assert torch.equal(i, by_host.i)
+        assert torch.equal(j, by_host.j)
+        assert torch.equal(shifts, by_host.shifts)
+        assert torch.equal(mirror, by_host.mirror)
+
+
+def test_an_atom_that_is_nowhere_has_no_pairs_and_takes_none_from_others():
+    lost = silicon()
+    lost.positions[3] = np.nan
+    batch = Structures.from_atoms([lost, silicon()])
+    found = images.search(batch.positions, batch.counts, batch.cells.numpy(), batch.pbc.numpy(), 3.0)
+    assert not (found[0][0] == 3).any()
+    assert torch.equal(found[1][0], search.search(batch, 3.0)[1].i)
+
+
+def test_large_structures_are_left_to_the_host():
+    box = (np.eye(3)[None] * 20, np.ones((1, 3), bool), 5.0)
+    assert images.feasible([1000], *box)
+    assert not images.feasible([10000], *box)
 
 
 @pytest.mark.parametrize(
@@ -118,3 +151,29 @@ def test_a_negative_skin_is_refused():
 def test_a_huge_cutoff_costs_nothing_where_nothing_repeats():
     dimer = Structures.from_atoms(Atoms("Ar2", positions=[[0, 0, 0], [0, 0, 1.1]]))
     assert as_set(find_pairs(dimer, 1e5)) == as_set(find_pairs(dimer, 2.0))
+
+
+def test_members_that_stay_or_join_keep_their_pairs(monkeypatch):
+    sought = []
+
+    def spied(structures, cutoff, members):
+        sought.append([structures.counts[k] for k in members])
+        return search.search(structures, cutoff, members)
+
+    monkeypatch.setattr("ase_bptt.neighbors.search", spied)
+    members = [silicon(), Atoms("He"), bulk("Si"), molecule("H2O")]
+    neighbors = NeighborList(cutoff=3.0, skin=0.5)
+    neighbors(Structures.from_atoms(members))
+    left = Structures.from_atoms([members[0], members[3]])
+    neighbors.keep([0, 3], left)
+    assert torch.equal(neighbors(left).i, find_pairs(left, 3.0).i)
+    joined = Structures.from_atoms([members[0], members[3], bulk("Cu", cubic=True)])
+    neighbors.extend(joined)
+    found, expected = neighbors(joined), find_pairs(joined, 3.0)
+    for name in ("i", "j", "shifts", "mirror"):
+        assert torch.equal(getattr(found, name), getattr(expected, name))
+    far = joined.positions.clone()
+    far[8] += 0.3  # of the water alone
+    moved = joined.replace(positions=far)
+    assert as_set(neighbors(moved)) == as_set(find_pairs(moved, 3.0))
+    assert sought == [[8, 1, 2, 3], [4], [3]]
