@@ -12,14 +12,21 @@ from ase.calculators.singlepoint import SinglePointCalculator
 
 from .calculator import TorchCalculator
 from .constraints import unknown_of
+from .frames import IteratedMap
+from .moving import Stopped
 from .optimizer import BPTTOptimizer
 from .potential import Potential
-from .relaxation import relax_each
 from .result import Status
+from .stability import steady
 from .steppers import Stepper, make_stepper
+from .stream import Stream
 
 LARGE = 400
 """Atoms above which structures are given to BFGS one by one."""
+ATOMS = 256
+"""Atoms relaxed together where nothing is said."""
+SAMPLED = 8
+"""Structures on which a step size that is "auto" is found."""
 
 
 class End(NamedTuple):
@@ -37,7 +44,7 @@ def relax_all(
     stepper: Stepper | str = "fire",
     fmax: float = 0.05,
     steps: int = 500,
-    batch_size: int = 16,
+    batch_size: int | None = None,
 ) -> Iterator[tuple[int, End]]:
     """Relax structures, and give each one's index and end as soon as it has stopped.
 
@@ -47,31 +54,51 @@ def relax_all(
     structures : sequence of Atoms
         Those with constraints that `relax` does not know are moved one by one by ASE's driver, which knows all.
     stepper : Stepper or str
-        A stepper or its name.
+        A stepper or its name; a step size that is "auto" is found on some of the structures.
     fmax : float
         eV/Å.
     steps : int
         Frames at most.
-    batch_size : int
-        Structures relaxed together.
+    batch_size : int or None
+        Structures relaxed together; None takes as many as the device does well with.
 
     Raises
     ------
     NotImplementedError
         For elements that the potential does not know.
+    MemoryError
+        Where a single structure does not fit into memory.
     """
     alone = [k for k, atoms in enumerate(structures) if unknown_of(atoms)]
     together = sorted(set(range(len(structures))) - set(alone))
-    largest = max((len(structures[k]) for k in together), default=0)
-    # A Hessian of (3 n)^2 numbers a structure: for large ones, many together would fill the memory.
-    size = 1 if getattr(stepper, "name", stepper) == "bfgs" and largest > LARGE else batch_size
-    for first in range(0, len(together), size):
-        members = together[first : first + size]
-        batch = [structures[k] for k in members]
-        for k, run in relax_each(potential, batch, stepper=stepper, fmax=fmax, steps=steps):
-            yield members[k], End(run.to_atoms(), run.status[0], int(run.nsteps[0]))
+    if together:
+        batch = [structures[k] for k in together]
+        for k, stopped, nsteps in _stream(potential, batch, stepper, fmax, steps, batch_size).run():
+            yield together[k], _end(batch[k], stopped, nsteps)
     for k in alone:
         yield k, _by_ase(potential, structures[k], stepper, fmax, steps)
+
+
+def _stream(
+    potential: Potential, structures: Sequence[Atoms], stepper: Stepper | str, fmax: float, steps: int, size: int | None
+) -> Stream:
+    some = structures[:: max(1, len(structures) // SAMPLED)]
+    iterated = IteratedMap(potential, steady(make_stepper(stepper), potential, some))
+    room = float(size or ATOMS)
+    costs = [1.0 if size else float(len(atoms)) for atoms in structures]
+    if iterated.stepper.name == "bfgs":
+        # A Hessian of (3 n)^2 numbers a structure: for large ones, many together would fill the memory.
+        costs = [room if len(atoms) > LARGE else cost for atoms, cost in zip(structures, costs, strict=True)]
+    return Stream(iterated, structures, costs=costs, room=room, fmax=fmax, steps=steps)
+
+
+def _end(start: Atoms, stopped: Stopped, nsteps: int) -> End:
+    """Everything of the structure that was given, where it stopped."""
+    atoms = start.copy()
+    atoms.positions = stopped.positions.cpu().double().numpy()
+    forces = stopped.forces.cpu().double().numpy()
+    atoms.calc = SinglePointCalculator(atoms, energy=float(stopped.energy), forces=forces)
+    return End(atoms, stopped.status, nsteps)
 
 
 def _by_ase(potential: Potential, start: Atoms, stepper: Stepper | str, fmax: float, steps: int) -> End:

@@ -82,7 +82,8 @@ class NeighborList:
 
     def keep(self, members: Sequence[int], structures: Structures) -> None:
         """The batch goes on as these structures, which are these members of it."""
-        assert self._built_for is not None
+        if self._built_for is None:
+            return
         self._members = [self._members[k] for k in members]
         then = self._built_for.positions[self._built_for.atoms_of(members)]
         self._built_for = structures.replace(positions=then)
@@ -90,7 +91,8 @@ class NeighborList:
 
     def extend(self, structures: Structures) -> None:
         """The batch goes on as these structures, of which it was the first ones."""
-        assert self._built_for is not None
+        if self._built_for is None:
+            return
         self._members += [None] * (len(structures) - len(self._members))
         new = structures.positions.detach()[self._built_for.n_atoms :]
         self._built_for = structures.replace(positions=torch.cat((self._built_for.positions, new)))

@@ -6,7 +6,7 @@ is differentiated the adjoint's; here frames run until every structure has stopp
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from ase import Atoms
@@ -87,29 +87,6 @@ def relax(
         return run.relaxation(sources, single)
     early = guided.attach_early(run.early) if guided else None
     return run.relaxation(sources, single, chosen.attach(run.record), early)
-
-
-@torch.no_grad()
-def relax_each(
-    potential: Potential,
-    structures: Sequence[Atoms],
-    *,
-    stepper: Stepper | str | None = None,
-    fmax: float = 0.05,
-    steps: int = 200,
-) -> Iterator[tuple[int, Relaxation]]:
-    """Relax a batch without a gradient; gives each structure's index and relaxation as soon as it has stopped.
-
-    Parameters and errors are those of `relax`.
-    """
-    batch, sources, _ = _batch(structures, potential)
-    _refuse_constraints(batch)
-    potential.check(batch)
-    iterated = _map(potential, stepper, batch)
-    run = Run(iterated, batch, fmax, steps)
-    for stopped in run.go():
-        for k in stopped:
-            yield k, run.member(k, sources)
 
 
 def _map(potential: Potential, stepper: Stepper | str | None, structures: Structures) -> IteratedMap:

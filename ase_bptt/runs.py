@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from ase import Atoms
 from torch import Tensor
 
 from .frames import IteratedMap, Keep, Record
-from .result import Relaxation, Status, largest_force
+from .moving import Moving, Stopped
+from .result import Relaxation, Status
 from .structures import Structures
-
-RISE = 0.05
-"""eV per atom above the start at which a run that did not converge counts as diverged."""
 
 
 class Run:
@@ -53,43 +49,32 @@ class Run:
         self.map, self.fmax, self.steps, self.keep = iterated, fmax, steps, keep
         self.first, self.tail = first, tail
         self.record = Record(iterated, start, nsteps=[0] * len(start), kept=keep or Keep())
-        self.ends: dict[int, _End] = {}
-        self.early_ends: dict[int, _End] = {}
-        self.first_energies: list[float] = []
+        self.ends: dict[int, Stopped] = {}
+        self.early_ends: dict[int, Stopped] = {}
 
     def go(self) -> Iterator[list[int]]:
         """Run all frames; gives the members that stopped, as they do."""
-        structures = self.record.start
-        moving = list(range(len(structures)))
-        state = self.map.start(structures)
-        neighbors = self.map.neighbor_list()
+        moving = Moving(self.map, self.record.start, self.fmax, self.steps)
+        members = list(range(len(moving)))
         for t in range(self.steps + 1):
-            energies, forces = self._evaluate(structures, neighbors)
-            stopping = self._stopping(structures, energies, forces, moving, t)
+            stopping = moving.look()
             if t == self.first:
-                for k, whole in enumerate(moving):
-                    status = stopping.get(k, Status.OUT_OF_STEPS)
-                    self.early_ends[whole] = _End.of(structures, energies, forces, k, status)
+                for k, whole in enumerate(members):
+                    self.early_ends[whole] = Stopped.of(moving, k, stopping.get(k, Status.OUT_OF_STEPS))
             if stopping:
                 for k, status in stopping.items():
-                    self.record.nsteps[moving[k]] = t
-                    self.ends[moving[k]] = _End.of(structures, energies, forces, k, status)
-                yield [moving[k] for k in stopping]
-                stay = [k for k in range(len(moving)) if k not in stopping]
-                if not stay:
+                    self.record.nsteps[members[k]] = t
+                    self.ends[members[k]] = Stopped.of(moving, k, status)
+                yield [members[k] for k in stopping]
+                members = [whole for k, whole in enumerate(members) if k not in stopping]
+                if not members:
                     break
-                atoms, members = structures.atoms_of(stay), torch.tensor(stay, device=forces.device)
-                structures, state = structures.select(stay), state.select(atoms, members)
-                moving = [moving[k] for k in stay]
-                broken = Status.DIVERGED in stopping.values() and torch.is_grad_enabled()
-                # A tape must not hold an evaluation that was not finite: 0 * inf is NaN.
-                forces = self._evaluate(structures, neighbors)[1] if broken else forces[atoms]
+                moving.leave(stopping)
             if t == self.first and self.tail is not None:
-                self.map = self.tail
-                state = self.map.start(structures)
+                moving.turn(self.tail)
             if self.keep is not None and (self.first is None or t < self.first):
-                self.record.keep(structures.positions, state)
-            structures, state = self.map.advance(structures, state, forces)
+                self.record.keep(moving.structures.positions, moving.state)
+            moving.advance()
         _conclude(self.record, self.ends)
 
     @cached_property
@@ -99,34 +84,6 @@ class Run:
         record = replace(self.record, nsteps=[min(n, self.first) for n in self.record.nsteps])
         _conclude(record, self.ends | self.early_ends)
         return record
-
-    def _evaluate(self, structures: Structures, neighbors: Any) -> tuple[Tensor, Tensor]:
-        return self.map.potential.energy_and_forces(
-            structures, neighbors(structures), create_graph=torch.is_grad_enabled()
-        )
-
-    def _stopping(
-        self, structures: Structures, energies: Tensor, forces: Tensor, moving: list[int], t: int
-    ) -> dict[int, Status]:
-        """Which members stop before frame t, and why. The stop test is not differentiated."""
-        with torch.no_grad():
-            # One transfer to the host for the whole batch.
-            # An atom at NaN has no neighbours and so no force: the positions are asked, too.
-            place = structures.sum(structures.positions).sum(1)
-            fmax, energy, place = torch.stack((largest_force(structures, forces), energies, place)).tolist()
-        if t == 0:
-            self.first_energies = energy
-        stopping = {}
-        for k, whole in enumerate(moving):
-            rise = energy[k] - self.first_energies[whole]
-            if not all(map(math.isfinite, (fmax[k], energy[k], place[k]))):
-                stopping[k] = Status.DIVERGED
-            elif fmax[k] < self.fmax:
-                stopping[k] = Status.CONVERGED
-            elif t == self.steps:
-                risen = rise > RISE * structures.counts[k]
-                stopping[k] = Status.DIVERGED if risen else Status.OUT_OF_STEPS
-        return stopping
 
     def relaxation(
         self,
@@ -138,31 +95,12 @@ class Run:
         """The whole batch; with these positions, where a gradient is attached to them."""
         before = None
         if early is not None:
-            ends = self.ends | self.early_ends
-            before = _relaxation(self.early, ends, range(len(ends)), early, sources, single)
+            before = _relaxation(self.early, self.ends | self.early_ends, early, sources, single)
         final = self.record.final if positions is None else positions
-        return _relaxation(self.record, self.ends, range(len(self.ends)), final, sources, single, before)
-
-    def member(self, k: int, sources: tuple[Atoms, ...] | None) -> Relaxation:
-        """The relaxation of one member that has stopped, while others may still move."""
-        return _relaxation(self.record, self.ends, [k], self.ends[k].positions, sources and (sources[k],), single=True)
+        return _relaxation(self.record, self.ends, final, sources, single, before)
 
 
-@dataclass(eq=False)
-class _End:
-    positions: Tensor
-    energy: Tensor
-    forces: Tensor
-    status: Status
-
-    @classmethod
-    def of(cls, now: Structures, energies: Tensor, forces: Tensor, k: int, status: Status) -> _End:
-        """Of member k as it is now."""
-        atoms = now.atoms_of([k])
-        return cls(now.positions[atoms], energies[k].detach(), forces[atoms].detach(), status)
-
-
-def _conclude(record: Record, ends: dict[int, _End]) -> None:
+def _conclude(record: Record, ends: dict[int, Stopped]) -> None:
     every = [ends[k] for k in range(len(record.start))]
     record.final = torch.cat([end.positions for end in every])
     record.relaxed = [end.status is Status.CONVERGED for end in every]
@@ -170,24 +108,23 @@ def _conclude(record: Record, ends: dict[int, _End]) -> None:
 
 def _relaxation(
     record: Record,
-    every: dict[int, _End],
-    members: Sequence[int],
+    every: dict[int, Stopped],
     positions: Tensor,
     sources: tuple[Atoms, ...] | None,
     single: bool,
     early: Relaxation | None = None,
 ) -> Relaxation:
-    ends = [every[k] for k in members]
+    ends = [every[k] for k in range(len(record.start))]
     return Relaxation(
-        start=record.start.select(members),
+        start=record.start,
         positions=positions,
         forces=torch.cat([end.forces for end in ends]),
-        nsteps=torch.tensor([record.nsteps[k] for k in members], device=positions.device),
+        nsteps=torch.tensor(record.nsteps, device=positions.device),
         status=tuple(end.status for end in ends),
         early=early,
         _energies=torch.stack([end.energy for end in ends]),
         _record=record,
         _sources=sources,
         _single=single,
-        _members=tuple(members),
+        _members=tuple(range(len(ends))),
     )

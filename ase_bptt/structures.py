@@ -191,6 +191,18 @@ class Structures:
             maps=tuple(self.maps[i] for i in keep) if self.maps else (),
         )
 
+    def joined(self, other: Structures) -> Structures:
+        """The structures of both, as one batch."""
+        free: tuple[tuple[Map, ...], tuple[Map, ...]] = ((), ())
+        maps = [of.maps or (free,) * len(of) for of in (self, other)]
+        tensors = ("positions", "cells", "pbc", "numbers", "masses")
+        return Structures(
+            **{name: torch.cat((getattr(self, name), getattr(other, name))) for name in tensors},
+            counts=self.counts + other.counts,
+            constraints=self.constraints + other.constraints,
+            maps=maps[0] + maps[1] if self.maps or other.maps else (),
+        )
+
     def atoms_of(self, keep: Sequence[int]) -> Tensor:
         """Indices of the atoms of these structures, in this order."""
         ends = np.cumsum(self.counts)

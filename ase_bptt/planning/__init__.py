@@ -1,6 +1,6 @@
 """Which structures are computed together, and where: by what each of them costs."""
 
-from .halving import in_parts, ran_out
+from .halving import fits, in_parts, ran_out, tell
 from .packing import pack, share
 
-__all__ = ["in_parts", "pack", "ran_out", "share"]
+__all__ = ["fits", "in_parts", "pack", "ran_out", "share", "tell"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -31,29 +32,24 @@ def in_parts(run: Callable[[list[Item]], Found], items: Sequence[Item]) -> Itera
     Raises
     ------
     MemoryError
-        Where a single item does not fit, naming the mend.
+        Where a single item does not fit.
     """
     waiting = [list(items)] if len(items) else []
     while waiting:
         part = waiting.pop()
-        found = _tried(run, part)
+        found = fits(partial(run, part))
         if found is not None:
             yield part, found[0]
             continue
-        if len(part) == 1:
-            raise MemoryError(
-                "Memory ran out on a single structure: use a device with more memory, a smaller potential, or an "
-                "adjoint that keeps less, such as 'replay' or 'implicit'."
-            )
-        log.warning("Memory ran out on %d structures at once: going on with half as many.", len(part))
+        tell(len(part))
         half = (len(part) + 1) // 2
         waiting += [part[half:], part[:half]]
 
 
-def _tried(run: Callable[[list[Item]], Found], part: list[Item]) -> tuple[Found] | None:
-    """None where memory ran out; by then everything that the error held on to is given back."""
+def fits(run: Callable[[], Found]) -> tuple[Found] | None:
+    """What `run` gives; None where memory ran out, and by then everything that it held on to is given back."""
     try:
-        return (run(part),)
+        return (run(),)
     except (RuntimeError, MemoryError) as error:
         if not ran_out(error):
             raise
@@ -61,6 +57,22 @@ def _tried(run: Callable[[list[Item]], Found], part: list[Item]) -> tuple[Found]
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return None
+
+
+def tell(n: int) -> None:
+    """Warn that so many structures were too many.
+
+    Raises
+    ------
+    MemoryError
+        Where it was a single one, naming the mend.
+    """
+    if n == 1:
+        raise MemoryError(
+            "Memory ran out on a single structure: use a device with more memory, a smaller potential, or an "
+            "adjoint that keeps less, such as 'replay' or 'implicit'."
+        )
+    log.warning("Memory ran out on %d structures at once: going on with half as many.", n)
 
 
 def ran_out(error: BaseException) -> bool:

@@ -51,6 +51,14 @@ class State:
             {k: tuple(v[i] for i in structures.tolist()) for k, v in self.lists.items()},
         )
 
+    def joined(self, other: State) -> State:
+        """The states of two batches as one; a history of fewer frames is filled up with zeros in front."""
+        return State(
+            {k: _joined(v, other.atoms[k]) for k, v in self.atoms.items()},
+            {k: torch.cat((v, other.structures[k])) for k, v in self.structures.items()},
+            {k: v + other.lists[k] for k, v in self.lists.items()},
+        )
+
     def floats(self) -> list[Tensor]:
         """The differentiable tensors, in a fixed order."""
         listed = [t for tensors in self.lists.values() for t in tensors]
@@ -61,6 +69,13 @@ class State:
         """The state with its differentiable tensors replaced, in the order of `floats`."""
         queue = iter(values)
         return self.map(lambda t: next(queue) if t.is_floating_point() else t)
+
+
+def _joined(a: Tensor, b: Tensor) -> Tensor:
+    if a.dim() > 2:
+        frames = max(a.shape[1], b.shape[1])
+        a, b = (nn.functional.pad(x, (0, 0, frames - x.shape[1], 0)) for x in (a, b))
+    return torch.cat((a, b))
 
 
 class Stepper(nn.Module):

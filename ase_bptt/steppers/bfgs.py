@@ -44,13 +44,17 @@ class BFGS(Learner):
         x, f = positions.double(), forces.double()
         hessians = state.lists["hessian"]
         counts = _counts(batch, len(hessians))
-        if state.atoms["positions"].shape[1] == 0:
-            sizes = [count * x.shape[1] for count in counts]
-            known = tuple(h if len(h) else _identity(size, x) * self.alpha for h, size in zip(hessians, sizes))
-        else:
+        known = tuple(
+            h if len(h) else _identity(count * x.shape[1], x) * self.alpha for h, count in zip(hessians, counts)
+        )
+        if state.atoms["positions"].shape[1]:
             moved = (x - state.atoms["positions"][:, 0]).split(counts)
             change = (state.atoms["forces"][:, 0] - f).split(counts)
-            known = tuple(_updated(h, s.flatten(), y.flatten()) for h, s, y in zip(hessians, moved, change))
+            # One that has just joined the batch has not moved yet.
+            known = tuple(
+                _updated(h, s.flatten(), y.flatten()) if len(before) else h
+                for h, s, y, before in zip(known, moved, change, hessians)
+            )
         return State({"positions": x[:, None], "forces": f[:, None]}, lists={"hessian": known})
 
     def step(self, positions: Tensor, forces: Tensor, state: State, batch: Tensor) -> tuple[Tensor, State]:

@@ -51,14 +51,18 @@ class LBFGS(Learner):
     def step(self, positions: Tensor, forces: Tensor, state: State, batch: Tensor) -> tuple[Tensor, State]:
         state = self.observe(positions, forces, state, batch)
         n = len(state.structures["frame"])
-        moves = self._newton(state.atoms["positions"], state.atoms["forces"], batch, n)
+        moves = self._newton(state, batch, n)
         moves = arithmetic.shortened(moves, batch, n, self.maxstep) * self.damping
         return (state.atoms["positions"][:, -1] + moves).to(positions.dtype), state
 
-    def _newton(self, positions: Tensor, forces: Tensor, batch: Tensor, n: int) -> Tensor:
+    def _newton(self, state: State, batch: Tensor, n: int) -> Tensor:
         """The inverse Hessian of the remembered frames (n_atoms, m + 1, 3), applied to the latest forces."""
-        moved = positions.diff(dim=1).unbind(1)
-        change = (-forces.diff(dim=1)).unbind(1)
+        positions, forces, frame = state.atoms["positions"], state.atoms["forces"], state.structures["frame"]
+        # A structure that joined the batch later has fewer frames behind it, and zeros before them.
+        age = torch.arange(positions.shape[1] - 1, 0, -1, device=frame.device)
+        taken = (age < frame[:, None])[batch][:, :, None]
+        moved = torch.where(taken, positions.diff(dim=1), 0.0).unbind(1)
+        change = torch.where(taken, -forces.diff(dim=1), 0.0).unbind(1)
         curvatures = [arithmetic.dot(s, y, batch, n) for s, y in zip(moved, change)]
         # A frame without a move (forces of zero) says nothing; ASE's rule divides by zero there.
         inverse = [torch.where(c == 0, 0.0, 1 / torch.where(c == 0, 1.0, c)) for c in curvatures]
