@@ -59,10 +59,14 @@ def usable(
         Where none is left.
     """
     kept = []
+    fine: set[str] = set()
     problem = ""
     for pair in pairs:
         try:
-            check_usable(potential, pair)
+            # Of one kind all can be treated or none: a pair that is read when it is asked for need not be read.
+            if pair.kind not in fine:
+                check_usable(potential, pair)
+            fine.add(pair.kind)
             kept.append(pair)
         except NotImplementedError as error:
             if not skip_invalid:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import gzip
-import sqlite3
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
 from typing import IO
 
-import ase.db
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
-from ase.db.row import AtomsRow
 from ase.io import read
 
 from .pairs import InvalidPair
@@ -53,9 +50,9 @@ def read_frames(path: Path) -> list[Atoms]:
     InvalidPair
         Where the file is empty, cut, of a run that did not finish, or not readable by ASE.
     """
-    _check_content(path)
+    check_content(path)
     kind = format_of(path)
-    with _readable(path):
+    with readable(path):
         if kind in ENDS:
             _check_end(path, *ENDS[kind])
         elif kind in WHOLE:
@@ -72,17 +69,6 @@ def read_frames(path: Path) -> list[Atoms]:
     return frames
 
 
-def read_rows(path: Path) -> list[AtomsRow]:
-    """All rows of a database of ase.db, in order; errors as of `read_frames`."""
-    _check_content(path)
-    with _readable(path):
-        # ase.db would write its tables into a stranger's database.
-        if path.suffix == ".db":
-            with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
-                connection.execute("SELECT count(*) FROM systems")
-        return list(ase.db.connect(path, use_lock_file=False).select())
-
-
 def format_of(path: Path) -> str | None:
     """ASE's name of the format, or None where ASE shall guess."""
     known = next((kind for end, kind in NAMES.items() if path.name.endswith(end)), None)
@@ -93,7 +79,8 @@ def format_of(path: Path) -> str | None:
     return known
 
 
-def _check_content(path: Path) -> None:
+def check_content(path: Path) -> None:
+    """Raise FileNotFoundError or InvalidPair where there is nothing in a file."""
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
     if path.stat().st_size == 0:
@@ -103,7 +90,7 @@ def _check_content(path: Path) -> None:
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def readable(path: Path) -> Iterator[None]:
     """Say in one sentence what ASE's readers raise, which is whatever their parsers do; silence their warnings."""
     try:
         with warnings.catch_warnings():

@@ -3,34 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import numpy as np
-from ase import Atoms
-from ase.geometry import find_mic
-from scipy.optimize import linear_sum_assignment
 
 from .pairs import InvalidPair, RelaxationPair
+from .sameness import alike, composition, joined, same_structure
 
-TOLERANCE = 0.05
-"""Å: two structures are one if their distances differ by less, as root mean square."""
-LARGEST = 4
-"""Tolerances by which no single distance may differ. The noise that relaxations leave (0.02 Å in each direction)
-reaches three in hundreds of atoms; one atom half an Å away exceeds six."""
-NEIGHBORS = 12
-"""Of each atom and of each element, whose distances are compared atom by atom."""
-SHORTEST = 30
-"""Distances per atom that are compared all together: more would fill the memory in large cells."""
+__all__ = ["classes", "same_structure", "split_by_group", "split_into_folds", "with_groups"]
 
 
 def with_groups(pairs: Sequence[RelaxationPair]) -> list[RelaxationPair]:
     """Give every pair without a group one: same composition and same final structure, by `same_structure`."""
-    relaxed = [pair.relaxed for pair in pairs]
-    alike: dict[bytes, list[int]] = {}
-    for k, atoms in enumerate(relaxed):
-        alike.setdefault(np.sort(atoms.numbers).tobytes(), []).append(k)
-    together = _joined(len(pairs), (edge for members in alike.values() for edge in _same(relaxed, members)))
+    together = alike([composition(pair.relaxed) for pair in pairs], lambda k: pairs[k].relaxed)
     names: dict[int, str] = {}
     for pair, first in zip(pairs, together, strict=True):
         names[first] = names.get(first) or pair.group
@@ -42,112 +27,7 @@ def with_groups(pairs: Sequence[RelaxationPair]) -> list[RelaxationPair]:
 
 def classes(n: int, related: Callable[[int, int], bool]) -> list[int]:
     """For each of n items the first item that it is related to, in one or more steps."""
-    return _joined(n, ((a, b) for b in range(n) for a in range(b) if related(a, b)))
-
-
-def _joined(n: int, edges: Iterable[tuple[int, int]]) -> list[int]:
-    first = np.arange(n)
-    for a, b in edges:
-        low, high = sorted((first[a], first[b]))
-        if low != high:
-            first[first == high] = low
-    return first.tolist()
-
-
-def same_structure(a: Atoms, b: Atoms, tolerance: float = TOLERANCE) -> bool:
-    """Whether two structures are one up to motions, symmetry and the order of their atoms.
-
-    Compares the sorted distances (nearest images) of each pair of elements: their root mean square
-    difference must stay below the tolerance, in Å, and the largest below four times that. And each
-    atom must have a partner whose nearest neighbours are as far away, within four times the
-    tolerance: so one atom that sits elsewhere counts in a large cell, too.
-    """
-    if sorted(a.numbers) != sorted(b.numbers):
-        return False
-    return next(_same([a, b], [0, 1], tolerance), None) is not None
-
-
-def _same(structures: Sequence[Atoms], members: list[int], tolerance: float = TOLERANCE) -> Iterator[tuple[int, int]]:
-    """Enough of the members, all of one composition, that are the same structure to join all that are."""
-    if len(members) < 2:
-        return
-    cells = np.stack([structures[k].cell.cellpar() for k in members])
-    looks = [_look(structures[k]) for k in members]
-    few = np.stack([look.distances[:: max(1, len(look.distances) // 100)] for look in looks])
-    label = np.arange(len(members))
-    for b in range(1, len(members)):
-        near = np.flatnonzero(np.isclose(cells[:b], cells[b], atol=0.05).all(axis=1))
-        # A few distances tell most structures apart.
-        near = near[(np.abs(few[near] - few[b]) < LARGEST * tolerance).all(axis=1)]
-        for a in near:
-            if label[a] != label[b] and looks[a].is_of(looks[b], tolerance):
-                label[label == label[b]] = label[a]
-                yield members[a], members[b]
-
-
-@dataclass(frozen=True, eq=False)
-class _Look:
-    """What motions and the order of the atoms do not change; in Å.
-
-    Attributes
-    ----------
-    distances : ndarray, shape (m,)
-        The shortest distances of each pair of elements, sorted.
-    environments : list of ndarray, shape (n_atoms of the element, k) each
-        For each element the sorted distances from its atoms to their nearest neighbours of each element.
-    """
-
-    distances: np.ndarray
-    environments: list[np.ndarray]
-
-    def is_of(self, other: _Look, tolerance: float) -> bool:
-        """Whether this may be another look at the same structure. Noise moves sorted numbers as little as others."""
-        change = self.distances - other.distances
-        largest = LARGEST * tolerance
-        if np.abs(change).max(initial=0.0) >= largest or np.sum(change**2) > tolerance**2 * change.size:
-            return False
-        return all(_matches(x, y, largest) for x, y in zip(self.environments, other.environments, strict=True))
-
-
-def _look(atoms: Atoms) -> _Look:
-    distances = _distances(atoms)
-    elements = [np.flatnonzero(atoms.numbers == z) for z in np.unique(atoms.numbers)]
-    every: list[np.ndarray] = []
-    environments: list[np.ndarray] = []
-    for p, first in enumerate(elements):
-        around = []
-        for q, second in enumerate(elements):
-            block = distances[np.ix_(first, second)]
-            # An atom is no neighbour of itself.
-            around.append(np.sort(block, axis=1)[:, int(q == p) :][:, :NEIGHBORS])
-            if q >= p:
-                pairs = block[np.triu_indices(len(first), 1)] if q == p else block
-                every.append(np.sort(pairs, axis=None)[: SHORTEST * len(atoms)])
-        environments.append(np.concatenate(around, axis=1).astype(np.float32))
-    return _Look(np.concatenate(every).astype(np.float32), environments)
-
-
-def _matches(x: np.ndarray, y: np.ndarray, largest: float) -> bool:
-    """Whether the rows of x can be put into an order in which no number differs from y's by the largest or more."""
-    if not x.shape[1]:
-        return True
-    if np.abs(np.sort(x, axis=0) - np.sort(y, axis=0)).max() >= largest:
-        return False
-    apart = np.zeros((len(x), len(y)), bool)
-    for column in range(x.shape[1]):
-        apart |= np.abs(x[:, None, column] - y[None, :, column]) >= largest
-    return not apart[linear_sum_assignment(apart)].any()
-
-
-def _distances(atoms: Atoms) -> np.ndarray:
-    """Distance of the nearest images of each two atoms, shape (n, n), in Å."""
-    x, found = atoms.positions, np.zeros((len(atoms), len(atoms)))
-    # Row by row: the images of all pairs of a large structure at once would fill the memory.
-    rows = max(1, 20_000 // len(atoms))
-    for k in range(0, len(atoms), rows):
-        vectors = x[None] - x[k : k + rows, None]
-        found[k : k + rows] = find_mic(vectors.reshape(-1, 3), atoms.cell, atoms.pbc)[1].reshape(-1, len(atoms))
-    return found
+    return joined(n, ((a, b) for b in range(n) for a in range(b) if related(a, b)))
 
 
 def split_by_group(

@@ -51,6 +51,24 @@ class RelaxationPair:
     group: str = ""
     frames: Sequence[Atoms] = ()
 
+    @property
+    def n_atoms(self) -> int:
+        return len(self.initial)
+
+    @property
+    def kind(self) -> str:
+        """Elements and constraints of both ends, by which a potential can treat it or not."""
+        numbers = np.union1d(self.initial.numbers, self.relaxed.numbers)
+        constraints = {type(c).__name__ for atoms in (self.initial, self.relaxed) for c in atoms.constraints}
+        return " ".join(map(str, [*numbers, *sorted(constraints)]))
+
+    def digest(self) -> bytes:
+        """A hash of atoms, masses, positions, cells and constraints of both ends."""
+        digest = hashlib.sha256()
+        add_to_hash(digest, self.initial)
+        add_to_hash(digest, self.relaxed)
+        return digest.digest()
+
 
 class InvalidPair(ValueError):
     """A pair that cannot be used, said in one sentence."""
@@ -167,11 +185,10 @@ def _matched(initial: Atoms, relaxed: Atoms) -> float:
 
 
 def fingerprint(pairs: Sequence[RelaxationPair]) -> str:
-    """A hash of the pairs' atoms, masses, positions, cells and constraints."""
+    """A hash of the pairs' atoms, masses, positions, cells and constraints, in order."""
     digest = hashlib.sha256()
     for pair in pairs:
-        add_to_hash(digest, pair.initial)
-        add_to_hash(digest, pair.relaxed)
+        digest.update(pair.digest())
     return digest.hexdigest()
 
 

@@ -35,7 +35,7 @@ from ase_bptt import (
 )
 from ase_bptt.constraints import KNOWN
 from ase_bptt.steppers import FIRE, GradientDescent
-from ase_bptt.training.starts import varied_starts
+from ase_bptt.training.starts import VariedStarts
 
 
 def symmetric() -> Atoms:
@@ -273,7 +273,7 @@ class TestLosses:
 
 def test_training_starts_keep_to_the_constraints():
     start = held(argon, FixAtoms([0, 1]))
-    (varied,) = varied_starts([RelaxationPair(start, argon(2), "a", "g")], 1.0, 0.1, np.random.default_rng(0))
+    (varied,) = VariedStarts([RelaxationPair(start, argon(2), "a", "g")], 1.0, 0.1, np.random.default_rng(0))
     np.testing.assert_array_equal(varied.initial.positions[:2], start.positions[:2])
     assert (varied.initial.positions[2:] != start.positions[2:]).all()
 

@@ -8,7 +8,7 @@ from ase import Atoms
 from ase.build import bulk
 from conftest import cluster, methanol, rattled, silicon
 
-from ase_bptt import RelaxationPair, groups
+from ase_bptt import RelaxationPair, groups, sameness
 from ase_bptt.groups import classes, same_structure, split_by_group, split_into_folds
 from ase_bptt.pairs import InvalidPair
 
@@ -149,7 +149,7 @@ class TestGroups:
 
     def test_a_thousand_pairs_cost_a_look_at_each_structure(self):
         pairs = self.pairs(1000)
-        with mock.patch.object(groups, "_distances", side_effect=groups._distances) as measured:
+        with mock.patch.object(sameness, "_distances", side_effect=sameness._distances) as measured:
             found = groups.with_groups(pairs)
         assert measured.call_count == 1000
         names = [p.group for p in found]
@@ -158,7 +158,7 @@ class TestGroups:
 
     def test_structures_without_a_partner_of_their_composition_are_not_looked_at(self):
         pairs = [RelaxationPair(a, a, str(k)) for k, a in enumerate([silicon(), silicon()[:-1], methanol()])]
-        with mock.patch.object(groups, "_distances", side_effect=AssertionError):
+        with mock.patch.object(sameness, "_distances", side_effect=AssertionError):
             assert [p.group for p in groups.with_groups(pairs)] == ["0", "1", "2"]
 
     def test_a_group_that_is_given_stays_and_names_its_structure(self):

@@ -73,7 +73,7 @@ def add_potential(parser: argparse.ArgumentParser, *, positional: bool = False, 
 
 
 def add_pairs(parser: argparse.ArgumentParser, nargs: str = "+", option: str | None = None) -> None:
-    """PAIRS (or an option of this name), --group and --skip-invalid."""
+    """PAIRS (or an option of this name), --group, --skip-invalid and --lazy."""
     group = parser.add_argument_group("reference relaxations")
     text = (
         "a file or folder of relaxations (vasprun.xml, OUTCAR, POSCAR + CONTCAR, Espresso output, extxyz, .traj, "
@@ -89,6 +89,8 @@ def add_pairs(parser: argparse.ArgumentParser, nargs: str = "+", option: str | N
          metavar="KEY")  # fmt: skip
     flag(group, parser, "--skip-invalid", "list pairs that cannot be used, and go on without them", False,
          action="store_true")  # fmt: skip
+    flag(group, parser, "--lazy", "of a folder or a .db: check all pairs once, then read each when it is needed, so "
+         "that they need not fit in memory", False, action="store_true")  # fmt: skip
 
 
 def add_output(parser: argparse.ArgumentParser, out: str, text: str, *, resume: bool) -> None:

@@ -22,7 +22,9 @@ OURS = (
     "displacements.png", "learning_curve.png", "portrait_before.json", "portrait_after.json", "card.json", "card.png",
 )  # fmt: skip
 """Patterns of what the commands write into a run folder: --overwrite deletes nothing else."""
-PASSING = frozenset({"out", "overwrite", "resume", "dry_run", "json", "device", "trust", "skip_invalid", "pairs"})
+PASSING = frozenset(
+    {"out", "overwrite", "resume", "dry_run", "json", "device", "trust", "skip_invalid", "lazy", "pairs"}
+)
 """What may be said anew when a run goes on; other pairs are noticed by the trainer."""
 
 
@@ -131,7 +133,8 @@ def take_over(arguments: argparse.Namespace) -> None:
         setattr(arguments, name, value)
     # Other pairs would be noticed; none at all are those of the run.
     arguments.pairs = getattr(arguments, "pairs", None) or begun.get("pairs", [])
-    arguments.skip_invalid = getattr(arguments, "skip_invalid", False) or begun.get("skip_invalid", False)
+    for name in ("skip_invalid", "lazy"):
+        setattr(arguments, name, getattr(arguments, name, False) or begun.get(name, False))
 
 
 def same_data(arguments: argparse.Namespace, pairs: Sequence[RelaxationPair]) -> None:

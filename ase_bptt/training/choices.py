@@ -6,7 +6,7 @@ import copy
 from collections.abc import Sequence
 
 from ..adjoints import Adjoint, Replay, make_adjoint
-from ..checks import check_apart, check_usable
+from ..checks import check_apart, usable
 from ..guard.terms import Term, check_terms
 from ..losses import named_loss
 from ..pairs import RelaxationPair
@@ -84,8 +84,7 @@ def check_data(
     check_apart(training=train, validation=valid, test=test)
     if made.warm:
         made.warm.check(train)
-    for pair in (*train, *valid, *test):
-        check_usable(made.potential, pair)
+    usable(made.potential, [*train, *valid, *test])
     check_terms(terms, train)
 
 

@@ -11,7 +11,7 @@ import torch
 from ..guard.terms import Term
 from ..pairs import RelaxationPair
 from ..steppers import Stepper
-from .starts import varied_starts
+from .starts import VariedStarts
 
 
 class Order:
@@ -35,7 +35,7 @@ class Order:
     def batches(self, pairs: Sequence[RelaxationPair], epoch: int) -> Iterator[tuple[float, list[RelaxationPair]]]:
         """Each batch of an epoch, after the share of the epoch that is done before it."""
         order = torch.randperm(len(pairs), generator=self.generator).tolist()
-        pairs = varied_starts(pairs, self.along, self.rattle, np.random.default_rng([self.seed, epoch]))
+        pairs = VariedStarts(pairs, self.along, self.rattle, np.random.default_rng([self.seed, epoch]))
         firsts = range(0, len(order), self.batch_size)
         for number, first in enumerate(firsts):
             yield number / len(firsts), [pairs[k] for k in order[first : first + self.batch_size]]

@@ -51,7 +51,7 @@ def estimate(
 
     Times grow in proportion to the atoms; a relaxation is taken to need `FRAMES` frames.
     """
-    largest = sorted(train, key=lambda p: -len(p.initial))[: trainer.batch_size]
+    largest = sorted(train, key=lambda p: -p.n_atoms)[: trainer.batch_size]
     _reset_peak(trainer.potential.device)
     # A copy: what warm starts keep, and what is counted of an epoch, stays as it is.
     loss = replace(trainer._pairs, warm=None)
@@ -73,7 +73,7 @@ def estimate(
 
 
 def _atoms(pairs: Sequence[RelaxationPair]) -> int:
-    return sum(len(p.initial) for p in pairs)
+    return sum(p.n_atoms for p in pairs)
 
 
 def _reset_peak(device: torch.device) -> None:

@@ -36,11 +36,11 @@ class WarmStarts:
         """Relaxed positions by the pair's id, on the host; they belong into a checkpoint."""
         self.elsewhere = 0
         """Pairs that ended elsewhere from the cold start than from the warm one, since this was last set to zero."""
-        self._initial: dict[str, Atoms] = {}
+        self._initial: dict[str, RelaxationPair] = {}
 
     def begin(self, pairs: Sequence[RelaxationPair]) -> None:
         """Remember the initial structures, to begin from in a cold epoch."""
-        self._initial = {pair.id: pair.initial for pair in pairs}
+        self._initial = {pair.id: pair for pair in pairs}
 
     def check(self, pairs: Sequence[RelaxationPair]) -> None:
         """Raise ValueError for two pairs of one name, whose ends could not be told apart."""
@@ -53,7 +53,7 @@ class WarmStarts:
         return [self._start(pair, epoch) for pair in pairs]
 
     def _start(self, pair: RelaxationPair, epoch: int) -> Atoms:
-        atoms = self._initial.get(pair.id, pair.initial)
+        atoms = self._initial.get(pair.id, pair).initial
         if epoch % self.every and pair.id in self.ends:
             atoms = atoms.copy()
             atoms.set_positions(self.ends[pair.id].numpy(), apply_constraint=False)

@@ -1,0 +1,157 @@
+"""Pairs whose structures are read when they are asked for."""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ase import Atoms
+
+from .pairs import InvalidPair, RelaxationPair, unwrapped
+from .sources import Source, loaded
+
+RECENT = 64
+"""Pairs that stay in memory, of those that were read last."""
+LOOKS = 4000
+"""Final structures of one composition of which all that is compared for groups is kept, as of `alike`."""
+WIDTH = 32
+"""Bytes of a pair's hash."""
+
+
+class Store:
+    """What is known of each pair without reading it, and the few pairs that were read last.
+
+    Attributes
+    ----------
+    root : Path
+        The file or folder that was given.
+    sources : list of Source
+    ids, groups, kinds : list of str
+    sizes : array of int
+        Atoms.
+    digests : bytearray
+        One hash after the other.
+    """
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.sources: list[Source] = []
+        self.ids: list[str] = []
+        self.groups: list[str] = []
+        self.kinds: list[str] = []
+        self.sizes = array("l")
+        self.digests = bytearray()
+        self._recent: dict[int, RelaxationPair] = {}
+
+    def add(self, source: Source, id: str, group: str, n_atoms: int, kind: str, digest: bytes) -> None:
+        """Know one more."""
+        self.sources.append(source)
+        self.ids.append(id)
+        # Many have the same.
+        self.groups.append(sys.intern(group))
+        self.kinds.append(sys.intern(kind))
+        self.sizes.append(n_atoms)
+        self.digests += digest
+
+    def digest(self, k: int) -> bytes:
+        return bytes(self.digests[WIDTH * k : WIDTH * (k + 1)])
+
+    def read(self, k: int) -> RelaxationPair:
+        """The pair itself.
+
+        Raises
+        ------
+        InvalidPair
+            Where it cannot be read any more, or is another than it was.
+        """
+        pair = self._recent.pop(k, None) or self._read(k)
+        self._recent[k] = pair
+        if len(self._recent) > RECENT:
+            del self._recent[next(iter(self._recent))]
+        return pair
+
+    def _read(self, k: int) -> RelaxationPair:
+        name = self.sources[k].name
+        try:
+            found = loaded(self.sources[k], self.root)
+            # What has the same hash was looked at before.
+            relaxed = unwrapped(found.initial, found.relaxed)
+        except (OSError, ValueError) as error:
+            raise InvalidPair(
+                f"{name}: it could be read before and now it cannot ({str(error).rstrip('.')}); put it back and resume."
+            ) from error
+        pair = RelaxationPair(found.initial, relaxed, self.ids[k], self.groups[k], found.frames)
+        if pair.digest() != self.digest(k):
+            raise InvalidPair(f"{name}: it has changed since it was checked; put back what it was, or begin again.")
+        return pair
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_recent": {}}
+
+
+class LazyPair(RelaxationPair):
+    """A pair that knows its name, group and size, and reads its structures when they are asked for.
+
+    `read_pairs` makes them. A copy by `dataclasses.replace` is an ordinary pair, which holds its structures.
+    """
+
+    __slots__ = ("_k", "_store")
+    _k: int
+    _store: Store
+
+    def __new__(cls, *arguments: Any, **named: Any) -> Any:
+        """An ordinary pair, for `dataclasses.replace`."""
+        return RelaxationPair(*arguments, **named)
+
+    @property
+    def initial(self) -> Atoms:  # type: ignore[override]
+        return self._store.read(self._k).initial
+
+    @property
+    def relaxed(self) -> Atoms:  # type: ignore[override]
+        return self._store.read(self._k).relaxed
+
+    @property
+    def frames(self) -> Sequence[Atoms]:  # type: ignore[override]
+        return self._store.read(self._k).frames
+
+    @property
+    def id(self) -> str:  # type: ignore[override]
+        return self._store.ids[self._k]
+
+    @property
+    def group(self) -> str:  # type: ignore[override]
+        return self._store.groups[self._k]
+
+    @property
+    def n_atoms(self) -> int:
+        return self._store.sizes[self._k]
+
+    @property
+    def kind(self) -> str:
+        return self._store.kinds[self._k]
+
+    def digest(self) -> bytes:
+        return self._store.digest(self._k)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _lazy_pair, (self._store, self._k)
+
+    def __repr__(self) -> str:
+        return f"LazyPair({self.id!r}, {self.group!r})"
+
+
+def lazy_pairs(store: Store) -> list[RelaxationPair]:
+    """All pairs of a store."""
+    return [_lazy_pair(store, k) for k in range(len(store.sources))]
+
+
+def _lazy_pair(store: Store, k: int) -> LazyPair:
+    pair: LazyPair = object.__new__(LazyPair)
+    # A pair is frozen.
+    object.__setattr__(pair, "_store", store)
+    object.__setattr__(pair, "_k", k)
+    return pair
