@@ -52,13 +52,13 @@ class Index:
                 if head["stamp"] != self._stamp:
                     log.info("%s: something has changed there, so all pairs are read and checked again.", self.root)
                     return None
-                store = Store(self.root)
+                n, problems, store = head["n"], head["problems"], Store(self.root)
                 for line in file:
                     place, id, group, size, kind, digest = json.loads(line)
                     store.add(self._source(place, id), id, group, size, kind, bytes.fromhex(digest))
         except (OSError, ValueError, LookupError, TypeError, StopIteration):
             return None
-        return (store, head["problems"]) if len(store.sources) == head["n"] else None
+        return (store, problems) if len(store.sources) == n else None
 
     def write(self, store: Store, problems: Sequence[str]) -> None:
         """Keep it, where one may; else say that the next start will read all again."""
