@@ -22,6 +22,7 @@ READS = 500
 
 
 def relaxation(k):
+    """Both ends."""
     initial = ATOMS.copy()
     initial.rattle(0.1, seed=k)
     relaxed = ATOMS.copy()
@@ -30,6 +31,7 @@ def relaxation(k):
 
 
 def database(folder):
+    """All pairs in a database."""
     with connect(folder / "all.db") as rows:
         for k in range(N):
             for end, atoms in enumerate(relaxation(k)):
@@ -38,18 +40,21 @@ def database(folder):
 
 
 def files(folder):
+    """A file for each pair."""
     for k in range(N):
         write(folder / f"{k:06}.traj", relaxation(k))
     return folder
 
 
 def started(path, index):
+    """The pairs, and seconds until they are there."""
     clock = time.perf_counter()
     pairs = read_pairs(path, group="kind", lazy=True, index=index)
     return pairs, time.perf_counter() - clock
 
 
 def measure(name, path, index):
+    """One line of the table."""
     _, first = started(path, index)
     _, again = started(path, index)
     tracemalloc.start()
