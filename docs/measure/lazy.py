@@ -1,6 +1,6 @@
 """What a pair that is read when it is asked for takes in memory and time, in a database and in a folder of files.
 
-python docs/measure/lazy.py [N]
+python docs/measure/lazy.py 5000
 """
 
 import sys
@@ -16,7 +16,7 @@ from ase.io import write
 
 from ase_bptt import read_pairs
 
-N = int(sys.argv[1]) if len(sys.argv) > 1 else 20_000
+N = int(sys.argv[1])
 ATOMS = bulk("Si", cubic=True) * 2
 READS = 500
 
