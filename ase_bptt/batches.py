@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from ase import Atoms
 from ase.calculators.calculator import CalculationFailed
 from ase.calculators.singlepoint import SinglePointCalculator
@@ -15,7 +16,9 @@ from .constraints import unknown_of
 from .frames import IteratedMap
 from .moving import Stopped
 from .optimizer import BPTTOptimizer
+from .planning import Planner
 from .potential import Potential
+from .relaxation import relax
 from .result import Status
 from .stability import steady
 from .steppers import Stepper, make_stepper
@@ -45,6 +48,7 @@ def relax_all(
     fmax: float = 0.05,
     steps: int = 500,
     batch_size: int | None = None,
+    memory: float | None = None,
 ) -> Iterator[tuple[int, End]]:
     """Relax structures, and give each one's index and end as soon as it has stopped.
 
@@ -60,7 +64,10 @@ def relax_all(
     steps : int
         Frames at most.
     batch_size : int or None
-        Structures relaxed together; None takes as many as the device does well with.
+        Structures relaxed together. None takes as many as fit into the memory of a GPU, or as a processor does well
+        with.
+    memory : float or None
+        GiB that they may take; None is 80 % of what is free on a GPU.
 
     Raises
     ------
@@ -73,23 +80,44 @@ def relax_all(
     together = sorted(set(range(len(structures))) - set(alone))
     if together:
         batch = [structures[k] for k in together]
-        for k, stopped, nsteps in _stream(potential, batch, stepper, fmax, steps, batch_size).run():
+        for k, stopped, nsteps in _stream(potential, batch, stepper, fmax, steps, (batch_size, memory)).run():
             yield together[k], _end(batch[k], stopped, nsteps)
     for k in alone:
         yield k, _by_ase(potential, structures[k], stepper, fmax, steps)
 
 
 def _stream(
-    potential: Potential, structures: Sequence[Atoms], stepper: Stepper | str, fmax: float, steps: int, size: int | None
+    potential: Potential,
+    structures: Sequence[Atoms],
+    stepper: Stepper | str,
+    fmax: float,
+    steps: int,
+    limits: tuple[int | None, float | None],
 ) -> Stream:
     some = structures[:: max(1, len(structures) // SAMPLED)]
     iterated = IteratedMap(potential, steady(make_stepper(stepper), potential, some))
-    room = float(size or ATOMS)
-    costs = [1.0 if size else float(len(atoms)) for atoms in structures]
+    costs, room = _costs(iterated, structures, *limits)
     if iterated.stepper.name == "bfgs":
         # A Hessian of (3 n)^2 numbers a structure: for large ones, many together would fill the memory.
         costs = [room if len(atoms) > LARGE else cost for atoms, cost in zip(structures, costs, strict=True)]
     return Stream(iterated, structures, costs=costs, room=room, fmax=fmax, steps=steps)
+
+
+def _costs(
+    iterated: IteratedMap, structures: Sequence[Atoms], batch_size: int | None, memory: float | None
+) -> tuple[list[float], float]:
+    """What each structure costs, and what those that relax together may cost."""
+    if batch_size is not None:
+        return [1.0] * len(structures), float(batch_size)
+
+    def run(batch: list[Atoms]) -> None:
+        with torch.no_grad():
+            relax(iterated.potential, batch, stepper=iterated.stepper, steps=1)
+
+    planner = Planner(iterated.potential, run, lambda atoms: atoms, memory)
+    if planner.limit == float("inf"):
+        return [float(len(atoms)) for atoms in structures], float(ATOMS)
+    return planner.costs(structures)
 
 
 def _end(start: Atoms, stopped: Stopped, nsteps: int) -> End:

@@ -5,8 +5,12 @@ import logging
 import numpy as np
 import pytest
 import torch
+from conftest import lennard_jones, rattled, silicon, tiny_mace
 
-from ase_bptt.planning import in_parts, pack, share
+from ase_bptt import delta_q, load_potential, relax
+from ase_bptt.batches import relax_all
+from ase_bptt.planning import Planner, in_parts, pack, peak_bytes, share
+from ase_bptt.planning.footprint import sizes
 
 RUN_OUT = {
     "torch": torch.OutOfMemoryError("out of memory"),
@@ -48,7 +52,7 @@ def test_an_item_beyond_the_capacity_stands_alone():
 
 
 @pytest.mark.parametrize("error", RUN_OUT.values(), ids=RUN_OUT)
-@pytest.mark.parametrize("fits", [1, 3, 7, 20])
+@pytest.mark.parametrize("fits", [3, 20])
 def test_where_memory_runs_out_halves_are_run_in_order(fits, error, caplog):
     def run(items):
         if len(items) > fits:
@@ -77,3 +81,86 @@ def test_other_errors_are_not_taken_for_it():
     with pytest.raises(RuntimeError, match="shapes"):
         list(in_parts(run, [1, 2]))
     assert list(in_parts(run, [])) == []
+
+
+def test_the_peak_counts_what_is_alive_together():
+    def run():
+        a = torch.zeros(1000, dtype=torch.float64)
+        b = a + 1  # two of 8,000 bytes
+        del a
+        return (b * 2).sum()  # two, and a number
+
+    assert peak_bytes(run) == 16_008
+
+
+@pytest.fixture(scope="module")
+def mace():
+    return load_potential(tiny_mace(), dtype=torch.float64)
+
+
+def cells(*repeats):
+    return [rattled(silicon().repeat((n, 1, 1)), 0.02, seed=k) for k, n in enumerate(repeats)]
+
+
+def through(potential, adjoint, steps=3):
+    def run(batch):
+        end = relax(potential, batch, stepper="gd", steps=steps, fmax=1e-6, adjoint=adjoint)
+        torch.autograd.grad(delta_q(end, batch).sum(), list(potential.parameters()), allow_unused=True)
+
+    return run
+
+
+def without_gradient(potential):
+    def run(batch):
+        with torch.no_grad():
+            relax(potential, batch, steps=2)
+
+    return run
+
+
+@pytest.mark.parametrize("adjoint", ["replay", "full", None])
+def test_the_footprint_foretells_larger_batches(mace, adjoint):
+    run = through(mace, adjoint) if adjoint else without_gradient(mace)
+    planner = Planner(mace, run, lambda atoms: atoms, memory=1.0)
+    planner.parts(cells(1, 2))
+    batch = cells(1, 3, 2)
+    foretold = planner.footprint.fixed + sum(planner.footprint.of(size) for size in sizes(mace, batch))
+    assert foretold == pytest.approx(peak_bytes(lambda: run(batch)), rel=0.1)
+
+
+def test_a_full_tape_takes_more_with_every_frame(mace):
+    found = []
+    for steps in (2, 6):
+        planner = Planner(mace, through(mace, "full", steps), lambda atoms: atoms, memory=1.0)
+        planner.parts(cells(1, 2))
+        found.append(planner.footprint.of(sizes(mace, cells(2))[0]))
+    assert found[1] > 2 * found[0]
+
+
+@pytest.mark.parametrize("memory", [0.008, 0.02])
+def test_parts_keep_within_the_memory(mace, memory):
+    run = through(mace, "full")
+    planner = Planner(mace, run, lambda atoms: atoms, memory=memory)
+    batch = cells(1, 2, 1, 3, 2, 1)
+    parts = planner.parts(batch)
+    assert sorted(k for part in parts for k in part) == list(range(6))
+    assert len(parts) > 1
+    for part in parts:
+        if len(part) > 1:
+            assert peak_bytes(lambda part=part: run([batch[k] for k in part])) < 1.1 * memory * 2**30
+
+
+def test_without_a_limit_nothing_is_measured():
+    def run(batch):
+        raise AssertionError("measured")
+
+    planner = Planner(lennard_jones(), run, lambda atoms: atoms)
+    assert planner.parts(cells(1, 2)) == [[0, 1]]
+    assert planner.parts([]) == []
+
+
+def test_relaxing_many_keeps_within_the_memory(mace):
+    batch = cells(1, 1, 2, 1, 1, 2)
+    together = peak_bytes(lambda: list(relax_all(mace, batch, steps=3)))
+    limited = peak_bytes(lambda: list(relax_all(mace, batch, steps=3, memory=together / 3 / 2**30)))
+    assert limited < 0.5 * together
