@@ -20,6 +20,8 @@ from .singlepoint import single_points
 from .steppers import Stepper
 from .symmetry import space_group
 
+TOGETHER = 16
+"""Structures whose forces at the reference are computed together."""
 BASIN_RULE = (
     "right basin: relaxed from the initial and from the reference structure, the two ends are within "
     f"{SAME_END} Å of each other at the farthest atom (drift removed)"
@@ -141,7 +143,8 @@ def evaluate(
     stepper: Stepper | str = "fire",
     fmax: float = 0.02,
     steps: int = 500,
-    batch_size: int = 16,
+    batch_size: int | None = None,
+    memory: float | None = None,
     journal: Journal | None = None,
     progress: bool | None = False,
 ) -> Evaluation:
@@ -155,8 +158,8 @@ def evaluate(
         eV/Å.
     steps : int
         Frames at most.
-    batch_size : int
-        Structures relaxed together.
+    batch_size, memory : int or None, float or None
+        As for `relax_all`: structures relaxed together, and GiB that they may take.
     journal : Journal, optional
         Keeps the ends as they are found; those in it already are not sought again.
     progress : bool or None
@@ -165,10 +168,10 @@ def evaluate(
     starts = [p.initial for p in pairs] + [p.relaxed for p in pairs]
     ends = relax_kept(
         potential, starts, journal=journal, progress=progress,
-        stepper=stepper, fmax=fmax, steps=steps, batch_size=batch_size,
+        stepper=stepper, fmax=fmax, steps=steps, batch_size=batch_size, memory=memory,
     )  # fmt: skip
     controls = [end.atoms for end in ends[len(pairs) :]]
-    residuals = _residual_forces(potential, [p.relaxed for p in pairs], batch_size)
+    residuals = _residual_forces(potential, [p.relaxed for p in pairs], batch_size or TOGETHER)
     rows = [_row(*found) for found in zip(pairs, ends[: len(pairs)], controls, residuals, strict=True)]
     return Evaluation(tuple(rows), tuple(end.atoms for end in ends[: len(pairs)]))
 

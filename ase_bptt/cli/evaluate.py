@@ -21,7 +21,7 @@ from ..potential import Potential
 from ..steppers import STEPPERS
 from ..training.outcome import RESULTS, summary
 from . import runfolder, words
-from .flags import WIDTH, add_output, add_pairs, add_potential, command, count, flag, positive, seed
+from .flags import WIDTH, add_output, add_pairs, add_potential, add_room, command, count, flag, positive, seed
 from .inputs import potential_of, read_grouped
 
 DESCRIPTION = """\
@@ -56,7 +56,7 @@ def add(commands: Any) -> None:
     flag(group, parser, "--stepper", "update rule", "fire", choices=sorted(STEPPERS))
     flag(group, parser, "--fmax", "eV/Å at which a structure is relaxed", 0.02, type=positive, metavar="X")
     flag(group, parser, "--steps", "frames at most", 500, type=count, metavar="N")
-    flag(group, parser, "--batch-size", "structures relaxed together", 16, type=count, metavar="N")
+    add_room(group, parser)
     flag(group, parser, "--seed", "of the bootstrap", 0, type=seed, metavar="N")
     add_output(parser, "ase-bptt-evaluation", "folder of tables, pictures and the page", resume=True)
 
@@ -120,9 +120,10 @@ def _evaluated(
     arguments: argparse.Namespace, potential: Potential, pairs: list[RelaxationPair], name: str
 ) -> Evaluation:
     settings = {name: getattr(arguments, name) for name in ("stepper", "fmax", "steps")}
+    room = {name: getattr(arguments, name) for name in ("batch_size", "memory")}
     structures = [p.initial for p in pairs] + [p.relaxed for p in pairs]
     journal = Journal(arguments.out / name, run_key(potential, structures, settings))
-    return evaluate(potential, pairs, **settings, batch_size=arguments.batch_size, journal=journal, progress=None)
+    return evaluate(potential, pairs, **settings, **room, journal=journal, progress=None)
 
 
 def _labels(arguments: argparse.Namespace) -> tuple[str, str]:

@@ -56,6 +56,14 @@ def completed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> ar
     return argparse.Namespace(**(defaults | found), given=given)
 
 
+def add_room(group: Any, parser: argparse.ArgumentParser) -> None:
+    """How many structures are relaxed together."""
+    flag(group, parser, "--batch-size", "structures relaxed together (default: as many as fit into the memory of a "
+         "GPU, or as a processor does well with)", type=count, metavar="N")  # fmt: skip
+    flag(group, parser, "--memory", "GiB that they may take (default: 80 % of what is free on a GPU)", type=positive,
+         metavar="X")  # fmt: skip
+
+
 def add_potential(parser: argparse.ArgumentParser, *, positional: bool = False, dtype: str | None = None) -> Any:
     """--potential --trust --device --dtype, as one group."""
     group = parser.add_argument_group("potential")

@@ -25,7 +25,7 @@ from ..potential import Potential
 from ..result import Status
 from ..steppers import STEPPERS, make_stepper
 from . import words
-from .flags import add_output, add_potential, command, count, flag, positive
+from .flags import add_output, add_potential, add_room, command, count, flag, positive
 from .inputs import potential_of
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ def add(commands: Any) -> None:
     flag(group, parser, "--step-size", "of gd, in Å^2/eV (default: 0.05)", type=positive, metavar="X")
     flag(group, parser, "--fmax", "eV/Å at which a structure is relaxed", 0.05, type=positive, metavar="X")
     flag(group, parser, "--steps", "frames at most", 500, type=count, metavar="N")
-    flag(group, parser, "--batch-size", "structures relaxed together", 16, type=count, metavar="N")
+    add_room(group, parser)
     flag(group, parser, "--skip-invalid", "list structures that cannot be relaxed, and go on without them", False,
          action="store_true")  # fmt: skip
     add_output(parser, "relaxed.extxyz", "file of the relaxed structures, in any format that ASE writes", resume=True)
@@ -88,6 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
     ends = relax_kept(
         potential, structures, journal=journal, progress=None, tell=partial(_tell, names), stepper=stepper,
         fmax=arguments.fmax, steps=arguments.steps, batch_size=arguments.batch_size,
+        memory=arguments.memory,
     )  # fmt: skip
     _write(out, ends)
     journal.remove()
