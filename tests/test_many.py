@@ -14,6 +14,7 @@ from toys import heap, vacancy
 from ase_bptt import Potential, Status, delta_q, load_potential, relax
 from ase_bptt.adjoints import FullTape, Guided, Implicit, OneStep, Replay, Truncated
 from ase_bptt.batches import relax_all
+from ase_bptt.planning import peak_bytes
 from ase_bptt.steppers import BFGS, FIRE, LBFGS, GradientDescent
 
 SETTINGS = {"fmax": 0.02, "steps": 60}
@@ -212,3 +213,12 @@ def test_a_frame_asks_the_device_once():
     # One each; the others begin and end the run.
     assert 31 <= len(calls) <= 31 + 6
     assert len(waiting.seen) <= 12, waiting.seen
+
+
+@pytest.mark.parametrize("stepper", [STEPPERS["fire"], STEPPERS["short memory"]], ids=["fire", "short memory"])
+def test_a_long_run_takes_no_more_memory_than_a_short_one(stepper):
+    short, long = (
+        peak_bytes(lambda steps=steps: list(relax_all(lennard_jones(), zoo(3), stepper=stepper(), fmax=0, steps=steps)))
+        for steps in (10, 60)
+    )
+    assert long < 1.1 * short
