@@ -489,7 +489,8 @@ def test_code_in_the_weights_of_a_folder_is_not_run(command, kind):
 @pytest.mark.parametrize("kind", PICKLES)
 def test_code_in_a_checkpoint_is_not_run(kind):
     assert called("train")[0] == 0
-    PICKLES[kind]("run/checkpoint.pt")
+    for name in ("checkpoint.pt", "checkpoint.previous.pt"):
+        PICKLES[kind](f"run/{name}")
     Path("run/results.json").unlink()  # or the complete run would be told again, without a look at its checkpoint
     before = files()
     is_refused(run("train", "pairs", "--out", "run", "--resume"), "run holds no run that can be resumed")

@@ -41,9 +41,9 @@ RESULT = {
     "seconds",
 }  # fmt: skip
 FILES = {
-    "settings.json", "metrics.csv", "checkpoint.pt", "potential", "results.json", "table.csv",
-    "before_after.png", "by_group.png", "displacements.png", "learning_curve.png", "before.json", "after.json",
-    "report.html", "command.json", "portrait_before.json", "portrait_after.json", "card.json", "card.png",
+    "settings.json", "metrics.csv", "checkpoint.pt", "checkpoint.previous.pt", "potential", "results.json",
+    "table.csv", "before_after.png", "by_group.png", "displacements.png", "learning_curve.png", "before.json",
+    "after.json", "report.html", "command.json", "portrait_before.json", "portrait_after.json", "card.json", "card.png",
 }  # fmt: skip
 
 

@@ -54,7 +54,7 @@ def interrupting(where: str, call: int, sent: int):
 
 
 CHILD = f"""
-import itertools, os, pkgutil, sys
+import itertools, os, pkgutil, signal, sys
 from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
@@ -62,6 +62,7 @@ from ase_bptt.cli import main
 
 {inspect.getsource(drawn)}
 {inspect.getsource(interrupting)}
+signal.signal(signal.SIGINT, signal.default_int_handler)
 where, call, sent, *arguments = sys.argv[1:]
 with mock.patch("matplotlib.figure.Figure.savefig", drawn), interrupting(where, int(call), int(sent)):
     sys.exit(main(arguments))
@@ -89,6 +90,14 @@ def in_this_process(where, call, sent, *arguments):
 def _pictures():
     with mock.patch("matplotlib.figure.Figure.savefig", drawn):
         yield
+
+
+@pytest.fixture(autouse=True)
+def _interruptible():
+    """Shells start what runs in the background with Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="module")
@@ -186,13 +195,14 @@ class TestTrain:
             (STEP, 5, signal.SIGTERM, in_a_child),
             (STEP, 5, signal.SIGINT, in_this_process),
             ("torch.save", 3, signal.SIGTERM, in_this_process),
-            ("os.replace", 11, signal.SIGTERM, in_this_process),
-            ("os.replace", 16, signal.SIGINT, in_this_process),
+            ("os.replace", 14, signal.SIGTERM, in_this_process),
+            ("os.replace", 20, signal.SIGINT, in_this_process),
+            ("os.link", 2, signal.SIGTERM, in_this_process),
             ("matplotlib.figure:Figure.savefig", 1, signal.SIGTERM, in_this_process),
         ],
         ids=[
             "first measurement", "first measurement, SIGTERM", "epoch", "epoch, SIGINT", "weights", "checkpoint",
-            "checkpoint, SIGINT", "report",
+            "checkpoint, SIGINT", "checkpoint before it", "report",
         ],
     )  # fmt: skip
     def test_a_stopped_run_goes_on_to_the_same_weights(self, undisturbed, where, call, sent, stop):
@@ -227,8 +237,9 @@ class TestTrain:
         assert run("train", "--out", "run", "--resume")[0] == 0
         ends_like("run", undisturbed("train"))
 
-    def test_a_run_that_was_killed(self, undisturbed):
-        code, *_ = in_a_child("os.replace", 16, signal.SIGKILL, *command("train"))
+    @pytest.mark.parametrize("call", [19, 20], ids=["checkpoint before the last", "checkpoint"])
+    def test_a_run_that_was_killed(self, undisturbed, call):
+        code, *_ = in_a_child("os.replace", call, signal.SIGKILL, *command("train"))
         assert code == -signal.SIGKILL
         assert [path for path in Path("run").rglob("*") if ".part." in path.name]
         assert run("train", "--out", "run", "--resume")[0] == 0
@@ -243,7 +254,7 @@ class TestTrain:
 
 @pytest.fixture
 def stopped_run():
-    """A run folder that was stopped in its second epoch."""
+    """A run folder that was stopped in its third epoch."""
     has_stopped(in_this_process(STEP, 5, signal.SIGINT, *command("train")), signal.SIGINT)
     return Path("run").absolute()
 
@@ -305,10 +316,24 @@ class TestResumeTrain:
             is_refused(run("train", "--out", out, "--resume"), f"{out} holds no run that can be resumed")
         assert not Path("nowhere").exists()
 
-    def test_a_cut_checkpoint_is_refused(self, stopped_run):
-        file = stopped_run / "checkpoint.pt"
-        file.write_bytes(file.read_bytes()[:1000])
+    def test_where_the_checkpoint_is_cut_the_one_before_it_is_used_and_said(self, undisturbed, stopped_run):
+        cut(stopped_run / "checkpoint.pt")
+        code, _, err = run("train", "--out", "run", "--resume")
+        assert code == 0, err
+        said = [line for line in err.splitlines() if "cannot be read" in line]
+        assert len(said) == 1
+        assert said[0].startswith("run/checkpoint.pt cannot be read (ValueError: checkpoint.pt was cut or changed):")
+        assert said[0].endswith("goes on from run/checkpoint.previous.pt, after epoch 1.")
+        ends_like("run", undisturbed("train"))
+
+    def test_where_both_are_cut_the_run_is_refused(self, stopped_run):
+        for name in ("checkpoint.pt", "checkpoint.previous.pt"):
+            cut(stopped_run / name)
         is_refused(run("train", "--out", "run", "--resume"), "run holds no run that can be resumed")
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:1000])
 
 
 class TestRelax:

@@ -23,6 +23,7 @@ from ase_bptt.losses import rmsd
 from ase_bptt.pairs import fingerprint
 from ase_bptt.potentials.lennard_jones import LennardJones
 from ase_bptt.steppers import GradientDescent
+from ase_bptt.training import checkpoint
 from ase_bptt.training.starts import VariedStarts
 
 SETTINGS = {
@@ -374,6 +375,21 @@ def contents(run: Trainer, folder: Path) -> dict:
     }
 
 
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "garbage": lambda path: path.write_bytes(b'{"half":'),
+    "empty": lambda path: path.write_bytes(b""),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "missing": Path.unlink,
+    "flipped": flip_a_bit,
+}
+
+
 def leftovers(folder: Path) -> list[Path]:
     return list(folder.rglob(".*.part.*"))
 
@@ -463,24 +479,84 @@ class TestResuming:
         resumed = Trainer.resume(tmp_path / "run", **given).fit(pairs["train"], epochs=2)
         assert same(contents(resumed, tmp_path / "run"), contents(whole, tmp_path / "whole"))
 
-    @pytest.mark.parametrize(
-        "spoil",
-        [
-            lambda run: (run / "checkpoint.pt").write_bytes(b"garbage"),
-            lambda run: (run / "checkpoint.pt").write_bytes(b""),
-            lambda run: (run / "checkpoint.pt").write_bytes((run / "checkpoint.pt").read_bytes()[:500]),
-            lambda run: (run / "checkpoint.pt").unlink(),
-            lambda run: (run / "settings.json").unlink(),
-            lambda run: (run / "settings.json").write_text('{"half":'),
-        ],
-        ids=["garbage", "empty", "cut", "missing", "no-settings", "bad-settings"],
-    )
-    def test_a_damaged_run_is_refused_with_one_sentence(self, pairs, tmp_path, spoil):
+    @pytest.mark.parametrize("kind", ["garbage", "empty", "cut", "missing"])
+    @pytest.mark.parametrize("names", [["settings.json"], ["checkpoint.pt", "checkpoint.previous.pt"]], ids=len)
+    def test_a_damaged_run_is_refused_with_one_sentence(self, pairs, tmp_path, kind, names):
         trainer(out=tmp_path / "run").fit(pairs["train"], epochs=1)
-        spoil(tmp_path / "run")
+        for name in names:
+            DAMAGE[kind](tmp_path / "run" / name)
         with pytest.raises(ValueError, match="run holds no run that can be resumed") as error:
             Trainer.resume(tmp_path / "run")
         assert "\n" not in str(error.value)
+
+    @pytest.mark.parametrize("kind", ["cut", "missing", "flipped"])
+    @pytest.mark.parametrize("step", [1, 5, 9])
+    def test_where_the_checkpoint_is_damaged_the_one_before_it_is_used(
+        self, pairs, whole, tmp_path, caplog, kind, step
+    ):
+        """The folder agrees with it at once, and the run ends as one that nothing happened to."""
+        arguments, run = (pairs["train"], pairs["valid"]), tmp_path / "run"
+        with pytest.raises(Killed):
+            killed_in(trainer(out=run), step).fit(*arguments, epochs=EPOCHS)
+        before = torch.load(run / "checkpoint.previous.pt", weights_only=True)
+        DAMAGE[kind](run / "checkpoint.pt")
+        with caplog.at_level(logging.WARNING, logger="ase_bptt"):
+            resumed = Trainer.resume(run)
+        (said,) = caplog.messages
+        assert said.startswith(f"{run / 'checkpoint.pt'} cannot be read (")
+        assert said.endswith(f"goes on from {run / 'checkpoint.previous.pt'}, after epoch {before['epoch']}.")
+        assert resumed.epoch == before["epoch"] == max(0, (step - 1) // 3 - 1)
+        assert len((run / "metrics.csv").read_text().splitlines()) == 1 + before["epoch"]
+        best = before["best"]["potential"] if before["best"] else before["potential"]
+        assert same(dict(load_potential(run).state_dict()), dict(best))
+        resumed.fit(*arguments, epochs=EPOCHS)
+        assert same(contents(resumed, run), contents(whole, whole.out))
+
+    def test_a_damaged_checkpoint_never_takes_the_place_of_the_one_before(self, pairs, whole, tmp_path):
+        arguments, run = (pairs["train"], pairs["valid"]), tmp_path / "run"
+        with pytest.raises(Killed):
+            killed_in(trainer(out=run), 8).fit(*arguments, epochs=EPOCHS)
+        (run / "checkpoint.pt").write_bytes(b"garbage")
+        resumed, real = Trainer.resume(run), os.replace
+
+        def dying(source, target):
+            if Path(target).name == "checkpoint.pt":
+                raise Killed
+            real(source, target)
+
+        with mock.patch("os.replace", dying), pytest.raises(Killed):
+            resumed.fit(*arguments, epochs=EPOCHS)
+        again = Trainer.resume(run)
+        assert again.epoch == 1
+        assert same(contents(again.fit(*arguments, epochs=EPOCHS), run), contents(whole, whole.out))
+
+    def test_a_flipped_bit_changes_no_state_unnoticed(self, pairs, tmp_path):
+        trainer(out=tmp_path).fit(pairs["train"], epochs=2)
+        path, noticed = tmp_path / "checkpoint.pt", 0
+        content = path.read_bytes()
+        last, before = (torch.load(tmp_path / name, weights_only=True) for name in (path, "checkpoint.previous.pt"))
+        assert (last["epoch"], before["epoch"]) == (2, 1)
+        for place in range(7, len(content), len(content) // 100):
+            damaged = bytearray(content)
+            damaged[place] ^= 4
+            path.write_bytes(damaged)
+            _, state, rewound = checkpoint.read(tmp_path)
+            assert same(state, before if rewound else last), place
+            noticed += rewound
+        assert noticed > 80
+
+    def test_a_run_that_begins_does_not_fall_back_on_another_of_the_same_folder(self, pairs, tmp_path):
+        trainer(out=tmp_path).fit(pairs["train"], epochs=2)
+        trainer(out=tmp_path).begin(pairs["train"], epochs=2)
+        (tmp_path / "checkpoint.pt").write_bytes(b"garbage")
+        with pytest.raises(ValueError, match="holds no run that can be resumed"):
+            Trainer.resume(tmp_path)
+
+    def test_the_one_before_is_copied_where_there_are_no_links(self, pairs, tmp_path):
+        with mock.patch("os.link", side_effect=PermissionError("Operation not permitted")):
+            trainer(out=tmp_path).fit(pairs["train"], epochs=2)
+        (tmp_path / "checkpoint.pt").unlink()
+        assert Trainer.resume(tmp_path).epoch == 1
 
     @pytest.mark.parametrize(
         ("file", "name"), [("settings.json", "warm"), ("settings.json", "terms"), ("checkpoint.pt", "best_epoch")]
@@ -542,7 +618,9 @@ class TestFiles:
         assert settings["stepper"]["name"] == "gd"
 
     def test_nothing_in_the_folder_needs_unpickling(self, run):
-        assert {p.name for p in run.out.iterdir()} == {"settings.json", "metrics.csv", "checkpoint.pt", "potential"}
+        assert {p.name for p in run.out.iterdir()} == {
+            "settings.json", "metrics.csv", "checkpoint.pt", "checkpoint.previous.pt", "potential"
+        }  # fmt: skip
         for path in run.out.rglob("*.pt"):
             torch.load(path, weights_only=True)
 

@@ -17,9 +17,10 @@ from ..pairs import RelaxationPair, fingerprint
 
 COMMAND = "command.json"
 OURS = (
-    COMMAND, "settings.json", "metrics.csv", "checkpoint.pt", "potential", "fold_*", "before.json", "after.json",
-    "results.json", "table.csv", "report.html", "relaxed.extxyz", "*.part.traj", "before_after.png", "by_group.png",
-    "displacements.png", "learning_curve.png", "portrait_before.json", "portrait_after.json", "card.json", "card.png",
+    COMMAND, "settings.json", "metrics.csv", "checkpoint.pt", "checkpoint.previous.pt", "potential", "fold_*",
+    "before.json", "after.json", "results.json", "table.csv", "report.html", "relaxed.extxyz", "*.part.traj",
+    "before_after.png", "by_group.png", "displacements.png", "learning_curve.png", "portrait_before.json",
+    "portrait_after.json", "card.json", "card.png",
 )  # fmt: skip
 """Patterns of what the commands write into a run folder: --overwrite deletes nothing else."""
 PASSING = frozenset(

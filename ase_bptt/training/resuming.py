@@ -16,6 +16,7 @@ from ..losses import LOSSES
 from ..steppers import STEPPERS, make_stepper
 from ..tuning import lora
 from ..version import __version__
+from . import checkpoint
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -129,6 +130,15 @@ def _check_complete(out: Path, settings: dict[str, Any], state: dict[str, Any]) 
 def _stepper(saved: dict[str, Any], learnt: dict[str, Any]) -> Any:
     numbers = {k: v for k, v in saved.items() if k != "name"}
     return make_stepper(saved["name"], **numbers | {k: nn.Parameter(v) for k, v in learnt.items()})
+
+
+def rewind(trainer: Trainer, state: dict[str, Any]) -> None:
+    """Bring the best potential and metrics.csv in the run folder back to a checkpoint that is not the last."""
+    assert trainer.out is not None
+    # The first checkpoint knows no best state yet.
+    trainer.potential.load_state_dict(state["best"].get("potential", state["potential"]))
+    trainer.save(trainer.out / "potential")
+    checkpoint.write_metrics(trainer.out, state["history"])
 
 
 def restore(trainer: Trainer, state: dict[str, Any]) -> None:

@@ -270,13 +270,15 @@ class Trainer:
         device: torch.device | str | None = None,
         progress: bool | None = None,
     ) -> Trainer:
-        """Go on after the last complete epoch of a run folder.
+        """Go on after the last complete epoch of a run folder; where its checkpoint is damaged, after the one before.
 
         An optimizer, loss, stepper, adjoint or term of your own must be given again.
         """
-        settings, state = checkpoint.read(out)
+        settings, state, rewound = checkpoint.read(out)
         given = {"optimizer": optimizer, "loss": loss, "stepper": stepper, "adjoint": adjoint, "terms": terms}
         arguments = resuming.arguments(Path(out), settings, state, given, device)
         trainer = cls(**arguments, out=out, progress=progress)
+        if rewound:
+            resuming.rewind(trainer, state)
         resuming.restore(trainer, state)
         return trainer
