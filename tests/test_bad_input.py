@@ -8,7 +8,7 @@ import pickle
 import resource
 import shutil
 import urllib.error
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -773,39 +773,53 @@ def whole(data, tmp_path_factory):
     return load_potential(folder).state_dict()
 
 
-@pytest.mark.parametrize("room", [10, 2000], ids=["first file", "checkpoint"])
-def test_a_disk_that_fills_in_the_midst_of_training(room, whole):
+@pytest.mark.parametrize("name", ["weights.pt", "checkpoint.pt"])
+def test_a_disk_that_fills_in_the_midst_of_training(name, whole):
     calls, real = iter(range(100)), Trainer.train_step
 
     def filling(self, pairs):
         # Three pairs an epoch: in the midst of the second.
         if next(calls) == 4:
-            disk.__enter__()
             before.update(files("new"))
+            (size,) = (len(content) for path, content in before.items() if path.name == name)
+            disk.enter_context(full_disk(size - 100))
         return real(self, pairs)
 
     before: dict[Path, bytes] = {}
-    disk = full_disk(room)
+    disk = ExitStack()
     arguments = ("train", "pairs", "--potential", "model", "--out", "new", *LONGER)
     try:
         with mock.patch.object(Trainer, "train_step", filling):
             code, _, err = run(*arguments)
     finally:
-        disk.__exit__(None, None, None)
+        disk.close()
     assert code == 2
     assert "Traceback" not in err
     said = [line for line in err.splitlines() if line.startswith("ase-bptt: ")]
     assert len(said) == 1
-    assert "new/" in said[0]
-    assert "could not be written" in said[0]
+    assert said[0].startswith("ase-bptt: new/")
+    assert f"{name} could not be written" in said[0]
     assert "make room" in said[0]
-    assert before
     now = files("new")
-    untouched = [path for path in before if path.name in ("checkpoint.pt", "before.json", "command.json")]
-    assert len(untouched) == 3
+    kept = ("checkpoint.pt", "checkpoint.previous.pt", "before.json", "command.json")
+    untouched = [path for path in before if path.name in kept]
+    assert len(untouched) == 4
     assert all(now[path] == before[path] for path in untouched)
     assert set(now) == set(before)
     load_potential("new")
+    code, _, err = run("train", "pairs", "--out", "new", "--resume")
+    assert code == 0, err
+    found = load_potential("new").state_dict()
+    assert all(torch.equal(found[name], value) for name, value in whole.items())
+
+
+def test_a_disk_that_has_no_room_for_the_checkpoint_before_the_last(whole):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    arguments = ("train", "pairs", "--potential", "model", "--out", "new", *LONGER)
+    with mock.patch("os.link", side_effect=full), mock.patch("shutil.copyfile", side_effect=full):
+        code, _, err = run(*arguments)
+    assert code == 2
+    assert "new/checkpoint.previous.pt could not be written (No space left on device)" in err.splitlines()[-1]
     code, _, err = run("train", "pairs", "--out", "new", "--resume")
     assert code == 0, err
     found = load_potential("new").state_dict()
