@@ -55,8 +55,9 @@ def load_potential(
     ----------
     spec : str, Path or nn.Module
         "mace-si" (embedded); a family with or without a variant ("chgnet", "chgnet:r2scan",
-        "mace:medium"); a folder written by `save_potential` or a training run; a family's native
-        checkpoint (a pickle: only with trust); a module of a supported family, or a Potential.
+        "mace:medium", with a head "mace:mh-1:omat_pbe"); a folder written by `save_potential` or a
+        training run; a family's native checkpoint (a pickle: only with trust); a module of a
+        supported family, or a Potential.
     device, dtype
         Where to, and in which precision; None keeps what it has. For a module that is given they
         make a copy: the module itself is never cast.

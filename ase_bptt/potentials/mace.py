@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -15,9 +14,10 @@ from ..neighbors import Pairs
 from ..potential import Potential, Prediction
 from ..structures import Structures
 from . import quiet, require
+from .mace_foundations import load_foundation
 
-log = logging.getLogger(__name__)
-OFF = ("small", "medium", "large")
+NEUTRAL = {"total_charge": 0.0, "total_spin": 1.0}
+"""What mace's own calculator takes where nothing is said; the spin is a multiplicity."""
 GATES = {"silu": torch.nn.functional.silu, "tanh": torch.tanh, "abs": torch.abs, "None": None}
 
 
@@ -46,7 +46,8 @@ class MACE(Potential):
         self.cutoff = float(model.r_max)
         known = [int(z) for z in model.atomic_numbers]
         self.atomic_numbers = frozenset(known)
-        self.head = _head_index(list(getattr(model, "heads", None) or ["Default"]), head)
+        self.head = _head_index(_heads(model), head)
+        self._told = _further_inputs(model)
         column = torch.zeros(max(known) + 1, dtype=torch.int64, device=model.r_max.device)
         column[known] = torch.arange(len(known), device=column.device)
         self.register_buffer("_column", column, persistent=False)
@@ -87,32 +88,16 @@ class MACE(Potential):
                 "batch": structures.batch,
                 "ptr": nn.functional.pad(ends, (1, 0)),
                 "head": torch.full_like(ends, self.head),
+                **{name: structures.positions.new_full(ends.shape, value) for name, value in self._told.items()},
             }
             self._made = made_for, {name: value.detach() for name, value in made.items()}
         return self._made[1]
 
     @classmethod
     def from_name(cls, variant: str | None) -> MACE:
-        """A foundation model, by mace-torch's own name; mace-torch downloads it at the first use."""
-        models = require("mace.calculators.foundations_models", extra=cls.extra)
-        name = variant or "medium"
-        off = name.startswith("off-")
-        names = [f"off-{n}" for n in OFF] if off else [n for n in models.mace_mp_names if n]
-        # mace-torch would also take a path or an address, and unpickle what is there.
-        if name not in names:
-            raise ValueError(f"MACE has no foundation model {name!r}; there are {', '.join(names)}, and off-*.")
-        load = models.mace_off if off else models.mace_mp
-        log.info("mace:%s: mace-torch looks for it on this machine, and downloads it at the first use.", name)
-        try:
-            with quiet():
-                return cls(load(model=name.removeprefix("off-"), device="cpu", return_raw_model=True))
-        except (OSError, RuntimeError) as error:
-            reason = error.__cause__ or error
-            raise ConnectionError(
-                f"The MACE model {name!r} is not on this machine and could not be downloaded "
-                f"({type(reason).__name__}: {reason}): connect once, or give a file of it with trust "
-                "(--potential FILE --trust in the shell)."
-            ) from error
+        """A foundation model by mace-torch's own name, and its head if it has several: mh-1:omat_pbe."""
+        model, head = load_foundation(variant)
+        return cls(model, head=head)
 
     @classmethod
     def owns(cls, native: Any) -> bool:
@@ -120,7 +105,8 @@ class MACE(Potential):
 
     @classmethod
     def from_native(cls, native: Any) -> MACE:
-        return cls(native)
+        told = getattr(native, "metadata", None)
+        return cls(native, head=told.get("head") if isinstance(told, dict) else None)
 
     def config(self) -> dict[str, Any]:
         tools = require("mace.tools.scripts_utils", extra="mace")
@@ -152,7 +138,9 @@ class MACE(Potential):
     def save_native(self, path: Path) -> None:
         held = vars(self.model).pop("metadata", None)
         try:
-            self.model.metadata = dict(self.metadata)
+            heads = _heads(self.model)
+            chosen = {"head": heads[self.head]} if len(heads) > 1 else {}
+            self.model.metadata = dict(self.metadata) | chosen
             torch.save(self.model, path)
         finally:
             del self.model.metadata
@@ -197,13 +185,32 @@ def each_distance_once(model: Any, n_pairs: int) -> Iterator[None]:
         yield
 
 
+def _heads(model: Any) -> list[str]:
+    return list(getattr(model, "heads", None) or ["Default"])
+
+
 def _head_index(heads: list[str], wanted: str | None) -> int:
     if wanted is None:
         wanted = heads[0] if len(heads) == 1 else "default"
     matches = [k for k, name in enumerate(heads) if name.lower() == wanted.lower()]
     if not matches:
-        raise ValueError(f"This MACE model has the heads {', '.join(heads)}; {wanted!r} is none of them.")
+        raise ValueError(
+            f"This MACE model has the heads {', '.join(heads)}; {wanted!r} is none of them: choose one, as "
+            "mace:NAME:HEAD or MACE(module, head=...)."
+        )
     return matches[0]
+
+
+def _further_inputs(model: Any) -> dict[str, float]:
+    """What the model wants to be told of each structure beside its atoms."""
+    wanted = dict(getattr(model, "embedding_specs", None) or {})
+    unknown = wanted.keys() - NEUTRAL.keys()
+    if unknown:
+        raise NotImplementedError(
+            f"This MACE model wants to be told {', '.join(sorted(unknown))} of each structure, which no structure here "
+            "holds: take another."
+        )
+    return {name: NEUTRAL[name] for name in wanted}
 
 
 def _to_json(value: Any) -> Any:
