@@ -16,7 +16,7 @@ from ase.units import GPa
 from conftest import rattled
 
 from ase_bptt import RelaxationPair, evaluate
-from ase_bptt.guard.card import Card, card
+from ase_bptt.guard.card import Card, FoldCards, card
 from ase_bptt.guard.crystals import CRYSTALS, Crystal, birch_murnaghan, chosen_crystals, elastic
 from ase_bptt.guard.dimers import Curve, chosen_dimers, dimer_curves, hole
 from ase_bptt.guard.portrait import Portrait, portrait
@@ -259,3 +259,18 @@ class TestCard:
     def test_only_what_was_asked_the_same_can_be_compared(self):
         with pytest.raises(ValueError, match=r"asked the same can be compared: ask both with the same pairs"):
             Card(portrait(EMT(), size=1), portrait(EMT(), size=2))
+
+
+def test_folds_tell_their_lattice_constants_in_the_mean_and_at_worst():
+    tuned = both()
+    kept = Card(tuned.before, tuned.before)
+    section = FoldCards((kept, tuned)).section()
+    changes = {n: a.lattice_constant / b.lattice_constant - 1 for n, (b, a) in tuned.crystals.items()}
+    worst = max(changes, key=lambda name: abs(changes[name]))
+    mean = np.mean([*map(abs, changes.values()), *[0.0] * len(changes)])
+    assert (
+        f"Lattice constants have changed by {100 * mean:.2f} % in the mean, and most by {100 * changes[worst]:+.2f} % "
+        f"({worst}, fold 1)."
+    ) in section.sentences
+    assert section.name == TITLE
+    assert {row[4].text for row in section.tables[0].rows} == {f"{d.force:.3f} (fold 1)" for d in tuned.drifts.values()}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ from conftest import cluster, rattled
 
 from ase_bptt import RelaxationPair, Trainer, relax
 from ase_bptt.files import without_nan
+from ase_bptt.guard.card import FoldCards
 from ase_bptt.potentials.lennard_jones import LennardJones
+from ase_bptt.steppers import GradientDescent
 from ase_bptt.training.estimate import Estimate, estimate
 from ase_bptt.training.finetune import cross_validate, finetune
 from ase_bptt.training.outcome import Outcome, read_rows, write_rows
@@ -76,6 +79,47 @@ class TestCrossValidation:
         assert results["comparison"]["groups"] == 3
         assert results["facts"]["potential"] == "lj"
         assert results["rows_after"][0]["delta_q"] == outcome.after.rows[0].delta_q
+
+    def test_its_card_has_means_over_the_folds_and_the_worst(self, validated):
+        folder, _, outcome = validated
+        drifts = [Outcome.load(folder / f"fold_{k}").card.drift() for k in range(3)]
+        found = outcome.todict()["drift"]["all"]
+        for name in ("force", "energy", "size"):
+            assert found[name] == pytest.approx(np.mean([getattr(d, name) for d in drifts]), rel=1e-12)
+        assert found["largest"] == max(d.largest for d in drifts)
+        assert found["n"] == sum(d.n for d in drifts) > 3
+        forces = [d.force for d in drifts]
+        worst = int(np.argmax(forces))
+        page = (folder / "report.html").read_text()
+        assert f"{forces[worst]:.3f} (fold {worst})" in page
+        assert json.loads((folder / "card.json").read_text())["worst_fold"]["all"] == worst
+        assert (folder / "card.png").stat().st_size > 1000
+
+    def test_a_hole_that_opens_in_one_fold_is_told_with_its_number(self, validated):
+        folds = list(validated[2].card.folds)
+        (dimer,) = folds[1].before.dimers
+        curve = folds[1].before.dimers[dimer]
+        falling = dataclasses.replace(
+            curve, energies=tuple(-40.0 if k < 3 else e for k, e in enumerate(curve.energies))
+        )
+        spoilt = dataclasses.replace(folds[1].after, dimers={dimer: falling})
+        card = FoldCards((folds[0], dataclasses.replace(folds[1], after=spoilt), folds[2]))
+        (said,) = card.warnings()
+        assert said.startswith(f"Fold 1: {dimer}: a hole has opened")
+        assert f"Warning: {said}" in card.section().sentences
+
+    def test_a_finished_one_is_read_with_its_card_and_without_its_folds_none(self, validated, tmp_path):
+        folder, _, outcome = validated
+        assert Outcome.load(folder).todict() == outcome.todict()
+        shutil.copytree(folder, tmp_path / "copy", ignore=shutil.ignore_patterns("fold_2"))
+        assert Outcome.load(tmp_path / "copy").card is None
+
+    def test_what_each_fold_has_learnt_is_told(self, pairs, tmp_path):
+        learning = maker([], learn="step_size", stepper=GradientDescent(0.05), steps=2)
+        outcome = cross_validate(learning, pairs, tmp_path, folds=3, epochs=1)
+        parts = [Outcome.load(tmp_path / f"fold_{k}").facts["learnt"] for k in range(3)]
+        assert outcome.facts["learnt"] == f"fold 0: {parts[0]}; fold 1: {parts[1]}; fold 2: {parts[2]}"
+        assert all(part.startswith("step_size 0.05 -> ") for part in parts)
 
     def test_finished_folds_are_read_and_a_stopped_one_goes_on(self, validated, pairs, tmp_path):
         whole = validated[2]

@@ -133,11 +133,12 @@ def _kept_or_lost(outcome: Outcome) -> str:
     if card is None:
         return ""
     drift = card.drift()
+    over_folds = ", mean over the folds" if outcome.folds else ""
     said = [f"Warning: {warning}" for warning in card.warnings()]
     if drift.n:
         said.append(
             f"What else has changed, on {drift.n} other structures: forces of {drift.size:.3f} eV/Å by "
-            f"{drift.force:.3f}, and energies by {1000 * drift.energy:.1f} meV/atom (root mean square)."
+            f"{drift.force:.3f}, and energies by {1000 * drift.energy:.1f} meV/atom (root mean square{over_folds})."
         )
     said.append(f"More of this in {outcome.out / CARD_PICTURE} and {outcome.out / CARD}.")
     return "\n".join(fill(line, WIDTH, break_long_words=False, break_on_hyphens=False) for line in said) + "\n\n"

@@ -10,8 +10,10 @@ from ..evaluation import Evaluation
 from ..pairs import RelaxationPair
 from ..potential import Potential
 from ..report.cards import card_figure, card_section, card_text
+from ..report.foldcards import fold_figure, fold_section
 from ..report.page import Section
 from .changes import Changes
+from .folds import FoldChanges
 from .portrait import portrait
 
 
@@ -29,6 +31,18 @@ class Card(Changes):
     def section(self) -> Section:
         """A part of the HTML page."""
         return card_section(self)
+
+
+class FoldCards(FoldChanges):
+    """`FoldChanges` that can be shown."""
+
+    def figure(self) -> Figure:
+        """Drift of the forces, of each fold and in the mean."""
+        return fold_figure(self)
+
+    def section(self) -> Section:
+        """A part of the HTML page."""
+        return fold_section(self)
 
 
 def card(

@@ -13,7 +13,7 @@ from ..groups import split_into_folds
 from ..guard.card import Card
 from ..guard.portrait import Portrait, portrait
 from ..pairs import RelaxationPair, fingerprint
-from .outcome import BEFORE, PORTRAITS, RESULTS, Outcome, read_rows, write_rows
+from .outcome import BEFORE, PORTRAITS, RESULTS, Outcome, card_of_folds, read_rows, write_rows
 from .trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -121,7 +121,8 @@ def cross_validate(
         history=[],
         seconds=seconds,
         folds=folds,
-        facts=dict(facts or {}),
+        facts=dict(facts or {}) | _learnt_by_folds(outcomes),
+        card=card_of_folds(outcomes),
     )
     merged.write()
     return merged
@@ -169,6 +170,11 @@ def _learnt(trainer: Trainer) -> dict[str, str]:
     moved = [f"{name} {begun:.4g} -> {now[name]:.4g}" for name, begun in trainer.begun_with.items()
              if name.partition("[")[0] in trained]  # fmt: skip
     return {"learnt": ", ".join(moved)} if moved else {}
+
+
+def _learnt_by_folds(outcomes: Sequence[Outcome]) -> dict[str, str]:
+    said = [f"fold {k}: {o.facts['learnt']}" for k, o in enumerate(outcomes) if "learnt" in o.facts]
+    return {"learnt": "; ".join(said)} if said else {}
 
 
 def _portrait_before(trainer: Trainer, test: Sequence[RelaxationPair], file: Path) -> Portrait:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from .. import report
 from ..comparison import Comparison, compare
 from ..evaluation import BASIN_RULE, Evaluation
 from ..files import replacing, without_nan, write_json
-from ..guard.card import Card
+from ..guard.card import Card, FoldCards
 from ..guard.portrait import Portrait
 
 RESULTS, BEFORE, AFTER = "results.json", "before.json", "after.json"
@@ -37,8 +38,8 @@ class Outcome:
         Of a cross-validation, whose evaluations are those of all folds together.
     facts : dict
         Names and values for the head of the page: potential, settings, versions.
-    card : Card or None
-        What else has changed; None for a cross-validation, each of whose folds has its own.
+    card : Card, FoldCards or None
+        What else has changed.
     """
 
     out: Path
@@ -51,7 +52,7 @@ class Outcome:
     best_epoch: int | None = None
     folds: int | None = None
     facts: dict[str, str] = field(default_factory=dict)
-    card: Card | None = None
+    card: Card | FoldCards | None = None
 
     @property
     def comparison(self) -> Comparison:
@@ -79,9 +80,10 @@ class Outcome:
         """Write rows, table.csv, pictures and report.html, and results.json last: it says that all is there."""
         write_rows(self.out / BEFORE, self.before, self.before_bfgs)
         write_rows(self.out / AFTER, self.after, self.after_bfgs)
-        if self.card is not None:
+        if isinstance(self.card, Card):
             self.card.before.write(self.out / PORTRAITS[0])
             self.card.after.write(self.out / PORTRAITS[1])
+        if self.card is not None:
             self.card.write(self.out / CARD)
             report.save(self.card.figure(), self.out / CARD_PICTURE)
         report.write_csv(self.out / "table.csv", self.before, self.after)
@@ -107,13 +109,19 @@ class Outcome:
         """What a finished run wrote."""
         results = json.loads((out / RESULTS).read_text())
         history = []
+        card: Card | FoldCards | None
         if not results["folds"]:
             with (out / "metrics.csv").open(newline="") as file:
                 history = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
         before, before_bfgs = read_rows(out / BEFORE)
         after, after_bfgs = read_rows(out / AFTER)
-        portraits = [Portrait.read(out / name) for name in PORTRAITS if (out / name).is_file()]
-        card = Card(portraits[0], portraits[1], (before, after)) if len(portraits) == 2 else None
+        if results["folds"]:
+            folders = [out / f"fold_{k}" for k in range(results["folds"])]
+            there = all((folder / RESULTS).is_file() for folder in folders)
+            card = card_of_folds([cls.load(folder) for folder in folders]) if there else None
+        else:
+            portraits = [Portrait.read(out / name) for name in PORTRAITS if (out / name).is_file()]
+            card = Card(portraits[0], portraits[1], (before, after)) if len(portraits) == 2 else None
         return cls(
             out,
             before,
@@ -127,6 +135,12 @@ class Outcome:
             facts=results["facts"],
             card=card,
         )
+
+
+def card_of_folds(outcomes: Sequence[Outcome]) -> FoldCards | None:
+    """One card for all folds; None where one of them has none, as those of older releases."""
+    cards = [outcome.card for outcome in outcomes if isinstance(outcome.card, Card)]
+    return FoldCards(tuple(cards)) if len(cards) == len(outcomes) else None
 
 
 def summary(before: Evaluation | None, after: Evaluation) -> dict[str, Any]:
