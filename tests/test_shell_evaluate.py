@@ -6,10 +6,11 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from ase.io import read
+import torch
+from ase.io import read, write
 from shell import is_refused, lennard_jones, run, write_relaxations
 
-from ase_bptt import evaluate, load_potential, read_pairs, save_potential
+from ase_bptt import evaluate, load_potential, read_pairs, relax, save_potential
 from ase_bptt.comparison import compare
 from ase_bptt.journal import Journal
 
@@ -117,6 +118,35 @@ class TestInfo:
 
     def test_bad_pairs_are_refused(self, data):
         is_refused(run("info", data / "lj", "--pairs", "nowhere"), "nowhere")
+
+    def test_the_health_of_gradients_through_relaxations(self, data):
+        code, out, err = run("info", data / "lj", "--relax", data / "initial.extxyz", "--steps", 12)
+        assert code == 0, err
+        assert "Gradient health (structures: 5; gd: step_size 0.05" in out
+        assert out.rstrip().endswith("No alarm.")
+        stiff = lennard_jones(2.65)
+        with torch.no_grad():
+            stiff.epsilon *= 40
+        save_potential(stiff, "stiff")
+        code, out, err = run("info", "stiff", "--relax", data / "initial.extxyz", "--steps", 12)
+        assert code == 0, err
+        assert "the step size is above the stability limit" in out
+
+    def test_their_json_and_structures_that_do_not_move(self, data):
+        with torch.no_grad():
+            still = relax(load_potential(data / "lj"), read(data / "initial.extxyz"), fmax=1e-3, steps=500).to_atoms()
+        write("still.extxyz", still)
+        files = ("still.extxyz", data / "initial.extxyz")
+        code, out, err = run("info", data / "lj", "--relax", *files, "--steps", 12, "--json")
+        assert code == 0, err
+        found = json.loads(out)["health"]
+        assert [row["frames"] for row in found["structures"]] == [0, *[12] * 5]
+        assert all(row["growth"] is not None for row in found["structures"][1:])
+        assert found["step_limit"] > 0.05
+        assert json.loads(run("info", data / "lj", "--json")[1])["health"] is None
+
+    def test_a_file_that_cannot_be_relaxed_is_refused(self, data):
+        is_refused(run("info", data / "lj", "--relax", "nowhere.extxyz"), "nowhere.extxyz")
 
 
 def test_an_evaluation_that_was_stopped_goes_on_with_what_is_missing(data, two):

@@ -1,9 +1,10 @@
-"""ase-bptt info: what a potential is, and whether fine-tuning it would help."""
+"""ase-bptt info: what a potential is, whether fine-tuning would help, and whether gradients are to be trusted."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -11,17 +12,27 @@ from tqdm import tqdm
 from ..checks import usable
 from ..diagnosis import diagnose
 from ..files import without_nan
+from ..health import Health, health
+from ..losses import delta_q
 from ..potential import Potential, symbols
+from ..relaxation import relax
+from ..steppers import GradientDescent
+from ..training.trainer import MOMENTUM
 from .flags import add_pairs, add_potential, command, count, flag, seed
-from .inputs import potential_of, read_grouped
+from .inputs import potential_of, read_grouped, read_structures
+
+FRAMES, FMAX = 40, 0.01
+"""As many frames as a training unrolls at most, and where it stops."""
 
 DESCRIPTION = """\
 Tell what a potential is; with --pairs, whether fine-tuning it on these
-relaxations is likely to help, and why. Nothing is written.
+relaxations is likely to help, and why; with --relax, whether gradients through
+relaxations of these structures are to be trusted. Nothing is written.
 
 examples:
   ase-bptt info chgnet:r2scan
   ase-bptt info chgnet --pairs runs/
+  ase-bptt info chgnet --relax starts.extxyz --steps 40
 """
 
 
@@ -29,7 +40,7 @@ def add(commands: Any) -> None:
     """Add the command."""
     parser = command(
         commands,
-        "info POTENTIAL [--pairs PAIRS] [options]",
+        "info POTENTIAL [--pairs PAIRS] [--relax FILE] [options]",
         (run, stopped),
         "what a potential is, and whether training helps",
         DESCRIPTION,
@@ -39,6 +50,11 @@ def add(commands: Any) -> None:
     group = parser.add_argument_group("diagnosis")
     flag(group, parser, "--sample", "pairs whose surroundings are explored", 8, type=count, metavar="N")
     flag(group, parser, "--seed", "of the sample and of the noise", 0, type=seed, metavar="N")
+    group = parser.add_argument_group("health of a gradient")
+    flag(group, parser, "--relax", "relax every frame of these files as in training, without references", nargs="+",
+         metavar="FILE", type=Path)  # fmt: skip
+    flag(group, parser, "--steps", "frames of it", FRAMES, type=count, metavar="N")
+    group = parser.add_argument_group("output")
     flag(group, parser, "--json", "print JSON, and nothing else, on standard output", False, action="store_true")
 
 
@@ -56,19 +72,32 @@ def run(arguments: argparse.Namespace) -> int:
                 bar.set_description_str(what)
 
             diagnosis = diagnose(potential, pairs, seed=arguments.seed, sample=arguments.sample, progress=progress)
+    found = _health(arguments, potential) if arguments.relax else None
     if arguments.json:
-        print(json.dumps(without_nan(facts | {"diagnosis": diagnosis.todict() if diagnosis else None})))
+        parts = {"diagnosis": diagnosis and diagnosis.todict(), "health": found and found.todict()}
+        print(json.dumps(without_nan(facts | parts)))
         return 0
     for name, value in facts.items():
         print(f"{name.replace('_', ' '):20} {value}")
     if diagnosis:
         print(f"\n{diagnosis.text()}")
+    if found:
+        print(f"\n{found.text()}")
     return 0
 
 
 def stopped(arguments: argparse.Namespace) -> str:
     """What is left after an interrupt."""
     return "Nothing was to be written."
+
+
+def _health(arguments: argparse.Namespace, potential: Potential) -> Health:
+    """Of the paper's map, and of the gradient of how far the structures move."""
+    _, structures, _ = read_structures(arguments.relax, potential, skip_invalid=arguments.skip_invalid)
+    relaxation = relax(potential, structures, stepper=GradientDescent(momentum=MOMENTUM), fmax=FMAX,
+                       steps=arguments.steps)  # fmt: skip
+    delta_q(relaxation, structures).sum().backward()
+    return health(relaxation)
 
 
 def _facts(arguments: argparse.Namespace, potential: Potential) -> dict[str, Any]:

@@ -16,17 +16,13 @@ from ase.io import write
 from ase.io.formats import filetype, ioformats
 
 from ..batches import End
-from ..checks import check_structure
 from ..files import check_writable, replacing, without_nan
-from ..formats import read_frames
 from ..journal import Journal, relax_kept, run_key
-from ..pairs import InvalidPair
-from ..potential import Potential
 from ..result import Status
 from ..steppers import STEPPERS, make_stepper
 from . import words
 from .flags import add_output, add_potential, add_room, command, count, flag, positive
-from .inputs import potential_of
+from .inputs import potential_of, read_structures
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     out = _checked_output(arguments)
     potential = potential_of(arguments)
     stepper = _stepper(arguments)
-    names, structures, left_out = _structures(arguments, potential)
+    names, structures, left_out = read_structures(arguments.files, potential, skip_invalid=arguments.skip_invalid)
     if len(structures) > 1 and ioformats[_format(out)].single:
         raise ValueError(f"{out}: this format holds one structure, and there are {len(structures)}: take .extxyz.")
     settings = {"stepper": arguments.stepper, "step_size": arguments.step_size, "fmax": arguments.fmax,
@@ -137,37 +133,6 @@ def _stepper(arguments: argparse.Namespace) -> Any:
     if arguments.step_size is not None and arguments.stepper != "gd":
         raise ValueError("--step-size belongs to --stepper gd.")
     return make_stepper(arguments.stepper, **({"step_size": arguments.step_size} if arguments.step_size else {}))
-
-
-def _structures(arguments: argparse.Namespace, potential: Potential) -> tuple[list[str], list[Atoms], int]:
-    """Names and structures of all files, and how many were left out."""
-    names, structures, problems = [], [], []
-    for path in arguments.files:
-        if path.is_dir():
-            raise InvalidPair(f"{path} is a folder: name the files in it, as {path}/*.extxyz or {path}/*/POSCAR.")
-        try:
-            frames = read_frames(path)
-        except InvalidPair as problem:
-            if not arguments.skip_invalid:
-                raise
-            problems.append(str(problem))
-            continue
-        for k, atoms in enumerate(frames):
-            name = str(path) if len(frames) == 1 else f"structure {k} of {path}"
-            try:
-                check_structure(potential, atoms, name)
-            except (InvalidPair, NotImplementedError) as problem:
-                if not arguments.skip_invalid:
-                    raise
-                problems.append(str(problem))
-                continue
-            names.append(name)
-            structures.append(atoms)
-    for left_out in problems:
-        log.warning("Left out: %s", left_out)
-    if not structures:
-        raise InvalidPair(f"None of the structures can be relaxed; the last: {problems[-1]}")
-    return names, structures, len(problems)
 
 
 def _tell(names: list[str], k: int, end: End) -> None:
