@@ -13,8 +13,8 @@ share     `ase_bptt.planning.share`: dealt out by cost. Costs are known; or with
 naive     as many pairs to each rank, in the order in which they come
 at best   no step is faster than its dearest pair
 
-Below it, how full the batches are that fit into memory (atoms at once on a rank) by `ase_bptt.planning.pack`, and where
-they are filled in the order in which pairs come.
+Below it, the batches that fit into memory (atoms at once on a rank) by `ase_bptt.planning.pack`, and where each is
+filled in the order in which pairs come: the fewest that could hold all atoms over those that it takes.
 """
 
 from __future__ import annotations
@@ -78,15 +78,15 @@ def efficiencies(pairs: Pairs, foreseen: Sequence[np.ndarray], ranks: int, batch
 
 
 def fillings(pairs: Pairs, ranks: int, batch: int, capacity: int, steps: int) -> tuple[float, float]:
-    """How full the batches on a rank are by `pack`, and where each is closed as soon as the next pair does not fit."""
-    costs, total, packed, plain = pairs.costs, 0, 0, 0
+    """Fewest batches over batches, on all ranks: by `pack`, and closed as soon as the next pair does not fit."""
+    costs, fewest, packed, plain = pairs.costs, 0, 0, 0
     for first in range(0, min(steps * batch, len(costs)), batch):
         for part in share(costs[first : first + batch].tolist(), ranks):
             atoms = pairs.atoms[first : first + batch][part]
-            total += atoms.sum()
+            fewest += -(-atoms.sum() // capacity)
             packed += len(pack(atoms.tolist(), capacity))
             plain += in_order(atoms, capacity)
-    return total / (packed * capacity), total / (plain * capacity)
+    return fewest / packed, fewest / plain
 
 
 def in_order(atoms: np.ndarray, capacity: int) -> int:
@@ -122,10 +122,10 @@ def main() -> None:
         found = efficiencies(pairs, foreseen, arguments.ranks, per_rank * arguments.ranks)
         columns = "".join(f"{value:13.3f}" for value in found)
         print(f"{per_rank:12}   {per_rank * arguments.ranks:6}          {columns}", flush=True)
-    print(f"batches of at most {arguments.capacity} atoms    pack: full to   in order: full to")
+    print(f"batches of at most {arguments.capacity} atoms, fewest over taken      pack     in order")
     for per_rank in arguments.per_rank:
         packed, plain = fillings(pairs, arguments.ranks, per_rank * arguments.ranks, arguments.capacity, steps=4)
-        print(f"{per_rank:12} pairs a rank {packed:18.3f} {plain:19.3f}")
+        print(f"{per_rank:12} pairs a rank {packed:32.3f} {plain:12.3f}")
     print(f"{time.process_time() - began:.0f} s")
 
 

@@ -1,0 +1,122 @@
+"""The ways to relax the structures that `throughput.py` sets side by side."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from ase import Atoms
+from ase.build import bulk
+from ase.io import write
+from ase.optimize import FIRE
+
+from ase_bptt import Potential
+from ase_bptt.batches import relax_all
+
+REPEATS = [(1, 1, 1), (2, 1, 1), (3, 1, 1), (2, 2, 1), (3, 2, 1), (2, 2, 2)]
+RATTLE = 0.1
+STEPS = 500
+HELPER = Path(__file__).with_name("torch_sim_relaxer.py")
+
+
+@dataclass
+class Pass:
+    """All structures relaxed once: seconds on the wall and of the processor, and where they ended.
+
+    `frames` is of each structure, None where it is not told.
+    """
+
+    wall: float
+    processor: float
+    force_calls: int
+    energies: list[float]
+    frames: list[int] | None = None
+
+
+Relaxer = Callable[[], Pass]
+
+
+def rattled(n: int) -> list[Atoms]:
+    """Silicon cells of 8 to 64 atoms, each from its own seed."""
+    cells = []
+    for k in range(n):
+        atoms = bulk("Si", a=5.469, cubic=True) * REPEATS[k % len(REPEATS)]
+        atoms.rattle(RATTLE, seed=k)
+        cells.append(atoms)
+    return cells
+
+
+def timed(work: Callable[[], list[tuple[int, float]]]) -> Pass:
+    """Of work that gives frames and end energy of each structure."""
+    wall, processor = time.perf_counter(), time.process_time()
+    frames, energies = zip(*work(), strict=True)
+    # Energies are on the host, so a device has nothing left to do.
+    wall, processor = time.perf_counter() - wall, time.process_time() - processor
+    return Pass(wall, processor, sum(frames) + len(frames), list(energies), list(frames))
+
+
+def ours(potential: Potential, structures: Sequence[Atoms], fmax: float, **settings) -> Relaxer:
+    def work() -> list[tuple[int, float]]:
+        ends = dict(relax_all(potential, structures, stepper="fire", fmax=fmax, steps=STEPS, **settings))
+        return [(ends[k].nsteps, ends[k].atoms.get_potential_energy()) for k in range(len(structures))]
+
+    return lambda: timed(work)
+
+
+def ase(native: Path, structures: Sequence[Atoms], arguments: argparse.Namespace) -> Relaxer:
+    from mace.calculators import MACECalculator
+
+    calculator = MACECalculator(str(native), device=arguments.device, default_dtype=arguments.dtype)
+
+    def relaxed(atoms: Atoms) -> tuple[int, float]:
+        atoms = atoms.copy()
+        atoms.calc = calculator
+        calculator.reset()
+        with FIRE(atoms, logfile=None) as run:
+            run.run(fmax=arguments.fmax, steps=STEPS)
+        return run.nsteps, atoms.get_potential_energy()
+
+    relaxed(structures[0])  # what is compiled or allocated at first use
+    return lambda: timed(lambda: [relaxed(atoms) for atoms in structures])
+
+
+class TorchSim:
+    """torch-sim, in a process and an environment of its own."""
+
+    def __init__(self, native: Path, structures: Sequence[Atoms], atoms: float, arguments: argparse.Namespace):
+        file = native.with_name("structures.traj")
+        write(file, list(structures))
+        flags = {
+            "device": arguments.device,
+            "dtype": arguments.dtype,
+            "threads": torch.get_num_threads(),
+            "fmax": arguments.fmax,
+            "atoms": atoms,
+        }
+        command = [arguments.torch_sim, HELPER, native, file]
+        command += [word for name, value in flags.items() for word in (f"--{name}", value)]
+        self.process = subprocess.Popen(
+            list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+
+    def relaxer(self, every: int) -> Relaxer:
+        """With its stop test after so many frames."""
+
+        def ask() -> Pass:
+            print(every, file=self.process.stdin, flush=True)
+            for line in self.process.stdout:
+                if line.startswith("{"):  # libraries print, too
+                    return Pass(**json.loads(line))
+            raise SystemExit(f"torch-sim gave no answer: run {HELPER.name} by hand in its environment to see why.")
+
+        return ask
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
