@@ -106,8 +106,8 @@ def outside(potential: Potential, device: str) -> list[str]:
         inside, elsewhere = busy(events, calls)
         model, other = 100 * inside / whole, 100 * elsewhere / whole
         lines.append(
-            f"the GPU: the model's kernels {model:.1f} % of the time, others {other:.1f} %, idle {100 - model - other:.1f} %; "
-            f"outside the model's kernels {100 - model:.1f} % (wanted: below 10 %; with the profiler on)"
+            f"the GPU: the model's kernels {model:.1f} % of the time, others {other:.1f} %, idle "
+            f"{100 - model - other:.1f} %; outside the model's kernels {100 - model:.1f} % (wanted: below 10 %)"
         )
     return lines
 
