@@ -12,11 +12,14 @@ exact      forces with a graph, and the product of a vector with their slope by 
 differences  the same product from two gradients of the energy, by positions and weights, a small way forth and back
            along the vector (central differences), and by how much of its length it is off
 compiled   frozen, through torch.compile (--compile: takes minutes; a MACE)
+
+--batches: instead, what an atom costs in batches of more and more cells, in the program and in the system.
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
 import statistics
 import time
 import warnings
@@ -31,8 +34,10 @@ from ase_bptt.neighbors import NeighborList
 from ase_bptt.potentials import quiet
 from ase_bptt.potentials.mace import MACE
 
-AWAY = (1e-2, 1e-3, 1e-4)
+AWAY = (1e-3, 1e-4, 1e-5)
 """Å that the farthest atom is moved for a difference."""
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
+"""Cells of 32 atoms in a batch."""
 
 
 class Case:
@@ -119,7 +124,7 @@ def off(found: Tensor, exact: Tensor) -> float:
 def table(name: str, arguments: argparse.Namespace) -> list[str]:
     double, single = (Case(load_potential(name, dtype=d), arguments.cells) for d in ("float64", "float32"))
     cases = {"frozen": double.frozen, "live": double.live, "float32": single.frozen, "exact": double.exact}
-    cases |= {"exact, float32": single.exact, "differences": lambda: double.differences(AWAY[1])}
+    cases |= {"exact, float32": single.exact, "differences": lambda: double.differences(AWAY[-1])}
     notes = {"float32": f"forces {(single.frozen().double() - double.frozen()).abs().max():.0e} eV/Å off"}
     notes["float32"] += f", {single.frames()} frames, in float64 {double.frames()}"
     exact = double.exact()
@@ -141,17 +146,48 @@ def table(name: str, arguments: argparse.Namespace) -> list[str]:
     return lines
 
 
+def batches(name: str, arguments: argparse.Namespace) -> list[str]:
+    """Milliseconds an atom, of the processor, medians; pages of memory that the system had to give, for each call."""
+    potential = load_potential(name, dtype="float64")
+    prepared = []
+    for n in BATCHES:
+        cells = [bulk("Si", a=5.469, cubic=True) * (2, 2, 1) for _ in range(n)]
+        for k, atoms in enumerate(cells):
+            atoms.rattle(0.1, seed=k)
+        structures = potential.batch(cells)
+        prepared.append((structures, NeighborList(potential.cutoff)(structures), []))
+    for _ in range(arguments.repeats + 1):
+        for structures, pairs, found in prepared:
+            before = resource.getrusage(resource.RUSAGE_SELF)
+            potential.energy_and_forces(structures, pairs)
+            after = resource.getrusage(resource.RUSAGE_SELF)
+            found.append(
+                [getattr(after, what) - getattr(before, what) for what in ("ru_utime", "ru_stime", "ru_minflt")]
+            )
+    lines = [f"{name}, float64, cells of 32 atoms; a force call, medians of {arguments.repeats}"]
+    lines.append("  atoms   pairs   ms an atom: program   system   both    fresh pages")
+    for structures, pairs, found in prepared:
+        program, system, pages = (statistics.median(column) for column in zip(*found[1:], strict=True))
+        program, system = 1e3 * program / structures.n_atoms, 1e3 * system / structures.n_atoms
+        lines.append(
+            f"  {structures.n_atoms:5} {len(pairs.i):7} {program:21.3f} {system:8.3f} {program + system:6.3f} "
+            f"{pages:14.0f}"
+        )
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--potentials", nargs="+", default=["mace-si", "chgnet"])
     parser.add_argument("--cells", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--batches", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     for name in arguments.potentials:
-        print("\n".join(table(name, arguments)), flush=True)
+        print("\n".join((batches if arguments.batches else table)(name, arguments)), flush=True)
 
 
 if __name__ == "__main__":
