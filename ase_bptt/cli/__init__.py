@@ -9,12 +9,16 @@ from collections.abc import Sequence
 
 import torch
 
+from ..training.ranks import Lost, Ranks, leave, together
 from ..version import __version__
 from . import demo, evaluate, info, relax, train
 from .flags import Formatter, completed
+from .processes import Voice
 from .stopping import Terminated, terminable
 
 COMMANDS = (demo, train, relax, evaluate, info)
+SHARED = ("demo", "train")
+"""Commands that several processes can share."""
 INTRODUCTION = """\
 Relax structures with machine-learning interatomic potentials, and fine-tune
 the potential by differentiating through the relaxation.
@@ -32,7 +36,8 @@ exit codes:
     1  an error of ase_bptt itself: please report it, with its traceback
     2  the input cannot be used; one sentence says why and what to do
     3  relax: done, but some structures did not converge or were left out
-  130  stopped by Ctrl-C, 143 by SIGTERM; --resume goes on
+  130  stopped by Ctrl-C, 143 by SIGTERM or where one of several processes has
+       died; --resume goes on
 """
 USABLE = (ValueError, OSError, ImportError, NotImplementedError)
 """What bad input raises: told in a sentence. Anything else is our own mistake, and shows its traceback."""
@@ -40,22 +45,40 @@ USABLE = (ValueError, OSError, ImportError, NotImplementedError)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command of the shell, and return its exit code (see `CODES`)."""
-    arguments = completed(build_parser(), argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("ase_bptt").setLevel(logging.INFO)
+    ranks = together()
+    voice = Voice(ranks)
     try:
-        with terminable():
+        with voice.silenced(errors=True):
+            arguments = completed(build_parser(), argv)
+    except SystemExit:
+        voice.spoken()
+        raise
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    if ranks.writes:
+        logging.getLogger("ase_bptt").setLevel(logging.INFO)
+    try:
+        with terminable(once=not voice.alone), voice.silenced(errors=False):
+            _refuse_many(ranks, arguments)
             return arguments.run(arguments)
     except USABLE as error:
-        print(f"ase-bptt: {error}", file=sys.stderr)
+        voice.say(str(error))
         return 2
     except (MemoryError, torch.OutOfMemoryError):
-        less = "give a smaller --batch-size, --dtype float32, or fewer --steps"
-        print(f"ase-bptt: there is not enough memory for it: {less}.", file=sys.stderr)
+        voice.say("there is not enough memory for it: give a smaller --batch-size, --dtype float32, or fewer --steps.")
         return 2
-    except (KeyboardInterrupt, Terminated) as stop:
-        print(f"ase-bptt: stopped. {arguments.stopped(arguments)}", file=sys.stderr)
-        return 143 if isinstance(stop, Terminated) else 130
+    except (KeyboardInterrupt, Terminated, Lost) as stop:
+        why = "stopped." if voice.all_ended() else "stopped, for one of its processes has died."
+        voice.say(f"{why} {arguments.stopped(arguments)}", for_all=True)
+        return 130 if isinstance(stop, KeyboardInterrupt) else 143
+    finally:
+        leave()
+
+
+def _refuse_many(ranks: Ranks, arguments: argparse.Namespace) -> None:
+    if ranks.size > 1 and arguments.command not in SHARED:
+        raise ValueError(
+            f"{arguments.command} runs in one process, and torchrun began {ranks.size}: call it without torchrun."
+        )
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -14,20 +14,28 @@ class Terminated(BaseException):
 
 
 @contextmanager
-def terminable() -> Iterator[None]:
-    """Raise Terminated where SIGTERM comes within the block."""
+def terminable(*, once: bool = False) -> Iterator[None]:
+    """Raise Terminated where SIGTERM comes within the block.
+
+    Parameters
+    ----------
+    once : bool
+        Be deaf to it afterwards: where one of several processes ends, the others are sent it at any time.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may set handlers
         return
 
     def raise_terminated(*_: Any) -> None:
+        if once:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise Terminated
 
     before = signal.signal(signal.SIGTERM, raise_terminated)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if once else before)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from ..potential import Potential
 from ..training.estimate import estimate
 from ..training.finetune import cross_validate, finetune
 from ..training.outcome import RESULTS, Outcome
+from ..training.ranks import together
 from . import runfolder, words
 from .flags import add_output, add_pairs, add_potential, command, count, flag
 from .inputs import read_grouped
@@ -82,20 +83,21 @@ def stopped(arguments: argparse.Namespace) -> str:
 
 def launch(arguments: argparse.Namespace, read: Callable[[argparse.Namespace, Potential], Splits]) -> int:
     """One fine-tuning run: new or resumed, or only described."""
+    ranks = together()
     if arguments.resume:
         runfolder.take_over(arguments)
-        if (arguments.out / RESULTS).is_file():
+        if ranks.once((arguments.out / RESULTS).is_file):
             return _tell_again(arguments)
         trainer = resumed_trainer(arguments, arguments.out)
     else:
-        runfolder.refuse_if_there(arguments)
+        ranks.once(partial(runfolder.refuse_if_there, arguments))
         trainer = new_trainer(arguments, arguments.out)
     splits = read(arguments, trainer.potential)
     runfolder.same_data(arguments, [pair for split in splits.values() for pair in split])
     # What cannot be trained on must not cost the last run.
     trainer.check(*splits.values(), epochs=arguments.epochs)
     if not (arguments.resume or arguments.dry_run):
-        runfolder.prepare(arguments)
+        ranks.once(partial(runfolder.prepare, arguments))
     say = words.quiet_if(arguments.json)
     say(words.introduction(trainer, arguments, splits))
     if arguments.dry_run:
@@ -114,12 +116,13 @@ def _tell_again(arguments: argparse.Namespace) -> int:
 
 
 def _cross_validate(arguments: argparse.Namespace) -> int:
+    ranks = together()
     if arguments.resume:
         runfolder.take_over(arguments)
-        if (arguments.out / RESULTS).is_file():
+        if ranks.once((arguments.out / RESULTS).is_file):
             return _tell_again(arguments)
     else:
-        runfolder.refuse_if_there(arguments)
+        ranks.once(partial(runfolder.refuse_if_there, arguments))
     trainer = new_trainer(arguments, None)
     pairs = _pairs(arguments, trainer.potential)
     runfolder.same_data(arguments, pairs)
@@ -127,7 +130,7 @@ def _cross_validate(arguments: argparse.Namespace) -> int:
     for split in splits:
         trainer.check(*split.values(), epochs=arguments.epochs)
     if not (arguments.resume or arguments.dry_run):
-        runfolder.prepare(arguments)
+        ranks.once(partial(runfolder.prepare, arguments))
     say = words.quiet_if(arguments.json)
     say(words.introduction(trainer, arguments, {"held out in turn": pairs}))
     if arguments.dry_run:

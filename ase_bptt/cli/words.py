@@ -41,9 +41,10 @@ def introduction(trainer: Trainer, arguments: argparse.Namespace, splits: dict[s
     tail = getattr(trainer.adjoint, "tail", None)
     movers = trainer.stepper.name + (f" and {tail.name}" if tail else "")
     frames = f"{trainer.steps} frames of {movers}" + ("" if few else " at most")
+    many = f", shared by {trainer.ranks.size} processes" if trainer.ranks.size > 1 else ""
     return (
         f"{arguments.potential}, fine-tuned {'through' if few else 'at minima, after'} {frames}, gradient by "
-        f"{arguments.adjoint}, {arguments.epochs} epochs{again}\n"
+        f"{arguments.adjoint}, {arguments.epochs} epochs{again}{many}\n"
         f"{describe(trainer.potential)}\n"
         f"relaxations: {sizes}; kinds are never split\n"
         f"run folder: {arguments.out}"

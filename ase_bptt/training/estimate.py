@@ -12,6 +12,7 @@ import torch
 
 from ..pairs import RelaxationPair
 from ..relaxation import relax
+from .ranks import Ranks
 from .trainer import Trainer
 
 FRAMES = 80
@@ -54,7 +55,7 @@ def estimate(
     largest = sorted(train, key=lambda p: -p.n_atoms)[: trainer.batch_size]
     _reset_peak(trainer.potential.device)
     # A copy: what warm starts keep, and what is counted of an epoch, stays as it is.
-    loss = replace(trainer._pairs, warm=None)
+    loss = replace(trainer._pairs, warm=None, ranks=Ranks())
     loss.backward(largest[:1])  # what is compiled or allocated at first use
     clock = time.perf_counter()
     loss.backward(largest)
@@ -64,10 +65,10 @@ def estimate(
     with torch.no_grad():
         relax(trainer.potential, [p.initial for p in largest], stepper="fire", fmax=0.0, steps=PROBED)
     frame = (time.perf_counter() - clock) / (PROBED + 1) / _atoms(largest)
-    epoch = step * _atoms(train) + frame * FRAMES * _atoms(valid)
+    epoch = (step * _atoms(train) + frame * FRAMES * _atoms(valid)) / trainer.ranks.size
     return Estimate(
         seconds_per_epoch=epoch,
-        seconds=epochs * epoch + MEASUREMENTS * frame * FRAMES * _atoms(test),
+        seconds=epochs * epoch + MEASUREMENTS * frame * FRAMES * _atoms(test) / trainer.ranks.size,
         peak_bytes=_peak(trainer.potential.device),
     )
 

@@ -8,12 +8,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..evaluation import Evaluation, evaluate
+from ase import Atoms
+
+from ..evaluation import Evaluation, Row, evaluate
 from ..groups import split_into_folds
 from ..guard.card import Card
 from ..guard.portrait import Portrait, portrait
 from ..pairs import RelaxationPair, fingerprint
 from .outcome import BEFORE, PORTRAITS, RESULTS, Outcome, card_of_folds, read_rows, write_rows
+from .ranks import together
 from .trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -66,7 +69,8 @@ def finetune(
         facts=dict(facts or {}) | _step_size(trainer, given) | _learnt(trainer),
         card=Card(first, last, (before, after)),
     )
-    outcome.write()
+    if trainer.ranks.writes:
+        outcome.write()
     return outcome
 
 
@@ -124,7 +128,8 @@ def cross_validate(
         facts=dict(facts or {}) | _learnt_by_folds(outcomes),
         card=card_of_folds(outcomes),
     )
-    merged.write()
+    if together().writes:
+        merged.write()
     return merged
 
 
@@ -137,12 +142,13 @@ def _fold(
     facts: dict[str, str] | None,
 ) -> Outcome:
     data = {"held-out data": fingerprint(split["test"])[:16]}
-    if (folder / RESULTS).is_file():
-        found = Outcome.load(folder)
+    ranks = together()
+    found = ranks.once(lambda: Outcome.load(folder) if (folder / RESULTS).is_file() else None)
+    if found:
         if found.facts.get("held-out data") != data["held-out data"]:
             raise ValueError(f"{folder} holds a fold of other pairs: give those again, or --overwrite.")
         return found
-    begun = (folder / "checkpoint.pt").is_file()
+    begun = ranks.once((folder / "checkpoint.pt").is_file)
     trainer = resume(folder) if begun else make(folder)
     return finetune(trainer, split, folder, epochs=epochs, facts={**(facts or {}), **data})
 
@@ -178,21 +184,24 @@ def _learnt_by_folds(outcomes: Sequence[Outcome]) -> dict[str, str]:
 
 
 def _portrait_before(trainer: Trainer, test: Sequence[RelaxationPair], file: Path) -> Portrait:
-    if file.is_file():
-        return Portrait.read(file)
+    kept = trainer.ranks.once(lambda: Portrait.read(file) if file.is_file() else None)
+    if kept:
+        return kept
     _check_untuned(trainer, file)
     found = portrait(trainer.potential, test)
-    found.write(file)
+    if trainer.ranks.writes:
+        found.write(file)
     return found
 
 
-def _before(trainer: Trainer, test: Sequence[RelaxationPair], file: Path) -> tuple[Evaluation, Evaluation]:
-    if file.is_file():
-        fire, bfgs = read_rows(file)
-        return fire, bfgs
+def _before(trainer: Trainer, test: Sequence[RelaxationPair], file: Path) -> tuple[Evaluation, ...]:
+    kept = trainer.ranks.once(lambda: read_rows(file) if file.is_file() else None)
+    if kept:
+        return kept
     _check_untuned(trainer, file)
     found = _measure(trainer, test)
-    write_rows(file, *found)
+    if trainer.ranks.writes:
+        write_rows(file, *found)
     return found
 
 
@@ -202,9 +211,16 @@ def _check_untuned(trainer: Trainer, file: Path) -> None:
         raise ValueError(f"There is no {file} to compare with: only a run that ase-bptt began can be resumed so.")
 
 
-def _measure(trainer: Trainer, test: Sequence[RelaxationPair]) -> tuple[Evaluation, Evaluation]:
+def _measure(trainer: Trainer, test: Sequence[RelaxationPair]) -> tuple[Evaluation, ...]:
+    """By FIRE and by BFGS, each rank its share."""
     log.info("measuring on %d held-out relaxations, by FIRE and by BFGS", len(test))
-    fire, bfgs = (
-        evaluate(trainer.potential, test, stepper=stepper, progress=trainer.progress) for stepper in ("fire", "bfgs")
-    )
-    return fire, bfgs
+    return tuple(_evaluated(trainer, test, stepper) for stepper in ("fire", "bfgs"))
+
+
+def _evaluated(trainer: Trainer, test: Sequence[RelaxationPair], stepper: str) -> Evaluation:
+    def run(mine: list[RelaxationPair]) -> list[tuple[Row, Atoms]]:
+        found = evaluate(trainer.potential, mine, stepper=stepper, progress=trainer.progress)
+        return list(zip(found.rows, found.ends, strict=True))
+
+    found = trainer.ranks.dealt(test, [len(p.initial) for p in test], run)
+    return Evaluation(tuple(row for row, _ in found), tuple(end for _, end in found))

@@ -5,23 +5,51 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from ase import Atoms
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..adjoints import Adjoint, Guided, Replay, SolveStatus
 from ..pairs import RelaxationPair
+from ..planning import in_parts
 from ..potential import Potential
 from ..relaxation import relax
 from ..result import Relaxation, Status
 from ..steppers import Stepper
 from ..structures import Structures
-from .warm import WarmStarts
+from .gradients import Gradients, Total
+from .ranks import Ranks
+from .warm import WarmEnd, WarmStarts
 
 log = logging.getLogger(__name__)
 Loss = Callable[[Relaxation, Structures], Tensor]
+
+
+class End(NamedTuple):
+    """How one pair ended.
+
+    Attributes
+    ----------
+    attached : bool
+        Whether the losses that it was measured with have a gradient.
+    loss : float or None
+        None where it diverged.
+    frames : int
+    solve : SolveStatus or None
+        Of the gradient at the minimum.
+    warm : WarmEnd or None
+        Where the next relaxation may begin.
+    """
+
+    attached: bool
+    loss: float | None
+    frames: int
+    solve: SolveStatus | None
+    warm: WarmEnd | None
 
 
 @dataclass
@@ -34,6 +62,8 @@ class PairLoss:
         As for `Trainer`.
     warm : WarmStarts or None
         Where relaxations to a minimum begin; None begins from the initial structures.
+    ranks : Ranks
+        Who share the work.
     unsolved : int
         Structures whose gradient at the minimum was not solved for, since this was last set to zero.
     """
@@ -45,30 +75,54 @@ class PairLoss:
     steps: int
     fmax: float
     warm: WarmStarts | None = None
+    ranks: Ranks = field(default_factory=Ranks)
     unsolved: int = 0
+    _frames: dict[str, int] = field(default_factory=dict)
 
     def backward(self, pairs: Sequence[RelaxationPair], epoch: int = 0) -> list[float]:
         """Add the gradient of the mean loss of a batch to ``.grad``; the losses of the pairs that counted.
 
-        Pairs whose relaxation diverges are reported and left out.
+        Each rank does its share, in parts where memory runs out. Pairs whose relaxation diverges are reported and
+        left out.
         """
+        total = Total(self._trained())
+
+        def run(mine: list[RelaxationPair]) -> list[End]:
+            ends: list[End] = []
+            for _, (gradients, found) in in_parts(partial(self.gradients, epoch=epoch), mine):
+                total.add(gradients)
+                ends += found
+            return ends
+
+        ends = self.ranks.dealt(pairs, [self._cost(pair) for pair in pairs], run)
+        losses = self._noted(pairs, ends)
+        if losses:
+            total.add_over(self.ranks)
+            total.put(len(losses))
+        return losses
+
+    def gradients(self, pairs: Sequence[RelaxationPair], epoch: int = 0) -> tuple[Gradients, list[End]]:
+        """The gradient of the sum of the losses, and how each pair ended; nothing else is changed by it."""
         relaxation = self.relaxation(pairs, epoch)
         reference = self.potential.batch([p.relaxed for p in pairs])
         losses = self.loss(relaxation, reference)
-        ends = [relaxation]
+        runs = [relaxation]
         if isinstance(self.adjoint, Guided) and relaxation.early is not None:
-            ends.append(relaxation.early)
+            runs.append(relaxation.early)
             losses = losses + self.adjoint.weight * self.loss(relaxation.early, reference)
-        diverged = [any(end.status[k] is Status.DIVERGED for end in ends) for k in range(len(pairs))]
+        diverged = [any(run.status[k] is Status.DIVERGED for run in runs) for k in range(len(pairs))]
         good = torch.isfinite(losses.detach()) & ~torch.tensor(diverged, device=losses.device)
-        for pair, fine in zip(pairs, good.tolist(), strict=True):
-            if not fine:
-                log.warning("%s: left out of this step. %s", pair.id, Status.DIVERGED.sentence)
-        if not good.any() or not losses.requires_grad:
-            return []
-        losses[good].mean().backward()
-        self._count(pairs, relaxation)
-        return losses[good].tolist()
+        trained = self._trained()
+        gradients: Gradients = [None] * len(trained)
+        attached = bool(good.any()) and losses.requires_grad
+        if attached:
+            # Not backward(): where memory runs out, nothing may have been added to anything yet.
+            gradients = torch.autograd.grad(losses[good].sum(), trained, allow_unused=True)
+        solves = [solve.status for solve in relaxation.solves] if relaxation.solves else [None] * len(pairs)
+        warm = self.warm.found(pairs, relaxation, epoch) if self.warm else [None] * len(pairs)
+        counted = [loss if fine else None for loss, fine in zip(losses.tolist(), good.tolist(), strict=True)]
+        frames = relaxation.nsteps.tolist()
+        return gradients, [End(attached, *found) for found in zip(counted, frames, solves, warm, strict=True)]
 
     def counts(self) -> dict[str, float]:
         """Of the epoch that ends: what did not go as it should, where it can; begins to count anew."""
@@ -88,7 +142,6 @@ class PairLoss:
         stepper = self.stepper if guided is None or guided.tail is None else guided.tail
         adjoint = self.adjoint if guided is None else guided.solve
         end = self._relax(self.warm.starts(pairs, epoch), stepper, adjoint, self.steps)
-        self.warm.note(pairs, end, epoch)
         if guided is None:
             return end
         # The first frames choose the basin, and so they begin at the beginning.
@@ -99,8 +152,24 @@ class PairLoss:
             self.potential, self.potential.batch(starts), stepper=stepper, fmax=self.fmax, steps=steps, adjoint=adjoint
         )
 
-    def _count(self, pairs: Sequence[RelaxationPair], relaxation: Relaxation) -> None:
-        for pair, solve in zip(pairs, relaxation.solves, strict=False):
-            if solve.status is not SolveStatus.SOLVED:
+    def _trained(self) -> list[nn.Parameter]:
+        return [p for m in (self.potential, self.stepper) for p in m.parameters() if p.requires_grad]
+
+    def _cost(self, pair: RelaxationPair) -> float:
+        """Atoms times frames, as many as the last time where it is known."""
+        return len(pair.initial) * (1 + self._frames.get(pair.id, self.steps))
+
+    def _noted(self, pairs: Sequence[RelaxationPair], ends: Sequence[End]) -> list[float]:
+        """Keep and tell how the pairs ended; the losses that count."""
+        for pair, end in zip(pairs, ends, strict=True):
+            self._frames[pair.id] = end.frames
+            if end.loss is None:
+                log.warning("%s: left out of this step. %s", pair.id, Status.DIVERGED.sentence)
+            if end.solve and end.solve is not SolveStatus.SOLVED:
                 self.unsolved += 1
-                log.info("%s: %s", pair.id, solve.status.sentence)
+                log.info("%s: %s", pair.id, end.solve.sentence)
+            if self.warm and end.warm:
+                self.warm.note(pair, end.warm)
+        # Structures that rest where they begin have no gradient, which counts where others have one.
+        attached = any(end.attached for end in ends)
+        return [end.loss for end in ends if end.loss is not None] if attached else []

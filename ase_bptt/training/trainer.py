@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from ..positive import check_positive
 from ..potential import Potential
 from ..steppers import Stepper
 from . import checkpoint, resuming
+from .agreement import align
 from .choices import MOMENTUM, UNROLLED, check_data, make_pair_loss, make_steady
 from .epoch import Order, Tally
 from .pairloss import Loss
 from .progress import Progress
+from .ranks import together
 from .updates import OptimizerFactory, Updates
 from .validation import validate
 
@@ -116,17 +119,21 @@ class Trainer:
         check_positive(
             steps=steps, batch_size=batch_size, lr=lr, fmax=fmax, clip=clip, patience=patience, warm=warm or None
         )
+        self.ranks = together()
         self.potential = as_potential(potential)
         self.learn = [learn] if isinstance(learn, str) else list(learn)
         self._pairs = pairs = make_pair_loss(
-            self.potential, stepper, adjoint, loss, steps=steps, fmax=fmax, learn=self.learn, warm=warm
-        )
+            self.potential, stepper, adjoint, loss, steps=steps, fmax=fmax, learn=self.learn, warm=warm,
+            ranks=self.ranks,
+        )  # fmt: skip
         self.stepper, self.adjoint, self.loss, self.warm_starts = pairs.stepper, pairs.adjoint, pairs.loss, pairs.warm
         self.steps, self.fmax, self.batch_size, self.clip, self.warm = pairs.steps, fmax, batch_size, clip, warm
         self.patience, self.seed, self.lr, self.along, self.rattle = patience, seed, lr, along, rattle
-        self.out, self.progress = None if out is None else Path(out), progress
+        self.out, self.progress = None if out is None else Path(out), progress if self.ranks.writes else False
         self.rates, self.terms = dict(rates or {}), make_terms(terms)
-        self.updates = Updates(self.potential, self.stepper, self.terms, optimizer, lr=lr, rates=self.rates, clip=clip)
+        self.updates = Updates(
+            self.potential, self.stepper, self.terms, self.ranks, optimizer, lr=lr, rates=self.rates, clip=clip
+        )
         self.optimizer = self.updates.optimizer
         self.order = Order(batch_size, along, rattle, seed)
         self.epoch, self.epochs, self.data = 0, 0, ""
@@ -174,6 +181,7 @@ class Trainer:
         self.check(train, valid, test, epochs=epochs)
         fresh = not self.data
         self.epochs, self.data = epochs, fingerprint([*train, *valid])
+        align(self)
         if self.warm_starts:
             self.warm_starts.begin(train)
         if fresh:
@@ -219,7 +227,7 @@ class Trainer:
         return evaluate(self.potential, pairs, **settings)
 
     def _validate(self, valid: Pairs) -> dict[str, float]:
-        return validate(self.potential, valid)
+        return validate(self.potential, valid, self.ranks)
 
     def _keep(self, score: float, valid: Pairs) -> None:
         """Keep this state: as the best if it is that, or if it is the last and there is nothing to judge by."""
@@ -248,10 +256,11 @@ class Trainer:
 
     def save(self, folder: str | Path) -> None:
         """Write the potential: our format, which loads without unpickling, and the family's native file."""
-        save_potential(self.potential, folder)
+        if self.ranks.writes:
+            save_potential(self.potential, folder)
 
     def _write(self, *, potential: bool) -> None:
-        if self.out is None:
+        if self.out is None or not self.ranks.writes:
             return
         if potential:
             self.save(self.out / "potential")
@@ -274,7 +283,7 @@ class Trainer:
 
         An optimizer, loss, stepper, adjoint or term of your own must be given again.
         """
-        settings, state, rewound = checkpoint.read(out)
+        settings, state, rewound = together().once(partial(checkpoint.read, out))
         given = {"optimizer": optimizer, "loss": loss, "stepper": stepper, "adjoint": adjoint, "terms": terms}
         arguments = resuming.arguments(Path(out), settings, state, given, device)
         trainer = cls(**arguments, out=out, progress=progress)

@@ -14,6 +14,8 @@ from ..pairs import RelaxationPair
 from ..potential import Potential
 from ..steppers import Stepper
 from ..tuning.trainable import groups
+from .gradients import Total
+from .ranks import Ranks
 
 log = logging.getLogger(__name__)
 OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
@@ -28,6 +30,8 @@ class Updates:
     stepper : Stepper
     terms : sequence of Term
         Their gradients are added in each step.
+    ranks : Ranks
+        Who share the terms.
     factory : callable or None
         Makes the optimizer; None is AdamW.
     lr, rates, clip
@@ -50,13 +54,14 @@ class Updates:
         potential: Potential,
         stepper: Stepper,
         terms: Sequence[Term],
+        ranks: Ranks,
         factory: OptimizerFactory | None,
         *,
         lr: float,
         rates: Mapping[str, float],
         clip: float,
     ):
-        self.potential, self.terms, self.clip = potential, terms, clip
+        self.potential, self.terms, self.ranks, self.clip = potential, terms, ranks, clip
         self._trained = [p for m in (potential, stepper) for p in m.parameters() if p.requires_grad]
         if not self._trained:
             raise ValueError("Nothing can be trained: no weight of the potential or stepper requires gradients.")
@@ -88,7 +93,8 @@ class Updates:
         `key` and the number of the step.
         """
         self._taken += 1
-        self.further = add_gradients(self.terms, self.potential, pairs, (*key, self._taken))
+        if self.terms:
+            self.further = self._add_terms(pairs, (*key, self._taken))
         norm = nn.utils.clip_grad_norm_(self._trained, self.clip)
         if not torch.isfinite(norm):
             log.warning("%s: left out, for their gradient is not finite.", ", ".join(p.id for p in pairs))
@@ -96,6 +102,22 @@ class Updates:
             return None
         self.optimizer.step()
         return norm.item()
+
+    def _add_terms(self, pairs: Sequence[RelaxationPair], key: Sequence[int]) -> dict[str, float]:
+        """Each term on one of the ranks; the sum of their gradients goes into ``.grad``."""
+        kept, total = [p.grad for p in self._trained], Total(self._trained)
+        self.optimizer.zero_grad(set_to_none=True)
+
+        def run(terms: list[Term]) -> list[dict[str, float]]:
+            return [add_gradients([term], self.potential, pairs, key) for term in terms]
+
+        found = self.ranks.dealt(self.terms, [1.0] * len(self.terms), run)
+        total.add([p.grad for p in self._trained])
+        total.add_over(self.ranks)
+        for parameter, gradient in zip(self._trained, kept, strict=True):
+            parameter.grad = gradient
+        total.put()
+        return {name: value for one in found for name, value in one.items()}
 
     def state(self) -> dict[str, Any]:
         """What the next step depends on."""

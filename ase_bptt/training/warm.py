@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from ase import Atoms
@@ -15,6 +16,13 @@ from ..pairs import RelaxationPair
 from ..result import Relaxation, Status
 
 log = logging.getLogger(__name__)
+
+
+class WarmEnd(NamedTuple):
+    """Positions in Å, on the host, where a relaxation converged, else None; and how far that is from the warm end."""
+
+    positions: Tensor | None
+    gap: float
 
 
 class WarmStarts:
@@ -59,23 +67,29 @@ class WarmStarts:
             atoms.set_positions(self.ends[pair.id].numpy(), apply_constraint=False)
         return atoms
 
-    def note(self, pairs: Sequence[RelaxationPair], relaxation: Relaxation, epoch: int) -> None:
-        """Keep where they ended; after a cold start, compare."""
+    def found(self, pairs: Sequence[RelaxationPair], relaxation: Relaxation, epoch: int) -> list[WarmEnd]:
+        """Where they ended, for `note`; after a cold start, compared with the ends that are kept."""
         final = relaxation.positions.detach().cpu().double().split(relaxation.start.counts)
         gaps = self._gaps(pairs, relaxation) if epoch % self.every == 0 else [0.0] * len(pairs)
-        for pair, positions, status, gap in zip(pairs, final, relaxation.status, gaps, strict=True):
-            if status is not Status.CONVERGED:
-                self.ends.pop(pair.id, None)
-                continue
-            if gap > SAME_END:
-                self.elsewhere += 1
-                log.warning(
-                    "%s: from its initial structure it now relaxes to another basin than the one that the warm starts "
-                    "stayed in (%.2f Å apart at the farthest atom), and goes on from there.",
-                    pair.id,
-                    gap,
-                )
-            self.ends[pair.id] = positions.clone()
+        return [
+            WarmEnd(positions.clone() if status is Status.CONVERGED else None, gap)
+            for positions, status, gap in zip(final, relaxation.status, gaps, strict=True)
+        ]
+
+    def note(self, pair: RelaxationPair, end: WarmEnd) -> None:
+        """Keep where a pair ended, and tell where that is another basin."""
+        if end.positions is None:
+            self.ends.pop(pair.id, None)
+            return
+        if end.gap > SAME_END:
+            self.elsewhere += 1
+            log.warning(
+                "%s: from its initial structure it now relaxes to another basin than the one that the warm starts "
+                "stayed in (%.2f Å apart at the farthest atom), and goes on from there.",
+                pair.id,
+                end.gap,
+            )
+        self.ends[pair.id] = end.positions
 
     def _gaps(self, pairs: Sequence[RelaxationPair], relaxation: Relaxation) -> list[float]:
         """How far the farthest atom of each end is from the warm end, in Å; 0 where there is none."""
