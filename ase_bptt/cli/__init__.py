@@ -59,19 +59,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with terminable(once=not voice.alone), voice.silenced(errors=False):
             _refuse_many(ranks, arguments)
-            return arguments.run(arguments)
+            code = arguments.run(arguments)
+        leave()
+        return code
     except USABLE as error:
-        voice.say(str(error))
-        return 2
+        code, why = 2, str(error)
     except (MemoryError, torch.OutOfMemoryError):
-        voice.say("there is not enough memory for it: give a smaller --batch-size, --dtype float32, or fewer --steps.")
-        return 2
-    except (KeyboardInterrupt, Terminated, Lost) as stop:
+        less = "give a smaller --batch-size, --dtype float32, or fewer --steps"
+        code, why = 2, f"there is not enough memory for it: {less}."
+    except KeyboardInterrupt:
+        code, why = 130, ""
+    except (Terminated, Lost):
+        code, why = 143, ""
+    # Not above: an error that is being handled holds on to the connections, which may have to be closed.
+    if why:
+        voice.say(why)
+    else:
         why = "stopped." if voice.all_ended() else "stopped, for one of its processes has died."
         voice.say(f"{why} {arguments.stopped(arguments)}", for_all=True)
-        return 130 if isinstance(stop, KeyboardInterrupt) else 143
-    finally:
-        leave()
+    return code
 
 
 def _refuse_many(ranks: Ranks, arguments: argparse.Namespace) -> None:

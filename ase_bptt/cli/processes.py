@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
-from datetime import timedelta
+
+from torch import distributed as dist
 
 from ..training.ranks import Ranks, leave
 
 GOODBYE = 5.0
 """Seconds in which processes that were all told to end say so, if none of them has died."""
-SILENCE = timedelta(seconds=20)
-"""After this the process that speaks has nothing to say any more; less than the 30 s after which torchrun kills."""
+SILENCE = 20.0
+"""Seconds after which the process that speaks will say nothing; torchrun kills after 30."""
 
 
 class Voice:
@@ -55,48 +56,48 @@ class Voice:
         for_all : bool
             Whether all is said where the process that speaks has said anything; otherwise each says what is its own.
         """
-        if self.alone or self._my_turn(sentence, for_all):
+        if not for_all:
+            leave()  # the others may wait for this process
+        if self._my_turn(sentence, for_all):
             print(f"ase-bptt: {sentence}", file=sys.stderr, flush=True)
         if self.ranks.writes:
             self.spoken()
 
-    def spoken(self) -> bool:
+    def spoken(self, patience: float = SILENCE) -> bool:
         """Let it be known that this process has spoken, or wait until the one that speaks has; whether it has."""
-        if self.alone:
+        if self.ranks.store is None:
             return True
-        store = self.ranks.store
-        assert store is not None
-        # Who waits for this process must not wait any longer.
-        leave()
+        if not self.ranks.writes:
+            return _soon(lambda store: store.check(["spoken"]), self.ranks.store, patience)
         with suppress(RuntimeError):
-            if self.ranks.writes:
-                store.set("spoken", "")
-            else:
-                store.wait(["spoken"], SILENCE)
-            return True
-        return False
+            self.ranks.store.set("spoken", "")
+        return True
 
     def all_ended(self) -> bool:
         """Whether all processes were told to end; otherwise one of them has died."""
-        if self.alone:
+        if self.ranks.store is None:
             return True
-        store = self.ranks.store
-        assert store is not None
-        leave()
         with suppress(RuntimeError):
-            store.add("ended", 1)
-            until = time.monotonic() + GOODBYE
-            while time.monotonic() < until:
-                if store.add("ended", 0) == self.ranks.size:
-                    return True
-                time.sleep(0.05)
-        return False
+            self.ranks.store.add("ended", 1)
+        return _soon(lambda store: store.add("ended", 0) == self.ranks.size, self.ranks.store, GOODBYE)
 
     def _my_turn(self, sentence: str, for_all: bool) -> bool:
-        if not self.ranks.writes and self.spoken() and for_all:
+        if self.ranks.store is None:
+            return True
+        if not self.ranks.writes and self.spoken(GOODBYE if for_all else SILENCE) and for_all:
             return False
-        assert self.ranks.store is not None
         try:
             return self.ranks.store.add(sentence, 1) == 1
         except RuntimeError:
             return self.ranks.writes
+
+
+def _soon(asked: Callable[[dist.Store], bool], store: dist.Store, patience: float) -> bool:
+    """Whether the answer is yes within so many seconds; no where nobody answers."""
+    until = time.monotonic() + patience
+    with suppress(RuntimeError):
+        while time.monotonic() < until:
+            if asked(store):
+                return True
+            time.sleep(0.05)
+    return False

@@ -7,9 +7,11 @@ of one process is a run like any other, and asks nobody.
 from __future__ import annotations
 
 import atexit
+import gc
 import logging
 import os
 import pickle
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -23,6 +25,8 @@ from ..planning import share
 
 PATIENCE = timedelta(days=1)
 """How long a process waits for the others, whose relaxations may take longer than its own."""
+GLANCE = 5e-4
+"""Seconds between two looks whether all are there."""
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun tells each process; without all of it a process is on its own."""
 Item = TypeVar("Item")
@@ -61,7 +65,7 @@ class Ranks:
         for kind in dict.fromkeys((t.dtype, t.device) for t in tensors):
             alike = [t for t in tensors if (t.dtype, t.device) == kind]
             flat = torch.cat([t.detach().reshape(-1) for t in alike])
-            with _in_touch():
+            with _all_there():
                 dist.all_reduce(flat)
             with torch.no_grad():
                 for tensor, total in zip(alike, flat.split([t.numel() for t in alike]), strict=True):
@@ -76,7 +80,7 @@ class Ranks:
             return [run()]
         found, error = _tried(run)
         everywhere: list[Any] = [None] * self.size
-        with _in_touch():
+        with _all_there():
             dist.all_gather_object(everywhere, (found, _portable(error)))
         for failed in (error, *(e for _, e in everywhere)):
             if failed is not None:
@@ -89,7 +93,7 @@ class Ranks:
             return run()
         found, error = _tried(run) if self.writes else (None, None)
         told = [(found, _portable(error))]
-        with _in_touch():
+        with _all_there():
             dist.broadcast_object_list(told, src=0)
         found, said = told[0]
         if error or said:
@@ -150,6 +154,8 @@ def leave() -> None:
     """Close the connections that `together` opened: who waits for this process is told so."""
     if _joined:
         _joined.clear()
+        # What still refers to the connections would keep them open.
+        gc.collect()
         dist.destroy_process_group()
 
 
@@ -174,8 +180,14 @@ def _join(rank: int, size: int) -> None:
 
 
 @contextmanager
-def _in_touch() -> Iterator[None]:
+def _all_there() -> Iterator[None]:
+    """Wait until all ranks are here, as a process that hears signals: in torch's own waiting it would be deaf."""
     try:
+        here = torch.zeros(1, device="cpu" if "cpu:" in dist.get_backend_config() else "cuda")
+        met = dist.all_reduce(here, async_op=True)
+        while not met.is_completed():
+            time.sleep(GLANCE)
+        met.wait()
         yield
     except RuntimeError as error:
         raise Lost("Another process of the run has died or is out of reach.") from error
