@@ -1,0 +1,294 @@
+"""Training in several processes: the weights of one process, one writer, and a sentence where a process dies.
+
+As a script, this file is one of the processes.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from shell import run as shell
+from shell import write_relaxations
+from test_trainer import Exploding, make_pairs, trainer, untuned, with_xenon, without_times
+from torch import distributed as dist
+
+from ase_bptt import Trainer, load_potential
+from ase_bptt.losses import rmsd
+from ase_bptt.training.ranks import together
+
+TESTS = Path(__file__).parent
+TRAIN = ["--epochs", "3", "--batch-size", "2", "--steps", "2", "--lr", "0.02", "--dtype", "float64"]
+MINIMA = {"adjoint": "implicit", "stepper": None, "steps": 60, "warm": 2}
+
+
+class Killed(BaseException):
+    pass
+
+
+def sharp(relaxation, reference):
+    """A loss with no finite gradient where there is xenon."""
+    found = rmsd(relaxation, reference)
+    bad = [k for k, numbers in enumerate(relaxation.start.numbers.split(relaxation.start.counts)) if 54 in numbers]
+    extra = (found[bad] - found[bad].detach()).abs().sqrt()
+    return found.index_add(0, torch.tensor(bad, dtype=torch.int64), extra)
+
+
+def exploding():
+    potential = Exploding(**untuned().config())
+    potential.fault = float("nan")
+    return potential
+
+
+CASES = {
+    "some diverge": lambda **how: trainer(exploding(), batch_size=3, **how),
+    "some have no finite gradient": lambda **how: trainer(loss=sharp, **how),
+    "minima": lambda **how: trainer(**MINIMA, terms=["pull", {"name": "teacher", "weight": 0.1}], **how),
+}
+
+
+def weights(run):
+    return {name: value.item() for name, value in run.potential.state_dict().items()}
+
+
+def fitted(name, out):
+    """What a run of two epochs leaves."""
+    train, valid = make_pairs(0, 5), make_pairs(5, 3)
+    if name != "minima":
+        train[4] = with_xenon(train[4])
+    run = CASES[name](out=out).fit(train, valid, epochs=2)
+    ends = run.warm_starts.ends if run.warm_starts else {}
+    return {
+        "weights": weights(run),
+        "history": without_times(run.history),
+        "ends": {key: positions.tolist() for key, positions in ends.items()},
+    }
+
+
+def begun(out):
+    """A run of three epochs that is killed in the second."""
+    real, steps = Trainer.train_step, []
+
+    def dying(self, pairs):
+        steps.append(pairs)
+        if len(steps) == 5:
+            raise Killed
+        return real(self, pairs)
+
+    with mock.patch.object(Trainer, "train_step", dying), pytest.raises(Killed):
+        trainer(out=out, **MINIMA).fit(make_pairs(0, 5), make_pairs(5, 2), epochs=3)
+
+
+def resumed(out):
+    return weights(Trainer.resume(out, progress=False).fit(make_pairs(0, 5), make_pairs(5, 2), epochs=3))
+
+
+def one_of_many(folder, store):
+    """The work of one process; where there is a store, the group is a person's own."""
+    torch.set_num_threads(1)
+    if store:
+        own = {"rank": int(os.environ["OWN_RANK"]), "world_size": 3}
+        dist.init_process_group("gloo", init_method=f"file://{folder / store}", **own)
+    ranks = together()
+    # Each has a folder of its own, to see who writes.
+    mine = folder / f"rank_{ranks.rank}"
+    found = {name: fitted(name, mine / name) for name in CASES}
+    begun(folder / f"begun_by_{ranks.size}")
+    found["resumed"] = resumed(folder / "begun_by_1")
+    (folder / f"found_{ranks.rank}.json").write_text(json.dumps(found))
+
+
+def torchrun(*arguments, processes=2):
+    return [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
+        *map(str, arguments),
+    ]  # fmt: skip
+
+
+def finished(command, **environment):
+    return subprocess.Popen(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What one process finds."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("alone")
+    begun(folder / "begun_by_1")
+    shutil.copytree(folder / "begun_by_1", folder / "goes_on")
+    found = {name: fitted(name, folder / name) for name in CASES}
+    return folder, found | {"resumed": resumed(folder / "goes_on")}
+
+
+@pytest.fixture(scope="module", params=[2, 3], ids=["torchrun", "a group of one's own"])
+def shared(request, alone, tmp_path_factory):
+    """Where several processes have worked; with three of them, some have nothing to do in a batch of two."""
+    folder = tmp_path_factory.mktemp("shared")
+    shutil.copytree(alone[0] / "begun_by_1", folder / "begun_by_1")
+    if request.param == 2:
+        running = [finished(torchrun(__file__, folder, ""))]
+    else:
+        script = [sys.executable, __file__, str(folder), "store"]
+        running = [finished(script, OWN_RANK=str(rank)) for rank in range(3)]
+    for process in running:
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+    return folder, request.param
+
+
+def close(one, other) -> bool:
+    """Whether two nests of numbers are equal to 1e-8."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(close(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(close, one, other))
+    return one == pytest.approx(other, abs=1e-8, nan_ok=True)
+
+
+class TestSeveralProcesses:
+    @pytest.mark.parametrize("name", CASES)
+    def test_weights_metrics_and_ends_are_those_of_one_process(self, alone, shared, name):
+        folder, n = shared
+        for rank in range(n):
+            assert close(json.loads((folder / f"found_{rank}.json").read_text())[name], alone[1][name])
+        assert alone[1][name]["weights"]["sigma"] != 2.65
+        assert any(row["skipped"] for row in alone[1][name]["history"]) == (name != "minima")
+
+    def test_a_run_goes_on_with_more_and_with_fewer(self, alone, shared):
+        folder, n = shared
+        assert close(json.loads((folder / "found_0.json").read_text())["resumed"], alone[1]["resumed"])
+        assert close(resumed(folder / f"begun_by_{n}"), alone[1]["resumed"])
+
+    def test_one_writes(self, shared):
+        folder, _ = shared
+        assert {path.name for path in (folder / "rank_0" / "minima").iterdir()} == {
+            "settings.json", "metrics.csv", "checkpoint.pt", "potential",
+        }  # fmt: skip
+        assert not (folder / "rank_1").exists()
+
+
+class Limited(Exploding):
+    """Of a device on which so many atoms are too many."""
+
+    fault, most = 1.0, 100
+
+    def forward(self, structures, pairs):
+        if structures.n_atoms > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return super().forward(structures, pairs)
+
+
+class TestMemory:
+    def gradient(self, most, **how):
+        potential = Limited(**untuned().config())
+        potential.most = most
+        run = trainer(potential, **how)
+        losses = run.backward(make_pairs(0, 5))
+        return [*losses, potential.sigma.grad.item(), potential.epsilon.grad.item()], run
+
+    @pytest.mark.parametrize("most", [18, 6])
+    @pytest.mark.parametrize("how", [{}, MINIMA], ids=["unroll", "minima"])
+    def test_a_batch_that_is_halved_has_the_same_gradient(self, most, how, caplog):
+        (expected, whole), (found, parts) = (self.gradient(n, **how) for n in (100, most))
+        assert found == pytest.approx(expected, abs=1e-12)
+        assert len(found) == 7
+        assert "Memory ran out on 5 structures at once" in caplog.text
+        assert parts._pairs.unsolved == whole._pairs.unsolved
+        if how:
+            assert parts.warm_starts.ends.keys() == whole.warm_starts.ends.keys() != set()
+
+    def test_a_structure_that_does_not_fit_alone_is_told(self):
+        with pytest.raises(MemoryError, match="a single structure"):
+            self.gradient(5)
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    write_relaxations(tmp_path)
+    return tmp_path / "pairs"
+
+
+DYING = """
+import os, signal, sys
+from ase_bptt.cli import main
+from ase_bptt import Trainer
+
+real, steps = Trainer.train_step, []
+
+
+def dying(self, pairs):
+    steps.append(pairs)
+    if len(steps) == 2:
+        here, sent = sys.argv[1].split(":")
+        if here == os.environ["RANK"]:
+            os.kill(os.getpid(), int(sent))
+        if here == "all":
+            os.kill(os.getpid(), int(sent))
+    return real(self, pairs)
+
+
+Trainer.train_step = dying
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+class TestShell:
+    def command(self, pairs, *more):
+        return ["train", pairs, "--potential", pairs.parent / "lj", "--out", "run", *TRAIN, *more]
+
+    @pytest.mark.parametrize(
+        ("who", "sentence"),
+        [
+            (f"1:{signal.SIGKILL:d}", "stopped, for one of its processes has died."),
+            (f"0:{signal.SIGKILL:d}", "stopped, for one of its processes has died."),
+            (f"all:{signal.SIGTERM:d}", "stopped."),
+        ],
+        ids=["killed", "the writer is killed", "all are terminated"],
+    )
+    def test_where_one_dies_a_sentence_says_so_and_the_run_goes_on(self, pairs, tmp_path, who, sentence):
+        (tmp_path / "dying.py").write_text(DYING)
+        process = finished(torchrun("dying.py", who, *self.command(pairs)))
+        out, err = process.communicate(timeout=120)
+        assert process.returncode != 0
+        [said] = [line for line in err.splitlines() if line.startswith("ase-bptt: ")]
+        assert said.startswith(f"ase-bptt: {sentence} The state after the last complete epoch is in run/checkpoint.pt")
+        assert said.endswith("ase-bptt train --out run --resume goes on.")
+        assert "ase_bptt/" not in err  # no traceback goes through here
+        assert out.count("shared by 2 processes") == 1
+        assert err.count("epoch   1/3") == 1
+        code, _, err = shell("train", "--out", "run", "--resume")
+        assert code == 0, err
+        code, _, err = shell(*self.command(pairs), "--out", "whole")
+        assert code == 0, err
+        assert load_potential("run").sigma.item() == pytest.approx(load_potential("whole").sigma.item(), abs=1e-8)
+
+    @pytest.mark.parametrize(
+        ("flags", "sentence"),
+        [
+            (["--loss", "colour"], "ase-bptt train: error: argument --loss: invalid choice: 'colour'"),
+            (["--last", "1"], "ase-bptt: "),
+        ],
+    )
+    def test_what_cannot_be_done_is_said_once(self, pairs, flags, sentence):
+        process = finished(torchrun("-m", "ase_bptt", *self.command(pairs, *flags)))
+        out, err = process.communicate(timeout=120)
+        assert process.returncode != 0
+        assert out == ""
+        assert len([line for line in err.splitlines() if line.startswith(sentence)]) == 1
+        # As torchrun has it from each of them.
+        assert err.count("exitcode  : 2 ") == 2
+        assert "ase_bptt/" not in err
+        assert not Path("run").exists()
+
+
+if __name__ == "__main__":
+    one_of_many(Path(sys.argv[1]), sys.argv[2])
