@@ -14,7 +14,7 @@ from ..potential import Potential
 from ..stability import steady
 from ..steppers import BFGS, GradientDescent, Stepper, make_stepper
 from .pairloss import Loss, PairLoss
-from .ranks import Ranks
+from .ranks import together
 from .warm import WarmStarts
 
 MOMENTUM = 0.7
@@ -37,9 +37,8 @@ def make_pair_loss(
     fmax: float,
     learn: Sequence[str],
     warm: int,
-    ranks: Ranks,
 ) -> PairLoss:
-    """The loss of pairs that these arguments of a Trainer ask for.
+    """The loss of pairs that these arguments of a Trainer ask for, shared by the processes of the run.
 
     Raises
     ------
@@ -63,7 +62,8 @@ def make_pair_loss(
             "'guided' or 'one-step'."
         )
     frames = steps or (TO_THE_END if chosen.to_the_end else UNROLLED)
-    return PairLoss(potential, moved, chosen, measured, frames, fmax, WarmStarts(warm) if warm else None, ranks)
+    starts = WarmStarts(warm) if warm else None
+    return PairLoss(potential, moved, chosen, measured, frames, fmax, starts, together())
 
 
 def make_steady(made: PairLoss, train: Sequence[RelaxationPair]) -> Stepper:

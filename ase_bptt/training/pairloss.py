@@ -85,7 +85,7 @@ class PairLoss:
         Each rank does its share, in parts where memory runs out. Pairs whose relaxation diverges are reported and
         left out.
         """
-        total = Total(self._trained())
+        total = Total(self.trained())
 
         def run(mine: list[RelaxationPair]) -> list[End]:
             ends: list[End] = []
@@ -112,7 +112,7 @@ class PairLoss:
             losses = losses + self.adjoint.weight * self.loss(relaxation.early, reference)
         diverged = [any(run.status[k] is Status.DIVERGED for run in runs) for k in range(len(pairs))]
         good = torch.isfinite(losses.detach()) & ~torch.tensor(diverged, device=losses.device)
-        trained = self._trained()
+        trained = self.trained()
         gradients: Gradients = [None] * len(trained)
         attached = bool(good.any()) and losses.requires_grad
         if attached:
@@ -123,6 +123,10 @@ class PairLoss:
         counted = [loss if fine else None for loss, fine in zip(losses.tolist(), good.tolist(), strict=True)]
         frames = relaxation.nsteps.tolist()
         return gradients, [End(attached, *found) for found in zip(counted, frames, solves, warm, strict=True)]
+
+    def trained(self) -> list[nn.Parameter]:
+        """What requires gradients in the potential and its stepper."""
+        return [p for m in (self.potential, self.stepper) for p in m.parameters() if p.requires_grad]
 
     def counts(self) -> dict[str, float]:
         """Of the epoch that ends: what did not go as it should, where it can; begins to count anew."""
@@ -151,9 +155,6 @@ class PairLoss:
         return relax(
             self.potential, self.potential.batch(starts), stepper=stepper, fmax=self.fmax, steps=steps, adjoint=adjoint
         )
-
-    def _trained(self) -> list[nn.Parameter]:
-        return [p for m in (self.potential, self.stepper) for p in m.parameters() if p.requires_grad]
 
     def _cost(self, pair: RelaxationPair) -> float:
         """Atoms times frames, as many as the last time where it is known."""

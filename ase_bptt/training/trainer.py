@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,8 @@ Pairs = Sequence[RelaxationPair]
 
 class Trainer:
     """Fine-tune a potential so that its relaxations end where the reference's do (arXiv 2512.01067).
+
+    Under `torchrun`, or in a process group of yours, all processes build the same Trainer and share each batch.
 
     Parameters
     ----------
@@ -119,21 +120,18 @@ class Trainer:
         check_positive(
             steps=steps, batch_size=batch_size, lr=lr, fmax=fmax, clip=clip, patience=patience, warm=warm or None
         )
-        self.ranks = together()
         self.potential = as_potential(potential)
         self.learn = [learn] if isinstance(learn, str) else list(learn)
         self._pairs = pairs = make_pair_loss(
-            self.potential, stepper, adjoint, loss, steps=steps, fmax=fmax, learn=self.learn, warm=warm,
-            ranks=self.ranks,
-        )  # fmt: skip
+            self.potential, stepper, adjoint, loss, steps=steps, fmax=fmax, learn=self.learn, warm=warm
+        )
         self.stepper, self.adjoint, self.loss, self.warm_starts = pairs.stepper, pairs.adjoint, pairs.loss, pairs.warm
         self.steps, self.fmax, self.batch_size, self.clip, self.warm = pairs.steps, fmax, batch_size, clip, warm
         self.patience, self.seed, self.lr, self.along, self.rattle = patience, seed, lr, along, rattle
-        self.out, self.progress = None if out is None else Path(out), progress if self.ranks.writes else False
+        self.ranks, self.out = pairs.ranks, None if out is None else Path(out)
+        self.progress = progress if self.ranks.writes else False
         self.rates, self.terms = dict(rates or {}), make_terms(terms)
-        self.updates = Updates(
-            self.potential, self.stepper, self.terms, self.ranks, optimizer, lr=lr, rates=self.rates, clip=clip
-        )
+        self.updates = Updates(pairs, self.terms, optimizer, lr=lr, rates=self.rates, clip=clip)
         self.optimizer = self.updates.optimizer
         self.order = Order(batch_size, along, rattle, seed)
         self.epoch, self.epochs, self.data = 0, 0, ""
@@ -141,7 +139,6 @@ class Trainer:
         self.history: list[dict[str, float]] = []
         self.best: dict[str, dict[str, Tensor]] = {}
         self.best_loss, self.best_epoch = float("inf"), 0
-        self._prepared = False
 
     def fit(self, train: Pairs, valid: Pairs = (), *, epochs: int = 16) -> Trainer:
         """Train, and leave the potential and the numbers of the stepper in their best state on the validation pairs.
@@ -188,10 +185,7 @@ class Trainer:
             self.stepper = make_steady(self._pairs, train)
             self.begun_with = self.stepper.numbers()
             self.potential.metadata = resuming.provenance(self)
-        if not self._prepared:
-            for term in self.terms:
-                term.prepare(self.potential, train)
-            self._prepared = True
+        self.updates.prepare(train)
         if fresh:
             self._write(potential=True)
 
@@ -283,7 +277,7 @@ class Trainer:
 
         An optimizer, loss, stepper, adjoint or term of your own must be given again.
         """
-        settings, state, rewound = together().once(partial(checkpoint.read, out))
+        settings, state, rewound = together().once(lambda: checkpoint.read(out))
         given = {"optimizer": optimizer, "loss": loss, "stepper": stepper, "adjoint": adjoint, "terms": terms}
         arguments = resuming.arguments(Path(out), settings, state, given, device)
         trainer = cls(**arguments, out=out, progress=progress)

@@ -11,11 +11,9 @@ from torch import nn
 
 from ..guard.terms import Term, add_gradients
 from ..pairs import RelaxationPair
-from ..potential import Potential
-from ..steppers import Stepper
 from ..tuning.trainable import groups
 from .gradients import Total
-from .ranks import Ranks
+from .pairloss import PairLoss
 
 log = logging.getLogger(__name__)
 OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
@@ -26,12 +24,10 @@ class Updates:
 
     Parameters
     ----------
-    potential : Potential
-    stepper : Stepper
+    pairs : PairLoss
+        Whose potential and stepper are trained, by the ranks that share it.
     terms : sequence of Term
         Their gradients are added in each step.
-    ranks : Ranks
-        Who share the terms.
     factory : callable or None
         Makes the optimizer; None is AdamW.
     lr, rates, clip
@@ -51,29 +47,33 @@ class Updates:
 
     def __init__(
         self,
-        potential: Potential,
-        stepper: Stepper,
+        pairs: PairLoss,
         terms: Sequence[Term],
-        ranks: Ranks,
         factory: OptimizerFactory | None,
         *,
         lr: float,
         rates: Mapping[str, float],
         clip: float,
     ):
-        self.potential, self.terms, self.ranks, self.clip = potential, terms, ranks, clip
-        self._trained = [p for m in (potential, stepper) for p in m.parameters() if p.requires_grad]
+        self.potential, self.ranks, self.terms, self.clip = pairs.potential, pairs.ranks, terms, clip
+        self._trained = pairs.trained()
         if not self._trained:
             raise ValueError("Nothing can be trained: no weight of the potential or stepper requires gradients.")
-        made = groups(potential, stepper, rates, lr=lr)
+        made = groups(pairs.potential, pairs.stepper, rates, lr=lr)
         if factory is None:
             self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(made, lr=lr, weight_decay=0.0)
         else:
             # A factory of a person's own may expect plain parameters.
             self.optimizer = factory(self._trained if len(made) == 1 and not rates else made)
         self.further: dict[str, float] = {}
-        self._taken = 0
+        self._taken, self._prepared = 0, False
         self._base_rates = [group["lr"] for group in self.optimizer.param_groups]
+
+    def prepare(self, pairs: Sequence[RelaxationPair]) -> None:
+        """Have the terms look at the potential that the training begins with, once."""
+        for term in () if self._prepared else self.terms:
+            term.prepare(self.potential, pairs)
+        self._prepared = True
 
     def set_rate(self, done: float) -> None:
         """Half a cosine from the optimizer's own rates to zero, by the share of the training that is done."""
