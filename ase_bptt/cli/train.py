@@ -150,4 +150,7 @@ def _splits(arguments: argparse.Namespace, potential: Potential) -> Splits:
 
 
 def _pairs(arguments: argparse.Namespace, potential: Potential) -> list[RelaxationPair]:
+    if arguments.lazy and together().size > 1:
+        # One makes the index, and the others need not look through all files again.
+        together().once(lambda: read_grouped(arguments) and None)
     return usable(potential, read_grouped(arguments), skip_invalid=arguments.skip_invalid)

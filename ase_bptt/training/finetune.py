@@ -222,5 +222,5 @@ def _evaluated(trainer: Trainer, test: Sequence[RelaxationPair], stepper: str) -
         found = evaluate(trainer.potential, mine, stepper=stepper, progress=trainer.progress)
         return list(zip(found.rows, found.ends, strict=True))
 
-    found = trainer.ranks.dealt(test, [len(p.initial) for p in test], run)
+    found = trainer.ranks.dealt(test, [p.n_atoms for p in test], run)
     return Evaluation(tuple(row for row, _ in found), tuple(end for _, end in found))

@@ -158,7 +158,7 @@ class PairLoss:
 
     def _cost(self, pair: RelaxationPair) -> float:
         """Atoms times frames, as many as the last time where it is known."""
-        return len(pair.initial) * (1 + self._frames.get(pair.id, self.steps))
+        return pair.n_atoms * (1 + self._frames.get(pair.id, self.steps))
 
     def _noted(self, pairs: Sequence[RelaxationPair], ends: Sequence[End]) -> list[float]:
         """Keep and tell how the pairs ended; the losses that count."""

@@ -32,7 +32,7 @@ def validate(potential: Potential, pairs: Sequence[RelaxationPair], ranks: Ranks
     """
     if not pairs:
         return {"valid_score": float("nan"), "valid_delta_q": float("nan")}
-    distances = ranks.dealt(pairs, [len(p.initial) for p in pairs], partial(_distances, potential))
+    distances = ranks.dealt(pairs, [p.n_atoms for p in pairs], partial(_distances, potential))
     return {"valid_score": fmean(math.log1p(d / SCALE) for d in distances), "valid_delta_q": fmean(distances)}
 
 
