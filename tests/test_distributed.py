@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from unittest import mock
 
@@ -27,6 +28,16 @@ from ase_bptt.training.ranks import Ranks, together
 TESTS = Path(__file__).parent
 TRAIN = ["--epochs", "3", "--batch-size", "2", "--steps", "2", "--lr", "0.02", "--dtype", "float64"]
 MINIMA = {"adjoint": "implicit", "stepper": None, "steps": 60, "warm": 2}
+
+
+@cache
+def made():
+    return make_pairs(0, 8)
+
+
+def data():
+    """Pairs to train on, and to choose by."""
+    return made()[:5], made()[5:]
 
 
 class Killed(BaseException):
@@ -60,7 +71,7 @@ def weights(run):
 
 def fitted(name, out):
     """What a run of two epochs leaves."""
-    train, valid = make_pairs(0, 5), make_pairs(5, 3)
+    train, valid = data()
     if name != "minima":
         train[4] = with_xenon(train[4])
     run = CASES[name](out=out).fit(train, valid, epochs=2)
@@ -83,11 +94,11 @@ def begun(out):
         return real(self, pairs)
 
     with mock.patch.object(Trainer, "train_step", dying), pytest.raises(Killed):
-        trainer(out=out, **MINIMA).fit(make_pairs(0, 5), make_pairs(5, 2), epochs=3)
+        trainer(out=out, **MINIMA).fit(*data(), epochs=3)
 
 
 def resumed(out):
-    return weights(Trainer.resume(out, progress=False).fit(make_pairs(0, 5), make_pairs(5, 2), epochs=3))
+    return weights(Trainer.resume(out, progress=False).fit(*data(), epochs=3))
 
 
 def one_of_many(folder, store):
@@ -193,7 +204,7 @@ class TestMemory:
         potential = Limited(**untuned().config())
         potential.most = most
         run = trainer(potential, **how)
-        losses = run.backward(make_pairs(0, 5))
+        losses = run.backward(data()[0])
         return [*losses, potential.sigma.grad.item(), potential.epsilon.grad.item()], run
 
     @pytest.mark.parametrize("most", [18, 6])

@@ -48,10 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     ranks = together()
     voice = Voice(ranks)
     try:
-        with voice.silenced(errors=True):
+        with terminable(once=not voice.alone), voice.silenced(errors=True):
             arguments = completed(build_parser(), argv)
     except SystemExit:
-        voice.spoken()
+        voice.all_ended()
         raise
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     if ranks.writes:

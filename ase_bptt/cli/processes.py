@@ -13,7 +13,7 @@ from torch import distributed as dist
 from ..training.ranks import Ranks, leave
 
 GOODBYE = 5.0
-"""Seconds in which processes that were all told to end say so, if none of them has died."""
+"""Seconds in which all processes come to their end, if none of them has died."""
 SILENCE = 20.0
 """Seconds after which the process that speaks will say nothing; torchrun kills after 30."""
 
@@ -28,6 +28,7 @@ class Voice:
 
     def __init__(self, ranks: Ranks):
         self.ranks = ranks
+        self._ended = False
 
     @property
     def alone(self) -> bool:
@@ -58,36 +59,39 @@ class Voice:
         """
         if not for_all:
             leave()  # the others may wait for this process
+        self._end()
         if self._my_turn(sentence, for_all):
             print(f"ase-bptt: {sentence}", file=sys.stderr, flush=True)
-        if self.ranks.writes:
-            self.spoken()
-
-    def spoken(self, patience: float = SILENCE) -> bool:
-        """Let it be known that this process has spoken, or wait until the one that speaks has; whether it has."""
-        if self.ranks.store is None:
-            return True
-        if not self.ranks.writes:
-            return _soon(lambda store: store.check(["spoken"]), self.ranks.store, patience)
-        with suppress(RuntimeError):
-            self.ranks.store.set("spoken", "")
-        return True
+        if self.ranks.store is not None and self.ranks.writes:
+            with suppress(RuntimeError):
+                self.ranks.store.set("spoken", "")
+            if not for_all:
+                self.all_ended()  # torchrun would end the others with this one
 
     def all_ended(self) -> bool:
-        """Whether all processes were told to end; otherwise one of them has died."""
+        """Whether all processes have come to their end by themselves; otherwise one of them has died."""
         if self.ranks.store is None:
             return True
-        with suppress(RuntimeError):
-            self.ranks.store.add("ended", 1)
+        self._end()
         return _soon(lambda store: store.add("ended", 0) == self.ranks.size, self.ranks.store, GOODBYE)
 
+    def _end(self) -> None:
+        if self.ranks.store is None or self._ended:
+            return
+        self._ended = True
+        with suppress(RuntimeError):
+            self.ranks.store.add("ended", 1)
+
     def _my_turn(self, sentence: str, for_all: bool) -> bool:
-        if self.ranks.store is None:
+        store = self.ranks.store
+        if store is None:
             return True
-        if not self.ranks.writes and self.spoken(GOODBYE if for_all else SILENCE) and for_all:
-            return False
+        if not self.ranks.writes:
+            heard = _soon(lambda store: store.check(["spoken"]), store, GOODBYE if for_all else SILENCE)
+            if heard and for_all:
+                return False
         try:
-            return self.ranks.store.add(sentence, 1) == 1
+            return store.add(sentence, 1) == 1
         except RuntimeError:
             return self.ranks.writes
 
