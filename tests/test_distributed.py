@@ -183,7 +183,7 @@ class TestSeveralProcesses:
     def test_one_writes(self, shared):
         folder, _ = shared
         assert {path.name for path in (folder / "rank_0" / "minima").iterdir()} == {
-            "settings.json", "metrics.csv", "checkpoint.pt", "potential",
+            "settings.json", "metrics.csv", "checkpoint.pt", "checkpoint.previous.pt", "potential",
         }  # fmt: skip
         assert not (folder / "rank_1").exists()
 

@@ -137,8 +137,10 @@ def rewind(trainer: Trainer, state: dict[str, Any]) -> None:
     assert trainer.out is not None
     # The first checkpoint knows no best state yet.
     trainer.potential.load_state_dict(state["best"].get("potential", state["potential"]))
+    trainer.ranks.each(lambda: None)  # all have read what is written anew now
     trainer.save(trainer.out / "potential")
-    checkpoint.write_metrics(trainer.out, state["history"])
+    if trainer.ranks.writes:
+        checkpoint.write_metrics(trainer.out, state["history"])
 
 
 def restore(trainer: Trainer, state: dict[str, Any]) -> None:
