@@ -295,6 +295,27 @@ class TestDiverging:
         assert all(p.id in caplog.text for p in pairs["train"])
 
 
+@pytest.mark.parametrize("adjoint", ["replay", "full"])
+def test_a_batch_that_does_not_fit_is_computed_in_parts_and_its_gradient_stays(pairs, adjoint):
+    def gradients(memory):
+        run = trainer(batch_size=8, adjoint=adjoint, memory=memory)
+        sizes = []
+        relaxed = run._pairs.relaxation
+        run._pairs.relaxation = lambda some, epoch: sizes.append(len(some)) or relaxed(some, epoch)
+        losses = run.backward(pairs["train"])
+        return torch.stack([p.grad for p in run.potential.parameters()]), losses, sizes
+
+    whole, losses, [n] = gradients(None)
+    parts, again, sizes = gradients(2e-5)
+    assert n == len(pairs["train"])
+    measured, computed = sizes[:5], sizes[5:]
+    assert max(measured) == 2
+    assert sum(computed) == n
+    assert len(computed) > 1
+    assert again == pytest.approx(losses, abs=1e-12)
+    torch.testing.assert_close(parts, whole, atol=1e-12, rtol=1e-10)
+
+
 class Heavy(LennardJones):
     atomic_numbers = frozenset({18})
 

@@ -53,6 +53,8 @@ def add_training(parser: argparse.ArgumentParser) -> Any:
          choices=sorted(LOSSES), metavar="NAME")  # fmt: skip
     number("--lr", positive, "learning rate of AdamW at the start")
     number("--batch-size", count, "pairs a step of the optimizer", "N")
+    number("--memory", positive, "GiB that may be taken at once; larger batches are computed in parts (default: 80 % "
+           "of what is free on a GPU)")  # fmt: skip
     number("--along", between(0, 1), "share of training starts on the way to the reference")
     number("--rattle", between(0, 1), "noise on training starts, in Å")
     number("--patience", count, "stop after so many epochs without a better validation", "N")

@@ -37,6 +37,7 @@ def make_pair_loss(
     fmax: float,
     learn: Sequence[str],
     warm: int,
+    memory: float | None,
 ) -> PairLoss:
     """The loss of pairs that these arguments of a Trainer ask for, shared by the processes of the run.
 
@@ -63,7 +64,7 @@ def make_pair_loss(
         )
     frames = steps or (TO_THE_END if chosen.to_the_end else UNROLLED)
     starts = WarmStarts(warm) if warm else None
-    return PairLoss(potential, moved, chosen, measured, frames, fmax, starts, together())
+    return PairLoss(potential, moved, chosen, measured, frames, fmax, starts, together(), memory)
 
 
 def make_steady(made: PairLoss, train: Sequence[RelaxationPair]) -> Stepper:

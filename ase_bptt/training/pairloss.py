@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..adjoints import Adjoint, Guided, Replay, SolveStatus
 from ..pairs import RelaxationPair
-from ..planning import in_parts
+from ..planning import Planner, in_parts
 from ..potential import Potential
 from ..relaxation import relax
 from ..result import Relaxation, Status
@@ -64,6 +64,8 @@ class PairLoss:
         Where relaxations to a minimum begin; None begins from the initial structures.
     ranks : Ranks
         Who share the work.
+    memory : float or None
+        GiB that a part of a batch may take, as for `Planner`.
     unsolved : int
         Structures whose gradient at the minimum was not solved for, since this was last set to zero.
     """
@@ -76,23 +78,30 @@ class PairLoss:
     fmax: float
     warm: WarmStarts | None = None
     ranks: Ranks = field(default_factory=Ranks)
+    memory: float | None = None
     unsolved: int = 0
     _frames: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._planner = Planner(self.potential, self.gradients, lambda pair: pair.initial, self.memory)
 
     def backward(self, pairs: Sequence[RelaxationPair], epoch: int = 0) -> list[float]:
         """Add the gradient of the mean loss of a batch to ``.grad``; the losses of the pairs that counted.
 
-        Each rank does its share, in parts where memory runs out. Pairs whose relaxation diverges are reported and
+        Each rank does its share, in parts that fit into the memory. Pairs whose relaxation diverges are reported and
         left out.
         """
         total = Total(self.trained())
 
         def run(mine: list[RelaxationPair]) -> list[End]:
-            ends: list[End] = []
-            for _, (gradients, found) in in_parts(partial(self.gradients, epoch=epoch), mine):
-                total.add(gradients)
-                ends += found
-            return ends
+            ends: dict[int, End] = {}
+            for part in self._planner.parts(mine):
+                found: list[End] = []
+                for _, (gradients, some) in in_parts(partial(self.gradients, epoch=epoch), [mine[k] for k in part]):
+                    total.add(gradients)
+                    found += some
+                ends |= zip(part, found, strict=True)
+            return [ends[k] for k in range(len(mine))]
 
         ends = self.ranks.dealt(pairs, [self._cost(pair) for pair in pairs], run)
         losses = self._noted(pairs, ends)

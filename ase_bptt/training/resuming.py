@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 STATE = ("epoch", "epochs", "data", "history", "best", "best_loss", "best_epoch", "begun_with")
 """What a Trainer knows beside the states of its parts."""
-NUMBERS = ("lr", "steps", "fmax", "batch_size", "clip", "patience", "along", "rattle", "seed", "warm", "learn", "rates")
+NUMBERS = (
+    "lr", "steps", "fmax", "batch_size", "memory", "clip", "patience", "along", "rattle", "seed", "warm", "learn",
+    "rates",
+)  # fmt: skip
 """Arguments of a Trainer that are plain numbers and names."""
 SETTINGS = {*NUMBERS, "stepper", "adjoint", "loss", "optimizer", "terms"}
 """Without these in settings.json nothing is resumed."""

@@ -61,6 +61,9 @@ class Trainer:
         eV/Å: structures stop below this, in training.
     batch_size : int
         Pairs in one step of the optimizer.
+    memory : float or None
+        GiB that may be taken at once: a batch that needs more is computed in parts, and its gradient stays the same.
+        None is 80 % of what is free on a GPU, and no limit elsewhere.
     clip : float
         Largest norm of the gradient.
     patience : int or None
@@ -105,6 +108,7 @@ class Trainer:
         steps: int | None = None,
         fmax: float = 0.01,
         batch_size: int = 4,
+        memory: float | None = None,
         clip: float = 1.0,
         patience: int | None = None,
         along: float = 0.5,
@@ -118,17 +122,19 @@ class Trainer:
         progress: bool | None = None,
     ):
         check_positive(
-            steps=steps, batch_size=batch_size, lr=lr, fmax=fmax, clip=clip, patience=patience, warm=warm or None
-        )
+            steps=steps, batch_size=batch_size, memory=memory, lr=lr, fmax=fmax, clip=clip, patience=patience,
+            warm=warm or None,
+        )  # fmt: skip
         self.potential = as_potential(potential)
         self.learn = [learn] if isinstance(learn, str) else list(learn)
         self._pairs = pairs = make_pair_loss(
-            self.potential, stepper, adjoint, loss, steps=steps, fmax=fmax, learn=self.learn, warm=warm
+            self.potential, stepper, adjoint, loss, steps=steps, fmax=fmax, learn=self.learn, warm=warm, memory=memory
         )
         self.stepper, self.adjoint, self.loss, self.warm_starts = pairs.stepper, pairs.adjoint, pairs.loss, pairs.warm
         self.steps, self.fmax, self.batch_size, self.clip, self.warm = pairs.steps, fmax, batch_size, clip, warm
         self.patience, self.seed, self.lr, self.along, self.rattle = patience, seed, lr, along, rattle
         self.ranks, self.out = pairs.ranks, None if out is None else Path(out)
+        self.memory = memory
         self.progress = progress if self.ranks.writes else False
         self.rates, self.terms = dict(rates or {}), make_terms(terms)
         self.updates = Updates(pairs, self.terms, optimizer, lr=lr, rates=self.rates, clip=clip)
