@@ -71,10 +71,13 @@ class Keep:
         Each so many frames; those between are run again when they are asked for.
     last : int or None
         Of each structure no more than this many, its last ones.
+    forces : bool
+        The forces of each frame, too.
     """
 
     every: int = 1
     last: int | None = None
+    forces: bool = False
 
 
 @dataclass(eq=False)
@@ -95,6 +98,8 @@ class Record:
         Where each ended, in Å.
     weights : tuple
         Fingerprint of the weights that the frames were run with.
+    forces : list of Tensor or None
+        Of each frame, in eV/Å, without constraints; None where they are not stored.
     kept : Keep
         Which frames are stored.
     relaxed : list of bool, length n
@@ -108,6 +113,7 @@ class Record:
     map: IteratedMap
     start: Structures
     frames: list[Kept | None] = field(default_factory=list)
+    forces: list[Tensor | None] = field(default_factory=list)
     nsteps: list[int] = field(default_factory=list)
     final: Tensor = field(default_factory=lambda: torch.empty(0, 3))
     weights: Versions = ()
@@ -120,11 +126,12 @@ class Record:
     def __post_init__(self) -> None:
         self.weights = self.weights or self.map.fingerprint()
 
-    def keep(self, positions: Tensor, state: State) -> None:
+    def keep(self, positions: Tensor, state: State, forces: Tensor | None = None) -> None:
         """Store the state before a frame, if it is one of those that are kept."""
         t, kept = len(self.frames), self.kept
         wanted = t % kept.every == 0
         self.frames.append((positions.detach(), state.map(Tensor.detach)) if wanted else None)
+        self.forces.append(forces.detach() if forces is not None and kept.forces else None)
         if kept.last is not None and t >= kept.last:
             old = t - kept.last
             # A structure that has stopped before needs its own last ones.
@@ -139,12 +146,23 @@ class Record:
         if self.frames[t] is None and t not in self._again:
             self._run_again(t - t % self.kept.every)
         positions, state = self._placed(t) if self.frames[t] is not None else self._again[t]
-        moving = self.moving(t)
-        if members is None or members == moving:
+        if members is None or members == self.moving(t):
             return positions, state
-        rows = [moving.index(k) for k in members]
-        atoms = self.start.select(moving).atoms_of(rows)
+        rows, atoms = self._places(t, members)
         return positions[atoms], state.select(atoms, torch.tensor(rows, device=positions.device))
+
+    def forces_before(self, t: int, members: list[int]) -> Tensor | None:
+        """The forces by which these structures took frame t, where they are stored."""
+        forces = self.forces[t] if t < len(self.forces) else None
+        if forces is None or members == self.moving(t):
+            return forces
+        return forces[self._places(t, members)[1]]
+
+    def _places(self, t: int, members: list[int]) -> tuple[list[int], Tensor]:
+        """Where these structures, and their atoms, stand among those that took frame t."""
+        moving = self.moving(t)
+        rows = [moving.index(k) for k in members]
+        return rows, self.start.select(moving).atoms_of(rows)
 
     def _placed(self, t: int) -> Kept:
         like, kept = self.start.positions, self.frames[t]

@@ -73,7 +73,7 @@ class Run:
             if t == self.first and self.tail is not None:
                 moving.turn(self.tail)
             if self.keep is not None and (self.first is None or t < self.first):
-                self.record.keep(moving.structures.positions, moving.state)
+                self.record.keep(moving.structures.positions, moving.state, moving.forces)
             moving.advance()
         _conclude(self.record, self.ends)
 

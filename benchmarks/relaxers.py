@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -101,9 +102,10 @@ class TorchSim:
         }
         command = [arguments.torch_sim, HELPER, native, file]
         command += [word for name, value in flags.items() for word in (f"--{name}", value)]
-        self.process = subprocess.Popen(
-            list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
+        # Its environment is its own: nothing is imported from where ours is.
+        own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen(list(map(str, command)), env=own, text=True, **pipes)
 
     def relaxer(self, every: int) -> Relaxer:
         """With its stop test after so many frames."""

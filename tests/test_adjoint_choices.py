@@ -21,6 +21,7 @@ SPECS = {
     "full": FullTape(),
     "replay": Replay(),
     "replay:10": Replay(every=10),
+    "replay:differences": Replay(differences=True),
     "truncated": Truncated(10),
     "truncated:5": Truncated(5),
     "implicit": Implicit(),

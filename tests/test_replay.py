@@ -4,13 +4,15 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import argon, cluster, lennard_jones
+from ase.constraints import FixAtoms, FixCom
+from conftest import argon, cluster, lennard_jones, needs_mace, silicon, tiny_mace
 from test_adjoints import LEARNABLE, batch, distance, elsewhere, gradient
 from toys import Bowl, heap, vacancy
 
-from ase_bptt import BPTTOptimizer, Structures, TorchCalculator, relax
+from ase_bptt import BPTTOptimizer, Structures, TorchCalculator, delta_q, load_potential, relax
 from ase_bptt.adjoints import Replay
 from ase_bptt.frames import IteratedMap
+from ase_bptt.potentials.direct import Direct
 from ase_bptt.potentials.lennard_jones import LennardJones
 from ase_bptt.steppers import FIRE, GradientDescent
 
@@ -159,3 +161,50 @@ def test_clipping_one_frame_keeps_the_direction():
     factor = (0.5 * norms[1] / norms[0]).clamp(max=1)
     assert (factor < 1).all()
     torch.testing.assert_close(short, exact * factor[structures.batch, None], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("every", [1, 4])
+@pytest.mark.parametrize("stepper", LEARNABLE)
+def test_differences_of_the_energy_give_the_gradient_that_second_derivatives_give(stepper, every):
+    potential, stepper = lennard_jones().requires_grad_(), LEARNABLE[stepper]()
+    exact, differences = Replay(), Replay(every=every, differences=True)
+    (usual, expected), (quick, found) = (everything(potential, stepper, a) for a in (exact, differences))
+    assert torch.equal(quick.positions, usual.positions)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=3e-7 * other.abs().max().item())
+
+
+@needs_mace
+@pytest.mark.parametrize("constraint", [FixAtoms([0]), FixCom(), None], ids=["FixAtoms", "FixCom", "free"])
+def test_differences_of_mace_under_constraints(constraint):
+    potential = load_potential(tiny_mace(), dtype=torch.float64)
+    starts = [silicon(seed=1, amplitude=0.05), silicon(seed=2, amplitude=0.1)]
+    if constraint is not None:
+        starts[1].set_constraint(constraint)
+    found = []
+    for adjoint in (Replay(), Replay(differences=True)):
+        run = relax(potential, starts, stepper=FIRE(), fmax=0.01, steps=12, adjoint=adjoint)
+        found.append(gradient(list(potential.parameters()), delta_q(run, [silicon(amplitude=0.0)] * 2).sum()))
+    for one, other in zip(*reversed(found), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-7 * other.abs().max().item())
+
+
+def test_differences_ask_for_no_second_derivative_and_for_no_forces_again():
+    potential = lennard_jones().requires_grad_()
+    relaxation, _ = relaxed(potential, LEARNABLE["fire"](), Replay(differences=True))
+    with mock.patch.object(LennardJones, "energy_and_forces", side_effect=AssertionError):
+        relaxation.positions.square().sum().backward()
+    assert potential.sigma.grad.abs() > 0
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: lennard_jones().float(), "Differences of energies need float64"),
+        (lambda: Direct().double(), "not the slope of an energy"),
+    ],
+    ids=["float32", "direct"],
+)
+def test_differences_are_refused_where_they_mean_nothing(make, sentence):
+    with pytest.raises((ValueError, NotImplementedError), match=sentence):
+        relax(make().requires_grad_(), argon(), steps=2, adjoint=Replay(differences=True))

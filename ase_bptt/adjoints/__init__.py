@@ -33,12 +33,14 @@ __all__ = [
 ADJOINTS: dict[str, type[Adjoint]] = {cls.name: cls for cls in (FullTape, Replay, Truncated, Implicit, OneStep, Guided)}
 FRAMES = {"replay": "every", "truncated": "window", "guided": "first"}
 """What the number after the colon means, as in "guided:20"."""
+DIFFERENCES = "replay:differences"
+"""The name of `Replay` by differences of the energy."""
 NEEDED = {"truncated": 10, "guided": 10}
 """Frames of those that cannot be without a number."""
 
 
 def make_adjoint(adjoint: str | dict[str, Any] | Adjoint | None) -> Adjoint | None:
-    """An adjoint by name ("replay", "implicit", "guided:20", ...), from what its `todict` gave, or the object itself.
+    """An adjoint by name ("replay", "replay:differences", "implicit", "guided:20", ...), from what its `todict` gave, or the object itself.
 
     Raises
     ------
@@ -53,6 +55,8 @@ def make_adjoint(adjoint: str | dict[str, Any] | Adjoint | None) -> Adjoint | No
         if name not in ADJOINTS:
             raise _unknown(name)
         return ADJOINTS[name](**settings)
+    if adjoint == DIFFERENCES:
+        return Replay(differences=True)
     name, colon, number = adjoint.partition(":")
     wanted = FRAMES.get(name)
     if name not in ADJOINTS or (colon and not (wanted and number.isdecimal() and int(number))):
@@ -63,4 +67,4 @@ def make_adjoint(adjoint: str | dict[str, Any] | Adjoint | None) -> Adjoint | No
 
 def _unknown(adjoint: Any) -> ValueError:
     known = ", ".join(f"{known}:N" if known in FRAMES else known for known in ADJOINTS)
-    return ValueError(f"There is no adjoint {adjoint!r}; there are {known}, with N frames.")
+    return ValueError(f"There is no adjoint {adjoint!r}; there are {known}, with N frames, and {DIFFERENCES}.")

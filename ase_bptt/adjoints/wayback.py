@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from ..frames import Record
 from ..steppers import State
+from .differences import pull_back, through_frame
 
 
 class WayBack:
     """From dL/dX(T) to dL/dX(0), adding up dL/dcells and dL/dweights frame by frame.
 
     A structure that had stopped before frame t passes its adjoint through unchanged.
+
+    Parameters
+    ----------
+    record : Record
+    gradient : Tensor, shape (n_atoms, 3)
+        dL/dX(T).
+    weights : list of Tensor
+    with_cells : bool
+    clip, differences
+        As for `Replay`.
     """
 
     def __init__(
-        self, record: Record, gradient: Tensor, weights: list[Tensor], with_cells: bool, clip: float | None = None
+        self,
+        record: Record,
+        gradient: Tensor,
+        weights: list[Tensor],
+        with_cells: bool,
+        clip: float | None = None,
+        differences: bool = False,
     ):
-        self.record, self.weights, self.clip = record, weights, clip
+        self.record, self.weights, self.clip, self.differences = record, weights, clip, differences
         self.adjoint = gradient.clone()
         self.to_weights: list[Tensor | None] = [None] * len(weights)
         self.to_cells = torch.zeros_like(record.start.cells) if with_cells else None
@@ -55,21 +70,24 @@ class WayBack:
         x = positions.clone().requires_grad_()
         carried = [s.clone().requires_grad_() for s in state.floats()]
         cells = members.cells.detach().requires_grad_(self.to_cells is not None)
-        with torch.enable_grad():
-            structures = members.replace(positions=x, cells=cells)
-            outputs = iterated.frame(structures, state.with_floats(carried), self.neighbors)
-        to_x, *rest = _pull_back(
-            (outputs[0], *outputs[1].floats()),
-            (self.adjoint[atoms], *state_adjoint.floats()),
-            [x, *carried, *[cells] * (self.to_cells is not None), *self.weights],
-        )
-        back = [_or_zero(g, s) for g, s in zip(rest[: len(carried)], carried, strict=True)]
+        gradients = (self.adjoint[atoms], *state_adjoint.floats())
+        inputs = [x, *carried, *[cells] * (self.to_cells is not None), *self.weights]
+        structures, state = members.replace(positions=x, cells=cells), state.with_floats(carried)
+        if self.differences:
+            forces = self.record.forces_before(t, now)
+            back = through_frame(iterated, structures, state, self.neighbors(structures), forces, gradients, inputs)
+        else:
+            with torch.enable_grad():
+                ends = iterated.frame(structures, state, self.neighbors)
+            back = pull_back((ends[0], *ends[1].floats()), gradients, inputs)
+        to_x, *rest = back
+        to_state = [_or_zero(g, s) for g, s in zip(rest[: len(carried)], carried, strict=True)]
         rest = rest[len(carried) :]
         self.adjoint[atoms] = _or_zero(to_x, x)
         if self.to_cells is not None:
             self.to_cells[now] += _or_zero(rest.pop(0), cells)
         self._add(rest)
-        return self._clipped(state.with_floats(back), now)
+        return self._clipped(state.with_floats(to_state), now)
 
     def _through_the_start(self, state_adjoint: State | None, members: list[int]) -> None:
         """The first state may depend on the stepper's own parameters."""
@@ -79,7 +97,7 @@ class WayBack:
             return
         with torch.enable_grad():
             state = record.map.start(record.start.select(members))
-        self._add(_pull_back(state.floats(), state_adjoint.floats(), self.weights))
+        self._add(pull_back(state.floats(), state_adjoint.floats(), self.weights))
 
     def _add(self, gradients: list[Tensor | None]) -> None:
         both = zip(self.to_weights, gradients, strict=True)
@@ -109,14 +127,6 @@ class WayBack:
             {k: v * own if v.is_floating_point() else v for k, v in state_adjoint.structures.items()},
             state_adjoint.lists,
         )
-
-
-def _pull_back(outputs: Sequence[Tensor], gradients: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor | None]:
-    live = [(o, g) for o, g in zip(outputs, gradients, strict=True) if o.requires_grad]
-    if not live:
-        return [None] * len(inputs)
-    outs, grads = zip(*live, strict=True)
-    return list(torch.autograd.grad(outs, list(inputs), grads, allow_unused=True))
 
 
 def _matched(old: State | None, like: State, before: list[int], now: list[int], counts: tuple[int, ...]) -> State:

@@ -43,8 +43,8 @@ def add_training(parser: argparse.ArgumentParser) -> Any:
          "minimum)", choices=sorted(STEPPERS))  # fmt: skip
     flag(group, parser, "--step-size", "of gd, in Å^2/eV, or 'auto' (default: 0.05)", type=step_size, metavar="X")
     flag(group, parser, "--momentum", f"of gd (default: {MOMENTUM})", type=between(0, 1), metavar="X")
-    flag(group, parser, "--adjoint", "way to the gradient: replay, replay:N, truncated:N, guided:N, implicit, one-step "
-         "or full, with N frames", "replay", type=adjoint, metavar="NAME")  # fmt: skip
+    flag(group, parser, "--adjoint", "way to the gradient: replay, replay:N, replay:differences, truncated:N, "
+         "guided:N, implicit, one-step or full, with N frames", "replay", type=adjoint, metavar="NAME")  # fmt: skip
     number("--warm", count, "with implicit, guided or one-step: begin where the epoch before ended, and from the "
            "initial structures in every N-th epoch", "N")  # fmt: skip
     flag(group, parser, "--learn", "train these numbers of the stepper, too, such as step_size", [], nargs="+",
