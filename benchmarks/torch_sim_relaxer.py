@@ -28,6 +28,10 @@ class Counted(MaceModel):
 
     def forward(self, state):
         self.calls += state.n_systems
+        # It looks at the elements alone to see whether structures have been swapped, and these are all silicon.
+        known = getattr(self, "system_idx", None)
+        if known is not None and not torch.equal(known, state.system_idx):
+            self.atomic_numbers = state.atomic_numbers[:0]
         return super().forward(state)
 
 

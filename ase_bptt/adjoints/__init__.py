@@ -40,7 +40,8 @@ NEEDED = {"truncated": 10, "guided": 10}
 
 
 def make_adjoint(adjoint: str | dict[str, Any] | Adjoint | None) -> Adjoint | None:
-    """An adjoint by name ("replay", "replay:differences", "implicit", "guided:20", ...), from what its `todict` gave, or the object itself.
+    """An adjoint by name, as "replay", "replay:differences", "implicit" or "guided:20"; from what its `todict` gave; or
+    the object itself.
 
     Raises
     ------
