@@ -99,7 +99,7 @@ def _stream(
     costs, room = _costs(iterated, structures, *limits)
     if iterated.stepper.name == "bfgs":
         # A Hessian of (3 n)^2 numbers a structure: for large ones, many together would fill the memory.
-        costs = [room if len(atoms) > LARGE else cost for atoms, cost in zip(structures, costs, strict=True)]
+        costs = [max(room, cost) if len(atoms) > LARGE else cost for atoms, cost in zip(structures, costs, strict=True)]
     return Stream(iterated, structures, costs=costs, room=room, fmax=fmax, steps=steps)
 
 

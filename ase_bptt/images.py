@@ -13,14 +13,14 @@ from ase.geometry.cell import complete_cell
 from torch import Tensor
 
 CANDIDATES = 2**27
-"""Distances in one search at most; each takes about 100 bytes, a block at a time."""
-BLOCK = 2**22
-"""Distances that are computed at once."""
+"""Distances of one structure at most."""
+BLOCK = 2**20
+"""Distances that are computed at once; each takes about 300 bytes."""
 
 
 def feasible(counts: Sequence[int], cells: np.ndarray, pbc: np.ndarray, cutoff: float) -> bool:
-    """Whether so many distances may be computed."""
-    return _candidates(counts, _reach(cells, pbc, cutoff)).sum() <= CANDIDATES
+    """Whether none of the structures is too large for it."""
+    return bool(_candidates(counts, _reach(cells, pbc, cutoff)).max(initial=0) <= CANDIDATES)
 
 
 def search(

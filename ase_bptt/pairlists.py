@@ -46,10 +46,6 @@ class Pairs:
         x = structures.positions
         return x[self.j] - x[self.i] + self.offsets(structures)
 
-    def within(self, cutoff: float, structures: Structures) -> Pairs:
-        """The pairs that are closer than the cutoff (Å) now."""
-        return self.select(self.near(cutoff, structures))
-
     def near(self, cutoff: float, structures: Structures) -> Tensor:
         """Whether each pair is closer than the cutoff (Å) now, shape (n_pairs,)."""
         with torch.no_grad():
@@ -81,7 +77,9 @@ class Pairs:
         """
         if self.mirror is None:
             return None
-        first = (self.mirror > torch.arange(len(self.i), device=self.i.device)).nonzero().squeeze(1)
+        first = self.mirror > torch.arange(len(self.i), device=self.i.device)
+        # No pair is its own other direction.
+        first = _rows(first, first.cumsum(0) - 1, len(self.i) // 2)
         return torch.cat((first, self.mirror[first]))
 
 

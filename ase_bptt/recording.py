@@ -75,6 +75,8 @@ class Recording:
             raise RuntimeError(
                 "The atoms were changed after the last step of this run: take its relaxation before that."
             )
+        if record.map.parameters():
+            adjoint.check(record.map, record.start)
         # A record of its own: the run may go on.
         frames = list(record.frames)
         return _as_left(replace(record, frames=frames, nsteps=[len(frames)], _again={}), atoms, adjoint, fmax)

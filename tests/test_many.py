@@ -9,9 +9,9 @@ import torch
 from ase import Atoms
 from conftest import argon, cluster, lennard_jones, rattled, silicon, tiny_mace
 from torch.utils._python_dispatch import TorchDispatchMode
-from toys import heap, vacancy
+from toys import Narrow, heap, vacancy
 
-from ase_bptt import Potential, Status, delta_q, load_potential, relax
+from ase_bptt import Status, delta_q, load_potential, relax
 from ase_bptt.adjoints import FullTape, Guided, Implicit, OneStep, Replay, Truncated
 from ase_bptt.batches import relax_all
 from ase_bptt.planning import peak_bytes
@@ -129,22 +129,6 @@ def test_gradients_are_the_mean_of_the_single_ones(adjoint):
     assert nsteps == [n for _, (n,) in single]
     expected = torch.stack([gradient for gradient, _ in single]).mean(0)
     torch.testing.assert_close(together, expected, atol=1e-10, rtol=1e-8 if isinstance(adjoint, Implicit) else 1e-10)
-
-
-class Narrow(Potential):
-    """A potential that says that memory has run out where there are more atoms than fit."""
-
-    family = "narrow"
-
-    def __init__(self, inner, most):
-        super().__init__()
-        self.inner, self.most, self.cutoff, self.largest = inner, most, inner.cutoff, 0
-
-    def forward(self, structures, pairs):
-        if structures.n_atoms > self.most:
-            raise torch.OutOfMemoryError("out of memory")
-        self.largest = max(self.largest, structures.n_atoms)
-        return self.inner(structures, pairs)
 
 
 @pytest.mark.parametrize("most", [15, 20, 40])

@@ -5,10 +5,12 @@ import logging
 import numpy as np
 import pytest
 import torch
-from conftest import lennard_jones, rattled, silicon, tiny_mace
+from conftest import argon, lennard_jones, rattled, silicon, tiny_mace
+from toys import Narrow
 
-from ase_bptt import delta_q, load_potential, relax
+from ase_bptt import RelaxationPair, delta_q, load_potential, relax
 from ase_bptt.batches import relax_all
+from ase_bptt.evaluation import evaluate
 from ase_bptt.planning import Planner, in_parts, pack, peak_bytes, share
 from ase_bptt.planning.footprint import sizes
 
@@ -16,6 +18,8 @@ RUN_OUT = {
     "torch": torch.OutOfMemoryError("out of memory"),
     "python": MemoryError(),
     "cpu": RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
+    "TorchScript": RuntimeError("The following operation failed in the TorchScript interpreter: CUDA out of memory."),
+    "cuBLAS": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
 }
 
 
@@ -164,3 +168,47 @@ def test_relaxing_many_keeps_within_the_memory(mace):
     together = peak_bytes(lambda: list(relax_all(mace, batch, steps=3)))
     limited = peak_bytes(lambda: list(relax_all(mace, batch, steps=3, memory=together / 3 / 2**30)))
     assert limited < 0.5 * together
+
+
+@pytest.mark.parametrize("most", [8, 16, 24])
+def test_what_is_measured_itself_may_not_fit(mace, most):
+    narrow = Narrow(mace, most)
+    planner = Planner(narrow, without_gradient(narrow), lambda atoms: atoms, memory=1.0)
+    costs, _ = planner.costs(cells(1, 1, 2))
+    assert costs[2] > costs[0] > 1e4
+    ends = list(relax_all(narrow, cells(1, 1, 1), steps=2, memory=1.0))
+    assert len(ends) == 3
+
+
+def test_where_nothing_fits_it_is_told(mace):
+    narrow = Narrow(mace, 7)
+    with pytest.raises(MemoryError, match="single structure"):
+        list(relax_all(narrow, cells(1, 1), steps=2, memory=1.0))
+
+
+@pytest.mark.parametrize("memory", [None, 1.0])
+def test_memory_that_ran_out_once_is_remembered(memory, caplog):
+    sizes_run = []
+
+    def run(batch):
+        if len(batch) > 3:
+            raise torch.OutOfMemoryError
+        sizes_run.append(len(batch))
+        return len(batch)
+
+    planner = Planner(lennard_jones(), run, lambda atoms: atoms, memory)
+    batch = cells(*[1] * 10)
+    for _ in range(2):
+        parts = list(planner.computed(run, batch))
+        assert sorted(k for part, _ in parts for k in part) == list(range(10))
+        assert all(len(part) == found for part, found in parts)
+    assert sum("Memory ran out" in r.message for r in caplog.records) < 5
+    assert max(sizes_run[-4:]) == 3
+
+
+def test_measurements_go_on_with_fewer_where_memory_runs_out():
+    pairs = [RelaxationPair(argon(k), argon(k + 20), f"pair {k}") for k in range(6)]
+    found = evaluate(Narrow(lennard_jones(), 10), pairs, steps=60)
+    expected = evaluate(lennard_jones(), pairs, steps=60)
+    assert [row.delta_q for row in found.rows] == pytest.approx([row.delta_q for row in expected.rows], abs=1e-9)
+    assert [row.residual_force for row in found.rows] == pytest.approx([r.residual_force for r in expected.rows])

@@ -197,6 +197,15 @@ def test_differences_ask_for_no_second_derivative_and_for_no_forces_again():
     assert potential.sigma.grad.abs() > 0
 
 
+def test_an_optimizer_of_ase_refuses_them_likewise():
+    atoms = argon()
+    atoms.calc = TorchCalculator(lennard_jones().float().requires_grad_())
+    optimizer = BPTTOptimizer(atoms, logfile=None, adjoint="replay:differences")
+    optimizer.run(fmax=0, steps=2)
+    with pytest.raises(ValueError, match="need float64"):
+        _ = optimizer.relaxation
+
+
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [

@@ -64,9 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except USABLE as error:
         code, why = 2, str(error)
-    except (MemoryError, torch.OutOfMemoryError):
-        less = "give a smaller --batch-size, --dtype float32, or fewer --steps"
-        code, why = 2, f"there is not enough memory for it: {less}."
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        less = "there is not enough memory for it: give a smaller --batch-size, --dtype float32, or fewer --steps."
+        code, why = 2, str(error) if isinstance(error, MemoryError) and error.args else less
     except KeyboardInterrupt:
         code, why = 130, ""
     except (Terminated, Lost):

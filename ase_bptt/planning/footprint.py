@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -13,13 +14,14 @@ from scipy.optimize import nnls
 
 from ..potential import Potential
 from ..search import search
+from .halving import fits, tell
 from .live import peak_bytes
 
 Item = TypeVar("Item")
 SHARE = 0.8
 """Of the memory that is free; the rest is for what allocators round up."""
-PROBES = 4
-"""Batches that are measured."""
+COUNTED = 64
+"""Structures whose pairs are held at once while they are counted."""
 
 
 class Size(NamedTuple):
@@ -45,13 +47,18 @@ class Footprint:
 
     def of(self, size: Size) -> float:
         """Bytes that a structure adds to a batch."""
-        return self.per_atom * size.atoms + self.per_pair * size.pairs
+        # Something at least, so that room is never endless.
+        return max(1.0, self.per_atom * size.atoms + self.per_pair * size.pairs)
 
 
 def sizes(potential: Potential, structures: Sequence[Atoms]) -> list[Size]:
     """Atoms and neighbour pairs of each structure."""
-    found = search(potential.batch(structures), potential.cutoff)
-    return [Size(len(atoms), len(pairs.i)) for atoms, pairs in zip(structures, found, strict=True)]
+    counted: list[Size] = []
+    for first in range(0, len(structures), COUNTED):
+        some = structures[first : first + COUNTED]
+        found = search(potential.batch(some), potential.cutoff)
+        counted += [Size(len(atoms), len(pairs.i)) for atoms, pairs in zip(some, found, strict=True)]
+    return counted
 
 
 def measure(run: Callable[[list[Item]], Any], items: Sequence[Item], of: Sequence[Size]) -> Footprint:
@@ -64,16 +71,33 @@ def measure(run: Callable[[list[Item]], Any], items: Sequence[Item], of: Sequenc
     items : sequence
     of : sequence of Size
         Their sizes.
+
+    Raises
+    ------
+    MemoryError
+        Where not even the smallest item fits, naming the mend.
     """
     order = sorted(range(len(items)), key=lambda k: of[k])
     small, large = order[0], order[-1]
-    batches = [[small], [small, small], [large], [small, large]][:PROBES]
-    run([items[small]])  # what is made at first use
-    peaks = [peak_bytes(lambda batch=batch: run([items[k] for k in batch])) for batch in batches]  # type: ignore[misc]
-    rows = [[1.0, sum(of[k].atoms for k in batch), sum(of[k].pairs for k in batch)] for batch in batches]
+    rows, peaks = [], []
+    # The first makes what is made at first use, and is measured again.
+    for batch in ([small], [small], [small, small], [large], [small, large]):
+        found = fits(partial(peak_bytes, partial(run, [items[k] for k in batch])))
+        if found is None:
+            continue
+        rows.append([1.0, sum(of[k].atoms for k in batch), sum(of[k].pairs for k in batch)])
+        peaks.append(max(1, found[0]))
+    if not peaks:
+        tell(1)
+    return _fitted(np.array(rows[1:] or rows), np.array(peaks[1:] or peaks, dtype=float))
+
+
+def _fitted(rows: np.ndarray, peaks: np.ndarray) -> Footprint:
+    """Bytes for each batch, atom and pair that give these peaks."""
+    if len(rows) < rows.shape[1]:
+        return Footprint(0.0, float((peaks / rows[:, 1]).max()), 0.0)
     # Each batch counts by its relative error; nothing can take less than no memory.
-    scale = 1 / np.array(peaks, dtype=float)
-    (fixed, per_atom, per_pair), _ = nnls(np.array(rows) * scale[:, None], np.ones(len(peaks)))
+    (fixed, per_atom, per_pair), _ = nnls(rows / peaks[:, None], np.ones(len(peaks)))
     return Footprint(fixed, per_atom, per_pair)
 
 

@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 
 log = logging.getLogger(__name__)
+SIGNS = ("can't allocate memory", "out of memory", "OutOfMemoryError", "ALLOC_FAILED")
 Item = TypeVar("Item")
 Found = TypeVar("Found")
 
@@ -79,5 +80,5 @@ def ran_out(error: BaseException) -> bool:
     """Whether an error says that the device or the host has no memory left."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    # The CPU's allocator has no class of its own for it.
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    # The CPU's allocator has no class of its own for it, and TorchScript passes errors on as text.
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 from ase import Atoms
 
 from ..potential import Potential
 from .footprint import Footprint, free_bytes, measure, sizes
+from .halving import in_parts
 from .packing import pack
 
 log = logging.getLogger(__name__)
 Item = TypeVar("Item")
+Found = TypeVar("Found")
 
 
 class Planner(Generic[Item]):
-    """Cuts a batch into parts that fit into the memory, by what it has measured.
+    """Cuts a batch into parts that fit into the memory, by what it has measured and by where memory ran out.
 
-    Measured is at the first batch, and not at all where the memory cannot run out of what is asked of it.
+    Measured is at the first batch, and not at all where there is no limit.
 
     Parameters
     ----------
@@ -47,6 +49,7 @@ class Planner(Generic[Item]):
         self.potential, self.memory = potential, memory
         self.footprint: Footprint | None = None
         self._run, self._atoms_of = run, atoms_of
+        self._most: int | None = None
 
     @property
     def limit(self) -> float:
@@ -55,11 +58,25 @@ class Planner(Generic[Item]):
             return self.memory * 2**30
         return free_bytes(self.potential.device)
 
+    def computed(self, run: Callable[[list[Item]], Found], items: Sequence[Item]) -> Iterator[tuple[list[int], Found]]:
+        """What `run` gives for each part of the items, with the indices of the part.
+
+        Where memory runs out the part is halved, and later parts hold no more items than went well.
+        """
+        for part in self.parts(items):
+            left = part
+            for some, found in in_parts(run, [items[k] for k in part]):
+                if len(some) < len(part):
+                    self._most = len(some) if left is part else max(len(some), self._most or 0)
+                yield left[: len(some)], found
+                left = left[len(some) :]
+
     def parts(self, items: Sequence[Item]) -> list[list[int]]:
         """Indices of the items that are computed together; each part is in ascending order."""
-        if self.limit == float("inf") or not items:
-            return [list(range(len(items)))] if items else []
-        return pack(*self.costs(items))
+        if self.limit < float("inf") and items:
+            return pack(*self.costs(items), self._most)
+        size = self._most or max(len(items), 1)
+        return [list(range(first, min(first + size, len(items)))) for first in range(0, len(items), size)]
 
     def costs(self, items: Sequence[Item]) -> tuple[list[float], float]:
         """Bytes that each item adds to a batch, and what they may come to."""
@@ -70,4 +87,4 @@ class Planner(Generic[Item]):
                 "A batch takes %.1f MiB, %.3f MiB for each atom and %.2f KiB for each pair of neighbours.",
                 self.footprint.fixed / 2**20, self.footprint.per_atom / 2**20, self.footprint.per_pair / 2**10,
             )  # fmt: skip
-        return [self.footprint.of(size) for size in of], self.limit - self.footprint.fixed
+        return [self.footprint.of(size) for size in of], max(0.0, self.limit - self.footprint.fixed)

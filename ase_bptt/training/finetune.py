@@ -219,7 +219,7 @@ def _measure(trainer: Trainer, test: Sequence[RelaxationPair]) -> tuple[Evaluati
 
 def _evaluated(trainer: Trainer, test: Sequence[RelaxationPair], stepper: str) -> Evaluation:
     def run(mine: list[RelaxationPair]) -> list[tuple[Row, Atoms]]:
-        found = evaluate(trainer.potential, mine, stepper=stepper, progress=trainer.progress)
+        found = evaluate(trainer.potential, mine, stepper=stepper, memory=trainer.memory, progress=trainer.progress)
         return list(zip(found.rows, found.ends, strict=True))
 
     found = trainer.ranks.dealt(test, [p.n_atoms for p in test], run)

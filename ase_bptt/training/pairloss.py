@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..adjoints import Adjoint, Guided, Replay, SolveStatus
 from ..pairs import RelaxationPair
-from ..planning import Planner, in_parts
+from ..planning import Planner
 from ..potential import Potential
 from ..relaxation import relax
 from ..result import Relaxation, Status
@@ -95,11 +95,8 @@ class PairLoss:
 
         def run(mine: list[RelaxationPair]) -> list[End]:
             ends: dict[int, End] = {}
-            for part in self._planner.parts(mine):
-                found: list[End] = []
-                for _, (gradients, some) in in_parts(partial(self.gradients, epoch=epoch), [mine[k] for k in part]):
-                    total.add(gradients)
-                    found += some
+            for part, (gradients, found) in self._planner.computed(partial(self.gradients, epoch=epoch), mine):
+                total.add(gradients)
                 ends |= zip(part, found, strict=True)
             return [ends[k] for k in range(len(mine))]
 

@@ -227,7 +227,7 @@ class Trainer:
         return evaluate(self.potential, pairs, **settings)
 
     def _validate(self, valid: Pairs) -> dict[str, float]:
-        return validate(self.potential, valid, self.ranks)
+        return validate(self.potential, valid, self.ranks, self.memory)
 
     def _keep(self, score: float, valid: Pairs) -> None:
         """Keep this state: as the best if it is that, or if it is the last and there is nothing to judge by."""

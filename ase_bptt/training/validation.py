@@ -7,21 +7,25 @@ from collections.abc import Sequence
 from functools import partial
 from statistics import fmean
 
-import torch
-
+from ..batches import relax_all
 from ..losses import SCALE, delta_q
 from ..pairs import RelaxationPair
-from ..planning import in_parts
 from ..potential import Potential
-from ..relaxation import relax
 from .ranks import Ranks
 
-TOGETHER = 16
-"""Validation structures in one batch."""
 
-
-def validate(potential: Potential, pairs: Sequence[RelaxationPair], ranks: Ranks) -> dict[str, float]:
+def validate(
+    potential: Potential, pairs: Sequence[RelaxationPair], ranks: Ranks, memory: float | None = None
+) -> dict[str, float]:
     """Relax from the initial structures by FIRE, each rank its share, and compare the ends with the references.
+
+    Parameters
+    ----------
+    potential : Potential
+    pairs : sequence of RelaxationPair
+    ranks : Ranks
+    memory : float or None
+        GiB that may be taken at once, as for `relax_all`.
 
     Returns
     -------
@@ -32,16 +36,12 @@ def validate(potential: Potential, pairs: Sequence[RelaxationPair], ranks: Ranks
     """
     if not pairs:
         return {"valid_score": float("nan"), "valid_delta_q": float("nan")}
-    distances = ranks.dealt(pairs, [p.n_atoms for p in pairs], partial(_distances, potential))
+    distances = ranks.dealt(pairs, [p.n_atoms for p in pairs], partial(_distances, potential, memory))
     return {"valid_score": fmean(math.log1p(d / SCALE) for d in distances), "valid_delta_q": fmean(distances)}
 
 
-def _distances(potential: Potential, pairs: list[RelaxationPair]) -> list[float]:
-    def run(batch: list[RelaxationPair]) -> list[float]:
-        with torch.no_grad():
-            end = relax(potential, [p.initial for p in batch], stepper="fire", fmax=0.02, steps=200)
-        found: list[float] = delta_q(end, [p.relaxed for p in batch]).tolist()
-        return found
-
-    batches = [pairs[first : first + TOGETHER] for first in range(0, len(pairs), TOGETHER)]
-    return [distance for batch in batches for _, found in in_parts(run, batch) for distance in found]
+def _distances(potential: Potential, memory: float | None, pairs: list[RelaxationPair]) -> list[float]:
+    starts = [p.initial for p in pairs]
+    ends = dict(relax_all(potential, starts, stepper="fire", fmax=0.02, steps=200, memory=memory))
+    found: list[float] = delta_q([ends[k].atoms for k in range(len(pairs))], [p.relaxed for p in pairs]).tolist()
+    return found
