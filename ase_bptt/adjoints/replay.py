@@ -36,7 +36,7 @@ class Replay(Adjoint):
         shortened. None leaves the gradient exact.
     differences : bool
         Take the slopes of the forces from gradients of the energy a little ahead and a little behind, instead of from
-        second derivatives: faster, and right to 1e-6 of the gradient or better, in float64, which it needs.
+        second derivatives: faster, and right to about 1e-6 of the gradient, in float64, which it needs.
     """
 
     every: int = 1
