@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import resuming
+from .meeting import UNLIKE
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -19,16 +20,14 @@ def align(trainer: Trainer) -> None:
     Raises
     ------
     ValueError
-        Where the ranks were given other settings or other pairs.
+        Where the ranks were given other settings or other pairs, or stand at unlike epochs.
     """
     ranks = trainer.ranks
     if ranks.size == 1:
         return
-    told = ranks.each(lambda: (resuming.settings(trainer), trainer.data))
+    told = ranks.each(lambda: (resuming.settings(trainer), trainer.data, trainer.epoch))
     if any(other != told[0] for other in told):
-        raise ValueError(
-            "The processes of this run were given unlike settings or pairs: build the Trainer from the same on each."
-        )
+        raise ValueError(UNLIKE)
     # On the host, whatever device each of them has.
     state = torch.load(io.BytesIO(ranks.once(lambda: _packed(trainer))), weights_only=True, map_location="cpu")
     trainer.potential.load_state_dict(state["potential"])

@@ -11,7 +11,6 @@ import gc
 import logging
 import os
 import pickle
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -22,19 +21,16 @@ from torch import Tensor
 from torch import distributed as dist
 
 from ..planning import share
+from .meeting import Lost, all_there
+
+__all__ = ["Lost", "Ranks", "leave", "together"]
 
 PATIENCE = timedelta(days=1)
 """How long a process waits for the others, whose relaxations may take longer than its own."""
-GLANCE = 5e-4
-"""Seconds between two looks whether all are there."""
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun tells each process; without all of it a process is on its own."""
 Item = TypeVar("Item")
 Found = TypeVar("Found")
-
-
-class Lost(RuntimeError):
-    """Another process of the run has died, or is out of reach."""
 
 
 class Ranks:
@@ -65,7 +61,7 @@ class Ranks:
         for kind in dict.fromkeys((t.dtype, t.device) for t in tensors):
             alike = [t for t in tensors if (t.dtype, t.device) == kind]
             flat = torch.cat([t.detach().reshape(-1) for t in alike])
-            with _all_there():
+            with all_there("sum"):
                 dist.all_reduce(flat)
             with torch.no_grad():
                 for tensor, total in zip(alike, flat.split([t.numel() for t in alike]), strict=True):
@@ -80,21 +76,21 @@ class Ranks:
             return [run()]
         found, error = _tried(run)
         everywhere: list[Any] = [None] * self.size
-        with _all_there():
+        with all_there("each"):
             dist.all_gather_object(everywhere, (found, _portable(error)))
         for failed in (error, *(e for _, e in everywhere)):
             if failed is not None:
                 raise failed
         return [found for found, _ in everywhere]
 
-    def once(self, run: Callable[[], Found]) -> Found:
-        """What `run` gives on the rank that writes, or the error that it raises there, on all."""
+    def once(self, run: Callable[[], Found], on: int = 0) -> Found:
+        """What `run` gives on one rank, the one that writes by default, or the error that it raises there, on all."""
         if self.size == 1:
             return run()
-        found, error = _tried(run) if self.writes else (None, None)
+        found, error = _tried(run) if self.rank == on else (None, None)
         told = [(found, _portable(error))]
-        with _all_there():
-            dist.broadcast_object_list(told, src=0)
+        with all_there("once"):
+            dist.broadcast_object_list(told, src=on)
         found, said = told[0]
         if error or said:
             raise error or said  # type: ignore[misc]
@@ -177,20 +173,6 @@ def _join(rank: int, size: int) -> None:
     )
     _joined.append(dist.PrefixStore("word", store))
     atexit.register(leave)
-
-
-@contextmanager
-def _all_there() -> Iterator[None]:
-    """Wait until all ranks are here, as a process that hears signals: in torch's own waiting it would be deaf."""
-    try:
-        here = torch.zeros(1, device="cpu" if "cpu:" in dist.get_backend_config() else "cuda")
-        met = dist.all_reduce(here, async_op=True)
-        while not met.is_completed():
-            time.sleep(GLANCE)
-        met.wait()
-        yield
-    except RuntimeError as error:
-        raise Lost("Another process of the run has died or is out of reach.") from error
 
 
 def _tried(run: Callable[[], Found]) -> tuple[Found | None, Exception | None]:
