@@ -3,6 +3,7 @@
 As a script, this file is one of the processes.
 """
 
+import dataclasses
 import json
 import os
 import shutil
@@ -15,24 +16,39 @@ from unittest import mock
 
 import pytest
 import torch
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.io import write
 from shell import is_refused, write_relaxations
 from shell import run as shell
 from test_interrupts import drawn
-from test_trainer import Exploding, make_pairs, trainer, untuned, with_xenon, without_times
+from test_trainer import Exploding, lennard_jones, make_pairs, trainer, untuned, with_xenon, without_times
 from torch import distributed as dist
 
-from ase_bptt import Trainer, load_potential
+from ase_bptt import TorchCalculator, Trainer, load_potential, read_pairs
+from ase_bptt.lazy import Store
 from ase_bptt.losses import rmsd
-from ase_bptt.training.ranks import Ranks, together
+from ase_bptt.training.pairloss import End
+from ase_bptt.training.ranks import Lost, Ranks, together
 
 TESTS = Path(__file__).parent
 TRAIN = ["--epochs", "3", "--batch-size", "2", "--steps", "2", "--lr", "0.02", "--dtype", "float64"]
 MINIMA = {"adjoint": "implicit", "stepper": None, "steps": 60, "warm": 2}
 
 
+def labelled(atoms):
+    """As a reference of another zero of energy has it."""
+    atoms = atoms.copy()
+    atoms.calc = TorchCalculator(lennard_jones())
+    found = {"energy": atoms.get_potential_energy() + len(atoms), "forces": atoms.get_forces()}
+    atoms.calc = SinglePointCalculator(atoms, **found)
+    return atoms
+
+
 @cache
 def made():
-    return make_pairs(0, 8)
+    return [
+        dataclasses.replace(pair, frames=[labelled(pair.initial), labelled(pair.relaxed)]) for pair in make_pairs(0, 8)
+    ]
 
 
 def data():
@@ -63,6 +79,11 @@ CASES = {
     "some have no finite gradient": lambda **how: trainer(loss=sharp, **how),
     "minima": lambda **how: trainer(**MINIMA, terms=["pull", {"name": "teacher", "weight": 0.1}], **how),
 }
+GO_ON = {
+    "warm starts": MINIMA,
+    # Of two, it is the second process that knows how the term has changed.
+    "a term that changes": {"terms": ["pull", "reference"]},
+}
 
 
 def weights(run):
@@ -83,8 +104,8 @@ def fitted(name, out):
     }
 
 
-def begun(out):
-    """A run of three epochs that is killed in the second."""
+def begun(out, name):
+    """A run of three epochs that is killed in the second, in a folder of its own."""
     real, steps = Trainer.train_step, []
 
     def dying(self, pairs):
@@ -94,11 +115,38 @@ def begun(out):
         return real(self, pairs)
 
     with mock.patch.object(Trainer, "train_step", dying), pytest.raises(Killed):
-        trainer(out=out, **MINIMA).fit(*data(), epochs=3)
+        trainer(out=out / name, **GO_ON[name]).fit(*data(), epochs=3)
 
 
-def resumed(out):
-    return weights(Trainer.resume(out, progress=False).fit(*data(), epochs=3))
+def resumed(out, name):
+    run = Trainer.resume(out / name, progress=False).fit(*data(), epochs=3)
+    if not run.ranks.writes:
+        # The files may not be there yet.
+        return None
+    state = torch.load(out / name / "checkpoint.pt", weights_only=True)
+    differences = [term["differences"].tolist() for term in state["terms"] if "differences" in term]
+    return {"weights": weights(run), "differences": differences}
+
+
+def told(run):
+    with pytest.raises(ValueError, match="processes of this run") as caught:
+        run()
+    return str(caught.value)
+
+
+def unlike(ranks, out):
+    """What each process says where the others resume the run that it begins, or stand at another epoch of it."""
+
+    def another():
+        run = trainer(**GO_ON["warm starts"])
+        run.epoch = int(ranks.rank == 0)
+        run.fit(*data(), epochs=3)
+
+    def mixed():
+        run = trainer() if ranks.rank else Trainer.resume(out, progress=False)
+        run.fit(*data(), epochs=3)
+
+    return [told(mixed), told(another)]
 
 
 def one_of_many(folder, store):
@@ -111,8 +159,10 @@ def one_of_many(folder, store):
     # Each has a folder of its own, to see who writes.
     mine = folder / f"rank_{ranks.rank}"
     found = {name: fitted(name, mine / name) for name in CASES}
-    begun(folder / f"begun_by_{ranks.size}")
-    found["resumed"] = resumed(folder / "begun_by_1")
+    for name in GO_ON:
+        begun(folder / f"begun_by_{ranks.size}", name)
+    found["unlike"] = unlike(ranks, folder / "begun_by_1" / "warm starts")
+    found["resumed"] = {name: resumed(folder / "begun_by_1", name) for name in GO_ON}
     (folder / f"found_{ranks.rank}.json").write_text(json.dumps(found))
 
 
@@ -135,10 +185,11 @@ def alone(tmp_path_factory):
     """What one process finds."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("alone")
-    begun(folder / "begun_by_1")
+    for name in GO_ON:
+        begun(folder / "begun_by_1", name)
     shutil.copytree(folder / "begun_by_1", folder / "goes_on")
     found = {name: fitted(name, folder / name) for name in CASES}
-    return folder, found | {"resumed": resumed(folder / "goes_on")}
+    return folder, found | {"resumed": {name: resumed(folder / "goes_on", name) for name in GO_ON}}
 
 
 @pytest.fixture(scope="module", params=[2, 3], ids=["torchrun", "a group of one's own"])
@@ -175,10 +226,19 @@ class TestSeveralProcesses:
         assert alone[1][name]["weights"]["sigma"] != 2.65
         assert any(row["skipped"] for row in alone[1][name]["history"]) == (name != "minima")
 
-    def test_a_run_goes_on_with_more_and_with_fewer(self, alone, shared):
+    @pytest.mark.parametrize("name", GO_ON)
+    def test_a_run_goes_on_with_more_and_with_fewer(self, alone, shared, name):
         folder, n = shared
-        assert close(json.loads((folder / "found_0.json").read_text())["resumed"], alone[1]["resumed"])
-        assert close(resumed(folder / f"begun_by_{n}"), alone[1]["resumed"])
+        expected = alone[1]["resumed"][name]
+        assert close(json.loads((folder / "found_0.json").read_text())["resumed"][name], expected)
+        assert close(resumed(folder / f"begun_by_{n}", name), expected)
+        assert len(expected["differences"]) == (name != "warm starts")
+
+    def test_all_refuse_to_begin_unlike(self, shared):
+        folder, n = shared
+        for rank in range(n):
+            for said in json.loads((folder / f"found_{rank}.json").read_text())["unlike"]:
+                assert "do not all go on from the same epoch: build or resume the Trainer alike on each." in said
 
     def test_one_writes(self, shared):
         folder, _ = shared
@@ -186,6 +246,72 @@ class TestSeveralProcesses:
             "settings.json", "metrics.csv", "checkpoint.pt", "checkpoint.previous.pt", "potential",
         }  # fmt: skip
         assert not (folder / "rank_1").exists()
+
+
+class Second(Ranks):
+    """One of two processes, the other of which is only said to have done its share: its pairs diverged."""
+
+    def __init__(self):
+        super().__init__(1, 2)
+        self.mine = []
+
+    def dealt(self, items, costs, run):
+        self.items = items
+        return super().dealt(items, costs, run)
+
+    def each(self, run):
+        self.mine = run()
+        others = len(self.items) - len(self.mine)
+        return [[End(False, None, 3, None, None)] * others, self.mine]
+
+    def sum_(self, tensors):
+        pass
+
+
+@pytest.mark.parametrize("how", [{}, MINIMA], ids=["unroll", "minima"])
+def test_a_process_reads_its_share_alone(tmp_path, how, caplog):
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    for pair in made()[:6]:
+        write(folder / f"{pair.id}.extxyz", [pair.initial, labelled(pair.relaxed)])
+    pairs = read_pairs(folder, lazy=True, index=tmp_path / "index")
+    pairs[0]._store._recent.clear()
+    run = trainer(batch_size=6, **how)
+    ranks = run.ranks = run._pairs.ranks = run.updates.ranks = Second()
+    real, reads = Store._read, []
+    [(_, batch)] = run.order.batches(pairs, 0)
+    with mock.patch.object(Store, "_read", lambda store, k: reads.append(k) or real(store, k)):
+        losses, _ = run.train_step(batch)
+    assert len(reads) == len(losses) == len(ranks.mine) == 3
+    assert sum("left out of this step" in line for line in caplog.messages) == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), torch.OutOfMemoryError),
+        (RuntimeError("No backend type associated with device type cpu"), RuntimeError),
+        (RuntimeError("[/gloo/transport/tcp/pair.cc:1] Connection closed by peer [::1]:1"), Lost),
+        (dist.DistNetworkError("failed to recv, got 0 bytes"), Lost),
+    ],
+    ids=["memory", "backend", "gloo", "store"],
+)
+def test_only_a_process_out_of_reach_is_called_so(error, told, tmp_path):
+    """In a group of one, whose sum fails."""
+    real = dist.all_reduce
+
+    def failing(tensor, **how):
+        if not how:
+            raise error
+        return real(tensor, **how)
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        with mock.patch.object(dist, "all_reduce", failing), pytest.raises(told) as caught:
+            Ranks(0, 2).sum_([torch.ones(1)])
+        assert type(caught.value) is told
+    finally:
+        dist.destroy_process_group()
 
 
 class Limited(Exploding):

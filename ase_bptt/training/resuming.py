@@ -52,8 +52,8 @@ def settings(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def state(trainer: Trainer) -> dict[str, Any]:
-    """All that the next epoch depends on, beside the settings."""
+def state(trainer: Trainer, terms: list[dict[str, Any]]) -> dict[str, Any]:
+    """All that the next epoch depends on, beside the settings; `terms` are the states of the terms."""
     warm = trainer.warm_starts
     return {
         "potential": trainer.potential.state_dict(),
@@ -61,7 +61,7 @@ def state(trainer: Trainer) -> dict[str, Any]:
         "stepper": trainer.stepper.state_dict(),
         "frozen": [name for name, p in trainer.potential.named_parameters() if not p.requires_grad],
         **trainer.updates.state(),
-        "terms": [term.state() for term in trainer.terms],
+        "terms": terms,
         "warm_ends": warm.ends if warm else {},
         "generator": trainer.order.generator.get_state(),
         "torch_rng": torch.get_rng_state(),

@@ -260,11 +260,12 @@ class Trainer:
             save_potential(self.potential, folder)
 
     def _write(self, *, potential: bool) -> None:
+        terms = self.updates.terms_state()
         if self.out is None or not self.ranks.writes:
             return
         if potential:
             self.save(self.out / "potential")
-        checkpoint.write(self.out, self.settings(), self.history, resuming.state(self))
+        checkpoint.write(self.out, self.settings(), self.history, resuming.state(self, terms))
 
     @classmethod
     def resume(

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..guard.terms import Term, add_gradients
 from ..pairs import RelaxationPair
+from ..planning import share
 from ..tuning.trainable import groups
 from .gradients import Total
 from .pairloss import PairLoss
@@ -119,8 +120,14 @@ class Updates:
         total.put()
         return {name: value for one in found for name, value in one.items()}
 
+    def terms_state(self) -> list[dict[str, Any]]:
+        """The state of each term as it is on the rank that computes it; all ranks must ask for it."""
+        shares = share([1.0] * len(self.terms), self.ranks.size)
+        on = {k: rank for rank, members in enumerate(shares) for k in members}
+        return [self.ranks.once(term.state, on[k]) for k, term in enumerate(self.terms)]
+
     def state(self) -> dict[str, Any]:
-        """What the next step depends on."""
+        """What the next step depends on, beside the terms."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "steps_taken": self._taken,
