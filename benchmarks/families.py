@@ -30,6 +30,8 @@ from ase_bptt.files import write_json
 from ase_bptt.guard.changes import Changes
 from ase_bptt.guard.portrait import portrait
 
+LR, EPOCHS = 1e-3, 6
+"""Of the pretrained models: a run shall take minutes."""
 POTENTIALS = ["mace-si", "chgnet:0.2.0", "chgnet:0.3.0", "chgnet:r2scan", "sevennet"]
 
 
@@ -66,8 +68,10 @@ def term(text: str) -> dict:
 
 
 def place(name: str, fold: int, seed: int, arguments: argparse.Namespace) -> Path:
-    """The file of a cell."""
+    """The file of a cell, which tells all that it depends on."""
     parts = [name, f"fold {fold}", f"seed {seed}", *arguments.terms]
+    parts += [] if arguments.lr == LR else [f"lr {arguments.lr:g}"]
+    parts += [] if arguments.epochs == EPOCHS else [f"epochs {arguments.epochs}"]
     return arguments.out / ("_".join(parts).replace(":", "_").replace(" ", "") + ".json")
 
 
@@ -104,8 +108,8 @@ def main() -> None:
     parser.add_argument("--potentials", nargs="+", default=POTENTIALS)
     parser.add_argument("--folds", type=int, nargs="+", default=[DEMO_FOLD])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--lr", type=float, default=1e-3, help="of the pretrained models")
-    parser.add_argument("--epochs", type=int, default=6, help="of the pretrained models")
+    parser.add_argument("--lr", type=float, default=LR, help="of the pretrained models")
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="of the pretrained models")
     parser.add_argument("--terms", nargs="+", default=[], metavar="NAME:WEIGHT", help="such as teacher:1")
     parser.add_argument("--out", type=Path, default=Path("families"))
     parser.add_argument("--table", action="store_true", help="print what is there, and run nothing")
