@@ -16,12 +16,10 @@ from .losses import SAME_END, delta_q, displacements, max_displacement, rmsd
 from .pairs import RelaxationPair
 from .potential import Potential
 from .result import largest_force
-from .singlepoint import single_points
+from .singlepoint import TOGETHER, single_points
 from .steppers import Stepper
 from .symmetry import space_group
 
-TOGETHER = 16
-"""Structures whose forces at the reference are computed together."""
 BASIN_RULE = (
     "right basin: relaxed from the initial and from the reference structure, the two ends are within "
     f"{SAME_END} Å of each other at the farthest atom (drift removed)"

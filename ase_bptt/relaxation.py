@@ -81,8 +81,7 @@ def relax(
         tail=_map(potential, guided.tail, start) if guided and guided.tail else None,
     )
     with torch.set_grad_enabled(differentiable and chosen.on_tape):
-        for _ in run.go():
-            pass
+        run.go()
     if not differentiable:
         return run.relaxation(sources, single)
     early = guided.attach_early(run.early) if guided else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
 
@@ -52,8 +51,8 @@ class Run:
         self.ends: dict[int, Stopped] = {}
         self.early_ends: dict[int, Stopped] = {}
 
-    def go(self) -> Iterator[list[int]]:
-        """Run all frames; gives the members that stopped, as they do."""
+    def go(self) -> None:
+        """Run all frames."""
         moving = Moving(self.map, self.record.start, self.fmax, self.steps)
         members = list(range(len(moving)))
         for t in range(self.steps + 1):
@@ -65,7 +64,6 @@ class Run:
                 for k, status in stopping.items():
                     self.record.nsteps[members[k]] = t
                     self.ends[members[k]] = Stopped.of(moving, k, status)
-                yield [members[k] for k in stopping]
                 members = [whole for k, whole in enumerate(members) if k not in stopping]
                 if not members:
                     break

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..frames import IteratedMap
+from ..gradients import added, pull_back
 from ..neighbors import Pairs
 from ..potential import Potential
 from ..steppers import State
@@ -15,7 +16,6 @@ from ..structures import Structures
 
 AWAY = 1e-5
 """Å by which the atom that moves farthest is moved, ahead and behind: rounding and curvature err alike there."""
-Found = list[Tensor | None]
 
 
 def check_smooth(potential: Potential) -> None:
@@ -39,7 +39,7 @@ def through_frame(
     forces: Tensor | None,
     gradients: Sequence[Tensor],
     inputs: Sequence[Tensor],
-) -> Found:
+) -> list[Tensor | None]:
     """From the gradients by a frame's positions and state to those by the inputs.
 
     The step is differentiated exactly, and gives dL/dF; what the forces add is `slopes`.
@@ -72,7 +72,7 @@ def through_frame(
 
 def slopes(
     potential: Potential, structures: Structures, pairs: Pairs, vector: Tensor, inputs: Sequence[Tensor]
-) -> Found:
+) -> list[Tensor | None]:
     """vector . dF/d(input) for each input, with F = -dE/dX: by central differences of dE/d(input) along the vector.
 
     Since vector . F is the slope of -E along the vector, its own slopes are those of E at two places, apart. Each
@@ -81,7 +81,7 @@ def slopes(
     longest = structures.max(vector.square().sum(1)).sqrt()
     moved = torch.where(longest > 0, AWAY / torch.where(longest > 0, longest, 1.0), 0.0)
     weight = torch.where(longest > 0, -0.5 / torch.where(longest > 0, moved, 1.0), 0.0)
-    found: Found = [None] * len(inputs)
+    found: list[Tensor | None] = [None] * len(inputs)
     for sign in (1.0, -1.0):
         with torch.enable_grad():
             there = structures.positions + sign * moved[structures.batch, None] * vector
@@ -89,17 +89,3 @@ def slopes(
             part = pull_back([(sign * weight * energy).sum()], [torch.ones_like(energy[0])], inputs)
         found = added(found, part)
     return found
-
-
-def added(some: Found, others: Found) -> Found:
-    """The sum of two gradients, either of which may lack parts."""
-    return [a if b is None else b if a is None else a + b for a, b in zip(some, others, strict=True)]
-
-
-def pull_back(outputs: Sequence[Tensor], gradients: Sequence[Tensor], inputs: Sequence[Tensor]) -> Found:
-    """The gradients by the inputs; None for those that no output depends on."""
-    live = [(o, g) for o, g in zip(outputs, gradients, strict=True) if o.requires_grad]
-    if not live:
-        return [None] * len(inputs)
-    outs, grads = zip(*live, strict=True)
-    return list(torch.autograd.grad(outs, list(inputs), grads, allow_unused=True))

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from ..frames import Record
+from ..gradients import added, pull_back
 from ..steppers import State
-from .differences import pull_back, through_frame
+from .differences import through_frame
 
 
 class WayBack:
@@ -100,8 +101,7 @@ class WayBack:
         self._add(pull_back(state.floats(), state_adjoint.floats(), self.weights))
 
     def _add(self, gradients: list[Tensor | None]) -> None:
-        both = zip(self.to_weights, gradients, strict=True)
-        self.to_weights = [old if g is None else g if old is None else old + g for old, g in both]
+        self.to_weights = added(self.to_weights, gradients)
 
     def _norm(self) -> Tensor:
         return self.record.start.sum(self.adjoint.square()).sum(1).sqrt()

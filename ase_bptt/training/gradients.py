@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..gradients import Gradients, added
 from .ranks import Ranks
-
-Gradients = Sequence[Tensor | None]
 
 
 class Total:
@@ -26,8 +25,7 @@ class Total:
 
     def add(self, gradients: Gradients) -> None:
         """Add gradients, one for each parameter."""
-        self.gradients = [b if a is None else a if b is None else a + b
-                          for a, b in zip(self.gradients, gradients, strict=True)]  # fmt: skip
+        self.gradients = added(self.gradients, gradients)
 
     def add_over(self, ranks: Ranks) -> None:
         """Make it the sum over all ranks, on all of them."""

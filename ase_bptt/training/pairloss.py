@@ -14,6 +14,7 @@ from ase import Atoms
 from torch import Tensor, nn
 
 from ..adjoints import Adjoint, Guided, Replay, SolveStatus
+from ..gradients import Gradients
 from ..pairs import RelaxationPair
 from ..planning import Planner
 from ..potential import Potential
@@ -21,7 +22,7 @@ from ..relaxation import relax
 from ..result import Relaxation, Status
 from ..steppers import Stepper
 from ..structures import Structures
-from .gradients import Gradients, Total
+from .gradients import Total
 from .ranks import Ranks
 from .warm import WarmEnd, WarmStarts
 
