@@ -92,31 +92,51 @@ class Store:
         return self.__dict__ | {"_recent": {}}
 
 
-class LazyPair(RelaxationPair):
+class Later(RelaxationPair):
+    """A pair whose structures are those of the ordinary pair that `made` gives when one of them is asked for.
+
+    A copy by `dataclasses.replace` is an ordinary pair, which holds its structures.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, *arguments: Any, **named: Any) -> Any:
+        """An ordinary pair, for `dataclasses.replace`."""
+        return RelaxationPair(*arguments, **named)
+
+    def made(self) -> RelaxationPair:
+        """The pair as an ordinary one."""
+        raise NotImplementedError
+
+    @property
+    def initial(self) -> Atoms:  # type: ignore[override]
+        return self.made().initial
+
+    @property
+    def relaxed(self) -> Atoms:  # type: ignore[override]
+        return self.made().relaxed
+
+    @property
+    def frames(self) -> Sequence[Atoms]:  # type: ignore[override]
+        return self.made().frames
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.id!r}, {self.group!r})"
+
+
+class LazyPair(Later):
     """A pair that knows its name, group and size, and reads its structures when they are asked for.
 
-    `read_pairs` makes them. A copy by `dataclasses.replace` is an ordinary pair, which holds its structures.
+    `read_pairs` makes them.
     """
 
     __slots__ = ("_k", "_store")
     _k: int
     _store: Store
 
-    def __new__(cls, *arguments: Any, **named: Any) -> Any:
-        """An ordinary pair, for `dataclasses.replace`."""
-        return RelaxationPair(*arguments, **named)
-
-    @property
-    def initial(self) -> Atoms:  # type: ignore[override]
-        return self._store.read(self._k).initial
-
-    @property
-    def relaxed(self) -> Atoms:  # type: ignore[override]
-        return self._store.read(self._k).relaxed
-
-    @property
-    def frames(self) -> Sequence[Atoms]:  # type: ignore[override]
-        return self._store.read(self._k).frames
+    def made(self) -> RelaxationPair:
+        """The pair as an ordinary one, read unless it was among the last."""
+        return self._store.read(self._k)
 
     @property
     def id(self) -> str:  # type: ignore[override]
@@ -139,9 +159,6 @@ class LazyPair(RelaxationPair):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _lazy_pair, (self._store, self._k)
-
-    def __repr__(self) -> str:
-        return f"LazyPair({self.id!r}, {self.group!r})"
 
 
 def lazy_pairs(store: Store) -> list[RelaxationPair]:

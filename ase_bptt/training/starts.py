@@ -8,8 +8,8 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from ase import Atoms
 
+from ..lazy import Later
 from ..losses import displacements
 from ..pairs import RelaxationPair
 
@@ -61,20 +61,13 @@ class VariedStarts(Sequence[RelaxationPair]):
         return share, self._rng.normal(0, self._rattle, (n_atoms, 3))
 
 
-class VariedPair(RelaxationPair):
-    """A pair whose start is made, and whose structures are read, when one of them is asked for; they are kept then.
-
-    A copy by `dataclasses.replace` is an ordinary pair.
-    """
+class VariedPair(Later):
+    """A pair whose start is made, and whose structures are read, when one of them is asked for; they are kept then."""
 
     __slots__ = ("_full", "_make", "_of")
     _of: RelaxationPair
     _make: Callable[[], RelaxationPair]
     _full: RelaxationPair | None
-
-    def __new__(cls, *arguments: Any, **named: Any) -> Any:
-        """An ordinary pair, for `dataclasses.replace`."""
-        return RelaxationPair(*arguments, **named)
 
     def made(self) -> RelaxationPair:
         """The pair as an ordinary one."""
@@ -82,18 +75,6 @@ class VariedPair(RelaxationPair):
             object.__setattr__(self, "_full", self._make())
         assert self._full is not None
         return self._full
-
-    @property
-    def initial(self) -> Atoms:  # type: ignore[override]
-        return self.made().initial
-
-    @property
-    def relaxed(self) -> Atoms:  # type: ignore[override]
-        return self.made().relaxed
-
-    @property
-    def frames(self) -> Sequence[Atoms]:  # type: ignore[override]
-        return self.made().frames
 
     @property
     def id(self) -> str:  # type: ignore[override]
@@ -114,9 +95,6 @@ class VariedPair(RelaxationPair):
     def __reduce__(self) -> tuple[Any, ...]:
         full = self.made()
         return RelaxationPair, (full.initial, full.relaxed, full.id, full.group, full.frames)
-
-    def __repr__(self) -> str:
-        return f"VariedPair({self.id!r}, {self.group!r})"
 
 
 def varied_pair(of: RelaxationPair, make: Callable[[], RelaxationPair]) -> VariedPair:
