@@ -112,7 +112,7 @@ def save_potential(potential: Potential, folder: str | Path) -> None:
     if (folder / RUN_POTENTIAL / "model.json").is_file():
         raise FileExistsError(f"{folder} is the folder of a training run, with a potential of its own: take another.")
     folder.mkdir(parents=True, exist_ok=True)
-    potential = merged(potential)
+    potential = merged(potential).as_stored()
     config = potential.config()
     description = {
         "format": FORMAT,
@@ -220,7 +220,8 @@ def _from_pickle(path: Path, trust: bool) -> Potential:
     except ImportError as error:
         raise ImportError(
             f"{path} needs a package that is not here ({error}): install its family, "
-            'for MACE by pip install "ase_bptt[mace]", for CHGNet by pip install "ase_bptt[chgnet]".'
+            'for MACE by pip install "ase_bptt[mace]" (with cuEquivariance "ase_bptt[cueq]"), '
+            'for CHGNet by pip install "ase_bptt[chgnet]".'
         ) from error
     except UNREADABLE as error:
         raise ValueError(f"{path} cannot be unpickled ({in_short(error)}).") from error

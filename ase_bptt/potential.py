@@ -190,6 +190,10 @@ class Potential(nn.Module):
         """Wrap a module, or what a native checkpoint unpickles to."""
         raise NotImplementedError
 
+    def as_stored(self) -> Potential:
+        """The form that is written: the potential itself, unless it computes in one that others could not read."""
+        return self
+
     def config(self) -> dict[str, Any]:
         """JSON from which `from_config` builds the same module, its weights apart."""
         raise NotImplementedError(f"The family {self.family!r} cannot be saved.")

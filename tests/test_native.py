@@ -7,7 +7,8 @@ import pytest
 import torch
 from conftest import needs_chgnet, needs_mace, silicon, skewed, tiny_mace
 
-from ase_bptt import RelaxationPair, TorchCalculator, Trainer, load_potential
+from ase_bptt import RelaxationPair, TorchCalculator, Trainer, load_potential, save_potential
+from ase_bptt.loading import weights_hash
 from ase_bptt.neighbors import find_pairs
 from ase_bptt.structures import Structures
 
@@ -29,7 +30,6 @@ def tuned(potential, folder):
     """Trained on one pair, and saved by the Trainer; with its weights before."""
     base = {name: weight.detach().clone() for name, weight in potential.model.named_parameters()}
     pair = RelaxationPair(skewed(), skewed(2), "a", group="a")
-    trainer = Trainer(potential, steps=2, lr=1e-3, along=0.0, rattle=0.0, progress=False)
     trainer = Trainer(potential, steps=2, lr=1e-3, along=0.0, rattle=0.0, progress=False)
     trainer.fit([pair], epochs=2).save(folder)
     return trainer.potential, base
@@ -72,6 +72,19 @@ def test_chgnets_calculator_computes_with_the_tuned_weights(dtype, tmp_path):
     # It builds its modules in float32, whatever the file holds.
     agrees(CHGNetCalculator(model, use_device="cpu"), load_potential(potential, dtype="float32"), silicon(), "float32")
     assert moved(dict(model.named_parameters()), base) > 1e-4
+
+
+@needs_chgnet
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_a_file_of_chgnets_keeps_its_dtype_where_we_read_it(dtype, tmp_path):
+    potential = load_potential("chgnet", dtype=dtype)
+    with torch.no_grad():
+        for weight in potential.parameters():
+            weight.mul_(1 + 1e-9)
+    save_potential(potential, tmp_path)
+    again = load_potential(tmp_path / "chgnet.pth.tar", trust=True)
+    assert again.dtype == potential.dtype
+    assert weights_hash(again) == weights_hash(potential)
 
 
 @needs_mace

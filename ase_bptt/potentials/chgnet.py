@@ -125,8 +125,12 @@ class CHGNet(Potential):
     def from_native(cls, native: Any) -> CHGNet:
         if isinstance(native, dict):
             chgnet = require("chgnet.model", extra="chgnet").CHGNet
+            state = native["model"]["state_dict"]
             with quiet():
                 native = chgnet.from_dict(native["model"])
+            # chgnet builds float32 modules, which round the weights of a file in float64.
+            native = native.to(next(t.dtype for t in state.values() if t.is_floating_point()))
+            native.load_state_dict(state)
         return cls(native, getattr(native, "version", None))
 
     def config(self) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from ..neighbors import Pairs
 from ..potential import Potential, Prediction
 from ..structures import Structures
 from . import quiet, require
-from .mace_foundations import load_foundation
+from .mace_forms import accelerated, is_accelerated, is_reduced, marked_as_it_is, path_counts, plain, set_path_counts
+from .mace_foundations import LONG_RANGE, load_foundation
 
 NEUTRAL = {"total_charge": 0.0, "total_spin": 1.0}
 """What mace's own calculator takes where nothing is said; the spin is a multiplicity."""
@@ -30,6 +31,18 @@ class MACE(Potential):
         Used as it is, not copied.
     head : str or None
         Which head of a multi-head model; None takes the one named "default", or the only one.
+    cueq : bool
+        Compute with cuEquivariance, in a converted copy of the model. A model that is converted already is
+        taken as it is. What is saved is the plain form.
+
+    Raises
+    ------
+    ValueError
+        For a head that there is not, with those that there are.
+    NotImplementedError
+        For a model with electrostatics beyond its cutoff, or that is to be told of what no structure holds.
+    ImportError
+        For cueq where cuEquivariance is missing, with the extra that brings it.
     """
 
     family = "mace"
@@ -40,8 +53,15 @@ class MACE(Potential):
     model: Any
     _column: Tensor
 
-    def __init__(self, model: Any, head: str | None = None):
+    def __init__(self, model: Any, head: str | None = None, cueq: bool = False):
         super().__init__()
+        if type(model).__name__ in LONG_RANGE:
+            raise NotImplementedError(
+                f"This model is of mace's class {type(model).__name__}, whose electrostatics reach beyond the cutoff "
+                "and cannot be differentiated here: take one of class ScaleShiftMACE, such as mace:medium."
+            )
+        if cueq and not is_accelerated(model):
+            model = accelerated(model)
         self.model = model.eval()
         self.cutoff = float(model.r_max)
         known = [int(z) for z in model.atomic_numbers]
@@ -108,15 +128,25 @@ class MACE(Potential):
         told = getattr(native, "metadata", None)
         return cls(native, head=told.get("head") if isinstance(told, dict) else None)
 
+    def as_stored(self) -> MACE:
+        """Without cuEquivariance, so that what is written can be read where it is not installed."""
+        if not is_accelerated(self.model):
+            return self
+        stored = MACE(plain(self.model), head=_heads(self.model)[self.head])
+        stored.metadata = self.metadata
+        return stored
+
     def config(self) -> dict[str, Any]:
         tools = require("mace.tools.scripts_utils", extra="mace")
         arguments = tools.extract_config_mace_model(self.model)
         if "error" in arguments:
             raise NotImplementedError(f"This MACE model cannot be saved: {arguments['error']}.")
+        arguments |= {"use_reduced_cg": is_reduced(self.model), "cueq_config": None}
         return {
             "class": type(self.model).__name__,
             "head": self.model.heads[self.head] if hasattr(self.model, "heads") else None,
             "arguments": {name: _to_json(value) for name, value in arguments.items()},
+            **({"paths": path_counts(self.model)} if arguments["use_reduced_cg"] else {}),
         }
 
     @classmethod
@@ -130,9 +160,13 @@ class MACE(Potential):
             elif name.endswith("irreps") and value is not None:
                 arguments[name] = irreps(value)
         arguments["gate"] = GATES[str(arguments["gate"])]
+        # The reduced basis can be made with cuEquivariance only; it is read with the weights.
+        arguments["use_reduced_cg"] = False
         arguments["atomic_energies"] = torch.tensor(arguments["atomic_energies"], dtype=torch.float64).numpy()
         with quiet():
             model = getattr(modules, config["class"])(**arguments)
+        set_path_counts(model, config.get("paths", {}))
+        model.use_reduced_cg = "paths" in config
         return cls(model, head=config.get("head"))
 
     def save_native(self, path: Path) -> None:
@@ -141,7 +175,8 @@ class MACE(Potential):
             heads = _heads(self.model)
             chosen = {"head": heads[self.head]} if len(heads) > 1 else {}
             self.model.metadata = dict(self.metadata) | chosen
-            torch.save(self.model, path)
+            with marked_as_it_is(self.model):
+                torch.save(self.model, path)
         finally:
             del self.model.metadata
             if held is not None:

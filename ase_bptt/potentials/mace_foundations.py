@@ -11,6 +11,8 @@ from . import quiet, require
 
 log = logging.getLogger(__name__)
 DEFAULT = "medium"
+LONG_RANGE = ("PolarMACE", "MACELES")
+"""Classes of mace-torch whose energies reach beyond the cutoff."""
 
 
 def load_foundation(variant: str | None) -> tuple[Any, str | None]:
@@ -20,6 +22,8 @@ def load_foundation(variant: str | None) -> tuple[Any, str | None]:
     ------
     ValueError
         For a name that the installed mace-torch does not have, with those that it has.
+    NotImplementedError
+        For the names of MACE-POLAR.
     ConnectionError
         Where the file is not on this machine and cannot be downloaded.
     """
@@ -27,6 +31,11 @@ def load_foundation(variant: str | None) -> tuple[Any, str | None]:
     name, _, head = variant.partition(":")
     loaders = _loaders()
     # mace-torch would also take a path or an address, and unpickle what is there.
+    if name in getattr(require("mace.calculators.foundations_models", extra="mace"), "polar_model_names", ()):
+        raise NotImplementedError(
+            f"The MACE model {name!r} is a MACE-POLAR, whose electrostatics reach beyond the cutoff and cannot be "
+            f"differentiated here: take another, such as mace:{DEFAULT}."
+        )
     if name not in loaders:
         raise ValueError(f"MACE has no foundation model {variant!r}; there are {', '.join(loaders)}.")
     log.info("mace:%s: mace-torch looks for it on this machine, and downloads it at the first use.", name)
