@@ -57,8 +57,8 @@ class MACE(Potential):
         super().__init__()
         if type(model).__name__ in LONG_RANGE:
             raise NotImplementedError(
-                f"This model is of mace's class {type(model).__name__}, whose electrostatics reach beyond the cutoff "
-                "and cannot be differentiated here: take one of class ScaleShiftMACE, such as mace:medium."
+                f"This model is of mace's class {type(model).__name__}, whose electrostatics reach beyond the cutoff, "
+                "which is not supported: take one of class ScaleShiftMACE, such as mace:medium."
             )
         if cueq and not is_accelerated(model):
             model = accelerated(model)

@@ -73,15 +73,23 @@ def is_reduced(model: Any) -> bool:
     Without that package mace-torch marks models as reduced that are not.
     """
     marked = bool(getattr(model, "use_reduced_cg", False))
-    contractions = _contractions(model)
-    if not (marked and contractions):
+    products = [p.symmetric_contractions for p in model.products]
+    if not (marked and all(hasattr(p, "contractions") for p in products)):
         return marked
-    product = model.products[0].symmetric_contractions
-    first = product.contractions[0]
-    degree = len(first.weights) + 1
-    found = getattr(first, f"U_matrix_{degree}").detach().double().cpu()
-    full = _full_basis(str(first.coupling_irreps), str(product.irreps_out[0].ir), degree)
-    return found.shape != full.shape or not torch.allclose(found, full, atol=1e-5)
+    return any(
+        _is_other_basis(contraction, str(irrep.ir))
+        for product in products
+        for contraction, irrep in zip(product.contractions, product.irreps_out, strict=True)
+    )
+
+
+def _is_other_basis(contraction: Any, irrep_out: str) -> bool:
+    for degree in range(1, len(contraction.weights) + 2):
+        found = getattr(contraction, f"U_matrix_{degree}").detach().double().cpu()
+        full = _full_basis(str(contraction.coupling_irreps), irrep_out, degree)
+        if found.shape != full.shape or not torch.allclose(found, full, atol=1e-5):
+            return True
+    return False
 
 
 @cache

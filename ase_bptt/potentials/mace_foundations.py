@@ -33,8 +33,8 @@ def load_foundation(variant: str | None) -> tuple[Any, str | None]:
     # mace-torch would also take a path or an address, and unpickle what is there.
     if name in getattr(require("mace.calculators.foundations_models", extra="mace"), "polar_model_names", ()):
         raise NotImplementedError(
-            f"The MACE model {name!r} is a MACE-POLAR, whose electrostatics reach beyond the cutoff and cannot be "
-            f"differentiated here: take another, such as mace:{DEFAULT}."
+            f"The MACE model {name!r} is a MACE-POLAR, whose electrostatics reach beyond the cutoff, which is not "
+            f"supported: take another, such as mace:{DEFAULT}."
         )
     if name not in loaders:
         raise ValueError(f"MACE has no foundation model {variant!r}; there are {', '.join(loaders)}.")
