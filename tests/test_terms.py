@@ -12,8 +12,10 @@ from ase.build import molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms
 from conftest import cluster, rattled
+from toys import Narrow
 
 from ase_bptt import RelaxationPair, datasets, read_pairs, relax
+from ase_bptt.guard import teacher as teacher_units
 from ase_bptt.guard.matching import ENERGY, FORCE, Points, mismatch
 from ase_bptt.guard.probes import KINDS, make_probes
 from ase_bptt.guard.terms import TERMS, Pull, Reference, Teacher, add_gradients, make_term
@@ -256,6 +258,29 @@ class TestTeacher:
         free, guarded, pulled = (drift(terms) for terms in ([], [Teacher(10.0, size=6)], [Pull(10.0)]))
         assert guarded < free / 3
         assert pulled < free / 3
+
+    def test_it_is_the_mean_of_squares_in_its_units(self, pairs):
+        potential, teacher = lennard_jones(), Teacher(size=5, batch=100)
+        teacher.prepare(potential, pairs)
+        sizes = torch.tensor(teacher.points.structures.counts, dtype=torch.float64)
+        teacher.points.energies += 2 * teacher_units.ENERGY * sizes
+        assert teacher.loss(potential, pairs, rng()).item() == pytest.approx(4)
+        teacher.points.forces[::2] += 3 * teacher_units.FORCE
+        share = len(teacher.points.forces[::2]) / len(teacher.points.forces)
+        assert teacher.loss(potential, pairs, rng()).item() == pytest.approx(4 + 9 * share)
+
+    def test_where_memory_runs_out_its_parts_have_the_same_value_and_slopes(self, pairs, caplog):
+        teacher, found = Teacher(size=5, batch=9), []
+        plain = lennard_jones()
+        teacher.prepare(plain, pairs)
+        with torch.no_grad():
+            plain.sigma *= 1.02
+        for potential in (plain, Narrow(plain, most=24)):
+            value = teacher.loss(potential, pairs, rng())
+            slopes = torch.autograd.grad(value, [plain.sigma, plain.epsilon])
+            found.append([value.item(), *(slope.item() for slope in slopes)])
+        assert found[1] == pytest.approx(found[0], rel=1e-12)
+        assert "going on with half as many" in caplog.text
 
     def test_probes_that_the_potential_does_not_know_are_left_out(self, pairs):
         teacher = Teacher(size=10)

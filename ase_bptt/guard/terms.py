@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ..pairs import RelaxationPair
 from ..potential import Potential
-from .pretrained import Pull, Teacher
+from .pull import Pull
 from .supervision import Reference
+from .teacher import Teacher
 
 __all__ = ["TERMS", "Pull", "Reference", "Teacher", "Term", "add_gradients", "check_terms", "make_term", "make_terms"]
 log = logging.getLogger(__name__)

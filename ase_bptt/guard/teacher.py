@@ -1,0 +1,127 @@
+"""A term that keeps what a potential gives on probes near what the pretrained one gave there."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..gradients import Gradients, added, pull_back
+from ..pairs import RelaxationPair
+from ..planning import in_parts
+from ..positive import check_positive
+from ..potential import Potential
+from .matching import SOUND, Points, answer
+from .probes import KINDS, make_probes
+
+log = logging.getLogger(__name__)
+FORCE, ENERGY = 0.25, 0.125
+"""eV/Å and eV an atom: where all forces, or all energies, have changed by so much, they cost 1."""
+
+
+class Teacher:
+    """Energies and forces of the pretrained potential on a probe set (`ase_bptt.guard.probes`).
+
+    The mean over the components of the forces of their squared change in units of `FORCE`, and over the
+    structures that of the energy per atom in units of `ENERGY`. Squares, since a few large changes are most
+    of a drift, and are not what the relaxations ask for: they arise where atoms are close.
+
+    Parameters
+    ----------
+    weight : float
+    batch : int
+        Probes in one step, drawn anew.
+    size : int
+        Probes of each kind at most: rattled training structures, crystals, molecules.
+    seed : int
+        Of the probe set.
+    kinds : sequence of str
+        Which of `probes.KINDS` are taken. Without "structures" it does not pull against what is to be learnt.
+    """
+
+    name: ClassVar[str] = "teacher"
+
+    def __init__(
+        self, weight: float = 1.0, *, batch: int = 16, size: int = 100, seed: int = 0, kinds: Sequence[str] = KINDS
+    ):
+        check_positive(weight=weight, batch=batch, size=size)
+        unknown = sorted(set(kinds) - set(KINDS))
+        if unknown or not kinds:
+            raise ValueError(f"The kinds of probes are {', '.join(KINDS)}; got {', '.join(kinds) or 'none'}.")
+        self.weight, self.batch, self.size, self.seed, self.kinds = weight, batch, size, seed, list(kinds)
+        self.points: Points | None = None
+        """The probes and what the pretrained potential gives there, once prepared."""
+        self._state: dict[str, Any] | None = None
+
+    def check(self, pairs: Sequence[RelaxationPair]) -> None:
+        """Any pairs will do."""
+
+    def prepare(self, potential: Potential, pairs: Sequence[RelaxationPair]) -> None:
+        """Make the probes and ask the potential what it gives there, unless `load` gave both."""
+        if self._state is not None:
+            self.points = Points.from_state(self._state, potential)
+            # They are kept once, on the potential's device.
+            self._state = None
+            return
+        probes = [
+            p.atoms for p in make_probes(potential, pairs, size=self.size, seed=self.seed) if p.kind in self.kinds
+        ]
+        if not probes:
+            raise ValueError(f"The potential knows no probes of the kinds {', '.join(self.kinds)}: take others.")
+        points = Points.of(potential, probes)
+        good = points.sound()
+        if not good:
+            raise ValueError(
+                f"On no probe are the pretrained potential's forces below {SOUND:g} eV/Å: leave the teacher out."
+            )
+        if len(good) < len(points):
+            log.info("left out %d of %d probes, with forces above %g eV/Å", len(points) - len(good), len(points), SOUND)
+        self.points = points.select(good)
+
+    def loss(self, potential: Potential, pairs: Sequence[RelaxationPair], rng: np.random.Generator) -> Tensor:
+        """How far the potential is from the pretrained one on some probes; without a unit.
+
+        The gradient is computed at once, in parts that fit into the memory, and the graph holds only that.
+        """
+        assert self.points is not None, "call prepare first"
+        n = min(self.batch, len(self.points))
+        chosen = sorted(int(k) for k in rng.choice(len(self.points), n, replace=False))
+        points = self.points.select(chosen)
+        weights = [p for p in potential.parameters() if p.requires_grad]
+        value = points.energies.new_zeros(())
+        slopes: list[Tensor | None] = [None] * len(weights)
+        for _, (cost, slope) in in_parts(partial(_costs, potential, points, weights), range(n)):
+            value, slopes = value + cost, added(slopes, slope)
+        for weight, total in zip(weights, slopes, strict=True):
+            if total is not None:
+                # Adds nothing but its slope.
+                value = value + ((weight - weight.detach()) * total).sum()
+        return value
+
+    def state(self) -> dict[str, Any]:
+        """Probes, energies and forces: a potential that has been trained cannot tell them any more."""
+        return self.points.state() if self.points is not None else {}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take up what `state` gave; call it before `prepare`."""
+        self._state = state or None
+
+    def todict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("name", "weight", "batch", "size", "seed", "kinds")}
+
+
+def _costs(
+    potential: Potential, points: Points, weights: Sequence[Tensor], some: list[int]
+) -> tuple[Tensor, Gradients]:
+    """What some of the points add to the cost of all, and its gradient by the weights."""
+    part = points.select(some)
+    energies, forces = answer(potential, part.structures)
+    sizes = torch.tensor(part.structures.counts, device=energies.device)
+    off = (energies - part.energies) / sizes / ENERGY
+    cost = off.square().sum() / len(points) + ((forces - part.forces) / FORCE).square().sum() / points.forces.numel()
+    return cost.detach(), pull_back([cost], [torch.ones_like(cost)], weights)
