@@ -20,7 +20,7 @@ from .matching import SOUND, Points, answer
 from .probes import KINDS, make_probes
 
 log = logging.getLogger(__name__)
-FORCE, ENERGY = 0.25, 0.125
+FORCE, ENERGY = 0.5, 0.25
 """eV/Å and eV an atom: where all forces, or all energies, have changed by so much, they cost 1."""
 
 
