@@ -57,6 +57,14 @@ class NeedsANeighbour(Faulty):
         return energy + structures.sum(1e-3 / neighbours)
 
 
+class UnknownWithoutNeighbours(LennardJones):
+    def forward(self, structures, pairs):
+        found = super().forward(structures, pairs)
+        alone = torch.bincount(pairs.i, minlength=structures.n_atoms) == 0
+        atomic = found.atomic_energies.masked_fill(alone, torch.nan)
+        return Prediction(structures.sum(atomic), atomic_energies=atomic)
+
+
 class ForcesOfAnother(Faulty):
     def energy_and_forces(self, structures, pairs, *, create_graph=False):
         energy, forces = super().energy_and_forces(structures, pairs, create_graph=create_graph)
@@ -111,6 +119,27 @@ class SwitchesGradientsOn(Faulty):
         return super().results(structures, pairs)
 
 
+class EnergiesInAColumn(Faulty):
+    def spoiled(self, energy, structures, pairs):
+        return energy[:, None]
+
+
+class OneEnergyForAll(Faulty):
+    def spoiled(self, energy, structures, pairs):
+        return energy.sum()
+
+
+class RoundsItsEnergy(Faulty):
+    def spoiled(self, energy, structures, pairs):
+        return energy.float()
+
+
+class Asserts(Faulty):
+    def spoiled(self, energy, structures, pairs):
+        assert len(structures) == 1, "one at a time"
+        return energy
+
+
 class Breaks(Faulty):
     def spoiled(self, energy, structures, pairs):
         if len(structures) > 1:
@@ -119,10 +148,14 @@ class Breaks(Faulty):
 
 
 FAULTS = [
+    (EnergiesInAColumn, "shapes", "shape of its energy is (1, 1) and not (1,)"),
+    (OneEnergyForAll, "shapes", "shape of its energy is () and not (1,)"),
+    (RoundsItsEnergy, "shapes", "dtype of its energy is torch.float32 and not torch.float64"),
     (ForcesOfAnother, "calls", "forces"),
     (LosesAnAtomicEnergy, "partition", "energy"),
     (SeesItsNeighbours, "batch", "energy"),
     (Breaks, "batch", "IndexError"),
+    (Asserts, "batch", "AssertionError (one at a time)"),
     (KnowsWhereItIs, "translation", "energy"),
     (KnowsUp, "rotation", "energy"),
     (CountsFromTheFirst, "permutation", "energy"),
@@ -153,6 +186,27 @@ def test_an_atom_without_neighbours_must_have_finite_energy_and_forces():
         check_potential(NeedsANeighbour(), cluster(), skip=["batch"])
 
 
+def test_a_lone_atom_whose_energy_is_unknown_is_no_match_for_itself():
+    with pytest.raises(AssertionError, match=r"'far atom'.*its energy .* is nan"):
+        check_potential(UnknownWithoutNeighbours(), cluster(), skip=["batch"])
+
+
+@pytest.mark.parametrize("cutoff", [None, float("inf"), -1.0])
+def test_a_cutoff_that_is_none_is_named(cutoff):
+    potential = lennard_jones()
+    potential.cutoff = cutoff
+    with pytest.raises(AssertionError, match=r"LennardJones has no cutoff: set the attribute"):
+        check_potential(potential, argon())
+
+
+def test_a_class_without_a_family_is_named():
+    class Nameless(LennardJones):
+        family = None
+
+    with pytest.raises(AssertionError, match=r"Nameless has no family: name it"):
+        check_potential(Nameless(), argon())
+
+
 def test_another_potential_than_the_calculators_is_found_by_parity():
     with pytest.raises(AssertionError, match=r"'parity'.*from what LennardJones gives"):
         check_potential(lennard_jones(), argon(), calculator=AseLennardJones(rc=2.5, ro=1.8, smooth=True))
@@ -176,7 +230,7 @@ def test_own_tolerances_hold_by_name_and_by_kind():
 
 
 def test_what_cannot_be_asked_for_is_named():
-    with pytest.raises(ValueError, match="no check 'speed' to skip; there are calls, partition, forces"):
+    with pytest.raises(ValueError, match="no check 'speed' to skip; there are shapes, calls, partition"):
         check_potential(lennard_jones(), argon(), skip=["speed"])
     potential = lennard_jones()
     potential.atomic_numbers = frozenset({14})

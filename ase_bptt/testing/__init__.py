@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Collection, Mapping
+from numbers import Real
 
 import numpy as np
 import torch
@@ -11,7 +13,7 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator
 
 from ..potential import Potential
-from .case import Case
+from .case import Case, Failed
 from .probes import CHECKS, parity
 from .report import TOLERANCES, Measured, Report
 
@@ -39,7 +41,7 @@ def check_potential(
     calculator : Calculator or None
         The family's own, to compare with: energy, forces, and stress, magmoms and atomic energies where both have them.
     skip : collection of str
-        Checks to leave out: "calls", "partition", "forces", "stress", "batch", "translation",
+        Checks to leave out: "shapes", "calls", "partition", "forces", "stress", "batch", "translation",
         "rotation", "permutation", "far atom", "gradient", "untouched".
     tolerances : mapping of str to float
         Own limits, by the name of a comparison as the report shows it ("batch forces") or by the
@@ -64,6 +66,7 @@ def check_potential(
     unknown = set(skip) - CHECKS.keys()
     if unknown:
         raise ValueError(f"There is no check {min(unknown)!r} to skip; there are {', '.join(CHECKS)}.")
+    _check_declared(potential)
     report = Report(potential.family, str(potential.dtype).removeprefix("torch."), atoms.get_chemical_formula())
     twin = copy.deepcopy(potential).requires_grad_()
     # Constraints are no matter of the potential, and atoms.positions would obey them.
@@ -78,13 +81,24 @@ def check_potential(
         case.check, case.mend = name, mend
         try:
             check(case)
-        except (AssertionError, KeyboardInterrupt):
+        except Failed:
             raise
         except Exception as error:
-            case.fail(f"it raised {type(error).__name__} ({error})")
+            # torch's go on for many lines.
+            first = next(iter(str(error).splitlines()), "")
+            case.fail(f"it raised {type(error).__name__} ({first})")
     if calculator is None:
         report.skipped["parity"] = "no calculator was given"
     else:
         case.check, case.mend = "parity", "compare units, reference energies, cutoff and dtype with the calculator's"
         parity(case, calculator)
     return report
+
+
+def _check_declared(potential: Potential) -> None:
+    """Raise AssertionError where a potential lacks what no check can do without."""
+    name, cutoff = type(potential).__name__, getattr(potential, "cutoff", None)
+    if not isinstance(getattr(potential, "family", None), str):
+        raise AssertionError(f"{name} has no family: name it in the class attribute `family`.")
+    if not (isinstance(cutoff, Real) and 0 < cutoff < math.inf):
+        raise AssertionError(f"{name} has no cutoff: set the attribute `cutoff` to its radius in Å, a positive number.")

@@ -21,6 +21,21 @@ class Check(NamedTuple):
     mend: str
 
 
+def shapes(case: Case) -> None:
+    """Everything has the shape that it is documented with, in the dtype of the potential."""
+    structures, pairs = case.batch(case.atoms)
+    n, potential = len(case.atoms), case.potential
+    expected = {"energy": (1,), "forces": (n, 3), "stress": (1, 3, 3), "atomic_energies": (n,), "magmoms": (n,)}
+    called = dict(zip(expected, potential.energy_and_forces(structures, pairs), strict=False))
+    for found in (potential.results(structures, pairs), called):
+        for name in expected.keys() & found.keys():
+            quantity, value = name.replace("_", " "), found[name]
+            if tuple(value.shape) != expected[name]:
+                case.fail(f"the shape of its {quantity} is {tuple(value.shape)} and not {expected[name]}")
+            if value.dtype is not potential.dtype:
+                case.fail(f"the dtype of its {quantity} is {value.dtype} and not {potential.dtype}")
+
+
 def calls(case: Case) -> None:
     """`results` and `energy_and_forces` say the same."""
     structures, pairs = case.batch(case.atoms)
@@ -162,6 +177,7 @@ def _signs(case: Case, n: int, shape: tuple[int, ...]) -> np.ndarray:
 
 
 CHECKS = {
+    "shapes": Check(shapes, "return one number for each structure or atom, in the dtype of structures.positions"),
     "calls": Check(calls, "compute both from one function, detached where no graph is asked for"),
     "partition": Check(partition, "add everything to the atomic energies that the energy contains"),
     "forces": Check(forces, "let the energy depend on structures.positions alone, live, with smooth cutoffs"),
