@@ -9,6 +9,7 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import molecule
+from ase.calculators.lj import LennardJones as AseLennardJones
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms
 from conftest import cluster, rattled
@@ -294,7 +295,12 @@ class TestTeacher:
         assert len(teacher.points) == 4
         assert bool(teacher.points.structures.pbc.all())
 
-    @pytest.mark.parametrize(("kinds", "said"), [(["crystal"], "got crystal"), ([], "got none")])
+    def test_one_kind_may_be_a_word(self):
+        assert Teacher(kinds="crystals").todict() == Teacher(kinds=["crystals"]).todict()
+
+    @pytest.mark.parametrize(
+        ("kinds", "said"), [("crystal", "got crystal"), (["a", "b"], "got a, b"), ([], "got none")]
+    )
     def test_unknown_kinds_are_refused(self, kinds, said):
         with pytest.raises(ValueError, match=rf"kinds of probes are structures, crystals, molecules; {said}"):
             Teacher(kinds=kinds)
@@ -360,6 +366,42 @@ class TestReference:
         assert term.loss(potential, [bare], rng()).item() == 0
         assert add_gradients([term], potential, [bare], [0]) == {"reference": 0}
 
+    def test_results_of_other_positions_are_no_labels(self, pairs):
+        """As where the ends of a relaxation share the calculator that took it."""
+        start, end = pairs[0].initial.copy(), pairs[0].relaxed.copy()
+        start.calc = end.calc = AseLennardJones(sigma=2.5)
+        end.get_forces()
+        pair = dataclasses.replace(pairs[0], initial=start, relaxed=end, frames=())
+        one = dataclasses.replace(pair, initial=start.copy())
+        term, alone, potential = Reference(per_pair=2), Reference(per_pair=2), lennard_jones(sigma=2.6)
+        for reference, given in ((term, pair), (alone, one)):
+            reference.prepare(potential, [given])
+        assert term.loss(potential, [pair], rng()).item() == alone.loss(potential, [one], rng()).item() > 0
+        assert "forces" in end.calc.results
+
+    @pytest.mark.parametrize("lost", ["energy", "forces"])
+    def test_labels_that_are_not_finite_are_none(self, pairs, lost):
+        wrong = labelled(start(1), lennard_jones())
+        wrong.calc.results[lost] *= np.nan
+        term, potential = Reference(per_pair=5), lennard_jones()
+        term.prepare(potential, [dataclasses.replace(pairs[0], frames=[*pairs[0].frames, wrong])])
+        assert term.offsets[18] == pytest.approx(7.0, abs=1e-6)
+        assert term.loss(potential, pairs[:1], rng()).item() == pytest.approx(0, abs=1e-12)
+
+    def test_without_energies_forces_alone_will_do(self, pairs):
+        frames = [a.copy() for a in pairs[0].frames]
+        for bare, told in zip(frames, pairs[0].frames, strict=True):
+            bare.calc = SinglePointCalculator(bare, forces=told.get_forces())
+        pair, potential, found = dataclasses.replace(pairs[0], frames=frames), lennard_jones(sigma=2.6), []
+        for given in (pair, pairs[0]):
+            term = Reference(energies=False)
+            term.prepare(potential, [given])
+            found.append(term.loss(potential, [given], rng()).item())
+            assert term.offsets == {}
+        assert found[0] == found[1] > 0
+        with pytest.raises(ValueError, match="frame with energy and forces"):
+            Reference().prepare(potential, [pair])
+
     def test_what_cannot_be_used_is_said(self, pairs):
         bare = dataclasses.replace(pairs[1], initial=start(1), relaxed=start(2), frames=())
         with pytest.raises(ValueError, match=r"None of the training pairs has a frame with energy and forces"):
@@ -386,6 +428,15 @@ def test_files_of_frames_are_read_when_they_are_asked_for():
     assert all("forces" in a.calc.results for a in frames)
     assert pair.frames[0] is not frames[0]
     np.testing.assert_array_equal(pair.frames[-1].positions, frames[-1].positions)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"name": "teacher", "batch": 2.5}, {"name": "teacher", "size": 0}, {"name": "reference", "frames": 1.5}],
+)
+def test_what_is_counted_must_be_whole(settings):
+    with pytest.raises(ValueError, match="must be a whole number, at least 1, got"):
+        make_term(settings)
 
 
 @pytest.mark.parametrize("name", sorted(TERMS))

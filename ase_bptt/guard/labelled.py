@@ -9,6 +9,9 @@ from ase import Atoms
 
 from ..pairs import RelaxationPair
 
+MOVED = {"positions", "numbers", "cell"}
+"""Changes of a structure, as ASE names them, after which the results of its calculator are another's."""
+
 
 class ReferenceFrames:
     """Frames that are kept of some pairs, evenly spaced from the first to the last, by the pair's id.
@@ -18,13 +21,16 @@ class ReferenceFrames:
     pairs : sequence of RelaxationPair
     most : int
         Frames of each.
+    energies : bool
+        Whether only frames with an energy, too, count as labelled, and not those with forces alone.
 
     Attributes
     ----------
     pairs : list of RelaxationPair
     every : dict of str to list of Atoms
     labelled : dict of str to list of Atoms
-        Of those with energy and forces alone; pairs without any are not in it.
+        Of those alone that have energy and forces, finite and of where the atoms are; pairs without any are
+        not in it.
 
     Raises
     ------
@@ -32,22 +38,22 @@ class ReferenceFrames:
         For two pairs of one name, and a frame that holds other atoms than its pair.
     """
 
-    def __init__(self, pairs: Sequence[RelaxationPair], most: int):
+    def __init__(self, pairs: Sequence[RelaxationPair], most: int, energies: bool = True):
         self.pairs = list(pairs)
         self.every: dict[str, list[Atoms]] = {}
         self.labelled: dict[str, list[Atoms]] = {}
         for pair in _each_once(pairs):
             frames = _frames_of(pair)
             self.every[pair.id] = _evenly(frames, most)
-            labelled = _evenly([a for a in frames if _has_labels(a)], most)
+            labelled = _evenly([a for a in frames if _has_labels(a, energies)], most)
             if labelled:
                 self.labelled[pair.id] = labelled
 
 
 def energy_of(atoms: Atoms) -> float:
-    """The energy in eV that the forces are the slope of, where the file tells it."""
+    """The energy in eV that the forces are the slope of, where the file tells it, else NaN."""
     results = atoms.calc.results
-    return float(results["free_energy"] if "free_energy" in results else results["energy"])
+    return float(results.get("free_energy", results.get("energy", np.nan)))
 
 
 def _each_once(pairs: Sequence[RelaxationPair]) -> list[RelaxationPair]:
@@ -69,9 +75,13 @@ def _frames_of(pair: RelaxationPair) -> list[Atoms]:
     return frames
 
 
-def _has_labels(atoms: Atoms) -> bool:
+def _has_labels(atoms: Atoms, energies: bool) -> bool:
     results = getattr(atoms.calc, "results", {})
-    return "forces" in results and ("energy" in results or "free_energy" in results)
+    if "forces" not in results or not np.isfinite(results["forces"]).all():
+        return False
+    # A calculator that several structures share holds what it found for the last of them.
+    moved = MOVED & {*atoms.calc.check_state(atoms)} if hasattr(atoms.calc, "check_state") else ()
+    return not moved and (not energies or bool(np.isfinite(energy_of(atoms))))
 
 
 def _evenly(frames: Sequence[Atoms], most: int) -> list[Atoms]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..losses import root_delta_q
 from ..pairs import RelaxationPair
-from ..positive import check_positive
+from ..positive import check_count, check_positive
 from ..potential import Potential
 from ..relaxation import relax
 from ..steppers import GradientDescent
@@ -27,7 +27,8 @@ log = logging.getLogger(__name__)
 class Reference:
     """Energies and forces of the frames of the reference relaxations, and their path.
 
-    Frames without energies and forces are passed by; a pair without any counts nothing. Where a pair has
+    Frames without energies and forces, or with those of other positions, are passed by; a pair without any
+    counts nothing. Where a pair has
     no ``frames``, its initial and relaxed structures are asked for theirs.
 
     Parameters
@@ -36,7 +37,8 @@ class Reference:
     energies : bool
         Match energies, too: per atom, less an energy for each element, since each method has its own
         zero. Those are fitted by least squares to the differences from the potential, each as it was when its
-        frame was drawn last: fitted once, they would tie the potential to the zero it began with.
+        frame was drawn last: fitted once, they would tie the potential to the zero it began with. Without,
+        frames with forces alone are taken, too.
     per_pair : int
         Frames of each pair of a batch that are matched, drawn anew in each step.
     frames : int
@@ -62,7 +64,8 @@ class Reference:
         legs: int = 4,
         steps: int = 3,
     ):
-        check_positive(weight=weight, per_pair=per_pair, frames=frames, legs=legs, steps=steps)
+        check_positive(weight=weight)
+        check_count(per_pair=per_pair, frames=frames, legs=legs, steps=steps)
         if path < 0:
             raise ValueError(f"The weight of the path must not be negative, got {path}.")
         self.weight, self.energies, self.per_pair, self.frames = weight, energies, per_pair, frames
@@ -85,10 +88,11 @@ class Reference:
         """
         # Frames are read from files, and the same pairs are checked more than once before a training.
         if self._kept.pairs != list(pairs):
-            self._kept = ReferenceFrames(pairs, self.frames)
+            self._kept = ReferenceFrames(pairs, self.frames, self.energies)
         if not self._kept.labelled:
+            wanted = "energy and forces" if self.energies else "forces"
             raise ValueError(
-                "None of the training pairs has a frame with energy and forces: read them from files that hold "
+                f"None of the training pairs has a frame with {wanted}: read them from files that hold "
                 "those (vasprun.xml, OUTCAR, .pwo, extxyz, .traj), or leave the reference term out."
             )
 
@@ -122,7 +126,7 @@ class Reference:
     @property
     def offsets(self) -> dict[int, float]:
         """Energy in eV of an atom of each element (by atomic number) that is taken off the reference's."""
-        return dict(zip(self._elements, self._fitted().tolist(), strict=True))
+        return dict(zip(self._elements, self._fitted().tolist(), strict=True)) if len(self._differences) else {}
 
     def _fitted(self) -> np.ndarray:
         # Per atom, for that is how energies are compared.

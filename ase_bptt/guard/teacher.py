@@ -14,7 +14,7 @@ from torch import Tensor
 from ..gradients import Gradients, added, pull_back
 from ..pairs import RelaxationPair
 from ..planning import in_parts
-from ..positive import check_positive
+from ..positive import check_count, check_positive
 from ..potential import Potential
 from .matching import SOUND, Points, answer
 from .probes import KINDS, make_probes
@@ -40,20 +40,28 @@ class Teacher:
         Probes of each kind at most: rattled training structures, crystals, molecules.
     seed : int
         Of the probe set.
-    kinds : sequence of str
+    kinds : str or sequence of str
         Which of `probes.KINDS` are taken. Without "structures" it does not pull against what is to be learnt.
     """
 
     name: ClassVar[str] = "teacher"
 
     def __init__(
-        self, weight: float = 1.0, *, batch: int = 16, size: int = 100, seed: int = 0, kinds: Sequence[str] = KINDS
+        self,
+        weight: float = 1.0,
+        *,
+        batch: int = 16,
+        size: int = 100,
+        seed: int = 0,
+        kinds: str | Sequence[str] = KINDS,
     ):
-        check_positive(weight=weight, batch=batch, size=size)
+        check_positive(weight=weight)
+        check_count(batch=batch, size=size)
+        kinds = [kinds] if isinstance(kinds, str) else list(kinds)
         unknown = sorted(set(kinds) - set(KINDS))
         if unknown or not kinds:
             raise ValueError(f"The kinds of probes are {', '.join(KINDS)}; got {', '.join(kinds) or 'none'}.")
-        self.weight, self.batch, self.size, self.seed, self.kinds = weight, batch, size, seed, list(kinds)
+        self.weight, self.batch, self.size, self.seed, self.kinds = weight, batch, size, seed, kinds
         self.points: Points | None = None
         """The probes and what the pretrained potential gives there, once prepared."""
         self._state: dict[str, Any] | None = None

@@ -100,5 +100,5 @@ def _check_declared(potential: Potential) -> None:
     name, cutoff = type(potential).__name__, getattr(potential, "cutoff", None)
     if not isinstance(getattr(potential, "family", None), str):
         raise AssertionError(f"{name} has no family: name it in the class attribute `family`.")
-    if not (isinstance(cutoff, Real) and 0 < cutoff < math.inf):
+    if not (isinstance(cutoff, Real) and 0 < float(cutoff) < math.inf):
         raise AssertionError(f"{name} has no cutoff: set the attribute `cutoff` to its radius in Å, a positive number.")
