@@ -1,11 +1,12 @@
 """Held-out Delta-Q and basins before and after fine-tuning, for every family of potentials, on the embedded pairs.
 
-    python benchmarks/families.py --out families [--potentials mace-si chgnet:0.2.0 chgnet chgnet:r2scan sevennet]
+    python benchmarks/families.py --out families [--potentials mace-si chgnet:0.2.0 chgnet:0.3.0 ...]
 
 One command, and the Trainer's default settings but for the learning rate and the epochs of pretrained models (`--lr`,
 `--epochs`): three seeds on the demo's fold of the kinds of defect, or other folds and seeds. A cell of the table is a
 potential on a fold with a seed and is kept in a file of its own when it is done, so that a second call, also from the
-environment of another family, goes on with the missing ones; cells that nobody has run stay empty. Changes are those
+environment of another family, goes on with the missing ones; cells that nobody has run stay empty, as do those of
+families that are not installed. Changes are those
 of the mean and of the median over all cells that are there; in brackets, those of each cell alone.
 Drift is the root mean square change of the forces on the probe set (`ase_bptt.guard.probes`); `--terms teacher:1`
 trains with the guard against forgetting.
@@ -118,16 +119,22 @@ def main() -> None:
     cells = list(itertools.product(arguments.folds, arguments.seeds))
     for (fold, seed), name in [] if arguments.table else itertools.product(cells, arguments.potentials):
         path = place(name, fold, seed, arguments)
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, cell(name, fold, seed, arguments))
-            print(f"{name}, fold {fold}, seed {seed}: done", flush=True)
+        if path.is_file():
+            continue
+        try:
+            found = cell(name, fold, seed, arguments)
+        except ImportError as error:
+            print(f"{name}, fold {fold}, seed {seed}: left out. {error}", flush=True)
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, found)
+        print(f"{name}, fold {fold}, seed {seed}: done", flush=True)
     print("cells are fold.seed, drift is in eV/Å, longest in minutes")
     print(
         f"{'':14} {'cells':12}   n   mean Delta-Q, amu^1/2 Å  {'each cell, %':16} median                 "
         f"{'each cell, %':16} basins      drift   longest"
     )
-    for name in POTENTIALS:
+    for name in dict.fromkeys([*POTENTIALS, *arguments.potentials]):
         paths = {which: place(name, *which, arguments) for which in cells}
         print(line(name, {which: json.loads(path.read_text()) for which, path in paths.items() if path.is_file()}))
 
