@@ -4,8 +4,10 @@ import json
 import pickle
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
+import ase
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from ase import Atoms
 from conftest import argon, cluster, lennard_jones, needs_chgnet, needs_mace, silicon, skewed, tiny_mace
 from torch import nn
 
+import ase_bptt
 from ase_bptt import RelaxationPair, TorchCalculator, Trainer, load_potential, relax, save_potential
 from ase_bptt.files import replacing
 from ase_bptt.loading import families, family, weights_hash
@@ -404,6 +407,10 @@ def test_what_is_saved_says_where_it_comes_from(tmp_path):
     base, settings = tuned.metadata["base"], tuned.metadata["settings"]
     assert (base["source"], base["family"], base["weights"]) == ("chgnet", "chgnet", before)
     assert (settings["seed"], settings["steps"], settings["epochs"]) == (3, 1, 1)
+    assert tuned.metadata["trained"] == "trains all 412,525 weights"
+    versions = tuned.metadata["versions"]
+    assert versions.items() >= {"ase": ase.__version__, "chgnet": version("chgnet")}.items()
+    assert (versions["torch"], versions["ase_bptt"]) == (torch.__version__, ase_bptt.__version__)
     native = torch.load(tmp_path / "run" / "potential" / "chgnet.pth.tar", weights_only=False)
     assert native["metadata"] == json.loads(json.dumps(tuned.metadata))
     # A second tuning names the first as its base.

@@ -75,6 +75,8 @@ class TestPretrained:
         with pytest.raises(ValueError, match="has the modals R2SCAN, PBE; 'HSE' is none of them"):
             load_potential("sevennet:7net-mf-0:HSE")
         assert load_potential("sevennet:7net-mf-0").modal == "PBE"
+        with pytest.raises(ValueError, match="has no modals, and 'PBE' is none"):
+            load_potential("sevennet:7net-0:PBE")
 
     @pytest.mark.parametrize("variant", ["7net-omni", "../7net-0", "9net"])
     def test_what_the_wheel_does_not_carry_is_refused_without_a_download(self, variant):

@@ -56,7 +56,7 @@ class SevenNet(Potential):
         self.cutoff = float(model.cutoff)
         self.atomic_numbers = frozenset(model.type_map)
         self.modals = dict(model.modal_map or {})
-        self.modal = _modal(self.modals, modal or (settings or {}).get("default_modal"))
+        self.modal = _modal(self.modals, modal, (settings or {}).get("default_modal"))
         device = next(model.parameters()).device
         column = torch.zeros(max(model.type_map) + 1, dtype=torch.int64, device=device)
         for number, index in model.type_map.items():
@@ -176,9 +176,12 @@ def _with_copies(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any)
             state.setdefault(prefix + name, value)
 
 
-def _modal(known: dict[str, int], wanted: str | None) -> str | None:
+def _modal(known: dict[str, int], asked: str | None, default: str | None) -> str | None:
     if not known:
+        if asked is not None:
+            raise ValueError(f"This SevenNet has no modals, and {asked!r} is none: leave it out.")
         return None
+    wanted = asked or default
     names = {name.lower(): name for name in known}
     if wanted is None and len(known) == 1:
         return next(iter(known))

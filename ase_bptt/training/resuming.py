@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import ase
 import torch
 from torch import nn
 
@@ -13,8 +13,10 @@ from ..adjoints import ADJOINTS
 from ..guard.terms import TERMS
 from ..loading import load_potential, weights_hash
 from ..losses import LOSSES
+from ..potential import Potential
 from ..steppers import STEPPERS, make_stepper
 from ..tuning import lora
+from ..tuning.trainable import describe
 from ..version import __version__
 from . import checkpoint
 
@@ -76,8 +78,16 @@ def provenance(trainer: Trainer) -> dict[str, Any]:
         "base": base | {"family": trainer.potential.family, "weights": weights_hash(trainer.potential)},
         "data": trainer.data,
         "settings": settings(trainer),
-        "versions": {"ase_bptt": __version__, "ase": ase.__version__, "torch": torch.__version__},
+        "trained": describe(trainer.potential),
+        "versions": _versions(trainer.potential),
     }
+
+
+def _versions(potential: Potential) -> dict[str, str]:
+    """Of ours, of ase, and of the packages that the potential's modules come from: torch, mace-torch, e3nn, ..."""
+    modules = {"ase", *(type(module).__module__.partition(".")[0] for module in potential.modules())}
+    packages = {package for name, found in packages_distributions().items() if name in modules for package in found}
+    return {package: version(package) for package in sorted(packages)} | {"ase_bptt": __version__}
 
 
 def arguments(
