@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,13 @@ from torch import Tensor, nn
 from ..neighbors import Pairs
 from ..potential import Potential, Prediction
 from ..structures import Structures
-from . import quiet, require
-from .mace_forms import accelerated, is_accelerated, is_reduced, marked_as_it_is, path_counts, plain, set_path_counts
+from .mace_config import build, describe
+from .mace_forms import accelerated, is_accelerated, marked_as_it_is, plain
 from .mace_foundations import LONG_RANGE, load_foundation
+from .mace_radial import each_distance_once
 
 NEUTRAL = {"total_charge": 0.0, "total_spin": 1.0}
 """What mace's own calculator takes where nothing is said; the spin is a multiplicity."""
-GATES = {"silu": torch.nn.functional.silu, "tanh": torch.tanh, "abs": torch.abs, "None": None}
 
 
 class MACE(Potential):
@@ -137,37 +136,11 @@ class MACE(Potential):
         return stored
 
     def config(self) -> dict[str, Any]:
-        tools = require("mace.tools.scripts_utils", extra="mace")
-        arguments = tools.extract_config_mace_model(self.model)
-        if "error" in arguments:
-            raise NotImplementedError(f"This MACE model cannot be saved: {arguments['error']}.")
-        arguments |= {"use_reduced_cg": is_reduced(self.model), "cueq_config": None}
-        return {
-            "class": type(self.model).__name__,
-            "head": self.model.heads[self.head] if hasattr(self.model, "heads") else None,
-            "arguments": {name: _to_json(value) for name, value in arguments.items()},
-            **({"paths": path_counts(self.model)} if arguments["use_reduced_cg"] else {}),
-        }
+        return describe(self.model, self.head)
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> MACE:
-        modules = require("mace.modules", extra="mace")
-        irreps = require("e3nn.o3", extra="mace").Irreps
-        arguments = dict(config["arguments"])
-        for name, value in arguments.items():
-            if name.endswith("_cls") or name.endswith("_cls_first"):
-                arguments[name] = getattr(modules.blocks, value)
-            elif name.endswith("irreps") and value is not None:
-                arguments[name] = irreps(value)
-        arguments["gate"] = GATES[str(arguments["gate"])]
-        # The reduced basis can be made with cuEquivariance only; it is read with the weights.
-        arguments["use_reduced_cg"] = False
-        arguments["atomic_energies"] = torch.tensor(arguments["atomic_energies"], dtype=torch.float64).numpy()
-        with quiet():
-            model = getattr(modules, config["class"])(**arguments)
-        set_path_counts(model, config.get("paths", {}))
-        model.use_reduced_cg = "paths" in config
-        return cls(model, head=config.get("head"))
+        return cls(build(config), head=config.get("head"))
 
     def save_native(self, path: Path) -> None:
         held = vars(self.model).pop("metadata", None)
@@ -181,43 +154,6 @@ class MACE(Potential):
             del self.model.metadata
             if held is not None:
                 self.model.metadata = held
-
-
-@contextmanager
-def each_distance_once(model: Any, n_pairs: int) -> Iterator[None]:
-    """While it holds, the radial networks of a MACE see one direction of each pair, and serve both.
-
-    They map a distance to the weights of a tensor product, and take a quarter of the time. The pairs
-    that the model is called with have to be all of one direction, then the others in the same order.
-    """
-    one_way = n_pairs // 2
-    features: list[Any] = [None, None]  # of both directions, and of one
-
-    def halve_lengths(module: nn.Module, given: tuple) -> tuple:
-        lengths, elements, ends, numbers = given
-        return lengths[:one_way], elements, ends[:, :one_way], numbers
-
-    def double_features(module: nn.Module, given: tuple, found: Any) -> Any:
-        # The features, from some version on with the cutoff function that is still to be applied.
-        several = found if isinstance(found, tuple) else (found,)
-        both = tuple(None if x is None else torch.cat((x, x)) for x in several)
-        features[:] = both[0], several[0]
-        return both if isinstance(found, tuple) else both[0]
-
-    def halve_features(module: nn.Module, given: tuple) -> tuple:
-        # Some interactions add the features of the two atoms, which are not the same both ways.
-        return (features[1],) if len(given) == 1 and given[0] is features[0] else given
-
-    def double_weights(module: nn.Module, given: tuple, found: Tensor) -> Tensor:
-        return torch.cat((found, found)) if given[0] is features[1] else found
-
-    hooks = [(model.radial_embedding, halve_lengths, double_features)]
-    hooks += [(layer.conv_tp_weights, halve_features, double_weights) for layer in model.interactions]
-    with ExitStack() as held:
-        for module, before, after in hooks:
-            held.enter_context(module.register_forward_pre_hook(before))
-            held.enter_context(module.register_forward_hook(after))
-        yield
 
 
 def _heads(model: Any) -> list[str]:
@@ -246,17 +182,3 @@ def _further_inputs(model: Any) -> dict[str, float]:
             "holds: take another."
         )
     return {name: NEUTRAL[name] for name in wanted}
-
-
-def _to_json(value: Any) -> Any:
-    """Classes and functions by name, arrays as lists, irreps as text."""
-    if isinstance(value, type) or callable(value):
-        return value.__name__
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    if isinstance(value, str | int | float | bool) or value is None:
-        # e3nn's irreps are tuples, all others are JSON already
-        return value
-    if isinstance(value, dict):
-        return {k: _to_json(v) for k, v in value.items()}
-    return str(value) if type(value).__name__ == "Irreps" else [_to_json(v) for v in value]
