@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and JSON that any tool reads."""
+"""Files that are written whole or not at all, those that cannot be read, and JSON that any tool reads."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,6 +15,17 @@ from typing import Any
 UNFINISHED = ".*.part.*"
 """Pattern of the temporary names, for sweeping up behind a run that was killed."""
 REFUSED = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR})
+UNREADABLE = (
+    AttributeError,
+    EOFError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+)
+"""What is raised on reading a file that is damaged, or is no such file."""
 
 
 @contextmanager
@@ -73,6 +85,12 @@ def without_nan(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [without_nan(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def in_short(error: Exception) -> str:
+    """The error's name and first line; torch's go on for many."""
+    first = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 def _refused(error: OSError | RuntimeError) -> bool:

@@ -1,4 +1,4 @@
-"""From a name, a file or a module to a Potential, and back to a folder without pickles."""
+"""From a name, a file or a module to a Potential, and to a folder without pickles and back."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ import copy
 import hashlib
 import json
 import logging
-import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from .files import replacing
+from .families import families, family, from_checkpoint, from_native
+from .files import UNREADABLE, in_short, replacing
 from .potential import Potential
 from .potentials import quiet
 from .tuning.lora import merged
 from .version import __version__
+
+__all__ = ["EMBEDDED", "as_potential", "families", "family", "load_potential", "save_potential", "weights_hash"]
 
 log = logging.getLogger(__name__)
 
@@ -28,17 +29,6 @@ EMBEDDED = {"mace-si": Path(__file__).parent / "data" / "mace_si"}
 FORMAT = "ase_bptt potential"
 VERSION = 1
 RUN_POTENTIAL = "potential"
-UNREADABLE = (
-    AttributeError,
-    EOFError,
-    KeyError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    pickle.UnpicklingError,
-)
-GROUP = "ase_bptt.potentials"
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
 
@@ -90,7 +80,7 @@ def as_potential(
         dtype = DTYPES[dtype]
     if isinstance(spec, nn.Module):
         module = copy.deepcopy(spec) if _differs(spec, device, dtype) else spec
-        potential = module if isinstance(module, Potential) else _from_native(module, "this module")
+        potential = module if isinstance(module, Potential) else from_native(module, "this module")
     else:
         potential = _from_spec(str(spec), trust).requires_grad_()
         potential.metadata = dict(potential.metadata) or {"source": str(spec)}
@@ -150,17 +140,6 @@ def weights_hash(potential: Potential) -> str:
     return found.hexdigest()
 
 
-def families() -> tuple[str, ...]:
-    """Names of the registered families."""
-    return tuple(sorted(entry_points(group=GROUP).names))
-
-
-def family(name: str) -> type[Potential]:
-    """The adapter of a family. Only its own module is imported."""
-    (entry, *_) = entry_points(group=GROUP, name=name)
-    return entry.load()
-
-
 def _from_spec(spec: str, trust: bool) -> Potential:
     if spec in EMBEDDED:
         return _from_folder(EMBEDDED[spec])
@@ -175,7 +154,7 @@ def _from_spec(spec: str, trust: bool) -> Potential:
     if path.is_dir():
         return _from_folder(path)
     if path.is_file():
-        return _from_pickle(path, trust)
+        return from_checkpoint(path, trust)
     raise ValueError(
         f"There is no potential {spec!r}: it is no file or folder here, and the names are "
         f"{', '.join([*EMBEDDED, *known])} (a family takes a variant: chgnet:r2scan)."
@@ -208,39 +187,6 @@ def _from_folder(folder: Path) -> Potential:
     return potential
 
 
-def _from_pickle(path: Path, trust: bool) -> Potential:
-    if not trust:
-        raise PermissionError(
-            f"{path} is a pickle, and loading a pickle can run any code that somebody put into it. "
-            "If you trust where it comes from, say so: trust=True, or --trust in the shell."
-        )
-    try:
-        with quiet():
-            native = torch.load(path, weights_only=False, map_location="cpu")
-    except ImportError as error:
-        raise ImportError(
-            f"{path} needs a package that is not here ({error}): install its family, "
-            'for MACE by pip install "ase_bptt[mace]" (with cuEquivariance "ase_bptt[cueq]"), '
-            'for CHGNet by pip install "ase_bptt[chgnet]".'
-        ) from error
-    except UNREADABLE as error:
-        raise ValueError(f"{path} cannot be unpickled ({in_short(error)}).") from error
-    return _from_native(native, str(path))
-
-
-def _from_native(native: Any, name: str) -> Potential:
-    for candidate in map(family, families()):
-        if candidate.owns(native):
-            potential = candidate.from_native(native)
-            told = native.get("metadata") if isinstance(native, dict) else getattr(native, "metadata", None)
-            potential.metadata = told if isinstance(told, dict) else {}
-            return potential
-    raise ValueError(
-        f"No family of potentials knows what to do with {name} (a {type(native).__module__}."
-        f"{type(native).__name__}); the families are {', '.join(families())}."
-    )
-
-
 def _rebuild(adapter: type[Potential], config: dict[str, Any], dtype: torch.dtype) -> Potential:
     with _default_dtype(dtype), torch.random.fork_rng():
         return adapter.from_config(config).to(dtype)
@@ -264,9 +210,3 @@ def _differs(module: nn.Module, device: torch.device | str | None, dtype: torch.
         or (device is not None and t.device != torch.empty(0, device=device).device)
         for t in floats
     )
-
-
-def in_short(error: Exception) -> str:
-    """The error's name and first line; torch's go on for many."""
-    first = next(iter(str(error).splitlines()), "")
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from ..families import families
 from ..files import check_writable, replacing
-from ..loading import EMBEDDED, families
+from ..loading import EMBEDDED
 from ..pairs import RelaxationPair, fingerprint
 
 COMMAND = "command.json"

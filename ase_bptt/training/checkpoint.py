@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 
-from ..files import UNFINISHED, replacing
-from ..loading import UNREADABLE, in_short
+from ..files import UNFINISHED, UNREADABLE, in_short, replacing
 from ..potentials import quiet
 
 log = logging.getLogger(__name__)
