@@ -96,10 +96,14 @@ class Ranks:
             raise error or said  # type: ignore[misc]
         return found  # type: ignore[return-value]
 
+    def shares(self, costs: Sequence[float]) -> list[list[int]]:
+        """Which of the items that cost so much each rank computes: a list of their numbers for each rank, ascending."""
+        return share(costs, self.size)
+
     def dealt(
         self, items: Sequence[Item], costs: Sequence[float], run: Callable[[list[Item]], Sequence[Found]]
     ) -> list[Found]:
-        """What `run` gives for the items, in their order; each rank runs it on its share.
+        """What `run` gives for the items, in their order; each rank runs it on its share, by `shares`.
 
         Parameters
         ----------
@@ -109,7 +113,7 @@ class Ranks:
         run : callable
             ``run(items)`` gives something for each; it is not called where there are none.
         """
-        shares = share(costs, self.size)
+        shares = self.shares(costs)
         mine = [items[k] for k in shares[self.rank]]
         with self._heard():
             everywhere = self.each(lambda: run(mine) if mine else [])

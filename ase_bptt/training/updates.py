@@ -11,7 +11,6 @@ from torch import nn
 
 from ..guard.terms import Term, add_gradients
 from ..pairs import RelaxationPair
-from ..planning import share
 from ..tuning.trainable import groups
 from .gradients import Total
 from .pairloss import PairLoss
@@ -104,6 +103,11 @@ class Updates:
         self.optimizer.step()
         return norm.item()
 
+    @property
+    def _costs(self) -> list[float]:
+        """By which the terms are dealt out to the ranks: none is known to take longer than another."""
+        return [1.0] * len(self.terms)
+
     def _add_terms(self, pairs: Sequence[RelaxationPair], key: Sequence[int]) -> dict[str, float]:
         """Each term on one of the ranks; the sum of their gradients goes into ``.grad``."""
         kept, total = [p.grad for p in self._trained], Total(self._trained)
@@ -112,7 +116,7 @@ class Updates:
         def run(terms: list[Term]) -> list[dict[str, float]]:
             return [add_gradients([term], self.potential, pairs, key) for term in terms]
 
-        found = self.ranks.dealt(self.terms, [1.0] * len(self.terms), run)
+        found = self.ranks.dealt(self.terms, self._costs, run)
         total.add([p.grad for p in self._trained])
         total.add_over(self.ranks)
         for parameter, gradient in zip(self._trained, kept, strict=True):
@@ -122,8 +126,7 @@ class Updates:
 
     def terms_state(self) -> list[dict[str, Any]]:
         """The state of each term as it is on the rank that computes it; all ranks must ask for it."""
-        shares = share([1.0] * len(self.terms), self.ranks.size)
-        on = {k: rank for rank, members in enumerate(shares) for k in members}
+        on = {k: rank for rank, members in enumerate(self.ranks.shares(self._costs)) for k in members}
         return [self.ranks.once(term.state, on[k]) for k, term in enumerate(self.terms)]
 
     def state(self) -> dict[str, Any]:
