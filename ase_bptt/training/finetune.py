@@ -15,7 +15,8 @@ from ..groups import split_into_folds
 from ..guard.card import Card
 from ..guard.portrait import Portrait, portrait
 from ..pairs import RelaxationPair, fingerprint
-from .outcome import BEFORE, PORTRAITS, RESULTS, Outcome, card_of_folds, read_rows, write_rows
+from .folds import as_one
+from .outcome import BEFORE, PORTRAITS, RESULTS, Outcome, read_rows, write_rows
 from .ranks import together
 from .trainer import Trainer
 
@@ -116,18 +117,7 @@ def cross_validate(
         log.info("fold %d of %d: %d held out", k + 1, folds, len(split["test"]))
         outcomes.append(_fold(make, resume, split, folder, epochs, facts))
     seconds = max(time.monotonic() - clock, sum(o.seconds for o in outcomes))
-    merged = Outcome(
-        out,
-        before=_in_order([o.before for o in outcomes], pairs),
-        after=_in_order([o.after for o in outcomes], pairs),
-        before_bfgs=_in_order([o.before_bfgs for o in outcomes], pairs),
-        after_bfgs=_in_order([o.after_bfgs for o in outcomes], pairs),
-        history=[],
-        seconds=seconds,
-        folds=folds,
-        facts=dict(facts or {}) | _learnt_by_folds(outcomes),
-        card=card_of_folds(outcomes),
-    )
+    merged = as_one(outcomes, pairs, out, seconds=seconds, facts=facts or {})
     if together().writes:
         merged.write()
     return merged
@@ -153,15 +143,6 @@ def _fold(
     return finetune(trainer, split, folder, epochs=epochs, facts={**(facts or {}), **data})
 
 
-def _in_order(evaluations: Sequence[Evaluation], pairs: Sequence[RelaxationPair]) -> Evaluation:
-    """All folds' rows and ends in one evaluation, in the order of the pairs."""
-    place = {pair.id: k for k, pair in enumerate(pairs)}
-    rows = [row for e in evaluations for row in e.rows]
-    ends = [atoms for e in evaluations for atoms in e.ends]
-    order = sorted(range(len(rows)), key=lambda k: place[rows[k].id])
-    return Evaluation(tuple(rows[k] for k in order), tuple(ends[k] for k in order) if len(ends) == len(rows) else ())
-
-
 def _step_size(trainer: Trainer, given: dict[str, Any]) -> dict[str, str]:
     """The one that "auto" was."""
     if given.get("step_size") != "auto":
@@ -176,11 +157,6 @@ def _learnt(trainer: Trainer) -> dict[str, str]:
     moved = [f"{name} {begun:.4g} -> {now[name]:.4g}" for name, begun in trainer.begun_with.items()
              if name.partition("[")[0] in trained]  # fmt: skip
     return {"learnt": ", ".join(moved)} if moved else {}
-
-
-def _learnt_by_folds(outcomes: Sequence[Outcome]) -> dict[str, str]:
-    said = [f"fold {k}: {o.facts['learnt']}" for k, o in enumerate(outcomes) if "learnt" in o.facts]
-    return {"learnt": "; ".join(said)} if said else {}
 
 
 def _portrait_before(trainer: Trainer, test: Sequence[RelaxationPair], file: Path) -> Portrait:
