@@ -131,9 +131,9 @@ def save_potential(potential: Potential, folder: str | Path) -> None:
 
 
 def weights_hash(potential: Potential) -> str:
-    """SHA-256 of all parameters, names and dtypes included: the same for the same weights."""
+    """SHA-256 of all parameters as they are stored, names and dtypes included: the same for the same weights."""
     found = hashlib.sha256()
-    for name, value in sorted(merged(potential).named_parameters()):
+    for name, value in sorted(merged(potential).as_stored().named_parameters()):
         array = value.detach().cpu().contiguous().numpy()
         found.update(f"{name} {array.dtype} {array.shape}".encode())
         found.update(array.tobytes())

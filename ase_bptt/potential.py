@@ -194,6 +194,15 @@ class Potential(nn.Module):
         """The form that is written: the potential itself, unless it computes in one that others could not read."""
         return self
 
+    @property
+    def form(self) -> str:
+        """In which of the forms of its family it computes; empty where that is the stored one."""
+        return ""
+
+    def in_form(self, form: str) -> Potential:
+        """The same potential in the `form` that another computed in."""
+        return self
+
     def config(self) -> dict[str, Any]:
         """JSON from which `from_config` builds the same module, its weights apart."""
         raise NotImplementedError(f"The family {self.family!r} cannot be saved.")

@@ -1,5 +1,6 @@
 """MACE with cuEquivariance's kernels, and with the reduced product basis that comes with it."""
 
+import copy
 import importlib.util
 import sys
 
@@ -9,6 +10,7 @@ import torch
 from conftest import needs_mace, silicon, skewed, tiny_mace
 
 from ase_bptt import RelaxationPair, TorchCalculator, Trainer, load_potential, save_potential
+from ase_bptt.loading import weights_hash
 from ase_bptt.potentials import require
 from ase_bptt.testing import check_potential
 
@@ -45,6 +47,15 @@ def reduced(which=0):
     product.weights_max = torch.nn.Parameter(product.weights_max[:, :2].detach().clone())
     model.use_reduced_cg = True
     return model
+
+
+TRAIN_STEP = Trainer.train_step
+
+
+def _steps_once(trainer, pairs):
+    if trainer.epoch:
+        raise KeyboardInterrupt
+    return TRAIN_STEP(trainer, pairs)
 
 
 def results(potential, dtype="float64"):
@@ -163,6 +174,25 @@ class TestCuEquivariance:
         assert contractions(stored.model)
         assert np.abs(tuned - base).max() > 1e-3
         assert stored.metadata == trainer.potential.metadata
+
+    @pytest.mark.parametrize("model", ["full"], indirect=True)
+    def test_a_run_that_goes_on_computes_with_it_again_bit_for_bit(self, potential, model, monkeypatch, tmp_path):
+        pair = RelaxationPair(skewed(), skewed(2), "a", group="a")
+        assert weights_hash(potential) == weights_hash(load_potential(model))
+
+        def trainer(out) -> Trainer:
+            return Trainer(copy.deepcopy(potential), steps=2, lr=1e-3, out=tmp_path / out, progress=False)
+
+        whole, stopped = trainer("whole").fit([pair], epochs=2), trainer("stopped")
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "train_step", _steps_once)
+            with pytest.raises(KeyboardInterrupt):
+                stopped.fit([pair], epochs=2)
+        resumed = Trainer.resume(tmp_path / "stopped", progress=False)
+        assert resumed.epoch == 1
+        assert resumed.potential.form == potential.form != ""
+        ends = [run.potential.state_dict() for run in (whole, resumed.fit([pair], epochs=2))]
+        assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
     def test_the_embedded_model_is_converted_too(self):
         from ase_bptt.potentials.mace import MACE

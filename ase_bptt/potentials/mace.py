@@ -19,6 +19,7 @@ from .mace_radial import each_distance_once
 
 NEUTRAL = {"total_charge": 0.0, "total_spin": 1.0}
 """What mace's own calculator takes where nothing is said; the spin is a multiplicity."""
+CUEQ = "cuequivariance"
 
 
 class MACE(Potential):
@@ -131,9 +132,20 @@ class MACE(Potential):
         """Without cuEquivariance, so that what is written can be read where it is not installed."""
         if not is_accelerated(self.model):
             return self
-        stored = MACE(plain(self.model), head=_heads(self.model)[self.head])
-        stored.metadata = self.metadata
-        return stored
+        return self._of(plain(self.model))
+
+    @property
+    def form(self) -> str:
+        return CUEQ if is_accelerated(self.model) else ""
+
+    def in_form(self, form: str) -> MACE:
+        return self._of(accelerated(self.model)) if form == CUEQ and not self.form else self
+
+    def _of(self, model: Any) -> MACE:
+        """The same potential on another form of its model."""
+        made = MACE(model, head=_heads(self.model)[self.head])
+        made.metadata = self.metadata
+        return made
 
     def config(self) -> dict[str, Any]:
         return describe(self.model, self.head)

@@ -33,7 +33,7 @@ NUMBERS = (
 SETTINGS = {*NUMBERS, "stepper", "adjoint", "loss", "optimizer", "terms"}
 """Without these in settings.json nothing is resumed."""
 PARTS = {
-    "potential", "lora", "stepper", "frozen", "optimizer", "steps_taken", "base_rates", "terms", "warm_ends",
+    "potential", "form", "lora", "stepper", "frozen", "optimizer", "steps_taken", "base_rates", "terms", "warm_ends",
     "generator", "torch_rng",
 }  # fmt: skip
 """Nor without these, and `STATE`, in the checkpoint."""
@@ -59,6 +59,7 @@ def state(trainer: Trainer, terms: list[dict[str, Any]]) -> dict[str, Any]:
     warm = trainer.warm_starts
     return {
         "potential": trainer.potential.state_dict(),
+        "form": trainer.potential.form,
         "lora": lora.settings(trainer.potential),
         "stepper": trainer.stepper.state_dict(),
         "frozen": [name for name, p in trainer.potential.named_parameters() if not p.requires_grad],
@@ -116,7 +117,7 @@ def arguments(
         raise ValueError(f"The run in {out} used its own term {unknown[0]!r}: give all terms to resume again.")
     if given["terms"] is not None and [term.name for term in given["terms"]] != terms:
         raise ValueError(f"The run in {out} had the terms {', '.join(terms) or 'none'}: give those to resume again.")
-    potential = load_potential(out / "potential", device=device)
+    potential = load_potential(out / "potential", device=device).in_form(state["form"])
     if state["lora"]:
         lora.restore(potential, state["lora"])
     for name, parameter in potential.named_parameters():
