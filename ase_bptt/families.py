@@ -40,7 +40,8 @@ def from_checkpoint(path: Path, trust: bool) -> Potential:
         raise ImportError(
             f"{path} needs a package that is not here ({error}): install its family, "
             'for MACE by pip install "ase_bptt[mace]" (with cuEquivariance "ase_bptt[cueq]"), '
-            'for CHGNet by pip install "ase_bptt[chgnet]".'
+            'for CHGNet by pip install "ase_bptt[chgnet]", for SevenNet, which is not to be beside MACE, by '
+            'pip install "ase_bptt[sevennet]".'
         ) from error
     except UNREADABLE as error:
         raise ValueError(f"{path} cannot be unpickled ({in_short(error)}).") from error

@@ -86,14 +86,14 @@ def line(name: str, cells: dict[tuple[int, int], dict]) -> str:
     def change(of: Callable[[Iterable[float]], float]) -> str:
         was, now = (of([row[when] for row in rows]) for when in ("before", "after"))
         each = [relative(of, one["rows"].values()) for one in found]
-        return f"{was:5.2f} -> {now:5.2f} {100 * (now / was - 1):+5.0f} % {each!s:18}"
+        return f"{was:5.2f} -> {now:5.2f} {100 * (now / was - 1):+5.0f} % {each!s:26}"
 
     which = ",".join(f"{fold}.{seed}" for fold, seed in sorted(cells))
     basins = [sum(row[f"basin_{when}"] for row in rows) for when in ("before", "after")]
     drift = statistics.fmean(one["drift"]["all"] for one in found)
     longest = max(one["seconds"] for one in found) / 60
     return (
-        f"{name:14} {which:12} {len(rows):3}   {change(statistics.fmean)} {change(statistics.median)} "
+        f"{name:14} {which:20} {len(rows):3}   {change(statistics.fmean)} {change(statistics.median)} "
         f"{basins[0]:3} -> {basins[1]:3}   {drift:6.3f}   {longest:5.1f}"
     )
 
@@ -131,8 +131,8 @@ def main() -> None:
         print(f"{name}, fold {fold}, seed {seed}: done", flush=True)
     print("cells are fold.seed, drift is in eV/Å, longest in minutes")
     print(
-        f"{'':14} {'cells':12}   n   mean Delta-Q, amu^1/2 Å  {'each cell, %':16} median                 "
-        f"{'each cell, %':16} basins      drift   longest"
+        f"{'':14} {'cells':20}   n   mean Delta-Q, amu^1/2 Å  {'each cell, %':24} median                 "
+        f"{'each cell, %':24} basins      drift   longest"
     )
     for name in dict.fromkeys([*POTENTIALS, *arguments.potentials]):
         paths = {which: place(name, *which, arguments) for which in cells}
