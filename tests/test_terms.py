@@ -17,7 +17,7 @@ from toys import Narrow
 
 from ase_bptt import RelaxationPair, datasets, read_pairs, relax
 from ase_bptt.guard import teacher as teacher_units
-from ase_bptt.guard.matching import ENERGY, FORCE, Points, mismatch
+from ase_bptt.guard.matching import ENERGY, FORCE, Points, answer, cost
 from ase_bptt.guard.probes import KINDS, make_probes
 from ase_bptt.guard.terms import TERMS, Pull, Reference, Teacher, add_gradients, make_term
 from ase_bptt.potentials.emt import EMT
@@ -33,6 +33,10 @@ def start(k: int) -> Atoms:
     atoms = cluster(seed=k)
     atoms.positions *= 2.5
     return rattled(atoms, 0.1, k)
+
+
+def mismatch(potential, points: Points, **settings) -> torch.Tensor:
+    return cost(points, *answer(potential, points.structures), **settings)
 
 
 def labelled(atoms: Atoms, potential, offset: float = 0.0) -> Atoms:

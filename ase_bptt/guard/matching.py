@@ -77,11 +77,6 @@ class Points:
         return cls(structures, *(state[name].to(structures.positions) for name in ("energies", "forces")))
 
 
-def mismatch(potential: Potential, points: Points, *, energies: bool = True) -> Tensor:
-    """How far a potential is from what it shall give, without a unit, with a graph: the `cost` of what it gives."""
-    return cost(points, *answer(potential, points.structures), energies=energies)
-
-
 def answer(potential: Potential, structures: Structures) -> tuple[Tensor, Tensor]:
     """Energies and forces as the potential gives them now, with a graph."""
     return potential.energy_and_forces(structures, find_pairs(structures, potential.cutoff), create_graph=True)

@@ -134,7 +134,7 @@ class Reference:
         return np.linalg.lstsq(self._counts / sizes[:, None], self._differences / sizes, rcond=None)[0]
 
     def loss(self, potential: Potential, pairs: Sequence[RelaxationPair], rng: np.random.Generator) -> Tensor:
-        """`mismatch` at frames of those pairs of the batch that have any, and the path; without a unit."""
+        """The `cost` at frames of those pairs of the batch that have any, and the path; without a unit."""
         chosen: list[int] = []
         for pair in pairs:
             rows = self._rows.get(pair.id, range(0))

@@ -130,9 +130,7 @@ class MACE(Potential):
 
     def as_stored(self) -> MACE:
         """Without cuEquivariance, so that what is written can be read where it is not installed."""
-        if not is_accelerated(self.model):
-            return self
-        return self._of(plain(self.model))
+        return self._of(plain(self.model)) if self.form else self
 
     @property
     def form(self) -> str:
