@@ -129,7 +129,9 @@ class BPTTOptimizer(Optimizer):
         self.optimizable.set_x(moved.reshape(-1).numpy().copy())
         # Constraints may have moved the atoms elsewhere than they were asked to.
         self._recording.moved(self.optimizable.get_x())
-        self.dump(self._saved())
+        if self.restart is not None:
+            # The state as lists costs more than a step of a few hundred atoms.
+            self.dump(self._saved())
 
     def _settle(self) -> None:
         """Find the step of step_size="auto", where there is a potential to ask."""
