@@ -8,49 +8,26 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .plugin import register
+__version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from . import adjoints, datasets, losses, optimize, steppers, testing
     from .calculator import TorchCalculator
-    from .comparison import compare
-    from .diagnosis import diagnose
+    from .diagnostics import diagnose
     from .evaluation import evaluate
-    from .groups import split_by_group, split_into_folds
-    from .loading import load_potential, save_potential
+    from .evaluation.compare import compare
     from .losses import delta_q, max_displacement, rmsd
-    from .optimizer import BPTTOptimizer
+    from .optimize.bptt_optimizer import BPTTOptimizer
+    from .optimize.recording import as_relaxation
     from .pairs import RelaxationPair
+    from .pairs.groups import split_by_group, split_into_folds
+    from .pairs.reading import read_pairs
     from .potential import Potential, Prediction
-    from .reading import read_pairs
-    from .recording import as_relaxation
+    from .potentials.loading import load_potential, save_potential
     from .relaxation import relax
     from .result import Relaxation, Status
     from .structures import Structures
-    from .training.trainer import Trainer
-    from .version import __version__
-
-_HOMES = {
-    "calculator": ("TorchCalculator",),
-    "comparison": ("compare",),
-    "diagnosis": ("diagnose",),
-    "evaluation": ("evaluate",),
-    "groups": ("split_by_group", "split_into_folds"),
-    "loading": ("load_potential", "save_potential"),
-    "losses": ("delta_q", "max_displacement", "rmsd"),
-    "optimizer": ("BPTTOptimizer",),
-    "pairs": ("RelaxationPair",),
-    "potential": ("Potential", "Prediction"),
-    "reading": ("read_pairs",),
-    "recording": ("as_relaxation",),
-    "relaxation": ("relax",),
-    "result": ("Relaxation", "Status"),
-    "structures": ("Structures",),
-    "training.trainer": ("Trainer",),
-    "version": ("__version__",),
-}
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-_MODULES = ("adjoints", "datasets", "losses", "optimize", "steppers", "testing")
+    from .training import Trainer
 
 __all__ = [
     "BPTTOptimizer",
@@ -84,7 +61,26 @@ __all__ = [
     "testing",
 ]
 
-register()
+_HOMES = {
+    "calculator": ("TorchCalculator",),
+    "diagnostics": ("diagnose",),
+    "evaluation": ("evaluate",),
+    "evaluation.compare": ("compare",),
+    "losses": ("delta_q", "max_displacement", "rmsd"),
+    "optimize.bptt_optimizer": ("BPTTOptimizer",),
+    "optimize.recording": ("as_relaxation",),
+    "pairs": ("RelaxationPair",),
+    "pairs.groups": ("split_by_group", "split_into_folds"),
+    "pairs.reading": ("read_pairs",),
+    "potential": ("Potential", "Prediction"),
+    "potentials.loading": ("load_potential", "save_potential"),
+    "relaxation": ("relax",),
+    "result": ("Relaxation", "Status"),
+    "structures": ("Structures",),
+    "training": ("Trainer",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+_MODULES = ("adjoints", "datasets", "losses", "optimize", "steppers", "testing")
 
 
 def __getattr__(name: str) -> Any:
@@ -99,3 +95,9 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+# ASE is told of the calculator in this process; it cannot be told once and for all.
+from .calculator import register  # noqa: E402
+
+register()

@@ -1,4 +1,4 @@
-"""The ASE Calculator face of a Potential."""
+"""A differentiable potential as an ASE Calculator, registered with ASE by name."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from ase.calculators.calculator import (
     Calculator,
     PropertyNotImplementedError,
     all_changes,
+    external_calculators,
+    register_calculator_class,
 )
 from ase.stress import full_3x3_to_voigt_6_stress
 from torch import nn
 
-from .loading import as_potential
+from .iterated_map import Versions, Weights
 from .neighbors import NeighborList
 from .potential import Potential
+from .potentials.loading import as_potential
 from .structures import Structures
-from .weights import Versions, Weights
 
 BASIC = ["energy", "free_energy", "forces", "stress"]
 
@@ -170,3 +172,13 @@ def same_but_positions(a: Atoms, b: Atoms) -> bool:
 
 def _numpy(tensor: torch.Tensor) -> np.ndarray:
     return np.ascontiguousarray(tensor.cpu().double().numpy())
+
+
+NAME = "torchcalculator"
+"""For `ase.calculators.calculator.get_calculator_class` and ``ase run``."""
+
+
+def register() -> None:
+    """Make TorchCalculator known to ASE by name, in this process; ASE has no way to be told once and for all."""
+    if NAME not in external_calculators:
+        register_calculator_class(NAME, TorchCalculator)

@@ -6,9 +6,10 @@ import dataclasses
 import re
 from pathlib import Path
 
-from .groups import classes, same_structure
 from .pairs import RelaxationPair
-from .reading import read_pairs
+from .pairs.groups import classes
+from .pairs.reading import read_pairs
+from .pairs.structure_matching import same_structure
 
 FOLDER = Path(__file__).parent / "data" / "si_defects"
 FOLDS = 5

@@ -20,7 +20,7 @@ from ase import Atoms
 from ase.data import chemical_symbols
 from torch import Tensor, nn
 
-from .neighbors import Pairs
+from .neighbors.edges import Pairs
 from .structures import Structures
 
 

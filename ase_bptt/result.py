@@ -13,7 +13,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from torch import Tensor
 
 from .adjoints import Solve
-from .frames import Record
+from .iterated_map import Record
 from .structures import Structures
 
 

@@ -11,7 +11,8 @@ import torch
 from ase import Atoms
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
-from .neighbors import NeighborList, Pairs
+from .neighbors import NeighborList
+from .neighbors.edges import Pairs
 from .potential import Potential
 from .steppers import Stepper
 from .structures import Structures, as_structures

@@ -21,8 +21,8 @@ import torch
 from ase_bptt import Trainer, load_potential
 from ase_bptt.datasets import si_defects
 from ase_bptt.evaluation import evaluate
-from ase_bptt.files import write_json
 from ase_bptt.steppers import GradientDescent
+from ase_bptt.utils import write_json
 
 CASES = {
     "replay, 10 frames": {},

@@ -27,9 +27,9 @@ from ase.io import read
 from ase_bptt import Structures, Trainer, load_potential, relax
 from ase_bptt.datasets import FOLDER, FOLDS, si_defects
 from ase_bptt.evaluation import evaluate
-from ase_bptt.files import replacing
 from ase_bptt.losses import delta_q, log_delta_q
 from ase_bptt.neighbors import NeighborList
+from ase_bptt.utils import replacing
 
 FORCE_EPOCHS, FORCE_BATCH = 8, 16
 

@@ -12,8 +12,8 @@ from relaxers import rattled
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from ase_bptt import Potential, Trainer, delta_q, relax
-from ase_bptt.batches import relax_all
 from ase_bptt.datasets import si_defects
+from ase_bptt.throughput import relax_all
 
 ADJOINTS = ("full", "replay", "implicit", "guided:10")
 BATCHES = {"cuda": (1, 8, 32), "cpu": (1, 2, 4)}

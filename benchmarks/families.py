@@ -6,9 +6,9 @@ One command, and the Trainer's default settings but for the learning rate and th
 `--epochs`): three seeds on the demo's fold of the kinds of defect, or other folds and seeds. A cell of the table is a
 potential on a fold with a seed and is kept in a file of its own when it is done, so that a second call, also from the
 environment of another family, goes on with the missing ones; cells that nobody has run stay empty, as do those of
-families that are not installed. Changes are those
+families that are not installed. DriftReport are those
 of the mean and of the median over all cells that are there; in brackets, those of each cell alone.
-Drift is the root mean square change of the forces on the probe set (`ase_bptt.guard.probes`); `--terms teacher:1`
+Drift is the root mean square change of the forces on the probe set (`ase_bptt.terms.probes`); `--terms teacher:1`
 trains with the guard against forgetting.
 """
 
@@ -26,10 +26,10 @@ import torch
 
 from ase_bptt import Trainer, load_potential
 from ase_bptt.datasets import DEMO_FOLD, si_defects
+from ase_bptt.drift import take_snapshot
+from ase_bptt.drift.changes import DriftReport
 from ase_bptt.evaluation import evaluate
-from ase_bptt.files import write_json
-from ase_bptt.guard.changes import Changes
-from ase_bptt.guard.portrait import portrait
+from ase_bptt.utils import write_json
 
 LR, EPOCHS = 1e-3, 6
 """Of the pretrained models: a run shall take minutes."""
@@ -41,7 +41,7 @@ def cell(name: str, fold: int, seed: int, arguments: argparse.Namespace) -> dict
     began = time.monotonic()
     splits = {split: si_defects(split, fold=fold) for split in ("train", "valid", "test")}
     potential = load_potential(name, dtype="float32")
-    before, known = evaluate(potential, splits["test"]), portrait(potential, splits["test"])
+    before, known = evaluate(potential, splits["test"]), take_snapshot(potential, splits["test"])
     own = {} if name == "mace-si" else {"lr": arguments.lr}
     epochs = arguments.epochs if own else 16
     trainer = Trainer(potential, **own, seed=seed, terms=[term(text) for text in arguments.terms])
@@ -56,7 +56,7 @@ def cell(name: str, fold: int, seed: int, arguments: argparse.Namespace) -> dict
         }
         for row, now in zip(before.rows, after.rows, strict=True)
     }
-    drifts = Changes(known, portrait(trainer.potential, splits["test"])).drifts
+    drifts = DriftReport(known, take_snapshot(trainer.potential, splits["test"])).drifts
     settings = {"lr": trainer.lr, "epochs": epochs, "steps": trainer.steps, "best_epoch": trainer.best_epoch}
     forces = {kind: found.force for kind, found in drifts.items()}
     return {"rows": rows, "drift": forces, "seconds": time.monotonic() - began, **settings}

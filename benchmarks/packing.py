@@ -7,14 +7,14 @@ the frames of one. What a pair costs is atoms times frames. An epoch goes throug
 batches; each batch is dealt out to the ranks, and a step of the optimizer takes as long as the rank that has most to
 do. Efficiency is the mean load over the largest, added up over the steps: ideal time over real time.
 
-share     `ase_bptt.planning.share`: dealt out by cost. Costs are known; or within so much: the frames that a pair takes
-          differ from those that it took in the epoch before, by which it was dealt out, by a log-normal factor of
-          this spread; or of the frames nothing is known, and the atoms alone count
+share     `ase_bptt.throughput.packing.share`: dealt out by cost. Costs are known; or within so much: the frames
+          that a pair takes differ from those that it took in the epoch before, by which it was dealt out, by a
+          log-normal factor of this spread; or of the frames nothing is known, and the atoms alone count
 naive     as many pairs to each rank, in the order in which they come
 at best   no step is faster than its dearest pair
 
-Below it, the batches that fit into memory (atoms at once on a rank) by `ase_bptt.planning.pack`, and where each is
-filled in the order in which pairs come: the fewest that could hold all atoms over those that it takes.
+Below it, the batches that fit into memory (atoms at once on a rank) by `ase_bptt.throughput.packing.pack`, and where
+each is filled in the order in which pairs come: the fewest that could hold all atoms over those that it takes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ase_bptt.datasets import si_defects
-from ase_bptt.planning import pack, share
+from ase_bptt.throughput.packing import pack, share
 
 SUPERCELLS = (1, 2, 3, 4, 6, 8)
 KNOWLEDGE = {"known": 0.0, "within 5 %": 0.05, "within 10 %": 0.1, "within 20 %": 0.2, "atoms only": None}

@@ -18,7 +18,7 @@ from ase.io import write
 from ase.optimize import FIRE
 
 from ase_bptt import Potential
-from ase_bptt.batches import relax_all
+from ase_bptt.throughput import relax_all
 
 REPEATS = [(1, 1, 1), (2, 1, 1), (3, 1, 1), (2, 2, 1), (3, 2, 1), (2, 2, 2)]
 RATTLE = 0.1

@@ -19,7 +19,7 @@ from sphinx.application import Sphinx
 
 import ase_bptt
 from ase_bptt.cli import build_parser
-from ase_bptt.loading import families, family
+from ase_bptt.potentials import families, family
 
 COLUMNS = 80
 """Width of the help texts."""

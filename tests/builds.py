@@ -7,7 +7,7 @@ from unittest import mock
 
 from conftest import tiny_mace
 
-from ase_bptt import loading
+from ase_bptt.potentials import loading
 
 
 @cache

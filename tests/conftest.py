@@ -11,7 +11,7 @@ from ase import Atoms
 from ase.build import bulk, molecule
 
 from ase_bptt.potentials import quiet, require
-from ase_bptt.potentials.lennard_jones import LennardJones
+from ase_bptt.potentials.analytic import LennardJones
 
 HAS_MACE = importlib.util.find_spec("mace") is not None
 HAS_CHGNET = importlib.util.find_spec("chgnet") is not None

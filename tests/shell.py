@@ -10,7 +10,7 @@ from conftest import cluster, rattled
 
 from ase_bptt import relax, save_potential
 from ase_bptt.cli import main
-from ase_bptt.potentials.lennard_jones import LennardJones
+from ase_bptt.potentials.analytic import LennardJones
 
 QUICK = ["--epochs", "1", "--steps", "2"]
 KINDS = ["Ne", "Ar", "Kr", "Xe"]

@@ -14,7 +14,7 @@ from toys import heap, held, shape, vacancy
 
 from ase_bptt import BPTTOptimizer, Status, TorchCalculator, relax
 from ase_bptt.adjoints import ADJOINTS, FullTape, Guided, Implicit, OneStep, Replay, Truncated, make_adjoint
-from ase_bptt.recording import as_relaxation
+from ase_bptt.optimize.recording import as_relaxation
 from ase_bptt.steppers import BFGS, GradientDescent
 
 SPECS = {

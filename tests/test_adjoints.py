@@ -12,7 +12,7 @@ from torch import nn
 
 from ase_bptt import BPTTOptimizer, Prediction, Status, Structures, TorchCalculator, relax, steppers
 from ase_bptt.neighbors import NeighborList
-from ase_bptt.potentials.lennard_jones import LennardJones
+from ase_bptt.potentials.analytic import LennardJones
 from ase_bptt.steppers import FIRE, GradientDescent
 
 ADJOINTS = ["full", "replay"]

@@ -81,7 +81,11 @@ def test_a_number_of_one_run_only_is_named(twice):
     [
         ("print('4 numbers, largest difference 1e-12')", 0, "some_metal: 4 numbers, largest difference 1e-12, "),
         ("raise AssertionError('These differ')", 1, "These differ"),
-        ("import warnings; warnings.warn_explicit('Old', UserWarning, 'f', 1, 'ase_bptt.optimizer')", 1, "Old"),
+        (
+            "import warnings; warnings.warn_explicit('Old', UserWarning, 'f', 1, 'ase_bptt.optimize.bptt_optimizer')",
+            1,
+            "Old",
+        ),
     ],
 )
 def test_check_says_what_differs(check, monkeypatch, tmp_path, capsys, script, code, shown):

@@ -22,9 +22,9 @@ from conftest import needs_chgnet, needs_mace, tiny_mace
 from shell import KINDS, QUICK, is_refused, lennard_jones, relaxation, run, write_relaxations
 
 from ase_bptt import load_potential, save_potential
-from ase_bptt.potentials.lennard_jones import LennardJones
+from ase_bptt.potentials.analytic import LennardJones
 from ase_bptt.potentials.mace import MACE
-from ase_bptt.training.trainer import Trainer
+from ase_bptt.training import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -745,7 +745,7 @@ def test_a_folder_that_is_read_only(command, read_only):
 def test_a_run_in_a_folder_that_has_become_read_only_is_not_deleted():
     """--overwrite may delete a run only where another can take its place."""
     before = files()
-    with mock.patch("ase_bptt.files.Path.write_bytes", side_effect=PermissionError(errno.EACCES, "Permission denied")):
+    with mock.patch("ase_bptt.utils.Path.write_bytes", side_effect=PermissionError(errno.EACCES, "Permission denied")):
         is_refused(called("train"), "run", "Permission denied", "choose another place")
     assert files() == before
 

@@ -10,8 +10,8 @@ from ase.optimize import FIRE as AseFIRE
 from conftest import argon, cluster, lennard_jones
 
 from ase_bptt import Status, relax
-from ase_bptt.batches import End, relax_all
 from ase_bptt.steppers import FIRE
+from ase_bptt.throughput import End, relax_all
 
 SETTINGS = {"fmax": 0.02, "steps": 200}
 

@@ -16,15 +16,15 @@ from ase.units import GPa
 from conftest import rattled
 
 from ase_bptt import RelaxationPair, evaluate
-from ase_bptt.guard.card import Card, FoldCards, card
-from ase_bptt.guard.crystals import CRYSTALS, Crystal, birch_murnaghan, chosen_crystals, elastic
-from ase_bptt.guard.dimers import Curve, chosen_dimers, dimer_curves, hole
-from ase_bptt.guard.portrait import Portrait, portrait
+from ase_bptt.drift import Snapshot, take_snapshot
+from ase_bptt.drift.changes import DriftReport, FoldDriftReports, drift_report
+from ase_bptt.drift.curves import Curve, birch_murnaghan, chosen_dimers, dimer_curves, elastic, hole
 from ase_bptt.potential import Prediction
+from ase_bptt.potentials.analytic import LennardJones
 from ase_bptt.potentials.emt import EMT
-from ase_bptt.potentials.lennard_jones import LennardJones
-from ase_bptt.report import save
-from ase_bptt.report.cards import TITLE
+from ase_bptt.report.drift import TITLE, drift_figure, drift_section, drift_text
+from ase_bptt.report.plots import save
+from ase_bptt.terms.probes import CRYSTALS, Crystal, chosen_crystals
 
 
 def by_ase(name: str, structure: str, a: float, calculator) -> tuple[float, float]:
@@ -62,14 +62,14 @@ def silicon_pairs() -> list[RelaxationPair]:
 
 
 @cache
-def both() -> Card:
+def both() -> DriftReport:
     before, after = EMT(), EMT()
     with torch.no_grad():
         after.s0 *= 1.01
         after.E0[after.elements.index("Cu")] += 0.25
     pairs = [RelaxationPair(rattled(bulk("Cu", cubic=True), 0.1, k), bulk("Cu", cubic=True), f"Cu {k}") for k in (1, 2)]
     held_out = tuple(evaluate(p, pairs, steps=30) for p in (before, after))
-    return card(before, after, pairs, held_out=held_out, size=4)
+    return drift_report(before, after, pairs, held_out=held_out, size=4)
 
 
 class TestCrystals:
@@ -163,18 +163,18 @@ class TestDimers:
 class TestCard:
     def test_nothing_has_changed_between_a_potential_and_itself(self):
         potential = soft()
-        found = card(potential, copy.deepcopy(potential), silicon_pairs(), size=3)
+        found = drift_report(potential, copy.deepcopy(potential), silicon_pairs(), size=3)
         assert found.drift().force == 0
         assert found.drift().n == 9
         assert found.drift().size > 0
         assert found.warnings() == []
-        assert "no hole has opened" in found.text()
+        assert "no hole has opened" in drift_text(found)
 
     def test_drift_is_the_root_mean_square_by_kind(self):
         before, after = soft(), soft()
         with torch.no_grad():
             after.epsilon *= 1.5
-        found = card(before, after, silicon_pairs(), size=3)
+        found = drift_report(before, after, silicon_pairs(), size=3)
         for kind in ("structures", "crystals", "molecules", None):
             drift = found.drift(kind)
             rows = [a for a in found.before.probes if kind in (None, a.kind)]
@@ -188,7 +188,7 @@ class TestCard:
             assert drift.largest == pytest.approx(max(lengths) / 2)
 
     def test_probes_that_the_first_does_not_know_do_not_count(self):
-        found = card(lennard_jones(), lennard_jones(sigma=2.11), silicon_pairs(), size=3)
+        found = drift_report(lennard_jones(), lennard_jones(sigma=2.11), silicon_pairs(), size=3)
         known = [a for a in found.before.probes if np.linalg.norm(a.forces, axis=1).max() < 30]
         assert 0 < found.drift().n == len(known) < 9
         assert found.drift().force < 1
@@ -199,33 +199,35 @@ class TestCard:
 
     def test_a_hole_that_opens_is_told_in_words_and_one_that_was_there_is_not(self):
         hollow = lennard_jones(Hollow)
-        opened = card(lennard_jones(), hollow, silicon_pairs(), size=2)
+        opened = drift_report(lennard_jones(), hollow, silicon_pairs(), size=2)
         said = [w for w in opened.warnings() if w.startswith("Si-Si")]
         assert len(said) == 1
         assert "a hole has opened: nearer than 1.8" in said[0]
-        assert "Warning: Si-Si: a hole has opened" in " ".join(opened.text().split())
-        there = card(hollow, copy.deepcopy(hollow), silicon_pairs(), size=2)
+        assert "Warning: Si-Si: a hole has opened" in " ".join(drift_text(opened).split())
+        there = drift_report(hollow, copy.deepcopy(hollow), silicon_pairs(), size=2)
         assert there.warnings() == []
-        assert "Holes before already: Si-Si, H-Si." in " ".join(there.text().split())
+        assert "Holes before already: Si-Si, H-Si." in " ".join(drift_text(there).split())
         wider = lennard_jones(Hollow)
         wider.within = 2.0
-        assert any("Si-Si: a hole has grown" in w for w in card(hollow, wider, silicon_pairs(), size=2).warnings())
+        assert any(
+            "Si-Si: a hole has grown" in w for w in drift_report(hollow, wider, silicon_pairs(), size=2).warnings()
+        )
 
     def test_probes_and_crystals_that_are_lost_are_told(self):
         class Broken(LennardJones):
             def forward(self, structures, pairs):
                 return Prediction(super().forward(structures, pairs).energy * torch.nan)
 
-        found = card(lennard_jones(), lennard_jones(Broken), silicon_pairs(), size=2)
+        found = drift_report(lennard_jones(), lennard_jones(Broken), silicon_pairs(), size=2)
         said = " ".join(found.warnings())
         assert "On 2 of 6 probes energies or forces are not finite any more." in said
         assert "the crystal has no minimum of energy any more" in said
         json.dumps(found.to_json(), allow_nan=False)
-        assert found.text()
-        assert found.figure().axes
+        assert drift_text(found)
+        assert drift_figure(found).axes
 
     def test_text_is_at_most_80_columns_wide_and_tells_all(self):
-        text = both().text()
+        text = drift_text(both())
         assert max(map(len, text.splitlines())) <= 80
         for said in ("rattled structures", "molecules", "Pt", "Cu-Cu", "Held out: mean Delta-Q"):
             assert said in text
@@ -241,30 +243,30 @@ class TestCard:
         assert len(found["dimers"]["Cu-Cu"]["before"]) == len(found["dimers"]["Cu-Cu"]["distances"])
 
     def test_picture_and_part_of_the_page_can_be_made(self, tmp_path):
-        save(both().figure(), tmp_path / "card.png")
+        save(drift_figure(both()), tmp_path / "card.png")
         assert (tmp_path / "card.png").stat().st_size > 10_000
-        section = both().section()
+        section = drift_section(both())
         assert section.name == TITLE
         assert [len(table.rows) for table in section.tables] == [4, len(both().crystals)]
         (picture,) = section.pictures
         assert "molecules" in picture.alt
 
     def test_a_portrait_is_kept_exactly(self, tmp_path):
-        found = portrait(EMT(), size=2)
+        found = take_snapshot(EMT(), size=2)
         found.write(tmp_path / "portrait.json")
-        again = Portrait.read(tmp_path / "portrait.json")
+        again = Snapshot.read(tmp_path / "portrait.json")
         assert again == found
-        assert Card(again, found).drift().force == 0
+        assert DriftReport(again, found).drift().force == 0
 
     def test_only_what_was_asked_the_same_can_be_compared(self):
         with pytest.raises(ValueError, match=r"asked the same can be compared: ask both with the same pairs"):
-            Card(portrait(EMT(), size=1), portrait(EMT(), size=2))
+            DriftReport(take_snapshot(EMT(), size=1), take_snapshot(EMT(), size=2))
 
 
 def test_folds_tell_their_lattice_constants_in_the_mean_and_at_worst():
     tuned = both()
-    kept = Card(tuned.before, tuned.before)
-    section = FoldCards((kept, tuned)).section()
+    kept = DriftReport(tuned.before, tuned.before)
+    section = drift_section(FoldDriftReports((kept, tuned)))
     changes = {n: a.lattice_constant / b.lattice_constant - 1 for n, (b, a) in tuned.crystals.items()}
     worst = max(changes, key=lambda name: abs(changes[name]))
     mean = np.mean([*map(abs, changes.values()), *[0.0] * len(changes)])

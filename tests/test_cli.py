@@ -79,8 +79,8 @@ def demo(tmp_path_factory):
         raise AssertionError("the demo went to the network")
 
     with (
-        mock.patch("ase_bptt.cli.demo.si_defects", lambda split, fold: [every[k] for k in few[split]]),
-        mock.patch("ase_bptt.training.finetune.evaluate", partial(evaluate, steps=20)),
+        mock.patch("ase_bptt.cli.si_defects", lambda split, fold: [every[k] for k in few[split]]),
+        mock.patch("ase_bptt.training.fine_tune.evaluate", partial(evaluate, steps=20)),
         mock.patch.object(socket.socket, "connect", no_network),
         mock.patch.object(socket, "getaddrinfo", no_network),
     ):
@@ -216,7 +216,7 @@ class TestTrain:
         (tmp_path / "pairs").mkdir()
         for name in ("crystal_00", "P_s_00", "Ge_s_21"):
             write(tmp_path / "pairs" / f"{name}.extxyz", [pairs[name].initial, pairs[name].relaxed])
-        with mock.patch("ase_bptt.training.finetune.evaluate", partial(evaluate, steps=5)):
+        with mock.patch("ase_bptt.training.fine_tune.evaluate", partial(evaluate, steps=5)):
             code, _, err = run("train", "pairs", "--epochs", 1, "--steps", 1)
         assert code == 0, err
         assert json.loads(open_text("ase-bptt-run/settings.json"))["family"] == "mace"

@@ -7,8 +7,8 @@ from itertools import product
 import numpy as np
 import pytest
 
-from ase_bptt.comparison import compare
 from ase_bptt.evaluation import Evaluation, Row
+from ase_bptt.evaluation.compare import compare
 
 
 def evaluation(distances, groups, right=None) -> Evaluation:

@@ -35,7 +35,7 @@ from ase_bptt import (
 )
 from ase_bptt.constraints import KNOWN
 from ase_bptt.steppers import FIRE, GradientDescent
-from ase_bptt.training.starts import VariedStarts
+from ase_bptt.training.data import VariedStarts
 
 
 def symmetric() -> Atoms:

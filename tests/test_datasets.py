@@ -11,11 +11,11 @@ import pytest
 import torch
 from conftest import needs_mace
 
-from ase_bptt import load_potential, loading
+from ase_bptt import load_potential
 from ase_bptt.datasets import DEMO_FOLD, FOLDER, FOLDS, si_defects
-from ase_bptt.groups import same_structure
 from ase_bptt.pairs import RESIDUAL
-from ase_bptt.potentials import require
+from ase_bptt.pairs.structure_matching import same_structure
+from ase_bptt.potentials import loading, require
 
 SIDES = ("train", "valid", "test")
 

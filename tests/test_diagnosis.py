@@ -11,15 +11,13 @@ from ase.constraints import FixBondLengths
 from conftest import needs_mace, rattled, silicon, tiny_mace
 
 from ase_bptt import Potential, Prediction, RelaxationPair, delta_q, relax
-from ase_bptt.diagnosis import Diagnosis, diagnose, spread
-from ase_bptt.diagnosis.classes import CLASSES, allowance, classify
-from ase_bptt.diagnosis.judgement import RETRAIN, RIGHT_ALREADY, UNLIKELY, YES, judge
-from ase_bptt.diagnosis.labels import ForceError, force_error, reference_forces
-from ase_bptt.diagnosis.landscape import minima, settling
+from ase_bptt.diagnostics import Diagnosis, diagnose, spread
+from ase_bptt.diagnostics.judgement import CLASSES, RETRAIN, RIGHT_ALREADY, UNLIKELY, YES, allowance, classify, judge
+from ase_bptt.diagnostics.landscape import ForceError, force_error, minima, reference_forces, settling
 from ase_bptt.evaluation import Row
-from ase_bptt.loading import as_potential
 from ase_bptt.neighbors import NeighborList
-from ase_bptt.potentials.lennard_jones import LennardJones
+from ase_bptt.potentials.analytic import LennardJones
+from ase_bptt.potentials.loading import as_potential
 from ase_bptt.stability import largest_curvature
 from ase_bptt.steppers import GradientDescent
 from ase_bptt.structures import Structures

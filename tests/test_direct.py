@@ -8,8 +8,8 @@ from conftest import cluster, rattled, silicon
 
 from ase_bptt import RelaxationPair, TorchCalculator, Trainer, load_potential, relax, save_potential
 from ase_bptt.neighbors import NeighborList
+from ase_bptt.potentials.analytic import LennardJones
 from ase_bptt.potentials.direct import Direct
-from ase_bptt.potentials.lennard_jones import LennardJones
 from ase_bptt.steppers import FIRE, GradientDescent
 from ase_bptt.structures import Structures
 

@@ -25,10 +25,10 @@ from test_trainer import Exploding, lennard_jones, make_pairs, trainer, untuned,
 from torch import distributed as dist
 
 from ase_bptt import TorchCalculator, Trainer, load_potential, read_pairs
-from ase_bptt.lazy import Store
 from ase_bptt.losses import rmsd
-from ase_bptt.training.pairloss import End
-from ase_bptt.training.ranks import Lost, Ranks, together
+from ase_bptt.pairs.lazy import Store
+from ase_bptt.training.distributed import Lost, Ranks, together
+from ase_bptt.training.pair_loss import End
 
 TESTS = Path(__file__).parent
 TRAIN = ["--epochs", "3", "--batch-size", "2", "--steps", "2", "--lr", "0.02", "--dtype", "float64"]

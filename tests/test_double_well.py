@@ -7,7 +7,7 @@ from test_adjoints import batch
 
 from ase_bptt import Status, relax
 from ase_bptt.adjoints import Guided, Implicit
-from ase_bptt.potentials.double_well import DoubleWell
+from ase_bptt.potentials.analytic import DoubleWell
 from ase_bptt.steppers import GradientDescent
 
 LEFT, RIGHT = 2.5, 3.5

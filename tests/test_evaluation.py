@@ -16,7 +16,7 @@ from conftest import argon, cluster, lennard_jones, rattled
 from ase_bptt import RelaxationPair, Status, delta_q
 from ase_bptt.evaluation import BASIN_RULE, Evaluation, Row, evaluate
 from ase_bptt.losses import max_displacement, rmsd
-from ase_bptt.potentials.lennard_jones import LennardJones
+from ase_bptt.potentials.analytic import LennardJones
 from ase_bptt.steppers import FIRE
 
 SETTINGS = {"fmax": 0.02, "steps": 200}

@@ -10,13 +10,14 @@ import torch
 from conftest import cluster, rattled
 
 from ase_bptt import RelaxationPair, Trainer, relax
-from ase_bptt.files import without_nan
-from ase_bptt.guard.card import FoldCards
-from ase_bptt.potentials.lennard_jones import LennardJones
+from ase_bptt.drift.changes import FoldDriftReports
+from ase_bptt.potentials.analytic import LennardJones
+from ase_bptt.report.drift import drift_section
 from ase_bptt.steppers import GradientDescent
-from ase_bptt.training.estimate import Estimate, estimate
-from ase_bptt.training.finetune import cross_validate, finetune
-from ase_bptt.training.outcome import Outcome, read_rows, write_rows
+from ase_bptt.training.fine_tune import cross_validate, finetune
+from ase_bptt.training.metrics import Estimate, estimate
+from ase_bptt.training.results import Outcome, read_rows, write_rows
+from ase_bptt.utils import without_nan
 
 
 def lennard_jones(sigma: float) -> LennardJones:
@@ -103,10 +104,10 @@ class TestCrossValidation:
             curve, energies=tuple(-40.0 if k < 3 else e for k, e in enumerate(curve.energies))
         )
         spoilt = dataclasses.replace(folds[1].after, dimers={dimer: falling})
-        card = FoldCards((folds[0], dataclasses.replace(folds[1], after=spoilt), folds[2]))
+        card = FoldDriftReports((folds[0], dataclasses.replace(folds[1], after=spoilt), folds[2]))
         (said,) = card.warnings()
         assert said.startswith(f"Fold 1: {dimer}: a hole has opened")
-        assert f"Warning: {said}" in card.section().sentences
+        assert f"Warning: {said}" in drift_section(card).sentences
 
     def test_a_finished_one_is_read_with_its_card_and_without_its_folds_none(self, validated, tmp_path):
         folder, _, outcome = validated
@@ -167,7 +168,7 @@ def test_a_run_that_dies_in_its_first_measurement_can_be_resumed(pairs, tmp_path
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("ase_bptt.training.finetune.evaluate", dying)
+        patch.setattr("ase_bptt.training.fine_tune.evaluate", dying)
         with pytest.raises(Killed):
             finetune(maker([])(tmp_path / "run"), splits, tmp_path / "run", epochs=1)
     again = finetune(Trainer.resume(tmp_path / "run", progress=False), splits, tmp_path / "run", epochs=1)

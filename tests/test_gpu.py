@@ -7,10 +7,11 @@ from ase import Atoms
 from conftest import argon, cluster, lennard_jones, needs_mace, rattled, silicon
 from toys import vacancy
 
-from ase_bptt import RelaxationPair, Structures, TorchCalculator, Trainer, load_potential, relax, search
+from ase_bptt import RelaxationPair, Structures, TorchCalculator, Trainer, load_potential, relax
 from ase_bptt.adjoints import FullTape, Guided, Implicit, OneStep, Replay, Truncated
-from ase_bptt.batches import relax_all
+from ase_bptt.neighbors.search import search_on_device
 from ase_bptt.testing import check_potential
+from ase_bptt.throughput import relax_all
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

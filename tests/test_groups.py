@@ -8,9 +8,11 @@ from ase import Atoms
 from ase.build import bulk
 from conftest import cluster, methanol, rattled, silicon
 
-from ase_bptt import RelaxationPair, groups, sameness
-from ase_bptt.groups import classes, same_structure, split_by_group, split_into_folds
-from ase_bptt.pairs import InvalidPair
+from ase_bptt import RelaxationPair
+from ase_bptt.pairs import InvalidPair, groups
+from ase_bptt.pairs import structure_matching as sameness
+from ase_bptt.pairs.groups import classes, split_by_group, split_into_folds
+from ase_bptt.pairs.structure_matching import same_structure
 
 
 def moved_about(atoms: Atoms, seed: int) -> Atoms:

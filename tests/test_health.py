@@ -12,7 +12,8 @@ from torch import nn
 
 from ase_bptt import Potential, Prediction, Status, Structures, relax
 from ase_bptt.adjoints import Guided, Implicit, Replay, Truncated
-from ase_bptt.health import health, spectral_radius
+from ase_bptt.diagnostics.gradient_report import health
+from ase_bptt.diagnostics.gradients import spectral_radius
 from ase_bptt.stability import stability_limit, steady
 from ase_bptt.steppers import FIRE, GradientDescent
 

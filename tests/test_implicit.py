@@ -12,8 +12,8 @@ from toys import Bowl, heap, held, shape, vacancy
 
 from ase_bptt import Status, relax
 from ase_bptt.adjoints import Implicit, SolveStatus
+from ase_bptt.potentials.analytic import Morse
 from ase_bptt.potentials.emt import EMT
-from ase_bptt.potentials.morse import Morse
 from ase_bptt.steppers import BFGS, FIRE, LBFGS
 
 EXACT = Implicit(fmax=1e-9, tolerance=1e-11)

@@ -10,7 +10,7 @@ from toys import Bowl, heap, held, shape, vacancy
 
 from ase_bptt import Status, Structures, relax
 from ase_bptt.adjoints import Guided, Implicit, OneStep, SolveStatus
-from ase_bptt.potentials.lennard_jones import LennardJones
+from ase_bptt.potentials.analytic import LennardJones
 from ase_bptt.steppers import BFGS
 
 NEWTON = BFGS(maxstep=0.05, alpha=200.0)

@@ -21,8 +21,8 @@ from ase.io.trajectory import Trajectory
 from shell import is_refused, lennard_jones, run, write_relaxations
 
 from ase_bptt import load_potential, save_potential
-from ase_bptt.cli.stopping import Terminated, held, terminable
-from ase_bptt.journal import Journal
+from ase_bptt.cli.run_folder import Terminated, held, terminable
+from ase_bptt.throughput.journal import Journal
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 TRAIN = ["--epochs", "3", "--batch-size", "1", "--steps", "2", "--lr", "0.02", "--dtype", "float64"]
@@ -67,9 +67,9 @@ where, call, sent, *arguments = sys.argv[1:]
 with mock.patch("matplotlib.figure.Figure.savefig", drawn), interrupting(where, int(call), int(sent)):
     sys.exit(main(arguments))
 """
-FORWARD = "ase_bptt.potentials.lennard_jones:LennardJones.forward"
-STEP = "ase_bptt.training.trainer:Trainer.train_step"
-ADD = "ase_bptt.journal:Journal.add"
+FORWARD = "ase_bptt.potentials.analytic:LennardJones.forward"
+STEP = "ase_bptt.training:Trainer.train_step"
+ADD = "ase_bptt.throughput.journal:Journal.add"
 
 
 def in_a_child(where, call, sent, *arguments):

@@ -8,9 +8,9 @@ from ase.constraints import FixAtoms
 from conftest import argon, cluster, lennard_jones
 
 from ase_bptt import Status
-from ase_bptt.batches import End
-from ase_bptt.journal import Journal, run_key
-from ase_bptt.potentials.lennard_jones import LennardJones
+from ase_bptt.potentials.analytic import LennardJones
+from ase_bptt.throughput import End
+from ase_bptt.throughput.journal import Journal, run_key
 
 
 def sources() -> list[Atoms]:

@@ -22,12 +22,11 @@ from dft_files import write_poscar_and_contcar
 from test_reading import changed_cell, is_one_sentence, relaxation, spoilt
 from test_trainer import same, trainer, without_times
 
-from ase_bptt import lazy, read_pairs, sources
-from ase_bptt.checks import usable
-from ase_bptt.groups import split_by_group, split_into_folds
-from ase_bptt.lazy import LazyPair
-from ase_bptt.pairs import InvalidPair, fingerprint
-from ase_bptt.training.starts import VariedStarts
+from ase_bptt import read_pairs
+from ase_bptt.pairs import InvalidPair, fingerprint, lazy, sources
+from ase_bptt.pairs.groups import split_by_group, split_into_folds, usable
+from ase_bptt.pairs.lazy import LazyPair
+from ase_bptt.training.data import VariedStarts
 
 N = 7
 
@@ -109,7 +108,7 @@ class TestSame:
         every = [relaxation(k % 4, symbol=["Si", "P"][k % 2]) for k in range(12)]
         path = as_database(tmp_path, every)
         eager = [p.group for p in read_pairs(path)]
-        monkeypatch.setattr("ase_bptt.reading.LOOKS", 1)
+        monkeypatch.setattr("ase_bptt.pairs.reading.LOOKS", 1)
         assert [p.group for p in read_pairs(path, lazy=True)] == eager
         assert 1 < len(set(eager)) < 12
 
@@ -125,7 +124,7 @@ class TestSame:
         path = as_database(tmp_path, relaxations)
         read_pairs(path, lazy=True)
         monkeypatch.chdir(tmp_path)
-        with mock.patch("ase_bptt.reading.loaded", side_effect=AssertionError):
+        with mock.patch("ase_bptt.pairs.reading.loaded", side_effect=AssertionError):
             pairs = read_pairs("all.db", lazy=True)
         assert found(pairs) == found(read_pairs(path))
 
@@ -183,7 +182,7 @@ class TestMemory:
             return pair
 
         path = as_database(tmp_path, relaxations * 3)
-        with mock.patch.object(lazy, "loaded", counted), mock.patch("ase_bptt.reading.loaded", counted):
+        with mock.patch.object(lazy, "loaded", counted), mock.patch("ase_bptt.pairs.reading.loaded", counted):
             pairs = read_pairs(path, lazy=True, group="kind")
             assert most <= 2
             # Two in the batch before, the two that were read last, and one that is being read.
@@ -215,7 +214,7 @@ class TestMemory:
 class TestIndex:
     def first(self, path, **how):
         """How many relaxations are read at the start."""
-        with mock.patch("ase_bptt.reading.loaded", side_effect=sources.loaded) as read:
+        with mock.patch("ase_bptt.pairs.reading.loaded", side_effect=sources.loaded) as read:
             pairs = read_pairs(path, lazy=True, **how)
         return len(pairs), read.call_count
 
@@ -359,7 +358,7 @@ class TestShell:
         assert same(*weights)
         assert json.loads((tmp_path / "lazy" / "command.json").read_text())["lazy"] is True
         (tmp_path / "lazy" / "results.json").unlink()
-        with mock.patch("ase_bptt.reading.loaded", side_effect=AssertionError):
+        with mock.patch("ase_bptt.pairs.reading.loaded", side_effect=AssertionError):
             code, _, err = shell.run("train", "--out", tmp_path / "lazy", "--resume")
         assert code == 0, err
 

@@ -11,7 +11,7 @@ from test_training_choices import interrupted
 from ase_bptt import Trainer, relax
 from ase_bptt.stability import stability_limit
 from ase_bptt.steppers import FIRE, GradientDescent
-from ase_bptt.training.finetune import finetune
+from ase_bptt.training.fine_tune import finetune
 
 
 @pytest.fixture(scope="module")

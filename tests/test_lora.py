@@ -9,13 +9,13 @@ from ase.build import bulk
 from conftest import lennard_jones, needs_chgnet, needs_mace, rattled, skewed, tiny_mace
 
 from ase_bptt.calculator import TorchCalculator
-from ase_bptt.loading import load_potential, save_potential
+from ase_bptt.iterated_map import Weights
 from ase_bptt.neighbors import NeighborList
 from ase_bptt.potentials import quiet, require
+from ase_bptt.potentials.loading import load_potential, save_potential
 from ase_bptt.relaxation import relax
 from ase_bptt.structures import Structures
-from ase_bptt.tuning import lora
-from ase_bptt.weights import Weights
+from ase_bptt.tuning import low_rank as lora
 
 
 @cache

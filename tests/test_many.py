@@ -13,9 +13,9 @@ from toys import Narrow, heap, vacancy
 
 from ase_bptt import Status, delta_q, load_potential, relax
 from ase_bptt.adjoints import FullTape, Guided, Implicit, OneStep, Replay, Truncated
-from ase_bptt.batches import relax_all
-from ase_bptt.planning import peak_bytes
 from ase_bptt.steppers import BFGS, FIRE, LBFGS, GradientDescent
+from ase_bptt.throughput import relax_all
+from ase_bptt.throughput.memory import peak_bytes
 
 SETTINGS = {"fmax": 0.02, "steps": 60}
 

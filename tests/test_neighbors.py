@@ -6,8 +6,8 @@ from ase.build import bulk, molecule
 from ase.neighborlist import neighbor_list
 from conftest import silicon
 
-from ase_bptt import images, search
-from ase_bptt.neighbors import NeighborList, find_pairs
+from ase_bptt.neighbors import NeighborList
+from ase_bptt.neighbors.search import feasible, find_pairs, search_each, search_on_device
 from ase_bptt.structures import Structures
 
 
@@ -39,10 +39,10 @@ def test_random_cells_equal_ase(seed):
 
 @pytest.mark.parametrize("block", [50, 10**6])
 def test_where_the_structures_are_the_same_pairs_are_found_in_the_same_order(block, monkeypatch):
-    monkeypatch.setattr(images, "BLOCK", block)
+    monkeypatch.setattr("ase_bptt.neighbors.search.BLOCK", block)
     batch = Structures.from_atoms([random_atoms(seed)[0] for seed in range(40)] + [silicon(), Atoms("He")])
-    host = search.search(batch, 3.3)
-    found = images.search(batch.positions, batch.counts, batch.cells.numpy(), batch.pbc.numpy(), 3.3)
+    host = search_each(batch, 3.3)
+    found = search_on_device(batch.positions, batch.counts, batch.cells.numpy(), batch.pbc.numpy(), 3.3)
     for by_host, (i, j, shifts, mirror) in zip(host, found, strict=True):
         assert torch.equal(i, by_host.i)
         assert torch.equal(j, by_host.j)
@@ -54,15 +54,15 @@ def test_an_atom_that_is_nowhere_has_no_pairs_and_takes_none_from_others():
     lost = silicon()
     lost.positions[3] = np.nan
     batch = Structures.from_atoms([lost, silicon()])
-    found = images.search(batch.positions, batch.counts, batch.cells.numpy(), batch.pbc.numpy(), 3.0)
+    found = search_on_device(batch.positions, batch.counts, batch.cells.numpy(), batch.pbc.numpy(), 3.0)
     assert not (found[0][0] == 3).any()
-    assert torch.equal(found[1][0], search.search(batch, 3.0)[1].i)
+    assert torch.equal(found[1][0], search_each(batch, 3.0)[1].i)
 
 
 def test_large_structures_are_left_to_the_host():
     box = (np.eye(3)[None] * 20, np.ones((1, 3), bool), 5.0)
-    assert images.feasible([1000], *box)
-    assert not images.feasible([10000], *box)
+    assert feasible([1000], *box)
+    assert not feasible([10000], *box)
 
 
 @pytest.mark.parametrize(
@@ -158,9 +158,9 @@ def test_members_that_stay_or_join_keep_their_pairs(monkeypatch):
 
     def spied(structures, cutoff, members):
         sought.append([structures.counts[k] for k in members])
-        return search.search(structures, cutoff, members)
+        return search_each(structures, cutoff, members)
 
-    monkeypatch.setattr("ase_bptt.neighbors.search", spied)
+    monkeypatch.setattr("ase_bptt.neighbors.search_each", spied)
     members = [silicon(), Atoms("He"), bulk("Si"), molecule("H2O")]
     neighbors = NeighborList(cutoff=3.0, skin=0.5)
     neighbors(Structures.from_atoms(members))

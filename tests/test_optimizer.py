@@ -607,5 +607,5 @@ def test_steps_to_nowhere_end_the_run_with_a_sentence(caplog):
 
 @pytest.mark.parametrize("stepper", ["fire", "bfgs"])
 def test_a_run_without_a_restart_file_lists_no_state(monkeypatch, stepper):
-    monkeypatch.setattr("ase_bptt.optimizer.state_to_json", lambda state: pytest.fail("the state was listed"))
+    monkeypatch.setattr("ase_bptt.optimize.recording.state_to_json", lambda state: pytest.fail("the state was listed"))
     optimizer(stepper=stepper).run(fmax=0.0, steps=3)

@@ -10,9 +10,9 @@ from io import BytesIO
 import pytest
 from matplotlib.image import imread
 
-from ase_bptt.comparison import compare
 from ase_bptt.evaluation import BASIN_RULE, Evaluation, Row
-from ase_bptt.report import write_page
+from ase_bptt.evaluation.compare import compare
+from ase_bptt.report.page import write_page
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 

@@ -9,10 +9,10 @@ from conftest import argon, lennard_jones, rattled, silicon, tiny_mace
 from toys import Narrow
 
 from ase_bptt import RelaxationPair, delta_q, load_potential, relax
-from ase_bptt.batches import relax_all
 from ase_bptt.evaluation import evaluate
-from ase_bptt.planning import Planner, in_parts, pack, peak_bytes, share
-from ase_bptt.planning.footprint import sizes
+from ase_bptt.throughput import relax_all
+from ase_bptt.throughput.memory import in_parts, peak_bytes, sizes
+from ase_bptt.throughput.packing import Planner, pack, share
 
 RUN_OUT = {
     "torch": torch.OutOfMemoryError("out of memory"),

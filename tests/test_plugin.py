@@ -11,7 +11,8 @@ from ase.io import read, write
 from conftest import needs_mace, silicon
 
 import ase_bptt
-from ase_bptt import TorchCalculator, plugin
+from ase_bptt import TorchCalculator
+from ase_bptt import calculator as plugin
 
 
 def test_ase_finds_the_calculator_by_name_after_import():

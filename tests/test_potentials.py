@@ -22,12 +22,12 @@ from conftest import (
 )
 
 from ase_bptt import load_potential
-from ase_bptt.neighbors import NeighborList, Pairs
+from ase_bptt.neighbors import NeighborList
+from ase_bptt.neighbors.edges import Pairs
 from ase_bptt.potential import Prediction
 from ase_bptt.potentials import require
+from ase_bptt.potentials.analytic import LennardJones, Morse
 from ase_bptt.potentials.emt import EMT
-from ase_bptt.potentials.lennard_jones import LennardJones
-from ase_bptt.potentials.morse import Morse
 from ase_bptt.structures import Structures
 from ase_bptt.testing import check_potential
 

@@ -18,8 +18,8 @@ from test_groups import moved_about
 
 from ase_bptt import RelaxationPair, read_pairs
 from ase_bptt.datasets import FOLDER
-from ase_bptt.formats import read_frames
 from ase_bptt.pairs import InvalidPair
+from ase_bptt.pairs.formats import read_frames
 
 
 def relaxation(seed: int = 1, symbol: str = "Si", id: str | None = None) -> list[Atoms]:

@@ -7,7 +7,7 @@ from ase import Atoms
 from conftest import argon, cluster, lennard_jones, needs_mace, silicon, skewed, tiny_mace
 
 from ase_bptt import Relaxation, Status, Structures, relax
-from ase_bptt.potentials.lennard_jones import LennardJones
+from ase_bptt.potentials.analytic import LennardJones
 from ase_bptt.steppers import FIRE, GradientDescent
 
 

@@ -11,9 +11,9 @@ from toys import Bowl, heap, vacancy
 
 from ase_bptt import BPTTOptimizer, Structures, TorchCalculator, delta_q, load_potential, relax
 from ase_bptt.adjoints import Replay
-from ase_bptt.frames import IteratedMap
+from ase_bptt.iterated_map import IteratedMap
+from ase_bptt.potentials.analytic import LennardJones
 from ase_bptt.potentials.direct import Direct
-from ase_bptt.potentials.lennard_jones import LennardJones
 from ase_bptt.steppers import FIRE, GradientDescent
 
 FRAMES = 30

@@ -9,22 +9,11 @@ from ase import Atoms
 from matplotlib.collections import PathCollection
 from matplotlib.image import imread
 
-from ase_bptt.comparison import compare
 from ase_bptt.evaluation import Evaluation, Row
-from ase_bptt.report import (
-    atom_displacements,
-    before_after,
-    by_group,
-    change,
-    comparison_text,
-    evaluation_table,
-    group_table,
-    learning_curve,
-    save,
-    table,
-    write_csv,
-)
-from ase_bptt.report.words import shorten, symmetry
+from ase_bptt.evaluation.compare import compare
+from ase_bptt.report import change, shorten, symmetry
+from ase_bptt.report.plots import atom_displacements, before_after, by_group, learning_curve, save
+from ase_bptt.report.tables import comparison_text, evaluation_table, group_table, table, write_csv
 
 
 def row(id: str, delta_q: float, **changes) -> Row:

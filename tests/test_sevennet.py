@@ -9,13 +9,13 @@ import torch
 from conftest import methanol, skewed
 
 from ase_bptt import TorchCalculator, Trainer, load_potential, relax, save_potential
+from ase_bptt import tuning as trainable
 from ase_bptt.neighbors import NeighborList
 from ase_bptt.pairs import RelaxationPair
 from ase_bptt.potentials.sevennet import SevenNet
 from ase_bptt.structures import Structures
 from ase_bptt.testing import check_potential
-from ase_bptt.tuning import trainable
-from ase_bptt.tuning.layers import layers
+from ase_bptt.tuning import layers
 
 HAS_SEVENNET = importlib.util.find_spec("sevenn") is not None
 needs_sevennet = pytest.mark.skipif(not HAS_SEVENNET, reason='needs pip install "ase_bptt[sevennet]", on its own')

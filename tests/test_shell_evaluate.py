@@ -11,8 +11,8 @@ from ase.io import read, write
 from shell import is_refused, lennard_jones, run, write_relaxations
 
 from ase_bptt import evaluate, load_potential, read_pairs, relax, save_potential
-from ase_bptt.comparison import compare
-from ase_bptt.journal import Journal
+from ase_bptt.evaluation.compare import compare
+from ase_bptt.throughput.journal import Journal
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,10 @@ from shell import is_refused, run, write_relaxations
 
 import ase_bptt
 from ase_bptt import load_potential, save_potential
+from ase_bptt.drift import take_snapshot
 from ase_bptt.evaluation import evaluate
-from ase_bptt.guard.portrait import portrait
-from ase_bptt.tuning import lora
-from ase_bptt.tuning.layers import layers
+from ase_bptt.tuning import layers
+from ase_bptt.tuning import low_rank as lora
 
 QUICK = ["--epochs", "2", "--lr", "0.02"]
 
@@ -92,8 +92,8 @@ class TestChoices:
     def test_low_rank_updates_of_the_last_layer(self, data):
         before = quick_mace(10, 18, 36, 54)
         save_potential(before, data / "mace")
-        quick = {"evaluate": partial(evaluate, steps=3), "portrait": partial(portrait, size=2)}
-        with built_once(), mock.patch.multiple("ase_bptt.training.finetune", **quick):
+        quick = {"evaluate": partial(evaluate, steps=3), "take_snapshot": partial(take_snapshot, size=2)}
+        with built_once(), mock.patch.multiple("ase_bptt.training.fine_tune", **quick):
             out, *_ = trained(data, "--last", "1", "--lora", "2", "--steps", "2", potential="mace")
         assert re.search(r"trains [\d,]+ numbers beside [\d,]+ weights \(LoRA, rank 2\)", out)
         after = load_potential("run")

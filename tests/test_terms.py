@@ -16,13 +16,13 @@ from conftest import cluster, rattled
 from toys import Narrow
 
 from ase_bptt import RelaxationPair, datasets, read_pairs, relax
-from ase_bptt.guard import teacher as teacher_units
-from ase_bptt.guard.matching import ENERGY, FORCE, Points, answer, cost
-from ase_bptt.guard.probes import KINDS, make_probes
-from ase_bptt.guard.terms import TERMS, Pull, Reference, Teacher, add_gradients, make_term
+from ase_bptt.potentials.analytic import LennardJones, Morse
 from ase_bptt.potentials.emt import EMT
-from ase_bptt.potentials.lennard_jones import LennardJones
-from ase_bptt.potentials.morse import Morse
+from ase_bptt.terms import TERMS, add_gradients, make_term
+from ase_bptt.terms import regularizers as teacher_units
+from ase_bptt.terms.labels import Reference
+from ase_bptt.terms.probes import ENERGY, FORCE, KINDS, Points, answer, cost, make_probes
+from ase_bptt.terms.regularizers import Pull, Teacher
 
 
 def lennard_jones(sigma: float = 2.5, epsilon: float = 0.3) -> LennardJones:

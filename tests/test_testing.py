@@ -6,9 +6,9 @@ from ase import Atoms
 from ase.calculators.lj import LennardJones as AseLennardJones
 from conftest import argon, cluster, lennard_jones
 
-from ase_bptt.neighbors import Pairs
+from ase_bptt.neighbors.edges import Pairs
 from ase_bptt.potential import Prediction
-from ase_bptt.potentials.lennard_jones import LennardJones
+from ase_bptt.potentials.analytic import LennardJones
 from ase_bptt.testing import check_potential
 
 

@@ -5,11 +5,12 @@ import torch
 from conftest import lennard_jones, needs_chgnet, needs_mace, skewed
 from test_lora import chgnet, mace
 
+from ase_bptt import tuning as trainable
 from ase_bptt.potentials.direct import Direct
 from ase_bptt.relaxation import relax
 from ase_bptt.steppers import GradientDescent
-from ase_bptt.tuning import lora, trainable
-from ase_bptt.tuning.layers import layers
+from ase_bptt.tuning import layers
+from ase_bptt.tuning import low_rank as lora
 
 LAST = [
     pytest.param(mace, 1, "model.readouts.1.", "model.readouts.0.", id="mace", marks=needs_mace),

@@ -21,10 +21,10 @@ from torch import nn
 from ase_bptt import RelaxationPair, Trainer, load_potential, relax
 from ase_bptt.losses import rmsd
 from ase_bptt.pairs import fingerprint
-from ase_bptt.potentials.lennard_jones import LennardJones
+from ase_bptt.potentials.analytic import LennardJones
 from ase_bptt.steppers import GradientDescent
 from ase_bptt.training import checkpoint
-from ase_bptt.training.starts import VariedStarts
+from ase_bptt.training.data import VariedStarts
 
 SETTINGS = {
     "loss": "delta_q", "steps": 6, "fmax": 0.01, "batch_size": 2, "lr": 0.02, "clip": 1.0, "along": 0.5,

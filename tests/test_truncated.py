@@ -11,7 +11,7 @@ from toys import Bowl, heap
 
 from ase_bptt import BPTTOptimizer, Structures, TorchCalculator, relax
 from ase_bptt.adjoints import Replay, Truncated
-from ase_bptt.frames import IteratedMap
+from ase_bptt.iterated_map import IteratedMap
 from ase_bptt.steppers import GradientDescent
 
 

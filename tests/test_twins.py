@@ -13,11 +13,10 @@ from ase.cluster import Icosahedron
 from conftest import rattled
 
 from ase_bptt import TorchCalculator, load_potential, relax
-from ase_bptt.loading import save_potential
 from ase_bptt.neighbors import NeighborList
+from ase_bptt.potentials.analytic import LennardJones, Morse
 from ase_bptt.potentials.emt import EMT
-from ase_bptt.potentials.lennard_jones import LennardJones
-from ase_bptt.potentials.morse import Morse
+from ase_bptt.potentials.loading import save_potential
 from ase_bptt.steppers import FIRE
 from ase_bptt.structures import Structures
 

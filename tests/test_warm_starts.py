@@ -12,9 +12,9 @@ from test_trainer import Killed, contents, killed_in, make_pairs, same, trainer
 
 from ase_bptt import RelaxationPair, Trainer
 from ase_bptt.adjoints import Guided, Implicit, Replay
-from ase_bptt.potentials.double_well import DoubleWell
+from ase_bptt.potentials.analytic import DoubleWell
 from ase_bptt.steppers import GradientDescent
-from ase_bptt.training import pairloss
+from ase_bptt.training import pair_loss as pairloss
 
 STILL = {"along": 0.0, "rattle": 0.0}
 

@@ -10,8 +10,8 @@ and a paired test; writes it all as a page, comparison.html.
 from pathlib import Path
 
 from ase_bptt import datasets, evaluate, load_potential
-from ase_bptt.comparison import compare
 from ase_bptt.evaluation import BASIN_RULE
+from ase_bptt.evaluation.compare import compare
 from ase_bptt.report.page import write_page
 
 pairs = datasets.si_defects()[1::3]

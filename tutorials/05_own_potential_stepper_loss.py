@@ -17,15 +17,7 @@ from ase.cluster import Decahedron, Icosahedron, Octahedron
 from ase.optimize import BFGS
 from torch import nn
 
-from ase_bptt import (
-    Potential,
-    Prediction,
-    RelaxationPair,
-    Structures,
-    TorchCalculator,
-    Trainer,
-    relax,
-)
+from ase_bptt import Potential, Prediction, RelaxationPair, Structures, TorchCalculator, Trainer, relax
 from ase_bptt.adjoints import FullTape, Replay
 from ase_bptt.steppers import State, Stepper
 

@@ -20,8 +20,8 @@ from ase.optimize import BFGS
 from ase_bptt import Structures, TorchCalculator, as_relaxation, load_potential, losses, relax
 from ase_bptt.adjoints import FullTape, Guided, Implicit, OneStep, Replay, Truncated
 from ase_bptt.datasets import si_defects
-from ase_bptt.health import health
-from ase_bptt.potentials.double_well import DoubleWell
+from ase_bptt.diagnostics.gradient_report import health
+from ase_bptt.potentials.analytic import DoubleWell
 from ase_bptt.steppers import GradientDescent
 
 torch.set_num_threads(1)

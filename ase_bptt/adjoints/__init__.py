@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from .base import Adjoint
+from .adjoint import Adjoint, FullTape
 from .guided import Guided
-from .krylov import Solve, SolveStatus
-from .minimum import AtMinimum, Implicit, OneStep
+from .hessian_solve import Solve, SolveStatus
+from .implicit import AtMinimum, Implicit, OneStep
 from .replay import Replay, Truncated
-from .tape import FullTape
 
 __all__ = [
     "ADJOINTS",

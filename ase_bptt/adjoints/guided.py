@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ..frames import IteratedMap, Keep, Record
-from ..positive import check_count, check_positive
+from ..iterated_map import IteratedMap, Keep, Record
 from ..steppers import Stepper
 from ..structures import Structures
-from .base import Adjoint, stepper_of
-from .minimum import Implicit
+from ..utils import check_count, check_positive
+from .adjoint import Adjoint, stepper_of
+from .implicit import Implicit
 from .replay import Replay
 
 

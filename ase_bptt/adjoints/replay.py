@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..frames import IteratedMap, Keep, Record
-from ..positive import check_count, check_positive
+from ..iterated_map import IteratedMap, Keep, Record
 from ..structures import Structures
-from .base import Adjoint
-from .differences import check_smooth
-from .wayback import WayBack
+from ..utils import check_count, check_positive
+from .adjoint import Adjoint
+from .backward_sweep import WayBack, check_smooth
 
 
 @dataclass(frozen=True)

@@ -10,19 +10,33 @@ from typing import Any
 
 from ase.io import write
 
-from .. import report
-from ..checks import usable
-from ..comparison import Comparison, compare
 from ..evaluation import BASIN_RULE, Evaluation, evaluate
-from ..files import replacing, without_nan, write_json
-from ..journal import Journal, run_key
+from ..evaluation.compare import Comparison, compare
 from ..pairs import RelaxationPair, fingerprint
+from ..pairs.groups import usable
 from ..potential import Potential
+from ..report.page import write_page, write_pictures
+from ..report.tables import comparison_text, evaluation_table, group_table, table, write_csv
 from ..steppers import STEPPERS
-from ..training.outcome import RESULTS, summary
-from . import runfolder, words
-from .flags import WIDTH, add_output, add_pairs, add_potential, add_room, command, count, flag, positive, seed
-from .inputs import potential_of, read_grouped
+from ..throughput.journal import Journal, run_key
+from ..training.results import RESULTS, summary
+from ..utils import replacing, without_nan, write_json
+from . import messages as words
+from . import run_folder as runfolder
+from .flags import (
+    WIDTH,
+    add_output,
+    add_pairs,
+    add_potential,
+    add_room,
+    command,
+    count,
+    flag,
+    positive,
+    potential_of,
+    read_grouped,
+    seed,
+)
 
 DESCRIPTION = """\
 Relax from each initial structure, and measure how far from the reference it
@@ -136,13 +150,13 @@ def _tables(
 ) -> str:
     labels = _labels(arguments)
     if reference is None or comparison is None:
-        tables = f"{report.evaluation_table(found)}\n\n{report.group_table(found)}"
+        tables = f"{evaluation_table(found)}\n\n{group_table(found)}"
     else:
         tables = "\n\n".join(
             (
-                report.table(reference, found, labels),
-                report.group_table(reference, found, labels),
-                report.comparison_text(comparison, labels),
+                table(reference, found, labels),
+                group_table(reference, found, labels),
+                comparison_text(comparison, labels),
             )
         )
     return f"\n{tables}\n{fill(BASIN_RULE, WIDTH)}\n\nall figures and pictures in {arguments.out / 'report.html'}"
@@ -161,10 +175,10 @@ def _write(
     first, second = (found, None) if reference is None else (reference, found)
     with replacing(out / ENDS) as path:
         write(path, list(found.ends), format="extxyz")
-    report.write_csv(out / "table.csv", first, second)
+    write_csv(out / "table.csv", first, second)
     shown = labels if reference is not None else (labels[1], "")
-    report.write_pictures(out, first, second, shown)
-    report.write_page(
+    write_pictures(out, first, second, shown)
+    write_page(
         out / "report.html", title="Evaluation", evaluation=first, after=second, labels=shown,
         comparison=comparison, facts=tuple(facts.items()),
     )  # fmt: skip

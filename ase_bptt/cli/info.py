@@ -9,17 +9,16 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..checks import usable
-from ..diagnosis import diagnose
-from ..files import without_nan
-from ..health import Health, health
+from ..diagnostics import diagnose
+from ..diagnostics.gradient_report import Health, health
 from ..losses import delta_q
+from ..pairs.groups import usable
 from ..potential import Potential, symbols
 from ..relaxation import relax
 from ..steppers import GradientDescent
-from ..training.trainer import MOMENTUM
-from .flags import add_pairs, add_potential, command, count, flag, seed
-from .inputs import potential_of, read_grouped, read_structures
+from ..training.settings import MOMENTUM
+from ..utils import without_nan
+from .flags import add_pairs, add_potential, command, count, flag, potential_of, read_grouped, read_structures, seed
 
 FRAMES, FMAX = 40, 0.01
 """As many frames as a training unrolls at most, and where it stops."""

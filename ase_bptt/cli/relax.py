@@ -15,14 +15,13 @@ from ase import Atoms
 from ase.io import write
 from ase.io.formats import filetype, ioformats
 
-from ..batches import End
-from ..files import check_writable, replacing, without_nan
-from ..journal import Journal, relax_kept, run_key
 from ..result import Status
 from ..steppers import STEPPERS, make_stepper
-from . import words
-from .flags import add_output, add_potential, add_room, command, count, flag, positive
-from .inputs import potential_of, read_structures
+from ..throughput import End
+from ..throughput.journal import Journal, relax_kept, run_key
+from ..utils import check_writable, replacing, without_nan
+from . import messages as words
+from .flags import add_output, add_potential, add_room, command, count, flag, positive, potential_of, read_structures
 
 log = logging.getLogger(__name__)
 

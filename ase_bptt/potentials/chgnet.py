@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..neighbors import Pairs
+from ..neighbors.edges import Pairs
 from ..potential import Potential, Prediction
 from ..structures import Structures
 from . import quiet, require

@@ -15,7 +15,7 @@ from ase.data import atomic_numbers
 from ase.units import Bohr
 from torch import Tensor, nn
 
-from ..neighbors import Pairs
+from ..neighbors.edges import Pairs
 from ..potential import Potential, Prediction
 from ..structures import Structures
 

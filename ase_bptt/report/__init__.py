@@ -1,25 +1,173 @@
-"""Tables, pictures and a page of an evaluation or a fine-tuning run."""
+"""How results are shown: the words and numbers that text, tables, plots and pages share."""
 
-from .curve import learning_curve
-from .figures import save
-from .page import write_page
-from .pictures import write_pictures
-from .plots import atom_displacements, before_after, by_group
-from .tables import comparison_text, evaluation_table, group_table, table, write_csv
-from .words import change
+from __future__ import annotations
 
-__all__ = [
-    "atom_displacements",
-    "before_after",
-    "by_group",
-    "change",
-    "comparison_text",
-    "evaluation_table",
-    "group_table",
-    "learning_curve",
-    "save",
-    "table",
-    "write_csv",
-    "write_page",
-    "write_pictures",
-]
+import math
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import PurePosixPath
+
+from ase.spacegroup import Spacegroup
+
+from ..evaluation import Evaluation, Row
+from ..evaluation.compare import LEVEL, Change, Comparison
+
+LABELS = ("before", "after")
+NONE = "-"
+MANY = 10
+"""From so many times on, per cent are no longer read."""
+
+
+def number(value: float, digits: int) -> str:
+    """With so many digits behind the point; a dash where it is not finite."""
+    return f"{value:.{digits}f}" if math.isfinite(value) else NONE
+
+
+def yes(value: bool) -> str:
+    """The truth in a word."""
+    return "yes" if value else "no"
+
+
+def change(before: float, after: float) -> str:
+    """The change in per cent, in words; empty where there is none to tell."""
+    if before == 0 or not math.isfinite(before) or not math.isfinite(after):
+        return ""
+    return _percent((after - before) / before)
+
+
+def _percent(value: float) -> str:
+    if value == 0:
+        return "unchanged"
+    if value >= MANY - 1:
+        return f"{1 + value:.0f} times as high"
+    amount = "less than 1 %" if abs(value) < 0.005 else f"{100 * abs(value):.0f} %"
+    return f"{amount} {'lower' if value < 0 else 'higher'}"
+
+
+def symmetry(row: Row) -> str:
+    """What became of the reference's space group, as "kept", "lost: P1" or "other: P-43m".
+
+    "lost" where the end has fewer rotations and reflections than the reference; a dash where the
+    reference is not a crystal.
+    """
+    if not row.reference_space_group:
+        return NONE
+    if row.symmetry_kept:
+        return "kept"
+    fewer = _order(row.space_group) < _order(row.reference_space_group)
+    return f"{'lost' if fewer else 'other'}: {row.space_group.split(' (')[0] or 'none'}"
+
+
+@lru_cache(maxsize=256)
+def _order(space_group: str) -> int:
+    """Rotations and reflections in the point group of "Fd-3m (227)"."""
+    found = re.search(r"\((\d+)\)$", space_group)
+    if not found:
+        return 0
+    rotations, _ = Spacegroup(int(found[1])).get_op()
+    return len({rotation.tobytes() for rotation in rotations})
+
+
+def median(evaluation: Evaluation) -> float:
+    """Median Delta-Q; NaN where one is not finite, for then there is no order."""
+    return evaluation.median if math.isfinite(evaluation.mean) else math.nan
+
+
+def count(evaluation: Evaluation, what: str) -> str:
+    """As "9 of 10": how many are in the right "basin", or keep the "symmetry" of their reference."""
+    if what == "basin":
+        return f"{sum(row.right_basin for row in evaluation.rows)} of {len(evaluation.rows)}"
+    crystals = [row for row in evaluation.rows if row.reference_space_group]
+    return f"{sum(row.symmetry_kept for row in crystals)} of {len(crystals)}" if crystals else NONE
+
+
+def shorten(names: Sequence[str], width: int) -> list[str]:
+    """Without a leading folder that all have, and cut to a width.
+
+    Cut on the left; where they would not stay distinct, on the right or in the middle; where that
+    does not do either, they stay wider.
+    """
+    parts = [PurePosixPath(name).parts[:-1] for name in names]
+    common = 0
+    while len(names) > 1 and all(len(p) > common for p in parts) and len({p[common] for p in parts}) == 1:
+        common += 1
+    names = [str(PurePosixPath(*PurePosixPath(name).parts[common:])) if common else name for name in names]
+    for wide in range(width, max(map(len, names), default=width) + 1):
+        for left in (0, wide - 1, wide // 2):
+            cut = [_cut(name, wide, left) for name in names]
+            if len(set(cut)) == len(set(names)):
+                return cut
+    return list(names)
+
+
+def _cut(name: str, width: int, left: int) -> str:
+    return name if len(name) <= width else name[:left] + "…" + name[len(name) - (width - left - 1) :]
+
+
+def check_same(before: Evaluation, after: Evaluation) -> None:
+    """ValueError where the two are not of the same structures."""
+    if [row.id for row in before.rows] != [row.id for row in after.rows]:
+        raise ValueError("Only evaluations of the same structures in the same order can stand side by side.")
+
+
+def plural(n: int, noun: str) -> str:
+    """As "1 group" or "2 groups"."""
+    return f"{n} {noun}{'' if n == 1 else 's'}"
+
+
+def headline(evaluation: Evaluation, after: Evaluation | None, labels: tuple[str, str], unit: str) -> str:
+    """The result in a sentence or two."""
+    n = plural(len(evaluation.rows), "structure")
+    basins = count(evaluation, "basin")
+    if after is None:
+        return (
+            f"After relaxation {n} lie at a mean Delta-Q of {number(evaluation.mean, 2)} {unit} from the reference "
+            f"(unrelaxed: {number(evaluation.mean_unrelaxed, 2)}). {basins} are in the right basin."
+        )
+    said = change(evaluation.mean, after.mean)
+    said = f", {said}" if said else ""
+    first, last = (number(e.mean, 2) if math.isfinite(e.mean) else "not finite" for e in (evaluation, after))
+    return (
+        f"Mean Delta-Q to the reference over {n}, in {unit}: {first} ({labels[0]}), {last} ({labels[1]}){said}. "
+        f"In the right basin: {basins} ({labels[0]}), {count(after, 'basin')} ({labels[1]})."
+    )
+
+
+def comparison_sentences(comparison: Comparison, labels: tuple[str, str] = LABELS) -> list[str]:
+    """What a comparison found, a line each."""
+    c = comparison
+    return [
+        f"From {labels[0]} to {labels[1]}, over {plural(c.n, 'structure')} in {plural(c.groups, 'group')}:",
+        f"Mean Delta-Q: {_interval(c.mean, c.groups)}.",
+        f"Geometric mean of Delta-Q, in which each structure counts alike: {_interval(c.geometric_mean, c.groups)}.",
+        _test(c),
+        f"Delta-Q fell by more than a tenth in {plural(c.nearer, 'structure')} and rose by more than a tenth "
+        f"in {c.farther}.",
+        f"Right basin: {c.basins_won} won, {c.basins_lost} lost.",
+        *([f"Left out of means and test: {plural(c.left_out, 'structure')} that diverged."] if c.left_out else []),
+    ]
+
+
+def _interval(found: Change, groups: int) -> str:
+    if not math.isfinite(found.value):
+        return "no change can be told"
+    said = _percent(found.value)
+    if not (math.isfinite(found.low) and math.isfinite(found.high)):
+        return f"{said} ({'one group, so there is' if groups == 1 else 'there is'} no interval)"
+    reach = f"{100 * found.low:+.0f} to {100 * found.high:+.0f} %"
+    chance = ", which includes no change" if found.low <= 0 <= found.high else ""
+    return f"{said} ({100 * LEVEL:.0f} % interval {reach}{chance})"
+
+
+def _test(comparison: Comparison) -> str:
+    p, groups = comparison.p_value, comparison.groups
+    if not math.isfinite(p):
+        return "Wilcoxon's signed-rank test over groups: not possible."
+    said = "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
+    sentence = f"Wilcoxon's signed-rank test over {plural(groups, 'group')}: {said}"
+    # Two-sided: all groups change the same way in 2 of 2^groups cases.
+    least = 2 / 2**groups
+    if least >= 1 - LEVEL:
+        sentence += f"; with so few groups it cannot fall below {min(least, 1):.2g}, whatever the change"
+    return sentence + "."

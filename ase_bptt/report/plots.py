@@ -1,19 +1,23 @@
-"""Pictures of evaluations, to be read at 480 pixels of width."""
+"""Plots of evaluations and of training, with matplotlib."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from ..evaluation import Evaluation
-from .figures import BLUE, GREY, ORANGE, UNIT, limits, new_figure, plain_logarithms
+from ..utils import replacing
+from . import LABELS, change, check_same, plural, shorten
 from .tables import sorted_groups
-from .words import LABELS, change, check_same, plural, shorten
 
 NAME_WIDTH, LABEL_WIDTH = 18, 24
 LEAST = 1e-3
@@ -189,3 +193,88 @@ def _name_the_worst(axes: Axes, points: Sequence[tuple[float, float, str]], most
         offset, align = ((-8, -3), "right") if right > 0.5 else ((8, -3), "left")
         axes.annotate(short[name], (x, y), offset, textcoords="offset points", fontsize=8, ha=align, zorder=4,
                       path_effects=[withStroke(linewidth=2, foreground="white")])  # fmt: skip
+
+
+BLUE, ORANGE, GREY = "#1f5f99", "#d9762b", "#949494"
+"""Told apart by eyes of all kinds and in grey print; what they mean is also said by shape or place."""
+WIDTH = 4.8
+"""Inches: at 480 pixels the type is as large as it is meant to be."""
+DPI = 200
+UNIT = "amu$^{1/2}$ Å"
+"""Of Delta-Q."""
+
+
+def new_figure(height: float) -> Figure:
+    """An empty figure, so many inches high."""
+    # Not pyplot: no window, no global state, no backend to choose.
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def plain_logarithms(axis: Axis, low: float, high: float) -> None:
+    """Plain numbers, which do not run into each other, on an axis of logarithms from low to high."""
+    steps = (1.0, 2.0, 5.0) if high / low < 500 else (1.0,)
+    axis.set_major_locator(LogLocator(subs=steps))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def limits(values: Sequence[float]) -> tuple[float, float]:
+    """Where an axis of logarithms begins and ends around these values, at least a factor of four apart."""
+    low, high = (min(values), max(values)) if values else (1.0, 1.0)
+    margin = max(1.4, 2 * (low / high) ** 0.5)
+    return low / margin, high * margin
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """Write a picture, whole or not at all, in the format that its name ends in (.png, .svg, .pdf)."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=DPI, format=Path(path).suffix.removeprefix(".") or "png")
+
+
+def png(figure: Figure) -> bytes:
+    """The picture as a PNG."""
+    buffer = BytesIO()
+    figure.savefig(buffer, dpi=DPI, format="png")
+    return buffer.getvalue()
+
+
+def learning_curve(history: Sequence[dict[str, float]], best_epoch: int | None = None) -> Figure:
+    """Training loss and, below it, validation Delta-Q over the epochs; the best epoch is marked.
+
+    Parameters
+    ----------
+    history : sequence of dict
+        With "epoch", "train_loss", "valid_score" and "valid_delta_q".
+    best_epoch : int, optional
+        That whose weights were kept, 0 for those before training. Where it is not given, the one
+        whose "valid_score" is lowest; none if nothing was validated.
+    """
+    validated = [row for row in history if math.isfinite(row["valid_delta_q"])]
+    figure = new_figure(4.4 if validated else 2.6)
+    panels = figure.subplots(2 if validated else 1, sharex=True, squeeze=False)[:, 0]
+    epochs = [row["epoch"] for row in history]
+    panels[0].plot(epochs, [row["train_loss"] for row in history], "s-", color=GREY, markersize=4)
+    panels[0].set_ylabel("training loss\n(unit of the loss)")
+    if validated:
+        x, y = ([row[name] for row in validated] for name in ("epoch", "valid_delta_q"))
+        panels[1].plot(x, y, "o-", color=BLUE, markersize=4)
+        panels[1].set_ylabel(f"validation: mean\nDelta-Q ({UNIT})")
+        best = min(validated, key=lambda row: row["valid_score"])["epoch"] if best_epoch is None else best_epoch
+        _mark(list(panels), best, dict(zip(x, y, strict=True)))
+    for axes in panels:
+        axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
+    panels[-1].set_xlabel("epoch")
+    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def _mark(panels: Sequence[Axes], best: float, found: dict[float, float]) -> None:
+    if best not in found:
+        panels[0].set_title("best: the weights before training", fontsize=10)
+        return
+    for axes in panels:
+        axes.axvline(best, color=ORANGE, linewidth=1, linestyle="--", zorder=0)
+    panels[1].plot([best], [found[best]], "*", color=ORANGE, markersize=14, zorder=3)
+    panels[0].set_title(f"best: epoch {best:.0f}", fontsize=10)

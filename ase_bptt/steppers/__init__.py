@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import arithmetic
-from .base import Learner, State, Stepper
-from .bfgs import BFGS
+from . import stepper as arithmetic
 from .fire import FIRE
 from .gradient_descent import GradientDescent
-from .lbfgs import LBFGS
-from .numbers import gathered
+from .hyperparameters import gathered
+from .quasi_newton import BFGS, LBFGS
+from .stepper import Learner, State, Stepper
 
 __all__ = [
     "BFGS",

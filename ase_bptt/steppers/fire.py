@@ -8,11 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..positive import check_positive
-from . import arithmetic
-from .arithmetic import spread
-from .base import State, Stepper
-from .numbers import SMALLEST, Ranges
+from ..utils import check_positive
+from . import stepper as arithmetic
+from .hyperparameters import SMALLEST, Ranges
+from .stepper import State, Stepper, spread
 
 
 class FIRE(Stepper):

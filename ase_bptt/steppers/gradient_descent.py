@@ -10,10 +10,10 @@ import torch
 from ase.data import atomic_numbers, chemical_symbols
 from torch import Tensor, nn
 
-from ..positive import check_positive
-from . import arithmetic
-from .base import UNRESOLVED, State, Stepper
-from .numbers import SMALLEST, Ranges, hold, labelled, table
+from ..utils import check_positive
+from . import stepper as arithmetic
+from .hyperparameters import SMALLEST, Ranges, hold, labelled, table
+from .stepper import UNRESOLVED, State, Stepper
 
 Number = float | nn.Parameter
 

@@ -13,9 +13,8 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator
 
 from ..potential import Potential
-from .case import Case, Failed
-from .probes import CHECKS, parity
-from .report import TOLERANCES, Measured, Report
+from .case import TOLERANCES, Case, Failed, Measured, Report
+from .checks import CHECKS, parity
 
 __all__ = ["TOLERANCES", "Measured", "Report", "check_potential"]
 

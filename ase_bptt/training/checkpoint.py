@@ -1,4 +1,4 @@
-"""The files of a training run: settings.json, metrics.csv, checkpoint.pt and the checkpoint before it."""
+"""What a Trainer leaves behind: the files of its run folder, and how the same Trainer is built from them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,27 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Sequence
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
-from ..files import UNFINISHED, UNREADABLE, in_short, replacing
+from .. import __version__
+from ..adjoints import ADJOINTS
+from ..losses import LOSSES
+from ..potential import Potential
 from ..potentials import quiet
+from ..potentials.loading import load_potential, weights_hash
+from ..steppers import STEPPERS, make_stepper
+from ..terms import TERMS
+from ..tuning import describe
+from ..tuning import low_rank as lora
+from ..utils import UNFINISHED, UNREADABLE, in_short, replacing
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
 
 log = logging.getLogger(__name__)
 LAST, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
@@ -118,3 +132,152 @@ def _before_last(out: Path, damage: Exception) -> dict[str, Any]:
         out / LAST, in_short(damage), out / PREVIOUS, state.get("epoch"),
     )  # fmt: skip
     return state
+
+
+STATE = ("epoch", "epochs", "data", "history", "best", "best_loss", "best_epoch", "begun_with")
+"""What a Trainer knows beside the states of its parts."""
+NUMBERS = (
+    "lr", "steps", "fmax", "batch_size", "memory", "clip", "patience", "along", "rattle", "seed", "warm", "learn",
+    "rates",
+)  # fmt: skip
+"""Arguments of a Trainer that are plain numbers and names."""
+SETTINGS = {*NUMBERS, "stepper", "adjoint", "loss", "optimizer", "terms"}
+"""Without these in settings.json nothing is resumed."""
+PARTS = {
+    "potential", "form", "lora", "stepper", "frozen", "optimizer", "steps_taken", "base_rates", "terms", "warm_ends",
+    "generator", "torch_rng",
+}  # fmt: skip
+"""Nor without these, and `STATE`, in the checkpoint."""
+
+
+def settings(trainer: Trainer) -> dict[str, Any]:
+    """What `arguments` needs to build the same Trainer, as JSON."""
+    loss = trainer.loss
+    return {
+        "family": trainer.potential.family,
+        "stepper": trainer.stepper.todict(),
+        "adjoint": trainer.adjoint.todict(),
+        "loss": getattr(loss, "__name__", type(loss).__name__),
+        "optimizer": type(trainer.optimizer).__name__,
+        "terms": [term.todict() for term in trainer.terms],
+        **{name: getattr(trainer, name) for name in NUMBERS},
+        "epochs": trainer.epochs,
+    }
+
+
+def state(trainer: Trainer, terms: list[dict[str, Any]]) -> dict[str, Any]:
+    """All that the next epoch depends on, beside the settings; `terms` are the states of the terms."""
+    warm = trainer.warm_starts
+    return {
+        "potential": trainer.potential.state_dict(),
+        "form": trainer.potential.form,
+        "lora": lora.settings(trainer.potential),
+        "stepper": trainer.stepper.state_dict(),
+        "frozen": [name for name, p in trainer.potential.named_parameters() if not p.requires_grad],
+        **trainer.updates.state(),
+        "terms": terms,
+        "warm_ends": warm.ends if warm else {},
+        "generator": trainer.order.generator.get_state(),
+        "torch_rng": torch.get_rng_state(),
+        **{name: getattr(trainer, name) for name in STATE},
+    }
+
+
+def provenance(trainer: Trainer) -> dict[str, Any]:
+    """Where the tuned weights come from, for the files that hold them: base, data, settings, versions."""
+    base = dict(trainer.potential.metadata) or {"source": f"a {type(trainer.potential).__name__} object"}
+    return {
+        "base": base | {"family": trainer.potential.family, "weights": weights_hash(trainer.potential)},
+        "data": trainer.data,
+        "settings": settings(trainer),
+        "trained": describe(trainer.potential),
+        "versions": _versions(trainer.potential),
+    }
+
+
+def _versions(potential: Potential) -> dict[str, str]:
+    """Of ours, of ase, and of the packages that the potential's modules come from: torch, mace-torch, e3nn, ..."""
+    modules = {"ase", *(type(module).__module__.partition(".")[0] for module in potential.modules())}
+    packages = {package for name, found in packages_distributions().items() if name in modules for package in found}
+    return {package: version(package) for package in sorted(packages)} | {"ase_bptt": __version__}
+
+
+def arguments(
+    out: Path, settings: dict[str, Any], state: dict[str, Any], given: dict[str, Any], device: torch.device | str | None
+) -> dict[str, Any]:
+    """Arguments for the same Trainer; those that are given count.
+
+    Raises
+    ------
+    ValueError
+        Where a part of a person's own was used and is not given again, and for runs of older releases.
+    """
+    _check_complete(out, settings, state)
+    own = given["loss"] is None and settings["loss"] not in LOSSES
+    if own:
+        raise ValueError(f"The run in {out} used its own loss {settings['loss']!r}: give it to resume again.")
+    if given["optimizer"] is None and settings["optimizer"] != "AdamW":
+        raise ValueError(f"The run in {out} used {settings['optimizer']}: give its factory to resume again.")
+    for part, known in (("stepper", STEPPERS), ("adjoint", ADJOINTS)):
+        name = settings[part]["name"]
+        if given[part] is None and name not in known:
+            raise ValueError(f"The run in {out} used its own {part} {name!r}: give it to resume again.")
+    terms = [term["name"] for term in settings["terms"]]
+    unknown = [name for name in terms if name not in TERMS]
+    if given["terms"] is None and unknown:
+        raise ValueError(f"The run in {out} used its own term {unknown[0]!r}: give all terms to resume again.")
+    if given["terms"] is not None and [term.name for term in given["terms"]] != terms:
+        raise ValueError(f"The run in {out} had the terms {', '.join(terms) or 'none'}: give those to resume again.")
+    potential = load_potential(out / "potential", device=device).in_form(state["form"])
+    if state["lora"]:
+        lora.restore(potential, state["lora"])
+    for name, parameter in potential.named_parameters():
+        parameter.requires_grad_(name not in state["frozen"])
+    kept = {name: settings[name] for name in ("loss", "terms", "adjoint")}
+    return {
+        "potential": potential,
+        **{name: given[name] if given[name] is not None else kept[name] for name in kept},
+        "stepper": given["stepper"] or _stepper(settings["stepper"], state["stepper"]),
+        "optimizer": given["optimizer"],
+        **{name: settings[name] for name in NUMBERS},
+    }
+
+
+def _check_complete(out: Path, settings: dict[str, Any], state: dict[str, Any]) -> None:
+    lacking = (SETTINGS - settings.keys()) | ({*STATE} | PARTS) - state.keys()
+    if lacking:
+        raise ValueError(
+            f"The run in {out} was begun by an older release, which kept no {min(lacking)!r}, and cannot be resumed: "
+            "begin again."
+        )
+
+
+def _stepper(saved: dict[str, Any], learnt: dict[str, Any]) -> Any:
+    numbers = {k: v for k, v in saved.items() if k != "name"}
+    return make_stepper(saved["name"], **numbers | {k: nn.Parameter(v) for k, v in learnt.items()})
+
+
+def rewind(trainer: Trainer, state: dict[str, Any]) -> None:
+    """Bring the best potential and metrics.csv in the run folder back to a checkpoint that is not the last."""
+    assert trainer.out is not None
+    # The first checkpoint knows no best state yet.
+    trainer.potential.load_state_dict(state["best"].get("potential", state["potential"]))
+    trainer.ranks.each(lambda: None)  # all have read what is written anew now
+    trainer.save(trainer.out / "potential")
+    if trainer.ranks.writes:
+        write_metrics(trainer.out, state["history"])
+
+
+def restore(trainer: Trainer, state: dict[str, Any]) -> None:
+    """Take up what `state` kept."""
+    trainer.potential.load_state_dict(state["potential"])
+    trainer.stepper.load_state_dict(state["stepper"])
+    trainer.updates.load(state)
+    trainer.order.generator.set_state(state["generator"])
+    torch.set_rng_state(state["torch_rng"])
+    for name in STATE:
+        setattr(trainer, name, state[name])
+    if trainer.warm_starts:
+        trainer.warm_starts.ends = state["warm_ends"]
+    for term, kept in zip(trainer.terms, state["terms"], strict=True):
+        term.load(kept)

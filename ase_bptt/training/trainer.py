@@ -13,23 +13,21 @@ from torch import Tensor, nn
 
 from ..adjoints import Adjoint
 from ..evaluation import Evaluation, evaluate
-from ..guard.terms import Term, make_terms
-from ..loading import as_potential, save_potential
 from ..pairs import RelaxationPair, fingerprint
-from ..positive import check_positive
 from ..potential import Potential
+from ..potentials.loading import as_potential, save_potential
 from ..steppers import Stepper
-from . import checkpoint, resuming
-from .agreement import align
-from .choices import MOMENTUM, UNROLLED, check_data, make_pair_loss, make_steady
-from .epoch import Order, Tally
-from .pairloss import Loss
-from .progress import Progress
-from .ranks import together
+from ..terms import Term, make_terms
+from ..utils import check_positive
+from . import checkpoint
+from . import checkpoint as resuming
+from .data import Order, Tally
+from .distributed import align, together
+from .metrics import Progress, validate
+from .pair_loss import Loss
+from .settings import check_data, make_pair_loss, make_steady
 from .updates import OptimizerFactory, Updates
-from .validation import validate
 
-__all__ = ["MOMENTUM", "UNROLLED", "Trainer"]
 Pairs = Sequence[RelaxationPair]
 
 
@@ -85,9 +83,9 @@ class Trainer:
         Numbers of the stepper that are trained, too, such as "step_size": of a copy of the one that is given, while
         Parameters that it holds already are trained in place.
     rates : mapping of str to float, optional
-        By a pattern for names of weights, the factor on `lr` for them (`ase_bptt.tuning.trainable.groups`).
+        By a pattern for names of weights, the factor on `lr` for them (`ase_bptt.tuning.groups`).
     terms : sequence of Term or str
-        Further terms of the loss, such as those that keep a potential from forgetting (`ase_bptt.guard.terms`); by
+        Further terms of the loss, such as those that keep a potential from forgetting (`ase_bptt.terms`); by
         name they have weight 1.
     out : path, optional
         Run folder: settings.json, metrics.csv, checkpoint.pt, potential/ (the best so far).

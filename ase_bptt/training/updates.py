@@ -1,19 +1,22 @@
-"""Steps of the optimizer: what is trained, how fast, and which gradients are left out."""
+"""The steps of the optimizer, from gradients that several processes and parts of a batch have added up."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..guard.terms import Term, add_gradients
 from ..pairs import RelaxationPair
-from ..tuning.trainable import groups
-from .gradients import Total
-from .pairloss import PairLoss
+from ..terms import Term, add_gradients
+from ..tuning import groups
+from ..utils import Gradients, added
+from .distributed import Ranks
+
+if TYPE_CHECKING:
+    from .pair_loss import PairLoss
 
 log = logging.getLogger(__name__)
 OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
@@ -141,3 +144,38 @@ class Updates:
         """Take up what `state` gave."""
         self.optimizer.load_state_dict(state["optimizer"])
         self._taken, self._base_rates = state["steps_taken"], state["base_rates"]
+
+
+class Total:
+    """The sum of gradients with respect to some parameters; None for those on which nothing depends.
+
+    Parameters
+    ----------
+    parameters : sequence of Parameter
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter]):
+        self.parameters = parameters
+        self.gradients: list[Tensor | None] = [None] * len(parameters)
+
+    def add(self, gradients: Gradients) -> None:
+        """Add gradients, one for each parameter."""
+        self.gradients = added(self.gradients, gradients)
+
+    def add_over(self, ranks: Ranks) -> None:
+        """Make it the sum over all ranks, on all of them."""
+        if ranks.size == 1 or not self.parameters:
+            return
+        used = self.parameters[0].new_tensor([g is not None for g in self.gradients])
+        filled = [torch.zeros_like(p) if g is None else g.clone()
+                  for p, g in zip(self.parameters, self.gradients, strict=True)]  # fmt: skip
+        ranks.sum_([*filled, used])
+        # Optimizers move a parameter whose gradient is zero, but not one that has none.
+        self.gradients = [g if times else None for g, times in zip(filled, used.tolist(), strict=True)]
+
+    def put(self, divisor: float = 1.0) -> None:
+        """Add it, divided, to ``.grad``."""
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            if gradient is not None:
+                share = gradient / divisor
+                parameter.grad = share if parameter.grad is None else parameter.grad + share

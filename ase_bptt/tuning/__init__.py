@@ -2,6 +2,243 @@
 
 from __future__ import annotations
 
-from .trainable import groups, prepare, select
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
-__all__ = ["groups", "prepare", "select"]
+from torch import nn
+
+from ..potential import Potential
+from ..steppers import Stepper
+from ..utils import check_positive
+from . import low_rank
+from .low_rank import matching, plain
+
+STEPPER_RATE = 0.01
+"""How far a step of Adam moves a number of the stepper, as a share of that number."""
+
+
+class Count(NamedTuple):
+    """How many numbers train, and how many weights the potential has."""
+
+    trained: int
+    total: int
+
+
+def select(
+    potential: Potential, train: Sequence[str] = (), freeze: Sequence[str] = (), last: int | None = None
+) -> Count:
+    """Choose the weights that train by setting their ``requires_grad``; what was set before does not matter.
+
+    Parameters
+    ----------
+    potential : Potential
+    train : str or sequence of str
+        Patterns for names of weights (as in `named_parameters`; ``*`` stands for anything).
+    freeze : str or sequence of str
+        Patterns for weights that do not train, whatever else is said.
+    last : int, optional
+        Train the last layers, counted from the output, with the readout; beside what `train` names.
+        Without `train` and `last`, all weights train.
+
+    Returns
+    -------
+    Count
+        (how many weights train, how many there are)
+
+    Raises
+    ------
+    ValueError
+        For a pattern that matches nothing, more layers than there are, or if nothing is left to train.
+    NotImplementedError
+        For `last` with a family whose layers are not known.
+    """
+    if low_rank.has(potential):
+        raise ValueError("Choose what is trained before low-rank updates are added, or merge them first.")
+    parameters = dict(potential.named_parameters())
+    chosen = matching(parameters, train) | _last(potential, last)
+    if not train and last is None:
+        chosen = set(parameters)
+    chosen -= matching(parameters, freeze)
+    if not chosen:
+        raise ValueError(f"Nothing of this {potential.family} potential is left to train: freeze fewer weights.")
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in chosen)
+    return count(potential)
+
+
+def prepare(
+    potential: Potential,
+    *,
+    train: Sequence[str] = (),
+    freeze: Sequence[str] = (),
+    last: int | None = None,
+    lora: int | None = None,
+    alpha: float | None = None,
+) -> str:
+    """`select`, then with `lora` (a rank) updates of that rank on the linear maps among the chosen weights.
+
+    What is wrong is found before anything changes. Returns what `describe` says of the result.
+    """
+    before = {name: p.requires_grad for name, p in potential.named_parameters()}
+    select(potential, train, freeze, last)
+    if lora is not None:
+        try:
+            low_rank.add(potential, lora, alpha=alpha)
+        except ValueError:
+            for name, parameter in potential.named_parameters():
+                parameter.requires_grad_(before[name])
+            raise
+    return describe(potential)
+
+
+def count(potential: Potential) -> Count:
+    """How many numbers train (with low-rank updates: theirs), and how many weights the potential has."""
+    trained = sum(p.numel() for p in potential.parameters() if p.requires_grad)
+    return Count(trained, sum(weight.numel() for weight in low_rank.weights(potential).values()))
+
+
+def describe(potential: Potential) -> str:
+    """What is trained, in a line, as "trains 1,024 of 72,848 weights"."""
+    trained, total = count(potential)
+    if (settings := low_rank.settings(potential)) is not None:
+        return f"trains {trained:,} numbers beside {total:,} weights (LoRA, rank {settings['rank']})"
+    return f"trains all {total:,} weights" if trained == total else f"trains {trained:,} of {total:,} weights"
+
+
+def groups(
+    potential: Potential,
+    stepper: Stepper | None = None,
+    rates: Mapping[str, float] | None = None,
+    *,
+    lr: float,
+    stepper_rate: float = STEPPER_RATE,
+) -> list[dict[str, Any]]:
+    """Parameter groups for a torch optimizer, of what trains.
+
+    Parameters
+    ----------
+    potential : Potential
+    stepper : Stepper, optional
+        Each of its own Parameters is a group, for they differ in size by orders.
+    rates : mapping of str to float, optional
+        By a pattern for names of weights, the factor on their learning rate. The first pattern that fits counts.
+    lr : float
+        What the factors multiply. The weights that no pattern fits have no rate of their own here:
+        the optimizer's holds.
+    stepper_rate : float
+        The learning rate of each of the stepper's numbers, as a share of the number: a step of Adam
+        moves the number about so far.
+
+    Returns
+    -------
+    list of dict
+        "params", "name", and "lr" where it is not the optimizer's; the weights without a pattern first.
+
+    Raises
+    ------
+    ValueError
+        For a pattern that matches nothing that trains, or a factor that is not positive.
+    """
+    check_positive(lr=lr, stepper_rate=stepper_rate)
+    left = [(plain(name), p) for name, p in potential.named_parameters() if p.requires_grad]
+    trained = {name for name, _ in left}
+    made: list[dict[str, Any]] = []
+    for pattern, factor in (rates or {}).items():
+        check_positive(**{f"The factor of {pattern!r}": factor})
+        hits = matching(trained, [pattern], "weight that trains")
+        made.append(_group(pattern, [p for name, p in left if name in hits], factor * lr))
+        left = [(name, p) for name, p in left if name not in hits]
+    made.insert(0, {"name": "weights", "params": [p for _, p in left]})
+    for name, p in stepper.named_parameters() if stepper is not None else ():
+        if p.requires_grad:
+            size = p.detach().abs().max().item()
+            made.append(_group(f"stepper.{name}", [p], stepper_rate * (size or 1.0)))
+    return [group for group in made if group["params"]]
+
+
+def _last(potential: Potential, last: int | None) -> set[str]:
+    if last is None:
+        return set()
+    found = layers(potential)
+    if not 1 <= last <= len(found):
+        raise ValueError(
+            f"This {potential.family} potential has {len(found)} layers: the last {last} of them cannot be trained."
+        )
+    return {name for layer in found[-last:] for name in layer}
+
+
+def _group(name: str, params: list[nn.Parameter], lr: float) -> dict[str, Any]:
+    return {"name": name, "params": params, "lr": lr}
+
+
+class Stages(NamedTuple):
+    """Prefixes of a family's weights, from those at the input to those at the output."""
+
+    before: tuple[str, ...]
+    stacks: tuple[str, ...]
+    """Each is a list of modules, a number following the prefix; the last of all of them lie side by side."""
+    after: tuple[str, ...]
+
+
+STAGES = {
+    "mace": Stages(("model.node_embedding.",), ("model.interactions.", "model.products.", "model.readouts."), ()),
+    "chgnet": Stages(
+        ("model.atom_embedding.", "model.bond_", "model.angle_embedding.", "model.angle_basis_expansion."),
+        ("model.atom_conv_layers.", "model.bond_conv_layers.", "model.angle_layers."),
+        ("model.site_wise.", "model.readout_norm.", "model.mlp."),
+    ),
+    # Its layers are told apart by the numbers that their names begin with.
+    "sevennet": Stages(
+        ("model.edge_embedding.", "model.onehot_to_feature_x."),
+        ("model.",),
+        ("model.reduce_", "model.rescale_atomic_energy.scale"),
+    ),
+    "direct": Stages(("elements.",), ("filters.", "updates."), ("energy_head.", "force_head.")),
+}
+
+
+def layers(potential: Potential) -> list[list[str]]:
+    """Names of the weights from the first layer to the last, the readout with the last.
+
+    A family may say it itself, by a method ``layers`` that returns the same.
+
+    Raises
+    ------
+    NotImplementedError
+        For a family whose layers are not known.
+    """
+    own = getattr(type(potential), "layers", None)
+    if own is not None:
+        return own(potential)
+    if potential.family not in STAGES:
+        raise NotImplementedError(
+            f"The layers of the family {potential.family!r} are not known: choose weights by patterns of their names."
+        )
+    return staged([name for name, _ in potential.named_parameters()], STAGES[potential.family])
+
+
+def staged(names: Sequence[str], stages: Stages) -> list[list[str]]:
+    """Layers from the prefixes of names: the stacks are counted from their ends, what comes after is in the last."""
+    depth = {
+        stack: 1 + max((k for name in names if (k := _index(name, stack)) is not None), default=-1)
+        for stack in stages.stacks
+    }
+    deepest = max(depth.values())
+    found: list[list[str]] = [[] for _ in range(deepest + 1)]
+    for name in names:
+        place = next(((s, k) for s in stages.stacks if (k := _index(name, s)) is not None), None)
+        if place is not None:
+            stack, index = place
+            found[deepest - depth[stack] + index + 1].append(name)
+        elif name.startswith(stages.after):
+            found[-1].append(name)
+        elif name.startswith(stages.before):
+            found[0].append(name)
+    return [layer for layer in found if layer]
+
+
+def _index(name: str, stack: str) -> int | None:
+    """The number of a layer, where it is one of this stack."""
+    found = re.match(r"\d+", name.removeprefix(stack)) if name.startswith(stack) else None
+    return int(found[0]) if found else None

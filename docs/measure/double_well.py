@@ -14,8 +14,8 @@ from ase import Atoms
 
 from ase_bptt import relax
 from ase_bptt.adjoints import Guided, Implicit
-from ase_bptt.potentials.double_well import DoubleWell
-from ase_bptt.report.figures import BLUE, GREY, ORANGE, new_figure
+from ase_bptt.potentials.analytic import DoubleWell
+from ase_bptt.report.plots import BLUE, GREY, ORANGE, new_figure
 from ase_bptt.steppers import GradientDescent
 
 STEP = 0.004

@@ -12,7 +12,8 @@ import torch
 
 from ase_bptt import Trainer
 from ase_bptt.datasets import si_defects
-from ase_bptt.guard import Pull, Reference, Teacher
+from ase_bptt.terms.labels import Reference
+from ase_bptt.terms.regularizers import Pull, Teacher
 
 REPEATS = 7
 TERMS = {

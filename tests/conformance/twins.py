@@ -10,10 +10,9 @@ import numpy as np
 import torch
 
 from ase_bptt import TorchCalculator
-from ase_bptt.neighbors import Pairs
+from ase_bptt.neighbors.edges import Pairs
+from ase_bptt.potentials.analytic import LennardJones, Morse
 from ase_bptt.potentials.emt import EMT
-from ase_bptt.potentials.lennard_jones import LennardJones
-from ase_bptt.potentials.morse import Morse
 from ase_bptt.structures import Structures
 
 

@@ -1,0 +1,215 @@
+"""The gradient at a minimum, whatever path led there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..iterated_map import IteratedMap, Record
+from ..structures import Structures
+from ..utils import check_count, check_positive
+from .adjoint import Adjoint
+from .hessian_solve import RigidMotions, Solve, SolveStatus, conjugate_gradients
+
+Product = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class AtMinimum(Adjoint):
+    """Base class: dL/dweights = w . dF/dweights at the relaxed structure, with a vector w that the subclass finds.
+
+    No frame is stored, and any stepper may have led there. Nothing flows to the initial positions nor to the stepper:
+    their gradients are exact zeros, for a minimum does not know where the path to it began. A structure that did not
+    relax below fmax gives no gradient.
+
+    Parameters
+    ----------
+    fmax : float
+        eV/Å. Structures are relaxed to this at least, whatever `relax` is asked for.
+    """
+
+    fmax: float = 0.01
+
+    through_frames = False
+    to_the_end = True
+
+    def __post_init__(self) -> None:
+        check_positive(fmax=self.fmax)
+
+    def check(self, iterated: IteratedMap, structures: Structures) -> None:
+        """Refuse constraints by whose maps no minimum can be defined, and forces that are no energy's slope."""
+        super().check(iterated, structures)
+        if not iterated.potential.conservative:
+            raise NotImplementedError(
+                f"The forces of this {iterated.potential.family} potential are not the slope of an energy, so that it "
+                f"has no Hessian for the adjoint {self.name!r}: take 'replay'."
+            )
+        _check_projectors(structures)
+
+    def tolerance_of_forces(self, fmax: float) -> float:
+        """The tighter of the two."""
+        return min(fmax, self.fmax)
+
+    def attach(self, record: Record) -> Tensor:
+        """The positions as one node of the graph."""
+        start, final = record.start, record.final.detach()
+        return _Pulled.apply(self, record, final, start.positions, start.cells, *record.map.parameters())
+
+    def solve(self, product: Product, right: Tensor, structures: Structures) -> tuple[Tensor, list[Solve]]:
+        """The vector w (n_atoms, 3) in Å^2/eV times the gradient's unit, and how it was found."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Implicit(AtMinimum):
+    """The implicit-function theorem at the relaxed structure: w = H^-1 dL/dX with the Hessian H of the energy.
+
+    F(X*, weights) = 0 gives dX*/dweights = H^-1 dF/dweights. H is never built: conjugate gradients ask for its products
+    with vectors, each a second differentiation of the energy. Rigid motions are projected out, and so are the
+    directions that constraints hold.
+
+    Parameters
+    ----------
+    damping : float
+        eV/Å^2, added to all of H: soft directions count less. 0 leaves the gradient exact.
+    tolerance : float
+        Of the residual, relative to the norm of dL/dX.
+    cap : int
+        Conjugate gradient iterations at most.
+    fmax : float
+        eV/Å. Structures are relaxed to this at least, whatever `relax` is asked for.
+    """
+
+    fmax: float = 0.01
+    damping: float = 0.0
+    tolerance: float = 1e-3
+    cap: int = 200
+
+    name = "implicit"
+
+    def __post_init__(self) -> None:
+        check_positive(fmax=self.fmax, tolerance=self.tolerance)
+        check_count(cap=self.cap)
+        if not self.damping >= 0:
+            raise ValueError(f"damping must not be negative, got {self.damping} eV/Å^2.")
+
+    def solve(self, product: Product, right: Tensor, structures: Structures) -> tuple[Tensor, list[Solve]]:
+        """By conjugate gradients."""
+        return conjugate_gradients(
+            lambda v: product(v) + self.damping * v, right, structures, tolerance=self.tolerance, cap=self.cap
+        )
+
+
+@dataclass(frozen=True)
+class OneStep(AtMinimum):
+    """One step of gradient descent at the relaxed structure, taken as if the rest were given: w = eta dL/dX.
+
+    The first term of the series whose sum is `Implicit` (Bolte, Pauwels and Vaiter, NeurIPS 2023, "One-step
+    differentiation of iterative algorithms"). No Hessian is needed; right in sign along each of its eigenvectors,
+    wrong in length.
+
+    Parameters
+    ----------
+    step_size : float
+        eta in Å^2/eV.
+    fmax : float
+        eV/Å. Structures are relaxed to this at least, whatever `relax` is asked for.
+    """
+
+    fmax: float = 0.01
+    step_size: float = 0.05
+
+    name = "one-step"
+
+    def __post_init__(self) -> None:
+        check_positive(fmax=self.fmax, step_size=self.step_size)
+
+    def solve(self, product: Product, right: Tensor, structures: Structures) -> tuple[Tensor, list[Solve]]:
+        """Without any product."""
+        return self.step_size * right, [Solve(SolveStatus.SOLVED, 0, 0.0)] * len(structures)
+
+
+class _Pulled(torch.autograd.Function):
+    """The relaxed positions as a function of the weights and cells alone."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, adjoint: AtMinimum, record: Record, final: Tensor, positions: Tensor, cells: Tensor, *weights: Tensor
+    ) -> Tensor:
+        ctx.adjoint, ctx.record, ctx.final, ctx.weights = adjoint, record, final, weights
+        ctx.save_for_backward(positions, cells)
+        return final.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        record: Record = ctx.record
+        record.check_weights()
+        positions, cells = ctx.saved_tensors
+        relaxed = [k for k, done in enumerate(record.relaxed) if done]
+        solves = dict.fromkeys(range(len(record.start)), Solve(SolveStatus.UNRELAXED, 0, 1.0))
+        to_cells = torch.zeros_like(cells)
+        to_weights = [torch.zeros_like(p) if p.requires_grad else None for p in ctx.weights]
+        if relaxed:
+            atoms = record.start.atoms_of(relaxed)
+            structures = record.start.select(relaxed).replace(positions=ctx.final[atoms])
+            wanted = [p for p in ctx.weights if p.requires_grad]
+            found, of_cells, pulled = _pull(ctx.adjoint, record, structures, gradient[atoms], cells[relaxed], wanted)
+            solves |= dict(zip(relaxed, found, strict=True))
+            to_cells[relaxed] = of_cells
+            queue = iter(pulled)
+            to_weights = [None if zero is None else zero + next(queue) for zero in to_weights]
+        record.solves = tuple(solves.values())
+        return None, None, None, torch.zeros_like(positions), to_cells, *to_weights
+
+
+def _pull(
+    adjoint: AtMinimum, record: Record, structures: Structures, gradient: Tensor, cells: Tensor, weights: list[Tensor]
+) -> tuple[list[Solve], Tensor, list[Tensor]]:
+    """From dL/dX at the minima to dL/dcells and dL/dweights; one graph serves all products."""
+    x = structures.positions.detach().requires_grad_()
+    cells = cells.detach().requires_grad_()
+    with torch.enable_grad():
+        live = structures.replace(positions=x, cells=cells)
+        pairs = record.map.neighbor_list()(live)
+        _, forces = record.map.potential.energy_and_forces(live, pairs, create_graph=True)
+    motions = RigidMotions(structures, forces)
+
+    def free(v: Tensor) -> Tensor:
+        return motions.without(structures.project_forces(v))
+
+    def product(v: Tensor) -> Tensor:
+        (change,) = torch.autograd.grad(forces, x, free(v), retain_graph=True)
+        return -free(change)
+
+    w, solves = adjoint.solve(product, free(gradient), structures)
+    inputs = [cells, *weights]
+    found = torch.autograd.grad(forces, inputs, structures.project_forces(w), allow_unused=True)
+    to_cells, *to_weights = (torch.zeros_like(i) if g is None else g for g, i in zip(found, inputs, strict=True))
+    return solves, to_cells, to_weights
+
+
+def _check_projectors(structures: Structures) -> None:
+    """A minimum under constraints needs forces and steps to be held along the same directions."""
+    if not structures.maps:
+        return
+    v = torch.randn(structures.positions.shape, generator=torch.Generator().manual_seed(0)).to(structures.positions)
+    acting = structures.project_forces(v)
+    lost = structures.max((structures.project_steps(acting) - acting).abs().amax(1))
+    tolerance = 1e3 * torch.finfo(v.dtype).eps * max(structures.counts)
+    apart = (
+        k
+        for k, (error, good) in enumerate(zip(lost.tolist(), structures.orthogonal, strict=True))
+        if error > tolerance or not good
+    )
+    names = {name for k in apart for name in structures.constraints[k]}
+    if names:
+        raise NotImplementedError(
+            f"The constraints {', '.join(sorted(names))} hold forces and steps along different directions here, so "
+            "that the implicit gradient does not exist: take the adjoint 'replay'."
+        )

@@ -1,0 +1,228 @@
+"""Run folders: what stands there already, and how a run is stopped without losing it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..pairs import RelaxationPair, fingerprint
+from ..potentials import families
+from ..potentials.loading import EMBEDDED
+from ..utils import check_writable, replacing
+
+COMMAND = "command.json"
+OURS = (
+    COMMAND, "settings.json", "metrics.csv", "checkpoint.pt", "checkpoint.previous.pt", "potential", "fold_*",
+    "before.json", "after.json", "results.json", "table.csv", "report.html", "relaxed.extxyz", "*.part.traj",
+    "before_after.png", "by_group.png", "displacements.png", "learning_curve.png", "portrait_before.json",
+    "portrait_after.json", "card.json", "card.png",
+)  # fmt: skip
+"""Patterns of what the commands write into a run folder: --overwrite deletes nothing else."""
+PASSING = frozenset(
+    {"out", "overwrite", "resume", "dry_run", "json", "device", "trust", "skip_invalid", "lazy", "pairs"}
+)
+"""What may be said anew when a run goes on; other pairs are noticed by the trainer."""
+
+
+def refuse_if_there(arguments: argparse.Namespace) -> None:
+    """Raise FileExistsError where something would be written over that was not to be, before any work."""
+    out = arguments.out
+    if out.is_file():
+        raise FileExistsError(f"{out} is a file, and a folder is to be made: take another --out.")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not arguments.overwrite:
+        resume = "--resume, " if hasattr(arguments, "resume") else ""
+        raise FileExistsError(f"The folder {out} is there already: {resume}--overwrite, or another --out.")
+    made_by = _made_by(out)
+    if made_by is None:
+        raise FileExistsError(f"The folder {out} is not one of our run folders, so it is not overwritten.")
+    if made_by != arguments.command:
+        raise FileExistsError(
+            f"The folder {out} holds a run of ase-bptt {made_by}, which is not overwritten by {arguments.command}: "
+            "take another --out."
+        )
+    _refuse_own_input(arguments)
+
+
+def _made_by(out: Path) -> str | None:
+    """Which command made a run folder; None for any other folder."""
+    try:
+        found = json.loads((out / COMMAND).read_text())
+    except (OSError, ValueError):
+        return None
+    return found.get("command") if isinstance(found, dict) else None
+
+
+def _refuse_own_input(arguments: argparse.Namespace) -> None:
+    given = (getattr(arguments, "potential", None), getattr(arguments, "against", None))
+    for used in (*given, *getattr(arguments, "pairs", ())):
+        if used and Path(used).exists() and Path(used).resolve().is_relative_to(arguments.out.resolve()):
+            raise FileExistsError(f"{used} lies in {arguments.out}, which would be replaced: take another --out.")
+
+
+def prepare(arguments: argparse.Namespace) -> None:
+    """Make the folder, or empty it of what we wrote, and put the command in; tells early if one may not write there."""
+    refuse_if_there(arguments)
+    # What cannot be replaced is not deleted, nor is what somebody else put there.
+    check_writable(arguments.out)
+    for path in [path for pattern in OURS for path in arguments.out.glob(pattern)]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    with replacing(arguments.out / COMMAND) as path:
+        path.write_text(json.dumps(described(arguments), indent=1) + "\n")
+
+
+def holds(arguments: argparse.Namespace) -> bool:
+    """Whether the folder holds the run of these very arguments."""
+    return _made_by(arguments.out) is not None and saved(arguments.out) == json.loads(json.dumps(described(arguments)))
+
+
+def described(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The arguments as JSON."""
+    found = {
+        name: _plain(value)
+        for name, value in sorted(vars(arguments).items())
+        if name not in ("run", "stopped", "given")
+    }
+    # A resumed run may be called from another folder.
+    found |= {name: _lasting(found[name]) for name in ("potential", "against") if found.get(name)}
+    return found | {"pairs": [str(Path(path).absolute()) for path in found.get("pairs", ())]}
+
+
+def saved(out: Path) -> dict[str, Any]:
+    """The arguments that a run was begun with.
+
+    Raises
+    ------
+    ValueError
+        Where the folder holds no run.
+    """
+    if _made_by(out) is None:
+        raise ValueError(f"The folder {out} holds no run that can be resumed (no {COMMAND} of ours in it).")
+    return json.loads((out / COMMAND).read_text())
+
+
+def take_over(arguments: argparse.Namespace) -> None:
+    """Go on with the arguments that the run was begun with.
+
+    Raises
+    ------
+    ValueError
+        Where another one was typed: that would be another run.
+    """
+    begun = saved(arguments.out)
+    if begun["command"] != arguments.command:
+        raise ValueError(f"{arguments.out} was begun by ase-bptt {begun['command']}, not by {arguments.command}.")
+    now = described(arguments)
+    for name, value in begun.items():
+        if name in PASSING:
+            continue
+        if name in arguments.given and now[name] != value:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(
+                f"The run in {arguments.out} was begun {_said(flag, value)}, not {now[name]}: "
+                "leave the flag out to go on, or start a new run with another --out."
+            )
+        setattr(arguments, name, value)
+    # Other pairs would be noticed; none at all are those of the run.
+    arguments.pairs = getattr(arguments, "pairs", None) or begun.get("pairs", [])
+    for name in ("skip_invalid", "lazy"):
+        setattr(arguments, name, getattr(arguments, name, False) or begun.get(name, False))
+
+
+def same_data(arguments: argparse.Namespace, pairs: Sequence[RelaxationPair]) -> None:
+    """Note what a new run is on, in the arguments.
+
+    Raises
+    ------
+    ValueError
+        Where a run that goes on was begun with other pairs.
+    """
+    data = fingerprint(pairs)[:16]
+    if getattr(arguments, "data", data) != data:
+        begun, now = (" ".join(map(str, paths)) for paths in (saved(arguments.out)["pairs"], arguments.pairs))
+        raise ValueError(
+            f"The run in {arguments.out} was begun with other pairs, those of {begun}, than {now} holds now: give "
+            "those again, or start a new run with another --out."
+        )
+    arguments.data = data
+
+
+def _said(flag: str, value: Any) -> str:
+    return f"without {flag}" if value in (None, []) else f"with {flag} {value}"
+
+
+def _lasting(spec: str) -> str:
+    """A potential's name, or the whole path of its file or folder."""
+    named = spec in EMBEDDED or spec.partition(":")[0] in families()
+    path = Path(spec).expanduser()
+    return spec if named or not path.exists() else str(path.absolute())
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return str(value) if isinstance(value, (Path, torch.device)) else value
+
+
+class Terminated(BaseException):
+    """SIGTERM came: what a queueing system sends before it kills."""
+
+
+@contextmanager
+def terminable(*, once: bool = False) -> Iterator[None]:
+    """Raise Terminated where SIGTERM comes within the block.
+
+    Parameters
+    ----------
+    once : bool
+        Be deaf to it afterwards: where one of several processes ends, the others are sent it at any time.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+
+    def raise_terminated(*_: Any) -> None:
+        if once:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, raise_terminated)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if once else before)
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """Hold Ctrl-C and SIGTERM back until the end of the block.
+
+    While a model is compiled and loaded, other people's code catches every exception, and one that
+    is to end the command would be lost there.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda sent, _: came.append(sent)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+    if came:
+        raise Terminated if signal.SIGTERM in came else KeyboardInterrupt

@@ -1,1 +1,0 @@
-"""Embedded data: the default potential and the silicon defect relaxations."""

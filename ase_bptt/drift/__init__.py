@@ -1,0 +1,91 @@
+"""What a potential says of probes, crystals and dimers: one side of the before-and-after card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..pairs import RelaxationPair
+from ..potential import Potential
+from ..terms.probes import Points, chosen_crystals, make_probes
+from ..utils import replacing
+from .curves import Curve, Elastic, chosen_dimers, dimer_curves, elastic
+
+SEED = 1
+"""Of the card's probes: other draws than the teacher's, whose seed is 0."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A probe's kind and name, the potential's energy there in eV, and its forces in eV/Å, a row for each atom."""
+
+    kind: str
+    name: str
+    energy: float
+    forces: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a potential says.
+
+    Attributes
+    ----------
+    probes : tuple of Answer
+    crystals : dict of str to Elastic
+    dimers : dict of str to Curve
+    """
+
+    probes: tuple[Answer, ...]
+    crystals: dict[str, Elastic]
+    dimers: dict[str, Curve]
+
+    def write(self, path: str | Path) -> None:
+        """Keep it, exactly: NaN stays NaN, which Python's own JSON reads."""
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(asdict(self)) + "\n")
+
+    @classmethod
+    def read(cls, path: str | Path) -> Snapshot:
+        """What `write` kept."""
+        found: dict[str, Any] = json.loads(Path(path).read_text())
+        return cls(
+            tuple(Answer(**row | {"forces": tuple(map(tuple, row["forces"]))}) for row in found["probes"]),
+            {name: Elastic(**row) for name, row in found["crystals"].items()},
+            {name: Curve(*(tuple(row[key]) for key in ("distances", "energies")))
+             for name, row in found["dimers"].items()},
+        )  # fmt: skip
+
+
+def take_snapshot(
+    potential: Potential, pairs: Sequence[RelaxationPair] = (), *, size: int = 24, seed: int = SEED
+) -> Snapshot:
+    """Ask a potential.
+
+    Parameters
+    ----------
+    potential : Potential
+    pairs : sequence of RelaxationPair
+        Whose rattled structures are probes, and whose elements make the dimers; without pairs there are
+        dimers of silicon, oxygen, carbon, ..., of the elements of the crystals.
+    size, seed : int
+        Of the probe set, as for `make_probes`.
+    """
+    probes = make_probes(potential, pairs, size=size, seed=seed)
+    crystals = chosen_crystals(potential)
+    dimers = chosen_dimers([p.initial for p in pairs] or [c.atoms() for c in crystals])
+    answers = []
+    if probes:
+        points = Points.of(potential, [probe.atoms for probe in probes])
+        forces = points.forces.double().cpu().split(points.structures.counts)
+        energies = points.energies.double().cpu().tolist()
+        answers = [
+            Answer(probe.kind, probe.name, energy, tuple(map(tuple, np.asarray(f).tolist())))
+            for probe, energy, f in zip(probes, energies, forces, strict=True)
+        ]
+    return Snapshot(tuple(answers), elastic(potential, crystals), dimer_curves(potential, dimers))

@@ -1,0 +1,244 @@
+"""What has changed between two snapshots of a potential, for one run and for the folds of a cross-validation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from ..evaluation import Evaluation
+from ..pairs import RelaxationPair
+from ..potential import Potential
+from ..terms.probes import KINDS, SOUND
+from ..utils import without_nan, write_json
+from . import Answer, Snapshot, take_snapshot
+from .curves import Hole, hole
+
+NEARER, DEEPER = 0.05, 0.5
+"""Å and eV: a hole that begins so much farther out, is so much deeper or behind a barrier so much lower, has grown."""
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far the answers of two potentials on some probes are apart.
+
+    Attributes
+    ----------
+    n : int
+        Probes on which the first finds no force above `SOUND`, and the second finite ones.
+    force, energy : float
+        Root mean square of the change of a force's component in eV/Å, and of an energy in eV per atom.
+    largest : float
+        Largest change of the force on an atom, eV/Å.
+    size : float
+        Root mean square of a force's component before, eV/Å.
+    """
+
+    n: int
+    force: float
+    energy: float
+    largest: float
+    size: float
+
+
+@dataclass(frozen=True, eq=False)
+class DriftReport:
+    """Two portraits beside each other; `held_out` are the evaluations of held-out pairs, where there are any."""
+
+    before: Snapshot
+    after: Snapshot
+    held_out: tuple[Evaluation, Evaluation] | None = None
+
+    def __post_init__(self) -> None:
+        names = [[(a.kind, a.name) for a in side.probes] for side in (self.before, self.after)]
+        if names[0] != names[1] or self.before.crystals.keys() != self.after.crystals.keys():
+            raise ValueError("Only potentials that were asked the same can be compared: ask both with the same pairs.")
+
+    def drift(self, kind: str | None = None) -> Drift:
+        """Over all probes, or those of a kind; NaN where there are none."""
+        rows = [
+            (b, a)
+            for b, a in zip(self.before.probes, self.after.probes, strict=True)
+            if kind in (None, b.kind) and _sound(b) and _finite(a)
+        ]
+        if not rows:
+            return Drift(0, math.nan, math.nan, math.nan, math.nan)
+        first, last = (np.concatenate([np.array(row[k].forces) for row in rows]) for k in (0, 1))
+        energy = np.array([(a.energy - b.energy) / len(b.forces) for b, a in rows])
+        largest = float(np.linalg.norm(last - first, axis=1).max())
+        return Drift(len(rows), _rms(last - first), _rms(energy), largest, _rms(first))
+
+    @property
+    def drifts(self) -> dict[str, Drift]:
+        """By kind of probe, those that there are, and "all"."""
+        found = {kind: self.drift(kind) for kind in KINDS}
+        return {kind: drift for kind, drift in found.items() if drift.n} | {"all": self.drift()}
+
+    def holes(self) -> dict[str, tuple[Hole | None, Hole | None]]:
+        """Of each dimer, before and after."""
+        return {name: (hole(curve), hole(self.after.dimers[name], curve)) for name, curve in self.before.dimers.items()}
+
+    def warnings(self) -> list[str]:
+        """A sentence for each hole that has opened or grown, and for each crystal that has lost its minimum."""
+        found = [_said(name, b, a) for name, (b, a) in self.holes().items() if a and _worse(b, a)]
+        for name, b in self.before.crystals.items():
+            if math.isfinite(b.lattice_constant) and not math.isfinite(self.after.crystals[name].lattice_constant):
+                found.append(f"{name}: the crystal has no minimum of energy any more where it was before.")
+        lost = sum(_sound(b) and not _finite(a) for b, a in zip(self.before.probes, self.after.probes, strict=True))
+        if lost:
+            found.append(f"On {lost} of {len(self.before.probes)} probes energies or forces are not finite any more.")
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """All figures, as JSON: null where a number is not finite."""
+        crystals = {
+            name: {"lattice_constant": [b.lattice_constant, a.lattice_constant],
+                   "bulk_modulus": [b.bulk_modulus, a.bulk_modulus]}
+            for name, (b, a) in self.crystals.items()
+        }  # fmt: skip
+        dimers = {
+            name: {"distances": list(curve.distances), "before": list(curve.energies),
+                   "after": list(self.after.dimers[name].energies),
+                   "holes": [None if h is None else vars(h) for h in self.holes()[name]]}
+            for name, curve in self.before.dimers.items()
+        }  # fmt: skip
+        held_out = None if self.held_out is None else {
+            name: [getattr(e, name) for e in self.held_out] for name in ("mean", "median", "basins")
+        }  # fmt: skip
+        found = {
+            "drift": {kind: vars(drift) for kind, drift in self.drifts.items()},
+            "crystals": crystals,
+            "dimers": dimers,
+            "held_out": held_out,
+            "warnings": self.warnings(),
+        }
+        return without_nan(found)
+
+    def write(self, path: str | Path) -> None:
+        """Write `to_json` as a file."""
+        write_json(Path(path), self.to_json())
+
+    @property
+    def crystals(self) -> dict[str, tuple[Any, Any]]:
+        """Lattice constant and bulk modulus of each crystal, before and after."""
+        return {name: (b, self.after.crystals[name]) for name, b in self.before.crystals.items()}
+
+
+def _finite(answer: Answer) -> bool:
+    return math.isfinite(answer.energy) and bool(np.isfinite(answer.forces).all())
+
+
+def _sound(answer: Answer) -> bool:
+    return _finite(answer) and float(np.linalg.norm(answer.forces, axis=1).max()) < SOUND
+
+
+def _rms(values: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(values**2)))
+
+
+def _worse(before: Hole | None, after: Hole) -> bool:
+    if before is None:
+        return True
+    lower = after.barrier < before.barrier - DEEPER
+    return lower or after.distance > before.distance + NEARER or after.depth > before.depth + DEEPER
+
+
+def _said(name: str, before: Hole | None, after: Hole) -> str:
+    how = (
+        f"nearer than {after.distance:.2f} Å the energy falls, by {after.depth:.1f} eV, behind a barrier of "
+        f"{after.barrier:.1f} eV"
+    )
+    if before is None:
+        return f"{name}: a hole has opened: {how}; before, it rose all the way."
+    return (
+        f"{name}: a hole has grown: {how} (before: {before.distance:.2f} Å, {before.depth:.1f} eV "
+        f"and {before.barrier:.1f} eV)."
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class FoldDriftReports:
+    """The changes of each fold, all of which began with one potential."""
+
+    folds: tuple[DriftReport, ...]
+
+    def of_folds(self, kind: str) -> dict[int, Drift]:
+        """By fold, where it has probes of this kind; "all" for all of them."""
+        found = {k: changes.drifts.get(kind) for k, changes in enumerate(self.folds)}
+        return {k: drift for k, drift in found.items() if drift is not None and drift.n}
+
+    def drift(self, kind: str = "all") -> Drift:
+        """Means over the folds, but for the number of probes, which is of all, and the largest of all folds."""
+        drifts = self.of_folds(kind).values()
+        if not drifts:
+            return Drift(0, math.nan, math.nan, math.nan, math.nan)
+        force, energy, size = (fmean(getattr(d, name) for d in drifts) for name in ("force", "energy", "size"))
+        return Drift(sum(d.n for d in drifts), force, energy, max(d.largest for d in drifts), size)
+
+    @property
+    def drifts(self) -> dict[str, Drift]:
+        """By kind of probe, those that there are, and "all"."""
+        kinds = dict.fromkeys(kind for changes in self.folds for kind in changes.drifts)
+        found = {kind: self.drift(kind) for kind in sorted(kinds, key="all".__eq__)}
+        return {kind: drift for kind, drift in found.items() if drift.n or kind == "all"}
+
+    def worst(self, kind: str = "all") -> tuple[int, Drift] | None:
+        """The fold whose forces have moved farthest, counted from 0; None without probes."""
+        return max(self.of_folds(kind).items(), key=lambda found: found[1].force, default=None)
+
+    def stretches(self) -> Iterator[tuple[float, str, int]]:
+        """Relative change of each lattice constant, with the crystal's name and the fold."""
+        for k, changes in enumerate(self.folds):
+            for name, (before, after) in changes.crystals.items():
+                share = after.lattice_constant / before.lattice_constant - 1
+                if math.isfinite(share):
+                    yield share, name, k
+
+    def warnings(self) -> list[str]:
+        """Those of each fold, with its number."""
+        return [f"Fold {k}: {said}" for k, changes in enumerate(self.folds) for said in changes.warnings()]
+
+    def to_json(self) -> dict[str, Any]:
+        """Means, the worst fold of each kind, and all that is known of each fold; null where a number is not finite."""
+        worst = {kind: self.worst(kind) for kind in self.drifts}
+        return without_nan(
+            {
+                "drift": {kind: vars(drift) for kind, drift in self.drifts.items()},
+                "worst_fold": {kind: found and found[0] for kind, found in worst.items()},
+                "warnings": self.warnings(),
+                "folds": [changes.to_json() for changes in self.folds],
+            }
+        )
+
+    def write(self, path: str | Path) -> None:
+        """Write `to_json` as a file."""
+        write_json(Path(path), self.to_json())
+
+
+def drift_report(
+    before: Potential,
+    after: Potential,
+    pairs: Sequence[RelaxationPair] = (),
+    *,
+    held_out: tuple[Evaluation, Evaluation] | None = None,
+    size: int = 24,
+) -> DriftReport:
+    """Compare two potentials.
+
+    Parameters
+    ----------
+    before, after : Potential
+        Of the same elements, the pretrained one first.
+    pairs : sequence of RelaxationPair
+        As for `take_snapshot`; best held-out ones.
+    held_out : two Evaluations, optional
+        Of the same held-out pairs by each.
+    size : int
+        Probes of each kind.
+    """
+    return DriftReport(take_snapshot(before, pairs, size=size), take_snapshot(after, pairs, size=size), held_out)

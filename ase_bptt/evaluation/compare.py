@@ -1,0 +1,143 @@
+"""Two evaluations of the same structures side by side: what changed, and whether that could be chance.
+
+Structures of one group are not independent, so intervals and the test are over groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from . import Evaluation
+
+FLOOR = 1e-3
+"""amu^1/2 Å: nearer than this counts as this near where logarithms are taken."""
+RESAMPLES = 5000
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Change:
+    """A relative change (-0.32 is 32 % lower) and its bootstrap interval; NaN for fewer than two groups."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        interval = (
+            f" [{100 * self.low:+.0f}, {100 * self.high:+.0f}]" if np.isfinite((self.low, self.high)).all() else ""
+        )
+        return f"{100 * self.value:+.0f} %{interval}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What changed between two evaluations of the same structures.
+
+    Attributes
+    ----------
+    n, groups : int
+        Structures and groups.
+    mean, geometric_mean : Change
+        Of the mean and of the geometric mean of Delta-Q, with 95 % intervals, groups drawn with replacement.
+    p_value : float
+        Of Wilcoxon's signed-rank test (two-sided) on the mean logarithm of the ratio in each group.
+    nearer, farther : int
+        Structures whose Delta-Q fell and rose by more than a tenth; one that diverged rose.
+    left_out : int
+        Structures that diverged before or after, which means, intervals and test leave out.
+    basins_won, basins_lost : int
+        Structures that came into the right basin and that left it.
+    """
+
+    n: int
+    groups: int
+    mean: Change
+    geometric_mean: Change
+    p_value: float
+    nearer: int
+    farther: int
+    basins_won: int
+    basins_lost: int
+    left_out: int = 0
+
+    def todict(self) -> dict[str, Any]:
+        """As JSON, but for numbers that are not finite."""
+        return asdict(self)
+
+
+def compare(before: Evaluation, after: Evaluation, *, seed: int = 0) -> Comparison:
+    """Compare two evaluations row by row.
+
+    Parameters
+    ----------
+    before, after : Evaluation
+        Of the same pairs in the same order.
+    seed : int
+        Of the bootstrap.
+
+    Raises
+    ------
+    ValueError
+        Where the two are not of the same structures.
+    """
+    if [row.id for row in before.rows] != [row.id for row in after.rows]:
+        raise ValueError("Only evaluations of the same structures in the same order can be compared.")
+    first, last = (np.array([row.delta_q for row in e.rows]) for e in (before, after))
+    sound = np.isfinite(first) & np.isfinite(last)
+    right = [np.array([row.right_basin for row in e.rows]) for e in (before, after)]
+    names = [row.group for row, good in zip(before.rows, sound, strict=True) if good]
+    groups = sorted(set(names))
+    members = np.array([[name == group for name in names] for group in groups], dtype=float).reshape(
+        len(groups), len(names)
+    )
+    x, y = first[sound], last[sound]
+    logs = [np.log(np.maximum(d, FLOOR)) for d in (x, y)]
+    counts = members.sum(1)
+    ratio = np.maximum(y, FLOOR) / np.maximum(x, FLOOR)
+    return Comparison(
+        n=len(first),
+        groups=len(groups),
+        mean=_change(members @ y, members @ x, counts, lambda a, b: a / b, seed),
+        geometric_mean=_change(members @ logs[1], members @ logs[0], counts, lambda a, b: np.exp(a - b), seed),
+        p_value=_signed_rank(members @ np.log(ratio) / counts),
+        nearer=int((ratio < 0.9).sum() + (np.isfinite(last) & ~np.isfinite(first)).sum()),
+        farther=int((ratio > 1.1).sum() + (np.isfinite(first) & ~np.isfinite(last)).sum()),
+        basins_won=int((~right[0] & right[1]).sum()),
+        basins_lost=int((right[0] & ~right[1]).sum()),
+        left_out=int((~sound).sum()),
+    )
+
+
+Ratio = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+def _change(after: np.ndarray, before: np.ndarray, counts: np.ndarray, ratio: Ratio, seed: int) -> Change:
+    """Change of a mean over structures, from its sums over groups."""
+
+    def statistic(a: np.ndarray, b: np.ndarray, n: np.ndarray) -> np.ndarray:
+        total = n.sum(-1)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return ratio(a.sum(-1) / total, b.sum(-1) / total) - 1
+
+    value = float(statistic(after, before, counts)) if len(counts) else float("nan")
+    if len(counts) < 2 or not np.isfinite(value):
+        return Change(value, float("nan"), float("nan"))
+    drawn = np.random.default_rng(seed).integers(len(counts), size=(RESAMPLES, len(counts)))
+    found = statistic(after[drawn], before[drawn], counts[drawn])
+    # A draw of none but exact matches has no ratio.
+    if not np.isfinite(found).all():
+        return Change(value, float("nan"), float("nan"))
+    low, high = np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Change(value, float(low), float(high))
+
+
+def _signed_rank(differences: np.ndarray) -> float:
+    if not differences.any():
+        return 1.0
+    return float(stats.wilcoxon(differences, zero_method="pratt").pvalue)

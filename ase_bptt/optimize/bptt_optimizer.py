@@ -1,0 +1,264 @@
+"""The ASE Optimizer face of the steppers."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import nullcontext
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.calculators.calculator import compare_atoms
+from ase.io import Trajectory
+from ase.optimize.optimize import Optimizer
+from ase.utils.abc import Optimizable
+from torch import Tensor
+
+from ..adjoints import Adjoint, AtMinimum, FullTape, Guided, Replay, make_adjoint
+from ..calculator import TorchCalculator
+from ..iterated_map import Keep
+from ..result import Relaxation, Status
+from ..stability import steady
+from ..steppers import STEPPERS, Learner, State, Stepper, make_stepper
+from .recording import (
+    BROKEN,
+    PASSING,
+    Recording,
+    as_relaxation,
+    read_restart,
+    state_from_json,
+    state_to_json,
+    unreadable,
+    write_restart,
+)
+
+log = logging.getLogger(__name__)
+
+
+class BPTTOptimizer(Optimizer):
+    """An ASE Optimizer whose run can be differentiated afterwards.
+
+    Parameters
+    ----------
+    atoms : Atoms, Filter, NEB or any Optimizable
+    restart, logfile, trajectory, append_trajectory
+        As in ASE's own optimizers.
+    maxstep : float or None
+        Å; None is the stepper's 0.2. FIRE caps the norm of the whole step (as ASE's does), the others
+        the longest step of an atom.
+    stepper : str or Stepper
+        "fire", "gd", "bfgs" or "lbfgs", or an object.
+    adjoint : Adjoint or str
+        For `relaxation`; `Replay` by default.
+    record : bool
+        Keep the stepper's states on the host (48 bytes an atom and step), for `relaxation`. Nothing is
+        kept of steppers that cannot be differentiated (BFGS, LBFGS).
+    **kwargs
+        Fields of the stepper go to it (dt=..., step_size=...), the rest to ASE's Optimizer, which
+        raises TypeError for what it does not know.
+    """
+
+    def __init__(
+        self,
+        atoms: Any,
+        restart: str | Path | None = None,
+        logfile: IO | str | Path | None = "-",
+        trajectory: Any = None,
+        append_trajectory: bool = False,
+        maxstep: float | None = None,
+        *,
+        stepper: str | Stepper = "fire",
+        adjoint: Adjoint | str | None = None,
+        record: bool = True,
+        **kwargs: Any,
+    ):
+        numbers = {} if isinstance(stepper, Stepper) else _fields_of(stepper, kwargs)
+        if maxstep is not None:
+            numbers["maxstep"] = maxstep
+        self.stepper = make_stepper(stepper, **numbers)
+        self.adjoint = make_adjoint(adjoint) or Replay()
+        if isinstance(self.adjoint, FullTape):
+            raise TypeError("An ASE run leaves no tape behind: take adjoint='replay', or ase_bptt.relax.")
+        if isinstance(self.adjoint, Guided):
+            raise TypeError("An ASE run does not stop at its first frames for 'guided': take ase_bptt.relax.")
+        if self.stepper.todict().get("step_size") == "auto" and not isinstance(atoms, Atoms):
+            raise ValueError("step_size='auto' asks the potential of Atoms: give a number for a filter or a band.")
+        self.record = record and self.stepper.differentiable and self.adjoint.keep is not None
+        self._state: State | None = None
+        self._begun: Atoms | None = None
+        self._recording = Recording(self.stepper, self.adjoint.keep or Keep())
+        super().__init__(atoms, restart, logfile, trajectory, append_trajectory, **kwargs)
+
+    @property
+    def maxstep(self) -> float:
+        """The stepper's, in Å."""
+        return self.stepper.maxstep  # type: ignore[return-value]
+
+    @maxstep.setter
+    def maxstep(self, maxstep: float) -> None:
+        self.stepper.maxstep = maxstep  # type: ignore[assignment]
+
+    def initialize(self) -> None:
+        """Begin without velocities."""
+        self._state = None
+
+    def read(self) -> None:
+        """Take the stepper's whole state from the restart file."""
+        try:
+            self._take(read_restart(self))
+        except BROKEN as error:
+            raise unreadable(self, error) from error
+
+    def dump(self, data: Any) -> None:
+        """Write the restart file, where there is one."""
+        write_restart(self, data)
+
+    def step(self, forces: Any = None) -> None:
+        """One frame through the Optimizable."""
+        gradient = self._get_gradient(forces)
+        if not np.isfinite(gradient).all():
+            stop(self)
+            return
+        if self._state is None:
+            self._settle()
+            self._state = self._first_state()
+        if self._begun is None and isinstance(self.adjoint, AtMinimum) and isinstance(self.atoms, Atoms):
+            self._begun = self.atoms.copy()
+        self._before_frame()
+        positions, force = self._rows(self.optimizable.get_x()), -self._rows(gradient)
+        if self.record:
+            self._recording.keep(self.atoms, positions, self._state)
+        with torch.no_grad():
+            moved, self._state = self.stepper.step(positions, force, self._state, _one(positions))
+        if not bool(torch.isfinite(moved).all()):
+            stop(self)
+            return
+        self.optimizable.set_x(moved.reshape(-1).numpy().copy())
+        # Constraints may have moved the atoms elsewhere than they were asked to.
+        self._recording.moved(self.optimizable.get_x())
+        if self.restart is not None:
+            # The state as lists costs more than a step of a few hundred atoms.
+            self.dump(self._saved())
+
+    def _settle(self) -> None:
+        """Find the step of step_size="auto", where there is a potential to ask."""
+        calculator = getattr(self.atoms, "calc", None)
+        if isinstance(self.atoms, Atoms) and isinstance(calculator, TorchCalculator):
+            self.stepper = self._recording.stepper = steady(self.stepper, calculator.potential, [self.atoms])
+
+    def _before_frame(self) -> None:
+        """What a rule does before a frame that needs energies, too."""
+
+    def _first_state(self) -> State:
+        rows = self._rows(self.optimizable.get_x())
+        atoms = isinstance(self.atoms, Atoms) and len(rows) == len(self.atoms)
+        return self.stepper.begin(rows, 1, torch.tensor(self.atoms.numbers, dtype=torch.int64) if atoms else None)
+
+    def _rows(self, flat: np.ndarray) -> Tensor:
+        """Atoms as rows of three; variables with a norm of their own, or not three an atom, are one row."""
+        norm = getattr(type(self.optimizable), "gradient_norm", None)
+        columns = 3 if flat.size % 3 == 0 and norm is Optimizable.gradient_norm else flat.size
+        return torch.from_numpy(np.array(flat, dtype=float)).reshape(-1, columns)
+
+    def _saved(self) -> dict[str, Any]:
+        """All that the next step depends on, besides the atoms, as JSON."""
+        assert self._state is not None
+        # A cell filter measures its strain from here; without it a restart takes another path.
+        orig_cell = getattr(self.atoms, "orig_cell", None)
+        return {
+            "stepper": self.stepper.name,
+            "numbers": self.stepper.todict(),
+            **state_to_json(self._state),
+            "orig_cell": None if orig_cell is None else np.asarray(orig_cell).tolist(),
+        }
+
+    def _take(self, saved: dict[str, Any]) -> None:
+        """Go on from what `_saved` gave."""
+        if saved["stepper"] != self.stepper.name:
+            raise ValueError(f"it belongs to the stepper {saved['stepper']!r}, not {self.stepper.name!r}")
+        if self.stepper.todict().get("step_size") == "auto":
+            numbers = {name: value for name, value in saved["numbers"].items() if name != "name"}
+            self.stepper = self._recording.stepper = make_stepper(self.stepper.name, **numbers)
+        self._state = state_from_json(saved, self._first_state())
+        if saved["orig_cell"] is not None:
+            filtered: Any = self.atoms
+            filtered.orig_cell = np.array(saved["orig_cell"])
+
+    def replay_trajectory(self, traj: Any) -> None:
+        """Learn curvatures from a trajectory, as ASE's rule of this name does.
+
+        Parameters
+        ----------
+        traj : str, Path, Trajectory or list of Atoms
+            With forces.
+
+        Raises
+        ------
+        TypeError
+            For steppers that learn nothing.
+        """
+        if not isinstance(self.stepper, Learner):
+            name = self.stepper.name
+            raise TypeError(f"The stepper {name!r} learns nothing from a trajectory; 'bfgs' and 'lbfgs' do.")
+        with Trajectory(traj) if isinstance(traj, str | Path) else nullcontext(traj) as images:
+            self._learn(self.stepper, images)
+
+    def _learn(self, stepper: Learner, images: Any) -> None:
+        self._state = self._first_state()
+        for k in range(len(images) if stepper.learns_the_end else len(images) - 1):
+            positions, forces = (self._rows(x.ravel()) for x in (images[k].get_positions(), images[k].get_forces()))
+            self._state = stepper.observe(positions, forces, self._state, _one(positions))
+
+    def todict(self) -> dict[str, Any]:
+        """ASE's description of the run, with the stepper's name and numbers."""
+        return super().todict() | {"stepper": self.stepper.todict()}
+
+    @property
+    def relaxation(self) -> Relaxation:
+        """The differentiable Relaxation of the run so far.
+
+        Raises
+        ------
+        RuntimeError
+            Without record=True, before any step, for anything but Atoms with a TorchCalculator, or for a
+            stepper that cannot be differentiated.
+        NotImplementedError
+            For constraints that `relax` does not know, by name.
+        """
+        if isinstance(self.adjoint, AtMinimum):
+            begun = self._begun
+            # Somebody may have changed the atoms between two runs.
+            same = begun is not None and not compare_atoms(begun, self.atoms, excluded_properties=PASSING)
+            return as_relaxation(self.atoms, initial=begun if same else None, adjoint=self.adjoint, nsteps=self.nsteps)
+        if not self.stepper.differentiable:
+            raise RuntimeError(not_differentiable(type(self).__name__, self.stepper.name))
+        fmax: Any = self.fmax
+        return self._recording.relaxation(self.atoms, self.adjoint, fmax)
+
+
+def _fields_of(stepper: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Take the stepper's own numbers out of the keywords."""
+    if stepper not in STEPPERS:
+        make_stepper(stepper)
+    return {name: kwargs.pop(name) for name in STEPPERS[stepper].fields if name in kwargs}
+
+
+def stop(optimizer: Optimizer) -> None:
+    """End an ASE run after this step, and say why."""
+    log.warning("The run stops at step %d. %s", optimizer.nsteps, Status.DIVERGED.sentence)
+    optimizer.max_steps = optimizer.nsteps
+
+
+def not_differentiable(name: str, stepper: str) -> str:
+    """Why a run has no relaxation."""
+    return (
+        f"A run of {name} leaves no relaxation, for {stepper!r} cannot be differentiated: relax with FIRE or "
+        "gradient descent where a gradient is wanted, or take adjoint='implicit', which needs the minimum alone."
+    )
+
+
+def _one(rows: Tensor) -> Tensor:
+    """Every row in structure 0."""
+    return torch.zeros(len(rows), dtype=torch.int64)

@@ -1,0 +1,237 @@
+"""What an ASE run leaves behind: the states that its gradient is taken from, and its restart file."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.calculators.calculator import compare_atoms
+from ase.io.jsonio import decode, encode
+from ase.optimize.optimize import Optimizer, RestartError
+from torch import Tensor
+
+from ..adjoints import Adjoint, AtMinimum, make_adjoint
+from ..calculator import TorchCalculator, same_but_positions
+from ..constraints import KNOWN, unknown_of
+from ..iterated_map import IteratedMap, Keep, Record
+from ..result import Relaxation, Status
+from ..steppers import GradientDescent, State, Stepper
+from ..utils import replacing
+
+PASSING = {"positions", "initial_charges", "initial_magmoms"}
+"""What start and end of a relaxation may differ in."""
+
+
+class Recording:
+    """The states before each frame of a run on Atoms with a TorchCalculator.
+
+    Parameters
+    ----------
+    stepper : Stepper
+    kept : Keep
+        Which frames' states are stored.
+    """
+
+    def __init__(self, stepper: Stepper, kept: Keep):
+        self.stepper, self.kept = stepper, kept
+        self.record: Record | None = None
+        self._begun = Atoms()
+        self._begun_with: dict[str, Any] = {}
+        self._held: list[Any] = []
+        self._expected: np.ndarray | None = None
+
+    def keep(self, atoms: Any, positions: Tensor, state: State) -> None:
+        """Store the state before a frame; start anew where somebody else changed the atoms."""
+        if not isinstance(atoms, Atoms) or not isinstance(atoms.calc, TorchCalculator) or unknown_of(atoms):
+            return
+        if self.record is None or not self._continues(self.record, atoms):
+            potential = atoms.calc.potential
+            start = potential.batch(atoms)
+            self.record = Record(IteratedMap(potential, self.stepper), start, kept=self.kept)
+            self._begun, self._begun_with = atoms.copy(), self.stepper.todict()
+            self._held = list(atoms.constraints)
+        self.record.keep(positions, state)
+
+    def moved(self, x: np.ndarray) -> None:
+        """Take note of where a frame has moved the atoms."""
+        self._expected = x
+
+    def relaxation(self, atoms: Any, adjoint: Adjoint, fmax: float) -> Relaxation:
+        """The Relaxation of the frames that were kept.
+
+        Raises
+        ------
+        RuntimeError
+            Where there is none, or where atoms or weights are not those that the last frame left.
+        NotImplementedError
+            For constraints that `relax` does not know, by name.
+        """
+        _check_differentiable(atoms)
+        record = self.record
+        if record is None:
+            raise RuntimeError("This run recorded no step: run it with record=True and at least one step.")
+        record.check_weights()
+        if not self._continues(record, atoms):
+            raise RuntimeError(
+                "The atoms were changed after the last step of this run: take its relaxation before that."
+            )
+        if record.map.parameters():
+            adjoint.check(record.map, record.start)
+        # A record of its own: the run may go on.
+        frames = list(record.frames)
+        return _as_left(replace(record, frames=frames, nsteps=[len(frames)], _again={}), atoms, adjoint, fmax)
+
+    def _continues(self, record: Record, atoms: Atoms) -> bool:
+        """Whether these atoms, constraints, weights and numbers are what the last frame that was kept left."""
+        changed = not same_but_positions(self._begun, atoms)
+        changed = changed and bool(compare_atoms(self._begun, atoms, excluded_properties={"positions"}))
+        as_left = self._expected is not None and np.array_equal(self._expected, atoms.positions.ravel())
+        held = len(self._held) == len(atoms.constraints)
+        held = held and all(a is b for a, b in zip(self._held, atoms.constraints, strict=True))
+        same = atoms.calc.potential is record.map.potential and record.map.fingerprint() == record.weights
+        return as_left and same and held and not changed and self.stepper.todict() == self._begun_with
+
+
+def as_relaxation(
+    atoms: Atoms, *, initial: Atoms | None = None, adjoint: AtMinimum | str = "implicit", nsteps: int = 0
+) -> Relaxation:
+    """The differentiable Relaxation of Atoms that anything has relaxed: any optimizer of ASE's, or a file.
+
+    Parameters
+    ----------
+    atoms : Atoms
+        Relaxed, with a TorchCalculator.
+    initial : Atoms, optional
+        Where the relaxation began, to be carried along; nothing flows there.
+    adjoint : Implicit or OneStep
+        Those that need no frames.
+    nsteps : int
+        Frames that the relaxation took, where known.
+
+    Raises
+    ------
+    ValueError
+        Where a force is larger than the adjoint's fmax, or the initial structure holds other atoms or another cell.
+    """
+    _check_differentiable(atoms)
+    if initial is not None and compare_atoms(initial, atoms, excluded_properties=PASSING):
+        raise ValueError(
+            f"The initial structure ({initial.symbols}) and the relaxed one ({atoms.symbols}) do not hold the same "
+            "atoms in the same order and cell: give the start of a relaxation at fixed cell, or leave it out."
+        )
+    chosen = make_adjoint(adjoint)
+    if not isinstance(chosen, AtMinimum):
+        raise TypeError("Only 'implicit' and 'one-step' need no frames: relax with ase_bptt.relax for the others.")
+    potential = atoms.calc.potential
+    largest = float(np.linalg.norm(atoms.get_forces(), axis=1).max())
+    if not largest < chosen.fmax:
+        raise ValueError(
+            f"The largest force on these atoms is {largest:.3g} eV/Å, and the adjoint {chosen.name!r} holds at a "
+            f"minimum: relax below its fmax of {chosen.fmax:g} eV/Å."
+        )
+    start = potential.batch(atoms)
+    if initial is not None:
+        start = start.replace(positions=torch.tensor(initial.positions).to(start.positions))
+    record = Record(IteratedMap(potential, GradientDescent()), start, nsteps=[nsteps])
+    chosen.check(record.map, start)
+    return _as_left(record, atoms, chosen, chosen.fmax)
+
+
+def _as_left(record: Record, atoms: Atoms, adjoint: Adjoint, fmax: float) -> Relaxation:
+    """The Relaxation that ends where the atoms are."""
+    structures = record.start
+    record.final = torch.tensor(atoms.positions).to(structures.positions)
+    forces, acting = atoms.get_forces(apply_constraint=False), atoms.get_forces()
+    broken, converged = not np.isfinite(forces).all(), np.linalg.norm(acting, axis=1).max() < fmax
+    record.relaxed = [bool(converged)]
+    return Relaxation(
+        start=structures,
+        positions=adjoint.attach(record) if record.map.parameters() else record.final,
+        forces=torch.tensor(forces).to(structures.positions),
+        nsteps=torch.tensor(record.nsteps, device=structures.positions.device),
+        status=(Status.DIVERGED if broken else Status.CONVERGED if converged else Status.OUT_OF_STEPS,),
+        _energies=torch.tensor([atoms.get_potential_energy()]).to(structures.positions),
+        _record=record,
+        _sources=(atoms,),
+        _single=True,
+        _members=(0,),
+    )
+
+
+def _check_differentiable(atoms: Any) -> None:
+    if not isinstance(atoms, Atoms) or not isinstance(atoms.calc, TorchCalculator):
+        raise RuntimeError(
+            "Only a run on Atoms with a TorchCalculator can be differentiated; this one moves a "
+            f"{type(atoms).__name__} with {type(getattr(atoms, 'calc', None)).__name__}."
+        )
+    names = unknown_of(atoms)
+    if names:
+        raise NotImplementedError(
+            f"The constraints {', '.join(names)} cannot be differentiated; {', '.join(KNOWN)} can."
+        )
+
+
+BROKEN = (ValueError, KeyError, TypeError, AttributeError, IndexError)
+"""What a restart file raises that is cut, edited or another run's."""
+
+
+def write_restart(optimizer: Optimizer, data: Any) -> None:
+    """Write the restart file, where the run has one, on the first rank."""
+    if optimizer.restart is not None and optimizer.comm.rank == 0:
+        with replacing(optimizer.restart) as temporary:
+            temporary.write_text(encode(data))
+
+
+def read_restart(optimizer: Optimizer) -> Any:
+    """What the restart file holds; ValueError where it is not JSON."""
+    # ASE's own reader warns of every class but BFGS on a cell filter.
+    return decode(Path(str(optimizer.restart)).read_text(), always_array=False)
+
+
+def unreadable(optimizer: Optimizer, error: Exception) -> RestartError:
+    """The error that says what is wrong with a restart file."""
+    return RestartError(
+        f"Could not decode the restart file {optimizer.restart} ({type(error).__name__}: {error}): "
+        "delete it to start afresh."
+    )
+
+
+def state_to_json(state: State) -> dict[str, Any]:
+    """A stepper's state as nested lists."""
+    return {
+        "atoms": {k: v.tolist() for k, v in state.atoms.items()},
+        "structures": {k: v.tolist() for k, v in state.structures.items()},
+        "lists": {k: [t.tolist() for t in v] for k, v in state.lists.items()},
+    }
+
+
+def state_from_json(saved: dict[str, Any], like: State) -> State:
+    """The saved state, in the dtypes and shapes of the first state of this run; axes of length 0 grow in a run.
+
+    Raises
+    ------
+    ValueError, KeyError, TypeError
+        Where it is no state, or of other shapes.
+    """
+
+    def tensor(name: str, values: Any, like: Tensor) -> Tensor:
+        found = torch.tensor(values, dtype=like.dtype)
+        if found.ndim != like.ndim or any(0 != b != a for a, b in zip(found.shape, like.shape)):
+            raise ValueError(f"its {name} are those of {len(found)} rows, not {len(like)}")
+        return found
+
+    def tensors(saved: dict[str, Any], like: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor(name, saved[name], value) for name, value in like.items()}
+
+    def listed(name: str, like: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(tensor(name, values, value) for values, value in zip(saved["lists"][name], like, strict=True))
+
+    return State(
+        tensors(saved["atoms"], like.atoms),
+        tensors(saved["structures"], like.structures),
+        {name: listed(name, value) for name, value in like.lists.items()},
+    )

@@ -1,0 +1,200 @@
+"""Pairs of an initial structure and the structure that a reference relaxation ended in."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.geometry import complete_cell, find_mic
+from ase.io.jsonio import encode
+from scipy.optimize import linear_sum_assignment
+
+from ..neighbors.search import find_pairs
+from ..structures import Structures
+
+log = logging.getLogger(__name__)
+
+RESIDUAL = 0.05
+"""eV/Å: references whose last forces exceed this are named in a warning."""
+CLASH = 0.5
+"""Å: atoms nearer than this are a mistake."""
+FAR = 1.5
+"""Å: below this nobody asks whether the order of the atoms has changed."""
+
+
+@dataclass(frozen=True, eq=False)
+class RelaxationPair:
+    """One reference relaxation.
+
+    Attributes
+    ----------
+    initial, relaxed : Atoms
+        The same atoms in the same order and the same cell.
+    id : str
+        Names it in tables and messages.
+    group : str
+        Pairs of one group never stand on both sides of a split.
+    frames : sequence of Atoms
+        All frames of the relaxation, the ends among them, with energies and forces where the reference tells
+        them; empty where there are none. `read_pairs` gives them for files of frames, read when they are asked for.
+    """
+
+    initial: Atoms
+    relaxed: Atoms
+    id: str
+    group: str = ""
+    frames: Sequence[Atoms] = ()
+
+    @property
+    def n_atoms(self) -> int:
+        return len(self.initial)
+
+    @property
+    def kind(self) -> str:
+        """Elements and constraints of both ends, by which a potential can treat it or not."""
+        numbers = np.union1d(self.initial.numbers, self.relaxed.numbers)
+        constraints = {type(c).__name__ for atoms in (self.initial, self.relaxed) for c in atoms.constraints}
+        return " ".join(map(str, [*numbers, *sorted(constraints)]))
+
+    def digest(self) -> bytes:
+        """A hash of atoms, masses, positions, cells and constraints of both ends."""
+        digest = hashlib.sha256()
+        add_to_hash(digest, self.initial)
+        add_to_hash(digest, self.relaxed)
+        return digest.digest()
+
+
+class InvalidPair(ValueError):
+    """A pair that cannot be used, said in one sentence."""
+
+
+def check_pair(initial: Atoms, relaxed: Atoms, name: str) -> None:
+    """Raise InvalidPair where the two cannot be the ends of one relaxation at a fixed cell.
+
+    Warns of a reference that still has forces above `RESIDUAL`.
+    """
+    if len(initial) != len(relaxed):
+        raise InvalidPair(f"{name}: {len(initial)} atoms begin and {len(relaxed)} end; check the two structures.")
+    if not len(initial):
+        raise InvalidPair(f"{name}: it has no atoms; check the two structures.")
+    if not np.array_equal(initial.numbers, relaxed.numbers):
+        raise InvalidPair(
+            f"{name}: its atoms change from {initial.symbols} to {relaxed.symbols}; "
+            "write both structures with their atoms in the same order."
+        )
+    if not (np.isfinite(initial.positions).all() and np.isfinite(relaxed.positions).all()):
+        raise InvalidPair(f"{name}: a position is not a finite number; write the file again.")
+    if not np.array_equal(initial.pbc, relaxed.pbc):
+        raise InvalidPair(
+            f"{name}: periodic boundaries change from {initial.pbc} to {relaxed.pbc}; set both structures' pbc alike."
+        )
+    change = np.abs(initial.cell.array - relaxed.cell.array).max()
+    if not change <= 1e-3:
+        raise InvalidPair(
+            f"{name}: its cell changes by {change:.3f} Å, and variable cells are not treated yet (cells come later): "
+            "relax it again at a fixed cell, or leave it out."
+        )
+    for atoms, end in ((initial, "initial"), (relaxed, "relaxed")):
+        check_distances(atoms, f"{name}: in its {end} structure")
+    if "forces" in getattr(relaxed.calc, "results", {}):
+        residual = np.linalg.norm(relaxed.get_forces(), axis=1).max()
+        if not residual <= RESIDUAL:
+            log.warning("%s: the reference still has a force of %.3f eV/Å; is it relaxed?", name, residual)
+
+
+def check_distances(atoms: Atoms, where: str) -> None:
+    """Raise InvalidPair where two atoms, or an atom and an image, are nearer than `CLASH`, or the cell is flat."""
+    periodic = atoms.cell.array[atoms.pbc]
+    if len(periodic) and np.linalg.matrix_rank(periodic) < len(periodic):
+        raise InvalidPair(f"{where} the periodic cell vectors span nothing; set its cell or its pbc.")
+    structures = Structures.from_atoms(atoms)
+    found = find_pairs(structures, CLASH)
+    if len(found.i):
+        distances = found.vectors(structures).norm(dim=1)
+        k = int(distances.argmin())
+        raise InvalidPair(
+            f"{where} atoms {found.i[k]} and {found.j[k]} are {distances[k]:.2f} Å apart, nearer than {CLASH} Å; "
+            "check its positions, its cell and their units."
+        )
+
+
+def unwrapped(initial: Atoms, relaxed: Atoms) -> Atoms:
+    """The relaxed structure with each atom at the periodic image nearest to where it began.
+
+    A drift of the whole structure does not count. Positions change by whole cell vectors only, so
+    none changes where no atom was wrapped; results stay with the structure.
+    """
+    moves = relaxed.positions - initial.positions
+    cell, pbc = initial.cell, initial.pbc
+    drift = _drift(moves, cell, pbc)
+    for _ in range(10):
+        nearest = find_mic(moves - drift, cell, pbc)[0] + drift
+        mean = nearest.mean(axis=0)
+        if np.allclose(mean, drift, atol=1e-9):
+            break
+        drift = mean
+    # A drift by a whole cell vector is none.
+    nearest = nearest - mean + find_mic(mean, cell, pbc)[0]
+    shifts = np.rint((nearest - moves) @ np.linalg.inv(complete_cell(cell))) * pbc
+    if not shifts.any():
+        return relaxed
+    found = relaxed.copy()
+    found.positions += shifts @ relaxed.cell.array
+    if relaxed.calc is not None:
+        found.calc = SinglePointCalculator(found, **relaxed.calc.results)
+    return found
+
+
+def _drift(moves: np.ndarray, cell: np.ndarray, pbc: np.ndarray) -> np.ndarray:
+    """The mean on the circle that each periodic direction is, shape (3,), in Å."""
+    full = complete_cell(cell)
+    angles = 2 * np.pi * moves @ np.linalg.inv(full)
+    turns = np.angle(np.exp(1j * angles).mean(axis=0)) / (2 * np.pi)
+    return (turns * pbc) @ full
+
+
+def warn_of_order(initial: Atoms, relaxed: Atoms, name: str) -> None:
+    """Warn where the atoms of an element seem to be stored in another order at the end."""
+    moves = relaxed.positions - initial.positions
+    lengths = np.linalg.norm(moves - moves.mean(axis=0), axis=1)
+    if lengths.max() <= FAR:
+        return
+    matched, direct = _matched(initial, relaxed), np.sqrt(np.mean(lengths**2))
+    if matched < direct / 2:
+        log.warning(
+            "%s: its atoms seem to be stored in another order at the end, for they move by %.2f Å (root mean square) "
+            "and by %.2f Å if matched anew; write both structures in the same order.", name, direct, matched,
+        )  # fmt: skip
+
+
+def _matched(initial: Atoms, relaxed: Atoms) -> float:
+    """Root mean square displacement, in Å, if each atom ended at the best place that its element has at the end."""
+    total = 0.0
+    for z in np.unique(initial.numbers):
+        of = initial.numbers == z
+        ends = relaxed.positions[of]
+        squares = np.stack([find_mic(ends - x, initial.cell, initial.pbc)[1] ** 2 for x in initial.positions[of]])
+        total += squares[linear_sum_assignment(squares)].sum()
+    return float(np.sqrt(total / len(initial)))
+
+
+def fingerprint(pairs: Sequence[RelaxationPair]) -> str:
+    """A hash of the pairs' atoms, masses, positions, cells and constraints, in order."""
+    digest = hashlib.sha256()
+    for pair in pairs:
+        digest.update(pair.digest())
+    return digest.hexdigest()
+
+
+def add_to_hash(digest: Any, atoms: Atoms) -> None:
+    """Everything of a structure that a relaxation depends on."""
+    for array in (atoms.numbers, atoms.get_masses(), atoms.positions, atoms.cell.array, atoms.pbc):
+        digest.update(array.tobytes())
+    if atoms.constraints:
+        digest.update(encode([c.todict() for c in atoms.constraints]).encode())

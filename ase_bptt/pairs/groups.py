@@ -1,0 +1,178 @@
+"""Groups of pairs that must stay on one side of a split, the splits, and the checks of pairs before training."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from itertools import combinations
+
+import numpy as np
+from ase import Atoms
+
+from ..constraints import KNOWN, unknown
+from ..potential import Potential
+from ..structures import Structures
+from . import InvalidPair, RelaxationPair, check_distances
+from .structure_matching import alike, composition, joined
+
+
+def with_groups(pairs: Sequence[RelaxationPair]) -> list[RelaxationPair]:
+    """Give every pair without a group one: same composition and same final structure, by `same_structure`."""
+    together = alike([composition(pair.relaxed) for pair in pairs], lambda k: pairs[k].relaxed)
+    names: dict[int, str] = {}
+    for pair, first in zip(pairs, together, strict=True):
+        names[first] = names.get(first) or pair.group
+    return [
+        dataclasses.replace(p, group=p.group or names[first] or pairs[first].id)
+        for p, first in zip(pairs, together, strict=True)
+    ]
+
+
+def classes(n: int, related: Callable[[int, int], bool]) -> list[int]:
+    """For each of n items the first item that it is related to, in one or more steps."""
+    return joined(n, ((a, b) for b in range(n) for a in range(b) if related(a, b)))
+
+
+def split_by_group(
+    pairs: Sequence[RelaxationPair], *, seed: int = 0, fractions: tuple[float, float] = (0.2, 0.2)
+) -> dict[str, list[RelaxationPair]]:
+    """Split into "train", "valid" and "test" so that no group stands on two sides.
+
+    Parameters
+    ----------
+    pairs : list of RelaxationPair
+    seed : int
+        Of the order of the groups.
+    fractions : two floats
+        Shares of the groups for "valid" and "test"; each gets one at least.
+    """
+    order = _shuffled(pairs, 3, "training, validation and test need one each", seed)
+    n_valid, n_test = (max(1, round(f * len(order))) for f in fractions)
+    side = {g: "test" if k < n_test else "valid" if k < n_test + n_valid else "train" for k, g in enumerate(order)}
+    return {name: [p for p in pairs if side[p.group] == name] for name in ("train", "valid", "test")}
+
+
+def split_into_folds(
+    pairs: Sequence[RelaxationPair], k: int, *, seed: int = 0
+) -> list[dict[str, list[RelaxationPair]]]:
+    """Split k times into "train", "valid" and "test" so that each pair is in one "test", for a cross-validation.
+
+    The groups, shuffled and the largest first, go to the part that has the fewest pairs so far. In
+    fold i, part i is "test", part i+1 "valid" (the first follows the last) and the others "train".
+    No group is in two parts.
+
+    Parameters
+    ----------
+    pairs : list of RelaxationPair
+    k : int
+        Number of folds, 3 at least.
+    seed : int
+        Of the order of the groups.
+
+    Raises
+    ------
+    ValueError
+        Where k is less than 3.
+    InvalidPair
+        Where there are fewer groups than folds.
+    """
+    if k < 3:
+        raise ValueError(f"A cross-validation needs 3 folds at least, for training, validation and test; got {k}.")
+    order = _shuffled(pairs, k, f"{k} folds need one each", seed)
+    size = dict.fromkeys(order, 0)
+    for pair in pairs:
+        size[pair.group] += 1
+    filled, part = [0] * k, {}
+    for group in sorted(order, key=lambda group: -size[group]):
+        part[group] = filled.index(min(filled))
+        filled[part[group]] += size[group]
+    sides = [{i: "test", (i + 1) % k: "valid"} for i in range(k)]
+    return [
+        {name: [p for p in pairs if side.get(part[p.group], "train") == name] for name in ("train", "valid", "test")}
+        for side in sides
+    ]
+
+
+def _shuffled(pairs: Sequence[RelaxationPair], least: int, purpose: str, seed: int) -> list[str]:
+    """The groups in a random order, or InvalidPair where they are too few."""
+    groups = sorted({p.group for p in pairs})
+    if len(groups) < least:
+        raise InvalidPair(
+            f"The {len(pairs)} pairs form {len(groups)} group(s) by composition and final structure; "
+            f"{purpose}: give more kinds of structures, or name the groups "
+            "yourself (--group KEY or --group folder in the shell, RelaxationPair(group=...) in Python)."
+        )
+    return [groups[k] for k in np.random.default_rng(seed).permutation(len(groups))]
+
+
+log = logging.getLogger(__name__)
+
+
+def check_structure(potential: Potential, atoms: Atoms, name: str) -> None:
+    """Raise InvalidPair or NotImplementedError, naming the structure, where it cannot be relaxed."""
+    if not len(atoms):
+        raise InvalidPair(f"{name}: it has no atoms; leave it out.")
+    if not (np.isfinite(atoms.positions).all() and np.isfinite(atoms.cell.array).all()):
+        raise InvalidPair(f"{name}: a position or its cell is not a finite number; write the file again.")
+    check_distances(atoms, f"{name}:")
+    _check_elements(potential, Structures.from_atoms(atoms), name)
+
+
+def check_usable(potential: Potential, pair: RelaxationPair) -> None:
+    """Raise NotImplementedError, naming the pair, for elements or constraints that cannot be treated."""
+    ends = Structures.from_atoms((pair.initial, pair.relaxed))
+    _check_elements(potential, ends, pair.id)
+    names = unknown(ends.constraint_names)
+    if names:
+        raise NotImplementedError(
+            f"{pair.id}: the constraints {', '.join(names)} cannot be differentiated, and are not ignored: "
+            f"remove them, take one of {', '.join(KNOWN)}, or leave the pair out (--skip-invalid in the shell)."
+        )
+
+
+def _check_elements(potential: Potential, structures: Structures, name: str) -> None:
+    try:
+        potential.check(structures)
+    except NotImplementedError as error:
+        raise NotImplementedError(f"{name}: {error}") from error
+
+
+def usable(
+    potential: Potential, pairs: Sequence[RelaxationPair], *, skip_invalid: bool = False
+) -> list[RelaxationPair]:
+    """The pairs that the potential can treat; the others are left out with a warning each, or the first of them raises.
+
+    Raises
+    ------
+    NotImplementedError
+        As `check_usable`, without skip_invalid.
+    InvalidPair
+        Where none is left.
+    """
+    kept = []
+    fine: set[str] = set()
+    problem = ""
+    for pair in pairs:
+        try:
+            # Of one kind all can be treated or none: a pair that is read when it is asked for need not be read.
+            if pair.kind not in fine:
+                check_usable(potential, pair)
+            fine.add(pair.kind)
+            kept.append(pair)
+        except NotImplementedError as error:
+            if not skip_invalid:
+                raise
+            problem = str(error)
+            log.warning("Left out: %s", problem)
+    if not kept:
+        raise InvalidPair(f"None of the {len(pairs)} pairs can be used; the last: {problem}")
+    return kept
+
+
+def check_apart(**splits: Sequence[RelaxationPair]) -> None:
+    """Raise ValueError where a group stands in two of the named splits."""
+    for (one, a), (other, b) in combinations(splits.items(), 2):
+        shared = sorted({p.group for p in a} & {p.group for p in b} - {""})
+        if shared:
+            raise ValueError(f"{one.capitalize()} and {other} share the group {shared[0]}: split by group.")

@@ -1,0 +1,267 @@
+"""Pairs that are read when they are asked for, and the index that knows them without reading."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import sys
+from array import array
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import ase
+from ase import Atoms
+
+from .. import __version__
+from ..utils import replacing
+from . import InvalidPair, RelaxationPair, unwrapped
+from .sources import File, Rows, Source, loaded
+
+RECENT = 64
+"""Pairs that stay in memory, of those that were read last."""
+LOOKS = 4000
+"""Final structures of one composition of which all that is compared for groups is kept, as of `alike`."""
+WIDTH = 32
+"""Bytes of a pair's hash."""
+
+
+class Store:
+    """What is known of each pair without reading it, and the few pairs that were read last.
+
+    Attributes
+    ----------
+    root : Path
+        The file or folder that was given.
+    sources : list of Source
+    ids, groups, kinds : list of str
+    sizes : array of int
+        Atoms.
+    digests : bytearray
+        One hash after the other.
+    """
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.sources: list[Source] = []
+        self.ids: list[str] = []
+        self.groups: list[str] = []
+        self.kinds: list[str] = []
+        self.sizes = array("l")
+        self.digests = bytearray()
+        self._recent: dict[int, RelaxationPair] = {}
+
+    def add(self, source: Source, id: str, group: str, n_atoms: int, kind: str, digest: bytes) -> None:
+        """Know one more."""
+        self.sources.append(source)
+        self.ids.append(id)
+        # Many have the same.
+        self.groups.append(sys.intern(group))
+        self.kinds.append(sys.intern(kind))
+        self.sizes.append(n_atoms)
+        self.digests += digest
+
+    def digest(self, k: int) -> bytes:
+        return bytes(self.digests[WIDTH * k : WIDTH * (k + 1)])
+
+    def read(self, k: int) -> RelaxationPair:
+        """The pair itself.
+
+        Raises
+        ------
+        InvalidPair
+            Where it cannot be read any more, or is another than it was.
+        """
+        pair = self._recent.pop(k, None) or self._read(k)
+        self._recent[k] = pair
+        if len(self._recent) > RECENT:
+            del self._recent[next(iter(self._recent))]
+        return pair
+
+    def _read(self, k: int) -> RelaxationPair:
+        name = self.sources[k].name
+        try:
+            found = loaded(self.sources[k], self.root)
+            # What has the same hash was looked at before.
+            relaxed = unwrapped(found.initial, found.relaxed)
+        except (OSError, ValueError) as error:
+            raise InvalidPair(
+                f"{name}: it could be read before and now it cannot ({str(error).rstrip('.')}); put it back and resume."
+            ) from error
+        pair = RelaxationPair(found.initial, relaxed, self.ids[k], self.groups[k], found.frames)
+        if pair.digest() != self.digest(k):
+            raise InvalidPair(f"{name}: it has changed since it was checked; put back what it was, or begin again.")
+        return pair
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_recent": {}}
+
+
+class Later(RelaxationPair):
+    """A pair whose structures are those of the ordinary pair that `made` gives when one of them is asked for.
+
+    A copy by `dataclasses.replace` is an ordinary pair, which holds its structures.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, *arguments: Any, **named: Any) -> Any:
+        """An ordinary pair, for `dataclasses.replace`."""
+        return RelaxationPair(*arguments, **named)
+
+    def made(self) -> RelaxationPair:
+        """The pair as an ordinary one."""
+        raise NotImplementedError
+
+    @property
+    def initial(self) -> Atoms:  # type: ignore[override]
+        return self.made().initial
+
+    @property
+    def relaxed(self) -> Atoms:  # type: ignore[override]
+        return self.made().relaxed
+
+    @property
+    def frames(self) -> Sequence[Atoms]:  # type: ignore[override]
+        return self.made().frames
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.id!r}, {self.group!r})"
+
+
+class LazyPair(Later):
+    """A pair that knows its name, group and size, and reads its structures when they are asked for.
+
+    `read_pairs` makes them.
+    """
+
+    __slots__ = ("_k", "_store")
+    _k: int
+    _store: Store
+
+    def made(self) -> RelaxationPair:
+        """The pair as an ordinary one, read unless it was among the last."""
+        return self._store.read(self._k)
+
+    @property
+    def id(self) -> str:  # type: ignore[override]
+        return self._store.ids[self._k]
+
+    @property
+    def group(self) -> str:  # type: ignore[override]
+        return self._store.groups[self._k]
+
+    @property
+    def n_atoms(self) -> int:
+        return self._store.sizes[self._k]
+
+    @property
+    def kind(self) -> str:
+        return self._store.kinds[self._k]
+
+    def digest(self) -> bytes:
+        return self._store.digest(self._k)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _lazy_pair, (self._store, self._k)
+
+
+def lazy_pairs(store: Store) -> list[RelaxationPair]:
+    """All pairs of a store."""
+    return [_lazy_pair(store, k) for k in range(len(store.sources))]
+
+
+def _lazy_pair(store: Store, k: int) -> LazyPair:
+    pair: LazyPair = object.__new__(LazyPair)
+    # A pair is frozen.
+    object.__setattr__(pair, "_store", store)
+    object.__setattr__(pair, "_k", k)
+    return pair
+
+
+log = logging.getLogger(__name__)
+FORMAT = 1
+
+
+class Index:
+    """The index of a file or folder: a line of JSON about all of it, and one for each pair.
+
+    Parameters
+    ----------
+    root : Path
+    files : sequence of Path
+        The files of relaxations; where the size or the time of change of one is another, the index counts no more.
+    group : str or None
+        As for `read_pairs`; each has an index of its own.
+    folder : path or None
+        Where indexes are kept.
+    """
+
+    def __init__(self, root: Path, files: Sequence[Path], group: str | None, folder: str | Path | None):
+        self.root = root
+        self._base = root if root.is_dir() else root.parent
+        key = hashlib.sha256(json.dumps([str(root.resolve()), group]).encode()).hexdigest()[:16]
+        self.path = (Path(folder) if folder else _cache()) / f"pairs-{key}.jsonl"
+        self._stamp = self._stamped(files)
+
+    def read(self) -> tuple[Store, list[str]] | None:
+        """What is known of each pair, and what was wrong with those left out; None where that must be found anew."""
+        try:
+            with self.path.open() as file:
+                head = json.loads(next(file))
+                if head["stamp"] != self._stamp:
+                    log.info("%s: something has changed there, so all pairs are read and checked again.", self.root)
+                    return None
+                n, problems, store = head["n"], head["problems"], Store(self.root)
+                for line in file:
+                    place, id, group, size, kind, digest = json.loads(line)
+                    store.add(self._source(place, id), id, group, size, kind, bytes.fromhex(digest))
+        except (OSError, ValueError, LookupError, TypeError, StopIteration):
+            return None
+        return (store, problems) if len(store.sources) == n else None
+
+    def write(self, store: Store, problems: Sequence[str]) -> None:
+        """Keep it, where one may; else say that the next start will read all again."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(self.path) as path, path.open("w") as file:
+                file.writelines(f"{json.dumps(line)}\n" for line in self._lines(store, problems))
+        except OSError as error:
+            log.warning("No index of %s is kept, and the next start will read all pairs again: %s", self.root, error)
+
+    def _lines(self, store: Store, problems: Sequence[str]) -> Iterator[Any]:
+        yield {"stamp": self._stamp, "problems": list(problems), "n": len(store.sources)}
+        for k, source in enumerate(store.sources):
+            known = store.ids[k], store.groups[k], store.sizes[k], store.kinds[k]
+            yield [self._place(source), *known, store.digest(k).hex()]
+
+    def _place(self, source: Source) -> list[Any]:
+        """As JSON; paths from the one that was given, for that may be written in another way the next time."""
+        if isinstance(source, Rows):
+            return [os.path.relpath(source.path, self._base), source.first, source.last, source.label, source.named]
+        return [os.path.relpath(source.name, self._base)]
+
+    def _source(self, place: list[Any], id: str) -> Source:
+        path, *rows = place
+        path = str(self._base / path)
+        if not rows:
+            return File(path)
+        first, last, label, named = rows
+        return Rows(sys.intern(path), first, last, id if label == id else label, named)
+
+    def _stamped(self, files: Sequence[Path]) -> str:
+        """A hash of all that the index depends on."""
+        digest = hashlib.sha256(json.dumps([FORMAT, __version__, ase.__version__]).encode())
+        for file in files:
+            ends = [file.with_name(name) for name in ("POSCAR", "CONTCAR")]
+            for path in ends if file in ends else [file]:
+                # What is not there is told of where it is read.
+                found = (path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else ()
+                digest.update(json.dumps([os.path.relpath(path, self._base), *found]).encode())
+        return digest.hexdigest()
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ase_bptt"

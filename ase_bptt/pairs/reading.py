@@ -1,0 +1,175 @@
+"""Reading pairs from files, folders and databases."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from . import InvalidPair, RelaxationPair, check_pair, unwrapped, warn_of_order
+from .formats import relaxation_files
+from .groups import with_groups
+from .lazy import LOOKS, Index, Store, lazy_pairs
+from .sources import Source, loaded, short, sources_in, two_files
+from .structure_matching import alike, composition
+
+log = logging.getLogger(__name__)
+
+
+def read_pairs(
+    initial: str | Path,
+    relaxed: str | Path | None = None,
+    *,
+    skip_invalid: bool = False,
+    group: str | None = None,
+    lazy: bool = False,
+    index: str | Path | None = None,
+) -> list[RelaxationPair]:
+    """Read reference relaxations.
+
+    Parameters
+    ----------
+    initial : path
+        A file of one relaxation in any format that ASE reads frame by frame (the first frame is
+        the initial structure, the last the relaxed one), or a folder of such files; a CONTCAR with
+        a POSCAR beside it; or a database of ase.db whose rows have the key ``relaxed``, False or
+        True. With a second argument, a file of initial structures.
+    relaxed : path, optional
+        A file of the relaxed structures, in the same order.
+    skip_invalid : bool
+        Leave pairs out that cannot be used, with a warning for each, instead of raising.
+    group : str, optional
+        Key of the relaxed structures' info that names the groups; for "folder", where info has no such key, the
+        folders directly below the one that was given do. By default what has one composition and ends in one
+        structure is a group (`with_groups`).
+    lazy : bool
+        Read all structures once, to check them, but keep none: each is read again when it is asked for. For a folder
+        or a .db of more pairs than fit in memory. What a structure is changed to in place is forgotten.
+    index : path, optional
+        With `lazy`, the folder in which what is known of each pair is kept, so that the next start reads no structure;
+        ``ase_bptt`` in the user's cache folder by default. It is made anew where a file has changed.
+
+    Returns
+    -------
+    list of RelaxationPair
+        Relaxed positions are at the periodic images nearest to the initial ones. The id is
+        ``info["id"]`` where the relaxed structure has one, else the path below the one that was given,
+        without VASP's own file names.
+
+    Raises
+    ------
+    FileNotFoundError
+        Where there is nothing to read.
+    InvalidPair
+        Naming the structure, the file and the mend.
+    """
+    root = Path(initial)
+    if lazy:
+        return lazy_pairs(_store(root, relaxed, skip_invalid, group, index))
+    if relaxed is None:
+        sources: Iterable[Source] = sources_in(relaxation_files(root))
+    else:
+        sources, root = two_files(root, Path(relaxed)), Path(relaxed)
+    problems: list[str] = []
+    pairs, names = [], []
+    for source, pair in _checked(sources, root, group, problems, skip_invalid):
+        pairs.append(pair)
+        names.append(short(source.name, root))
+    _tell(problems, len(pairs), initial)
+    ids = _told_apart([p.id for p in pairs], names)
+    named = [p if p.id == id else dataclasses.replace(p, id=id) for p, id in zip(pairs, ids, strict=True)]
+    return named if group else with_groups(named)
+
+
+def _store(
+    root: Path, relaxed: str | Path | None, skip_invalid: bool, group: str | None, folder: str | Path | None
+) -> Store:
+    """What is known of each pair: from the index, or else from reading all once."""
+    if relaxed is not None or root.suffix == ".json":
+        raise InvalidPair(
+            f"{relaxed or root} holds many structures and is read whole: give a folder of relaxations or a database "
+            "(.db, as 'ase db all.json --insert-into all.db' makes it), or do not ask for lazy reading."
+        )
+    files = relaxation_files(root)
+    index = Index(root, files, group, folder)
+    found = index.read()
+    if found is None:
+        problems: list[str] = []
+        store = Store(root)
+        names, compositions = [], []
+        for source, pair in _checked(sources_in(files), root, group, problems, skip_invalid):
+            store.add(source, pair.id, pair.group, pair.n_atoms, pair.kind, pair.digest())
+            names.append(short(source.name, root))
+            compositions.append(composition(pair.relaxed))
+        _tell(problems, len(names), root)
+        store.ids = _told_apart(store.ids, names)
+        if not group:
+            first = alike(compositions, lambda k: store.read(k).relaxed, looks=LOOKS)
+            store.groups = [store.ids[k] for k in first]
+        index.write(store, problems)
+        return store
+    store, problems = found
+    if problems and not skip_invalid:
+        raise InvalidPair(problems[0])
+    for problem in problems:
+        log.warning("Left out: %s", problem)
+    _tell(problems, len(store.ids), root)
+    return store
+
+
+def _checked(
+    sources: Iterable[Source], root: Path, group: str | None, problems: list[str], skip_invalid: bool
+) -> Iterator[tuple[Source, RelaxationPair]]:
+    """Each pair that can be used, with where it is; what is wrong with the others is added to the problems."""
+    for source in sources:
+        try:
+            pair = _pair(source, root, group)
+        except InvalidPair as problem:
+            if not skip_invalid:
+                raise
+            problems.append(str(problem))
+            log.warning("Left out: %s", problem)
+            continue
+        yield source, pair
+
+
+def _tell(problems: Sequence[str], good: int, where: str | Path) -> None:
+    if not good:
+        raise InvalidPair(f"None of the {len(problems)} pairs in {where} can be used; the last: {problems[-1]}")
+    if problems:
+        log.warning("Left out %d of %d.", len(problems), len(problems) + good)
+
+
+def _pair(source: Source, root: Path, group: str | None) -> RelaxationPair:
+    found = loaded(source, root)
+    begin, end = (atoms.info.get("id") for atoms in (found.initial, found.relaxed))
+    if found.frames and None not in (begin, end) and begin != end:
+        log.warning(
+            "%s: its first frame is %s and its last %s; is it one relaxation? Of many structures, give two files.",
+            source.name, begin, end,
+        )  # fmt: skip
+    check_pair(found.initial, found.relaxed, source.name)
+    relaxed = unwrapped(found.initial, found.relaxed)
+    warn_of_order(found.initial, relaxed, source.name)
+    named = "" if not group else _group(found, group, short(source.name, root), root)
+    return dataclasses.replace(found, relaxed=relaxed, group=named)
+
+
+def _group(pair: RelaxationPair, key: str, name: str, root: Path) -> str:
+    if key in pair.relaxed.info:
+        return str(pair.relaxed.info[key])
+    if key == "folder":
+        first = Path(name).parts[0]
+        if (root / first).is_dir():
+            return first
+        raise InvalidPair(f"{pair.id}: it lies in no folder below {root} to group by.")
+    there = ", ".join(pair.relaxed.info) or "nothing"
+    raise InvalidPair(f"{pair.id}: its info has no {key!r} to group by; it has {there} ('folder' takes the folders).")
+
+
+def _told_apart(ids: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The same with the path behind each id that is not the only one."""
+    count = Counter(ids)
+    return [id if count[id] == 1 or id == name else f"{id} ({name})" for id, name in zip(ids, names, strict=True)]

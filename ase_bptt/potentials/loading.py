@@ -1,0 +1,209 @@
+"""From a name, a file or a module to a Potential, and to a folder without pickles and back."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import __version__
+from ..potential import Potential
+from ..tuning.low_rank import merged
+from ..utils import UNREADABLE, in_short, replacing
+from . import families, family, from_checkpoint, from_native, quiet
+
+log = logging.getLogger(__name__)
+
+EMBEDDED = {"mace-si": Path(__file__).parent.parent / "data" / "mace_si"}
+FORMAT = "ase_bptt potential"
+VERSION = 1
+RUN_POTENTIAL = "potential"
+DTYPES = {"float64": torch.float64, "float32": torch.float32}
+
+
+def load_potential(
+    spec: str | Path | nn.Module,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    trust: bool = False,
+) -> Potential:
+    """Load a potential; all its parameters require gradients afterwards.
+
+    Parameters
+    ----------
+    spec : str, Path or nn.Module
+        "mace-si" (embedded); a family with or without a variant ("chgnet", "chgnet:r2scan",
+        "mace:medium", with a head "mace:mh-1:omat_pbe"); a folder written by `save_potential` or a
+        training run; a family's native checkpoint (a pickle: only with trust); a module of a
+        supported family, or a Potential.
+    device, dtype
+        Where to, and in which precision; None keeps what it has. For a module that is given they
+        make a copy: the module itself is never cast.
+    trust : bool
+        Allow unpickling, which can run any code: only for files from people you trust.
+
+    Raises
+    ------
+    ValueError
+        For a spec that is none of the above, with what there is.
+    PermissionError
+        For a pickle without trust; it has not been opened.
+    ImportError
+        Where the family's package is missing, with the extra that brings it.
+    """
+    return as_potential(spec, device=device, dtype=dtype, trust=trust).requires_grad_()
+
+
+def as_potential(
+    spec: str | Path | nn.Module,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    trust: bool = False,
+) -> Potential:
+    """`load_potential`, but a module that is given keeps its ``requires_grad`` flags."""
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise ValueError(f"There is no dtype {dtype!r}; there are {', '.join(DTYPES)}.")
+        dtype = DTYPES[dtype]
+    if isinstance(spec, nn.Module):
+        module = copy.deepcopy(spec) if _differs(spec, device, dtype) else spec
+        potential = module if isinstance(module, Potential) else from_native(module, "this module")
+    else:
+        potential = _from_spec(str(spec), trust).requires_grad_()
+        potential.metadata = dict(potential.metadata) or {"source": str(spec)}
+    return potential.to(device=device, dtype=dtype)
+
+
+def save_potential(potential: Potential, folder: str | Path) -> None:
+    """Write model.json and weights.pt, which load without unpickling, and the native checkpoint.
+
+    Low-rank updates (`ase_bptt.tuning.low_rank`) are folded into the weights that are written; the potential keeps them
+    apart. Files that are there already are replaced whole, or not at all.
+
+    Raises
+    ------
+    FileExistsError
+        For a training run's folder, whose own potential would be loaded instead.
+    """
+    folder = Path(folder)
+    if (folder / RUN_POTENTIAL / "model.json").is_file():
+        raise FileExistsError(f"{folder} is the folder of a training run, with a potential of its own: take another.")
+    folder.mkdir(parents=True, exist_ok=True)
+    potential = merged(potential).as_stored()
+    config = potential.config()
+    description = {
+        "format": FORMAT,
+        "version": VERSION,
+        "family": potential.family,
+        "dtype": str(potential.dtype).removeprefix("torch."),
+        "written_by": f"ase_bptt {__version__}",
+        "config": config,
+        "metadata": dict(potential.metadata),
+    }
+    blank = _rebuild(type(potential), config, potential.dtype).state_dict()
+    parameters = dict(potential.named_parameters())
+    # Constants that the config rebuilds bit for bit would only make the file larger.
+    weights = {
+        name: value.detach().cpu()
+        for name, value in potential.state_dict().items()
+        if name in parameters or not torch.equal(value.cpu(), blank[name])
+    }
+    with replacing(folder / "weights.pt") as path:
+        torch.save(weights, path)
+    with replacing(folder / "model.json") as path:
+        path.write_text(json.dumps(description, indent=1) + "\n")
+    if potential.native_name:
+        with replacing(folder / potential.native_name) as path:
+            potential.save_native(path)
+
+
+def weights_hash(potential: Potential) -> str:
+    """SHA-256 of all parameters as they are stored, names and dtypes included: the same for the same weights."""
+    found = hashlib.sha256()
+    for name, value in sorted(merged(potential).as_stored().named_parameters()):
+        array = value.detach().cpu().contiguous().numpy()
+        found.update(f"{name} {array.dtype} {array.shape}".encode())
+        found.update(array.tobytes())
+    return found.hexdigest()
+
+
+def _from_spec(spec: str, trust: bool) -> Potential:
+    if spec in EMBEDDED:
+        return _from_folder(EMBEDDED[spec])
+    name, _, variant = spec.partition(":")
+    known = families()
+    # Names go first: a clone of chgnet in the working directory must not hide the family (./chgnet is the folder).
+    if name in known:
+        if Path(spec).exists():
+            log.warning("%r is taken as the name of a family; say ./%s for the file or folder here.", spec, spec)
+        return family(name).from_name(variant or None)
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return _from_folder(path)
+    if path.is_file():
+        return from_checkpoint(path, trust)
+    raise ValueError(
+        f"There is no potential {spec!r}: it is no file or folder here, and the names are "
+        f"{', '.join([*EMBEDDED, *known])} (a family takes a variant: chgnet:r2scan)."
+    )
+
+
+def _from_folder(folder: Path) -> Potential:
+    # A run folder holds its best potential in "potential".
+    if (folder / RUN_POTENTIAL / "model.json").is_file():
+        folder = folder / RUN_POTENTIAL
+    try:
+        description = json.loads((folder / "model.json").read_text())
+        if (description["format"], description["version"]) != (FORMAT, VERSION):
+            raise ValueError(f"this release reads {FORMAT!r} of version {VERSION} only")
+        if description["family"] not in families():
+            raise ValueError(f"its family {description['family']!r} is none of {', '.join(families())}")
+        with quiet():
+            weights = torch.load(folder / "weights.pt", weights_only=True, map_location="cpu")
+        potential = _rebuild(family(description["family"]), description["config"], DTYPES[description["dtype"]])
+        missing, unexpected = potential.load_state_dict(weights, strict=False)
+    except UNREADABLE as error:
+        raise ValueError(f"The folder {folder} holds no potential that can be read ({in_short(error)}).") from error
+    lost = set(missing) & {name for name, _ in potential.named_parameters()}
+    if lost or unexpected:
+        raise ValueError(
+            f"The weights in {folder} do not fit its model.json: "
+            f"{len(lost)} are missing and {len(unexpected)} are unknown, as {min({*lost, *unexpected})}."
+        )
+    potential.metadata = description.get("metadata") or {}
+    return potential
+
+
+def _rebuild(adapter: type[Potential], config: dict[str, Any], dtype: torch.dtype) -> Potential:
+    with _default_dtype(dtype), torch.random.fork_rng():
+        return adapter.from_config(config).to(dtype)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _differs(module: nn.Module, device: torch.device | str | None, dtype: torch.dtype | None) -> bool:
+    """Whether anything of the module would have to be cast or moved."""
+    floats = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
+    return any(
+        (dtype is not None and t.dtype != dtype)
+        or (device is not None and t.device != torch.empty(0, device=device).device)
+        for t in floats
+    )

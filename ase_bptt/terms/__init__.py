@@ -1,0 +1,121 @@
+"""What a potential keeps while it learns: further terms of the loss, and the before-and-after card."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..pairs import RelaxationPair
+from ..potential import Potential
+from .labels import Reference
+from .regularizers import Pull, Teacher
+
+log = logging.getLogger(__name__)
+
+
+class Term(Protocol):
+    """A term that is added to the loss of each step, times its weight.
+
+    Attributes
+    ----------
+    weight : float
+    name : str
+        As in `TERMS`; names its column in metrics.csv.
+    """
+
+    weight: float
+    name: ClassVar[str]
+
+    def check(self, pairs: Sequence[RelaxationPair]) -> None:
+        """Raise for training pairs that the term cannot use, before any work; a term may be without it."""
+
+    def prepare(self, potential: Potential, pairs: Sequence[RelaxationPair]) -> None:
+        """Before the first epoch, and again where a run goes on: remember the potential.
+
+        In a run that goes on `load` has been called before, and what it gave is kept: the potential is no
+        longer the pretrained one.
+        """
+
+    def loss(self, potential: Potential, pairs: Sequence[RelaxationPair], rng: np.random.Generator) -> Tensor:
+        """The term for a batch of the training pairs: a scalar, not yet times the weight, with a graph."""
+        raise NotImplementedError
+
+    def state(self) -> dict[str, Any]:
+        """What a run that goes on needs, as tensors on the CPU and plain values."""
+        raise NotImplementedError
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take up what `state` gave; call it before `prepare`."""
+
+    def todict(self) -> dict[str, Any]:
+        """Name, weight and settings, as JSON, of which `make_term` makes the same term."""
+        raise NotImplementedError
+
+
+TERMS: dict[str, type[Pull] | type[Teacher] | type[Reference]] = {
+    term.name: term for term in (Pull, Teacher, Reference)
+}
+
+
+def make_term(settings: dict[str, Any] | str) -> Term:
+    """A term by name, with its defaults, or of what its `todict` gave; ValueError for names not in `TERMS`."""
+    settings = {"name": settings} if isinstance(settings, str) else dict(settings)
+    name = settings.pop("name", None)
+    if name not in TERMS:
+        raise ValueError(f"There is no term {name!r}; there are {', '.join(TERMS)}.")
+    return TERMS[name](**settings)
+
+
+def make_terms(terms: Sequence[Term | dict[str, Any] | str] | str) -> list[Term]:
+    """Copies of terms, or as `make_term` makes them; ValueError for two of one name.
+
+    Copies, since a term remembers the potential that its training began with.
+    """
+    given = [terms] if isinstance(terms, str) else terms
+    made = [make_term(term) if isinstance(term, (dict, str)) else copy.deepcopy(term) for term in given]
+    if len({term.name for term in made}) < len(made):
+        raise ValueError("Two terms of the loss have one name: give each once.")
+    return made
+
+
+def check_terms(terms: Sequence[Term], pairs: Sequence[RelaxationPair]) -> None:
+    """Raise what a term has to say against these training pairs."""
+    for term in terms:
+        # A term of a person's own may have none.
+        if hasattr(term, "check"):
+            term.check(pairs)
+
+
+def add_gradients(
+    terms: Sequence[Term], potential: Potential, pairs: Sequence[RelaxationPair], key: Sequence[int]
+) -> dict[str, float]:
+    """Add the gradients of each term, times its weight, to ``.grad``; gives each term, times its weight.
+
+    Parameters
+    ----------
+    terms : sequence of Term
+    potential : Potential
+    pairs : sequence of RelaxationPair
+        The batch of the step.
+    key : sequence of int
+        Of the step, as (seed, epoch, batch): what a term draws depends on nothing else, so a run that goes
+        on draws the same, and a further term changes nothing for the others.
+
+    A term that is not finite, or does not depend on a weight, adds nothing; the first is reported.
+    """
+    found = {}
+    for term in terms:
+        seed = [*key, *term.name.encode()]
+        value = term.weight * term.loss(potential, pairs, np.random.default_rng(seed))
+        found[term.name] = value.item()
+        if not torch.isfinite(value):
+            log.warning("The term %s is not finite and was left out of this step.", term.name)
+        elif value.requires_grad:
+            value.backward()
+    return found

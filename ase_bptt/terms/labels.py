@@ -1,0 +1,285 @@
+"""Energies and forces of reference frames as a term of the loss, and the frames that carry them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from ase import Atoms
+from torch import Tensor
+
+from ..losses import root_delta_q
+from ..pairs import RelaxationPair
+from ..potential import Potential
+from ..relaxation import relax
+from ..steppers import GradientDescent
+from ..utils import check_count, check_positive
+from .probes import Points, answer, cost
+
+log = logging.getLogger(__name__)
+
+
+class Reference:
+    """Energies and forces of the frames of the reference relaxations, and their path.
+
+    Frames without energies and forces, or with those of other positions, are passed by; a pair without any
+    counts nothing. Where a pair has
+    no ``frames``, its initial and relaxed structures are asked for theirs.
+
+    Parameters
+    ----------
+    weight : float
+    energies : bool
+        Match energies, too: per atom, less an energy for each element, since each method has its own
+        zero. Those are fitted by least squares to the differences from the potential, each as it was when its
+        frame was drawn last: fitted once, they would tie the potential to the zero it began with. Without,
+        frames with forces alone are taken, too.
+    per_pair : int
+        Frames of each pair of a batch that are matched, drawn anew in each step.
+    frames : int
+        Frames that are kept of each relaxation, evenly spaced from the first to the last.
+    path : float
+        Weight of the path: from the start of each pair of a batch the relaxation goes on for some legs, and
+        of each reference frame from there on, the end included, the least distance (`root_delta_q`) to the
+        end of a leg is taken; the mean over the frames counts. Zero leaves it out.
+    legs, steps : int
+        Legs of the path, and frames of each: of plain gradient descent.
+    """
+
+    name: ClassVar[str] = "reference"
+
+    def __init__(
+        self,
+        weight: float = 1.0,
+        *,
+        energies: bool = True,
+        per_pair: int = 1,
+        frames: int = 8,
+        path: float = 0.0,
+        legs: int = 4,
+        steps: int = 3,
+    ):
+        check_positive(weight=weight)
+        check_count(per_pair=per_pair, frames=frames, legs=legs, steps=steps)
+        if path < 0:
+            raise ValueError(f"The weight of the path must not be negative, got {path}.")
+        self.weight, self.energies, self.per_pair, self.frames = weight, energies, per_pair, frames
+        self.path, self.legs, self.steps = path, legs, steps
+        self._elements: list[int] = []
+        self._counts = np.zeros((0, 0))
+        self._differences = np.zeros(0)
+        self._points: Points | None = None
+        self._rows: dict[str, range] = {}
+        self._kept = ReferenceFrames([], frames)
+        self._loaded: np.ndarray | None = None
+
+    def check(self, pairs: Sequence[RelaxationPair]) -> None:
+        """Read the frames.
+
+        Raises
+        ------
+        ValueError
+            Where no pair has a frame with energy and forces, or a frame holds other atoms than its pair.
+        """
+        # Frames are read from files, and the same pairs are checked more than once before a training.
+        if self._kept.pairs != list(pairs):
+            self._kept = ReferenceFrames(pairs, self.frames, self.energies)
+        if not self._kept.labelled:
+            wanted = "energy and forces" if self.energies else "forces"
+            raise ValueError(
+                f"None of the training pairs has a frame with {wanted}: read them from files that hold "
+                "those (vasprun.xml, OUTCAR, .pwo, extxyz, .traj), or leave the reference term out."
+            )
+
+    def prepare(self, potential: Potential, pairs: Sequence[RelaxationPair]) -> None:
+        """Take the frames, and ask the potential for its energies there, unless `load` gave those.
+
+        Raises
+        ------
+        ValueError
+            As `check` does, and where a run goes on with other frames.
+        """
+        self.check(pairs)
+        found = self._kept.labelled
+        log.info("reference frames with energies and forces: of %d of %d pairs", len(found), len(pairs))
+        first = 0
+        for name, frames in found.items():
+            self._rows[name] = range(first, first := first + len(frames))
+        every = [a for frames in found.values() for a in frames]
+        self._points = _points(potential, every)
+        self._elements = sorted({int(z) for a in every for z in a.numbers})
+        self._counts = np.array([[np.count_nonzero(a.numbers == z) for z in self._elements] for a in every], float)
+        if not self.energies:
+            return
+        if self._loaded is None:
+            self._differences = (self._points.energies - Points.of(potential, every).energies).double().cpu().numpy()
+        elif len(self._loaded) != len(every):
+            raise ValueError("The reference term was begun with other frames: give those again, or begin a new run.")
+        else:
+            self._differences = self._loaded.copy()
+
+    @property
+    def offsets(self) -> dict[int, float]:
+        """Energy in eV of an atom of each element (by atomic number) that is taken off the reference's."""
+        return dict(zip(self._elements, self._fitted().tolist(), strict=True)) if len(self._differences) else {}
+
+    def _fitted(self) -> np.ndarray:
+        # Per atom, for that is how energies are compared.
+        sizes = self._counts.sum(axis=1)
+        return np.linalg.lstsq(self._counts / sizes[:, None], self._differences / sizes, rcond=None)[0]
+
+    def loss(self, potential: Potential, pairs: Sequence[RelaxationPair], rng: np.random.Generator) -> Tensor:
+        """The `cost` at frames of those pairs of the batch that have any, and the path; without a unit."""
+        chosen: list[int] = []
+        for pair in pairs:
+            rows = self._rows.get(pair.id, range(0))
+            chosen += sorted(rng.choice(rows, min(self.per_pair, len(rows)), replace=False).tolist() if rows else [])
+        total = torch.zeros((), dtype=potential.dtype, device=potential.device)
+        if chosen and self._points is not None:
+            total = self._matched(potential, self._points.select(chosen), chosen)
+        if self.path:
+            total = total + self.path * self._off_the_path(potential, pairs)
+        return total
+
+    def _matched(self, potential: Potential, points: Points, chosen: list[int]) -> Tensor:
+        energy, forces = answer(potential, points.structures)
+        if not self.energies:
+            return cost(points, energy, forces, energies=False)
+        now = (points.energies - energy.detach()).double().cpu().numpy()
+        if np.isfinite(now).all():
+            self._differences[chosen] = now
+        offsets = points.energies.new_tensor(self._counts[chosen] @ self._fitted())
+        return cost(replace(points, energies=points.energies - offsets), energy, forces)
+
+    def _off_the_path(self, potential: Potential, pairs: Sequence[RelaxationPair]) -> Tensor:
+        here = potential.batch([p.initial for p in pairs])
+        visited = []
+        for _ in range(self.legs):
+            run = relax(potential, here, stepper=GradientDescent(), fmax=0.0, steps=self.steps)
+            here = here.replace(positions=run.positions)
+            visited.append(here)
+        off = []
+        for k, pair in enumerate(pairs):
+            # What lies behind the start, which may be anywhere on the way, is not to be passed again.
+            ahead = _ahead(pair, self._kept.every[pair.id])
+            reference = potential.batch(ahead)
+            ends = [v.select([k] * len(ahead)) for v in visited]
+            distances = torch.stack([root_delta_q(end, reference) for end in ends])
+            off.append(distances.amin(0).mean())
+        found = torch.stack(off)
+        found = found[torch.isfinite(found.detach())]
+        return found.mean() if len(found) else here.positions.new_zeros(())
+
+    def state(self) -> dict[str, Any]:
+        """Differences of energy from the potential, as they were last; the frames are read again."""
+        return {"differences": torch.from_numpy(self._differences.copy())}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take up what `state` gave; call it before `prepare`."""
+        self._loaded = state["differences"].numpy()
+
+    def todict(self) -> dict[str, Any]:
+        names = ("name", "weight", "energies", "per_pair", "frames", "path", "legs", "steps")
+        return {name: getattr(self, name) for name in names}
+
+
+def _points(potential: Potential, frames: Sequence[Atoms]) -> Points:
+    """The frames with the reference's own energies and forces."""
+    structures = potential.batch(frames)
+    like = structures.positions
+    forces = np.concatenate([a.calc.results["forces"] for a in frames])
+    # A float32 has too few digits for DFT's total energies: only differences of them may lose some.
+    return Points(
+        structures, like.new_tensor([energy_of(a) for a in frames], dtype=torch.float64), like.new_tensor(forces)
+    )
+
+
+def _ahead(pair: RelaxationPair, way: Sequence[Atoms]) -> list[Atoms]:
+    """The frames that are nearer to the end than the start is, and the end."""
+    starts, ends = [pair.initial, *way], [pair.relaxed] * (len(way) + 1)
+    left, *distances = root_delta_q(starts, ends).tolist()
+    return [a for a, d in zip(way, distances, strict=True) if d < left and d > 0] + [pair.relaxed]
+
+
+MOVED = {"positions", "numbers", "cell"}
+"""Changes of a structure, as ASE names them, after which the results of its calculator are another's."""
+
+
+class ReferenceFrames:
+    """Frames that are kept of some pairs, evenly spaced from the first to the last, by the pair's id.
+
+    Parameters
+    ----------
+    pairs : sequence of RelaxationPair
+    most : int
+        Frames of each.
+    energies : bool
+        Whether only frames with an energy, too, count as labelled, and not those with forces alone.
+
+    Attributes
+    ----------
+    pairs : list of RelaxationPair
+    every : dict of str to list of Atoms
+    labelled : dict of str to list of Atoms
+        Of those alone that have energy and forces, finite and of where the atoms are; pairs without any are
+        not in it.
+
+    Raises
+    ------
+    ValueError
+        For two pairs of one name, and a frame that holds other atoms than its pair.
+    """
+
+    def __init__(self, pairs: Sequence[RelaxationPair], most: int, energies: bool = True):
+        self.pairs = list(pairs)
+        self.every: dict[str, list[Atoms]] = {}
+        self.labelled: dict[str, list[Atoms]] = {}
+        for pair in _each_once(pairs):
+            frames = _frames_of(pair)
+            self.every[pair.id] = _evenly(frames, most)
+            labelled = _evenly([a for a in frames if _has_labels(a, energies)], most)
+            if labelled:
+                self.labelled[pair.id] = labelled
+
+
+def energy_of(atoms: Atoms) -> float:
+    """The energy in eV that the forces are the slope of, where the file tells it, else NaN."""
+    results = atoms.calc.results
+    return float(results.get("free_energy", results.get("energy", np.nan)))
+
+
+def _each_once(pairs: Sequence[RelaxationPair]) -> list[RelaxationPair]:
+    every: dict[str, RelaxationPair] = {}
+    for pair in pairs:
+        if every.setdefault(pair.id, pair).relaxed is not pair.relaxed:
+            raise ValueError(f"Two training pairs are called {pair.id!r}: give each a name of its own.")
+    return list(every.values())
+
+
+def _frames_of(pair: RelaxationPair) -> list[Atoms]:
+    frames = list(pair.frames) or [pair.initial, pair.relaxed]
+    wrong = next((k for k, a in enumerate(frames) if not np.array_equal(a.numbers, pair.relaxed.numbers)), None)
+    if wrong is not None:
+        raise ValueError(
+            f"{pair.id}: its frame {wrong} is {frames[wrong].symbols} and not {pair.relaxed.symbols}; "
+            "give the frames of this relaxation, with their atoms in the same order."
+        )
+    return frames
+
+
+def _has_labels(atoms: Atoms, energies: bool) -> bool:
+    results = getattr(atoms.calc, "results", {})
+    if "forces" not in results or not np.isfinite(results["forces"]).all():
+        return False
+    # A calculator that several structures share holds what it found for the last of them.
+    moved = MOVED & {*atoms.calc.check_state(atoms)} if hasattr(atoms.calc, "check_state") else ()
+    return not moved and (not energies or bool(np.isfinite(energy_of(atoms))))
+
+
+def _evenly(frames: Sequence[Atoms], most: int) -> list[Atoms]:
+    chosen = np.unique(np.linspace(0, len(frames) - 1, min(most, len(frames))).round().astype(int))
+    return [frames[k] for k in chosen] if len(frames) else []

@@ -1,0 +1,251 @@
+"""Structures on which potentials are compared, and the comparison of energies and forces there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.build import bulk, molecule
+from ase.data import atomic_numbers, chemical_symbols, reference_states
+from ase.data.g2 import data as G2
+from torch import Tensor
+from torch.nn.functional import huber_loss
+
+from ..losses import displacements
+from ..neighbors.search import find_pairs
+from ..pairs import RelaxationPair
+from ..potential import Potential
+from ..structures import Structures
+from ..throughput import single_points
+
+KINDS = ("structures", "crystals", "molecules")
+RATTLE = {"structures": (0.02, 0.12), "crystals": (0.02, 0.12), "molecules": (0.02, 0.06)}
+"""Å: between which the standard deviation of a probe's rattling is drawn."""
+STRAIN = 0.03
+"""Largest component of a crystal's strain."""
+COMPOUNDS: tuple[tuple[str, str, float], ...] = (
+    ("MgO", "rocksalt", 4.21), ("NaCl", "rocksalt", 5.64), ("LiF", "rocksalt", 4.03), ("CaO", "rocksalt", 4.81),
+    ("KBr", "rocksalt", 6.60), ("MgS", "rocksalt", 5.20), ("TiC", "rocksalt", 4.33), ("TiN", "rocksalt", 4.24),
+    ("PbS", "rocksalt", 5.94), ("SnTe", "rocksalt", 6.33), ("GaAs", "zincblende", 5.65), ("SiC", "zincblende", 4.36),
+    ("BN", "zincblende", 3.62), ("AlP", "zincblende", 5.46), ("AlAs", "zincblende", 5.66),
+    ("AlSb", "zincblende", 6.14), ("GaP", "zincblende", 5.45), ("GaSb", "zincblende", 6.10),
+    ("InP", "zincblende", 5.87), ("InAs", "zincblende", 6.06), ("InSb", "zincblende", 6.48),
+    ("ZnS", "zincblende", 5.41), ("CdTe", "zincblende", 6.48), ("CuCl", "zincblende", 5.42),
+    ("CsCl", "cesiumchloride", 4.12), ("NiAl", "cesiumchloride", 2.89),
+    ("CaF2", "fluorite", 5.46), ("ZrO2", "fluorite", 5.09), ("CeO2", "fluorite", 5.41),
+)  # fmt: skip
+"""Formula, structure, and lattice constant in Å, near what is measured."""
+CHOICE = ("Si", "Cu", "MgO", "Al", "NaCl", "GaAs", "W", "C", "CaF2", "TiN", "Ge", "AlP", "InSb", "Pt", "Au", "Ag", "Pd",
+          "Ni", "SiC", "GaP", "AlSb", "InAs")  # fmt: skip
+"""Of different bonding; the first ten that a potential knows stand on its card."""
+CUBIC = ("fcc", "bcc", "diamond")
+
+
+@dataclass(frozen=True)
+class Crystal:
+    """A crystal's name, ASE's name of its structure, and its lattice constant in Å to start from."""
+
+    name: str
+    structure: str
+    a: float | None = None
+
+    def atoms(self, cubic: bool = False) -> Atoms:
+        """Its primitive cell, or the cubic one."""
+        return bulk(self.name, self.structure, a=self.a, cubic=cubic)
+
+    @property
+    def elements(self) -> frozenset[int]:
+        """Atomic numbers."""
+        return frozenset(int(z) for z in self.atoms().numbers)
+
+
+def _elements() -> list[Crystal]:
+    found = []
+    for name, state in zip(chemical_symbols, reference_states):
+        structure, a = (str((state or {}).get(key, "")) for key in ("symmetry", "a"))
+        if structure in (*CUBIC, "hcp") and a:
+            found.append(Crystal(name, structure, float(a) if structure in CUBIC else None))
+    return found
+
+
+CRYSTALS = {crystal.name: crystal for crystal in (*_elements(), *(Crystal(*row) for row in COMPOUNDS))}
+
+
+def known_crystals(potential: Potential) -> list[Crystal]:
+    """The crystals all of whose elements the potential knows."""
+    known = potential.atomic_numbers or frozenset(atomic_numbers.values())
+    return [crystal for crystal in CRYSTALS.values() if crystal.elements <= known]
+
+
+def chosen_crystals(potential: Potential, most: int = 10) -> list[Crystal]:
+    """So many that the potential knows, those of `CHOICE` first, and of the others only cubic ones."""
+    known = {crystal.name: crystal for crystal in known_crystals(potential) if crystal.a is not None}
+    names = [name for name in CHOICE if name in known]
+    return [known[name] for name in [*names, *(name for name in known if name not in names)][:most]]
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """A structure, without constraints, its name and which of `KINDS` it is of."""
+
+    atoms: Atoms
+    kind: str
+    name: str
+
+
+def make_probes(
+    potential: Potential, pairs: Sequence[RelaxationPair] = (), *, size: int = 24, seed: int = 0
+) -> list[Probe]:
+    """A probe set, the same for the same arguments.
+
+    Parameters
+    ----------
+    potential : Potential
+        Only elements that it knows are taken.
+    pairs : sequence of RelaxationPair
+        Probes begin anywhere on the straight line from their initial to their relaxed structures.
+    size : int
+        Probes of each kind at most: rattled structures of the pairs, rattled and strained crystals, and
+        rattled molecules of the G2 set. Of structures there are always so many, if there are pairs; of
+        crystals and molecules there may be fewer that the potential knows, each of which is taken once.
+    seed : int
+
+    Returns
+    -------
+    list of Probe
+        By kind, in the order of `KINDS`.
+    """
+    makers: tuple[Callable[[np.random.Generator], list[tuple[str, Atoms]]], ...] = (
+        lambda rng: [_between(pairs[k], rng) for k in _drawn(len(pairs), size, rng, again=True)],
+        lambda rng: [_strained(crystal, rng) for crystal in _some(known_crystals(potential), size, rng)],
+        lambda rng: [(name, molecule(name)) for name in _some(known_molecules(potential), size, rng)],
+    )
+    found = []
+    for number, (kind, make) in enumerate(zip(KINDS, makers, strict=True)):
+        rng = np.random.default_rng([seed, number])
+        for name, atoms in make(rng):
+            atoms.positions += rng.normal(0, rng.uniform(*RATTLE[kind]), atoms.positions.shape)
+            found.append(Probe(atoms, kind, name))
+    return found
+
+
+def known_molecules(potential: Potential) -> list[str]:
+    """Names of the molecules of the G2 set whose elements the potential knows; lone atoms are none."""
+    known = potential.atomic_numbers
+    every = ((name, molecule(name).numbers) for name in sorted(G2))
+    return [name for name, numbers in every if len(numbers) > 1 and (known is None or {*numbers.tolist()} <= known)]
+
+
+def _drawn(n: int, size: int, rng: np.random.Generator, *, again: bool) -> list[int]:
+    """Indices of so many out of n, each as often as the others, and once only unless they may come again."""
+    rounds = -(-size // n) if again and n else 1
+    return [int(k) for _ in range(rounds) for k in rng.permutation(n)][:size]
+
+
+def _some(known: list, size: int, rng: np.random.Generator) -> list:
+    return [known[k] for k in _drawn(len(known), size, rng, again=False)]
+
+
+def _between(pair: RelaxationPair, rng: np.random.Generator) -> tuple[str, Atoms]:
+    atoms = pair.initial.copy()
+    atoms.set_constraint()
+    atoms.positions += rng.uniform() * displacements(pair.relaxed, pair.initial).numpy()
+    return pair.id, atoms
+
+
+def _strained(crystal: Crystal, rng: np.random.Generator) -> tuple[str, Atoms]:
+    atoms = crystal.atoms(cubic=crystal.a is not None)
+    # One atom a cell would feel no force, however it is rattled.
+    while len(atoms) < 4:
+        atoms = atoms.repeat((2, 1, 1) if len(atoms) > 1 else (2, 2, 1))
+    strain = rng.uniform(-STRAIN, STRAIN, (3, 3))
+    atoms.set_cell(atoms.cell.array @ (np.eye(3) + (strain + strain.T) / 2), scale_atoms=True)
+    return crystal.name, atoms
+
+
+FORCE, ENERGY = 0.1, 0.05
+"""eV/Å and eV an atom: a deviation of this size costs 1/2, smaller ones go by their square, larger ones linearly."""
+SOUND = 30.0
+"""eV/Å: where a potential finds a larger force, it was asked for what it does not know."""
+
+
+@dataclass(eq=False)
+class Points:
+    """Structures and what a potential shall give there.
+
+    Attributes
+    ----------
+    structures : Structures, n of them
+    energies : Tensor, shape (n,)
+        In eV.
+    forces : Tensor, shape (n_atoms, 3)
+        In eV/Å, before constraints.
+    """
+
+    structures: Structures
+    energies: Tensor
+    forces: Tensor
+
+    @classmethod
+    def of(cls, potential: Potential, atoms: Sequence[Atoms]) -> Points:
+        """What this potential gives for these structures as it is now."""
+        structures = potential.batch(atoms)
+        _, *found = zip(*single_points(potential, atoms), strict=True)
+        energies, forces = (torch.cat(column) for column in found)
+        return cls(structures, energies, forces)
+
+    def __len__(self) -> int:
+        return len(self.structures)
+
+    def sound(self) -> list[int]:
+        """Which of them have a finite energy, and no force above `SOUND`."""
+        largest = self.structures.max(self.forces.norm(dim=1).nan_to_num(nan=torch.inf))
+        return (torch.isfinite(self.energies) & (largest < SOUND)).nonzero().squeeze(1).tolist()
+
+    def select(self, keep: Sequence[int]) -> Points:
+        """Those with these indices, in this order."""
+        index = torch.as_tensor(list(keep), dtype=torch.int64, device=self.energies.device)
+        return Points(self.structures.select(keep), self.energies[index], self.forces[self.structures.atoms_of(keep)])
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain values that `from_state` makes the same of; constraints are not among them."""
+        names = ("positions", "cells", "pbc", "numbers", "masses")
+        tensors = {name: getattr(self.structures, name).detach().cpu() for name in names}
+        labels = {"energies": self.energies.cpu(), "forces": self.forces.cpu()}
+        return {**tensors, **labels, "counts": list(self.structures.counts)}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any], potential: Potential) -> Points:
+        """What `state` gave, where and in the dtype this potential computes."""
+        tensors = {name: value for name, value in state.items() if name not in ("counts", "energies", "forces")}
+        counts = tuple(state["counts"])
+        structures = Structures(**tensors, counts=counts, constraints=((),) * len(counts))
+        structures = structures.to(potential.device, potential.dtype)
+        return cls(structures, *(state[name].to(structures.positions) for name in ("energies", "forces")))
+
+
+def answer(potential: Potential, structures: Structures) -> tuple[Tensor, Tensor]:
+    """Energies and forces as the potential gives them now, with a graph."""
+    return potential.energy_and_forces(structures, find_pairs(structures, potential.cutoff), create_graph=True)
+
+
+def cost(points: Points, energy: Tensor, forces: Tensor, *, energies: bool = True) -> Tensor:
+    """What deviations of energies (n,) in eV and forces (n_atoms, 3) in eV/Å cost, without a unit.
+
+    The mean over the components of the forces of Huber's function of their deviation in units of
+    `FORCE`, and likewise that over the structures of the deviation of the energy per atom in units of
+    `ENERGY`. Forces are compared as the constraints let them act; held atoms do not count.
+    """
+    structures = points.structures
+    off = structures.project_forces(forces - points.forces) / FORCE
+    moving = (3 * structures.movable.sum()).clamp(min=1)
+    found = huber_loss(off, torch.zeros_like(off), reduction="sum") / moving
+    if energies:
+        sizes = torch.tensor(structures.counts, device=energy.device)
+        off = (energy - points.energies) / sizes / ENERGY
+        found = found + huber_loss(off, torch.zeros_like(off))
+    return found

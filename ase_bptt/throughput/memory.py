@@ -1,0 +1,225 @@
+"""What a batch takes of the memory, and how a computation continues in smaller parts where it runs out."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from ase import Atoms
+from scipy.optimize import nnls
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ..neighbors.search import search_each
+from ..potential import Potential
+
+Item = TypeVar("Item")
+SHARE = 0.8
+"""Of the memory that is free; the rest is for what allocators round up."""
+COUNTED = 64
+"""Structures whose pairs are held at once while they are counted."""
+
+
+class Size(NamedTuple):
+    """Atoms and neighbour pairs of a structure."""
+
+    atoms: int
+    pairs: int
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes at the peak: some for each batch, for each atom, for each neighbour pair.
+
+    Attributes
+    ----------
+    fixed, per_atom, per_pair : float
+        In bytes.
+    """
+
+    fixed: float
+    per_atom: float
+    per_pair: float
+
+    def of(self, size: Size) -> float:
+        """Bytes that a structure adds to a batch."""
+        # Something at least, so that room is never endless.
+        return max(1.0, self.per_atom * size.atoms + self.per_pair * size.pairs)
+
+
+def sizes(potential: Potential, structures: Sequence[Atoms]) -> list[Size]:
+    """Atoms and neighbour pairs of each structure."""
+    counted: list[Size] = []
+    for first in range(0, len(structures), COUNTED):
+        some = structures[first : first + COUNTED]
+        found = search_each(potential.batch(some), potential.cutoff)
+        counted += [Size(len(atoms), len(pairs.i)) for atoms, pairs in zip(some, found, strict=True)]
+    return counted
+
+
+def measure(run: Callable[[list[Item]], Any], items: Sequence[Item], of: Sequence[Size]) -> Footprint:
+    """The footprint of a computation, from its peaks on a few batches of the smallest and the largest items.
+
+    Parameters
+    ----------
+    run : callable
+        ``run(items)``, whose memory counts; it is called some times.
+    items : sequence
+    of : sequence of Size
+        Their sizes.
+
+    Raises
+    ------
+    MemoryError
+        Where not even the smallest item fits, naming the mend.
+    """
+    order = sorted(range(len(items)), key=lambda k: of[k])
+    small, large = order[0], order[-1]
+    rows, peaks = [], []
+    # The first makes what is made at first use, and is measured again.
+    for batch in ([small], [small], [small, small], [large], [small, large]):
+        found = fits(partial(peak_bytes, partial(run, [items[k] for k in batch])))
+        if found is None:
+            continue
+        rows.append([1.0, sum(of[k].atoms for k in batch), sum(of[k].pairs for k in batch)])
+        peaks.append(max(1, found[0]))
+    if not peaks:
+        tell(1)
+    return _fitted(np.array(rows[1:] or rows), np.array(peaks[1:] or peaks, dtype=float))
+
+
+def _fitted(rows: np.ndarray, peaks: np.ndarray) -> Footprint:
+    """Bytes for each batch, atom and pair that give these peaks."""
+    if len(rows) < rows.shape[1]:
+        return Footprint(0.0, float((peaks / rows[:, 1]).max()), 0.0)
+    # Each batch counts by its relative error; nothing can take less than no memory.
+    (fixed, per_atom, per_pair), _ = nnls(rows / peaks[:, None], np.ones(len(peaks)))
+    return Footprint(fixed, per_atom, per_pair)
+
+
+def free_bytes(device: torch.device) -> float:
+    """What may be taken of the memory of a GPU now; infinite elsewhere, where the system would swap, not say no."""
+    if device.type != "cuda":
+        return float("inf")
+    free, _ = torch.cuda.mem_get_info(device)
+    held_back = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return SHARE * (free + held_back)
+
+
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """Bytes of all tensors that are alive together at most while `run` runs, of those that it makes or uses.
+
+    Counted from the tensors themselves, so that neither other processes nor what an allocator holds back matter.
+    """
+    with _Live() as live:
+        run()
+    return live.peak
+
+
+class _Live(TorchDispatchMode):
+    """Adds up the storages that operations give, until they are freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self._live = 0
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(found):
+            if isinstance(tensor, torch.Tensor):
+                self._see(tensor)
+        return found
+
+    def _see(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        place, size = storage.data_ptr(), storage.nbytes()
+        if not size or place in self._sizes:
+            return
+        self._sizes[place] = size
+        self._live += size
+        self.peak = max(self.peak, self._live)
+        weakref.finalize(storage, self._gone, place)
+
+    def _gone(self, place: int) -> None:
+        self._live -= self._sizes.pop(place, 0)
+
+
+log = logging.getLogger(__name__)
+SIGNS = ("can't allocate memory", "out of memory", "OutOfMemoryError", "ALLOC_FAILED")
+Found = TypeVar("Found")
+
+
+def in_parts(run: Callable[[list[Item]], Found], items: Sequence[Item]) -> Iterator[tuple[list[Item], Found]]:
+    """What `run` gives for the items, all at once or, where memory runs out, for one half after the other.
+
+    Parameters
+    ----------
+    run : callable
+        ``run(items)``; where it fails it must leave nothing behind, for its halves are run instead.
+    items : sequence
+
+    Yields
+    ------
+    (list, object)
+        Each part of the items, in order, and what was found for it.
+
+    Raises
+    ------
+    MemoryError
+        Where a single item does not fit.
+    """
+    waiting = [list(items)] if len(items) else []
+    while waiting:
+        part = waiting.pop()
+        found = fits(partial(run, part))
+        if found is not None:
+            yield part, found[0]
+            continue
+        tell(len(part))
+        half = (len(part) + 1) // 2
+        waiting += [part[half:], part[:half]]
+
+
+def fits(run: Callable[[], Found]) -> tuple[Found] | None:
+    """What `run` gives; None where memory ran out, and by then everything that it held on to is given back."""
+    try:
+        return (run(),)
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out(error):
+            raise
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None
+
+
+def tell(n: int) -> None:
+    """Warn that so many structures were too many.
+
+    Raises
+    ------
+    MemoryError
+        Where it was a single one, naming the mend.
+    """
+    if n == 1:
+        raise MemoryError(
+            "Memory ran out on a single structure: use a device with more memory, a smaller potential, or an "
+            "adjoint that keeps less, such as 'replay' or 'implicit'."
+        )
+    log.warning("Memory ran out on %d structures at once: going on with half as many.", n)
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error says that the device or the host has no memory left."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    # The CPU's allocator has no class of its own for it, and TorchScript passes errors on as text.
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)

@@ -1,0 +1,220 @@
+"""What a fine-tuning run found, for one run and for the folds of a cross-validation, and its files."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..drift import Snapshot
+from ..drift.changes import DriftReport, FoldDriftReports
+from ..evaluation import BASIN_RULE, Evaluation
+from ..evaluation.compare import Comparison, compare
+from ..pairs import RelaxationPair
+from ..report.drift import drift_figure, drift_section
+from ..report.page import write_page, write_pictures
+from ..report.plots import save
+from ..report.tables import write_csv
+from ..utils import replacing, without_nan, write_json
+
+RESULTS, BEFORE, AFTER = "results.json", "before.json", "after.json"
+PORTRAITS = ("portrait_before.json", "portrait_after.json")
+CARD, CARD_PICTURE = "card.json", "card.png"
+
+
+@dataclass(eq=False)
+class Outcome:
+    """Held-out evaluations by FIRE and by BFGS, before and after.
+
+    Attributes
+    ----------
+    out : Path
+        The run folder.
+    history : list of dict
+        A row for each epoch, as in metrics.csv; empty for a cross-validation.
+    seconds : float
+    best_epoch : int or None
+        The one whose weights were kept; 0 is the untuned potential.
+    folds : int or None
+        Of a cross-validation, whose evaluations are those of all folds together.
+    facts : dict
+        Names and values for the head of the page: potential, settings, versions.
+    card : DriftReport, FoldDriftReports or None
+        What else has changed.
+    """
+
+    out: Path
+    before: Evaluation
+    after: Evaluation
+    before_bfgs: Evaluation
+    after_bfgs: Evaluation
+    history: list[dict[str, float]]
+    seconds: float
+    best_epoch: int | None = None
+    folds: int | None = None
+    facts: dict[str, str] = field(default_factory=dict)
+    card: DriftReport | FoldDriftReports | None = None
+
+    @property
+    def comparison(self) -> Comparison:
+        """After against before, by FIRE."""
+        return compare(self.before, self.after)
+
+    def todict(self) -> dict[str, Any]:
+        """The summary that --json prints; a number that is not finite is null."""
+        found = {
+            "test": summary(self.before, self.after),
+            "test_bfgs": summary(self.before_bfgs, self.after_bfgs),
+            "comparison": self.comparison.todict(),
+            "drift": None if self.card is None else {k: vars(d) for k, d in self.card.drifts.items()},
+            "warnings": [] if self.card is None else self.card.warnings(),
+            "checkpoint": None if self.folds else str(self.out / "potential"),
+            "run": str(self.out),
+            "folds": self.folds,
+            "epochs": len(self.history),
+            "best_epoch": self.best_epoch,
+            "seconds": round(self.seconds, 1),
+        }
+        return without_nan(found)
+
+    def write(self) -> None:
+        """Write rows, table.csv, pictures and report.html, and results.json last: it says that all is there."""
+        write_rows(self.out / BEFORE, self.before, self.before_bfgs)
+        write_rows(self.out / AFTER, self.after, self.after_bfgs)
+        if isinstance(self.card, DriftReport):
+            self.card.before.write(self.out / PORTRAITS[0])
+            self.card.after.write(self.out / PORTRAITS[1])
+        if self.card is not None:
+            self.card.write(self.out / CARD)
+            save(drift_figure(self.card), self.out / CARD_PICTURE)
+        write_csv(self.out / "table.csv", self.before, self.after)
+        write_pictures(self.out, self.before, self.after, history=self.history or None, best_epoch=self.best_epoch)
+        write_page(
+            self.out / "report.html",
+            title="Cross-validation" if self.folds else "Fine-tuning",
+            evaluation=self.before,
+            after=self.after,
+            comparison=self.comparison,
+            history=self.history or None,
+            best_epoch=self.best_epoch,
+            facts=tuple(self.facts.items()),
+            extra=[] if self.card is None else [drift_section(self.card)],
+        )
+        rows = {"rows_before": self.before.todict()["rows"], "rows_after": self.after.todict()["rows"]}
+        write_json(self.out / RESULTS, self.todict() | without_nan(rows) | {"rule": BASIN_RULE, "facts": self.facts})
+
+    @classmethod
+    def load(cls, out: Path) -> Outcome:
+        """What a finished run wrote."""
+        results = json.loads((out / RESULTS).read_text())
+        history = []
+        card: DriftReport | FoldDriftReports | None
+        if not results["folds"]:
+            with (out / "metrics.csv").open(newline="") as file:
+                history = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+        before, before_bfgs = read_rows(out / BEFORE)
+        after, after_bfgs = read_rows(out / AFTER)
+        if results["folds"]:
+            folders = [out / f"fold_{k}" for k in range(results["folds"])]
+            there = all((folder / RESULTS).is_file() for folder in folders)
+            card = card_of_folds([cls.load(folder) for folder in folders]) if there else None
+        else:
+            portraits = [Snapshot.read(out / name) for name in PORTRAITS if (out / name).is_file()]
+            card = DriftReport(portraits[0], portraits[1], (before, after)) if len(portraits) == 2 else None
+        return cls(
+            out,
+            before,
+            after,
+            before_bfgs,
+            after_bfgs,
+            history,
+            results["seconds"],
+            best_epoch=results["best_epoch"],
+            folds=results["folds"],
+            facts=results["facts"],
+            card=card,
+        )
+
+
+def card_of_folds(outcomes: Sequence[Outcome]) -> FoldDriftReports | None:
+    """One card for all folds; None where one of them has none, as those of older releases."""
+    cards = [outcome.card for outcome in outcomes if isinstance(outcome.card, DriftReport)]
+    return FoldDriftReports(tuple(cards)) if len(cards) == len(outcomes) else None
+
+
+def summary(before: Evaluation | None, after: Evaluation) -> dict[str, Any]:
+    """The figures that scripts read; those of "before" are null where there is nothing to compare with."""
+    found: dict[str, Any] = {
+        "n": len(after.rows),
+        "kinds": len(after.by_group()),
+        "mean_unrelaxed": after.mean_unrelaxed,
+    }
+    for name in ("mean", "median", "basins"):
+        found[f"{name}_before"] = None if before is None else getattr(before, name)
+        found[f"{name}_after"] = getattr(after, name)
+    return found
+
+
+def write_rows(path: Path, *evaluations: Evaluation) -> None:
+    """Keep the rows of evaluations, exactly: NaN stays NaN, which Python's own JSON reads."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps([e.todict()["rows"] for e in evaluations], indent=1) + "\n")
+
+
+def read_rows(path: Path) -> tuple[Evaluation, ...]:
+    """Evaluations that `write_rows` kept."""
+    return tuple(Evaluation.from_rows(rows) for rows in json.loads(path.read_text()))
+
+
+def as_one(
+    outcomes: Sequence[Outcome],
+    pairs: Sequence[RelaxationPair],
+    out: Path,
+    *,
+    seconds: float,
+    facts: Mapping[str, str],
+) -> Outcome:
+    """The outcome of all folds together, each pair where it was held out.
+
+    Parameters
+    ----------
+    outcomes : sequence of Outcome
+        One for each fold.
+    pairs : sequence of RelaxationPair
+        Of all folds; their order is that of the rows.
+    out : Path
+        The run folder that the folds lie in.
+    seconds : float
+    facts : mapping of str to str
+        As for `finetune`.
+    """
+    return Outcome(
+        out,
+        before=_in_order([o.before for o in outcomes], pairs),
+        after=_in_order([o.after for o in outcomes], pairs),
+        before_bfgs=_in_order([o.before_bfgs for o in outcomes], pairs),
+        after_bfgs=_in_order([o.after_bfgs for o in outcomes], pairs),
+        history=[],
+        seconds=seconds,
+        folds=len(outcomes),
+        facts=dict(facts) | _learnt_by_folds(outcomes),
+        card=card_of_folds(outcomes),
+    )
+
+
+def _in_order(evaluations: Sequence[Evaluation], pairs: Sequence[RelaxationPair]) -> Evaluation:
+    """All folds' rows and ends in one evaluation, in the order of the pairs."""
+    place = {pair.id: k for k, pair in enumerate(pairs)}
+    rows = [row for e in evaluations for row in e.rows]
+    ends = [atoms for e in evaluations for atoms in e.ends]
+    order = sorted(range(len(rows)), key=lambda k: place[rows[k].id])
+    return Evaluation(tuple(rows[k] for k in order), tuple(ends[k] for k in order) if len(ends) == len(rows) else ())
+
+
+def _learnt_by_folds(outcomes: Sequence[Outcome]) -> dict[str, str]:
+    said = [f"fold {k}: {o.facts['learnt']}" for k, o in enumerate(outcomes) if "learnt" in o.facts]
+    return {"learnt": "; ".join(said)} if said else {}

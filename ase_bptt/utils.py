@@ -1,0 +1,140 @@
+"""What every room needs: files written whole or not at all, checks of numbers, gradients that may lack parts."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import operator
+import os
+import pickle
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+UNFINISHED = ".*.part.*"
+"""Pattern of the temporary names, for sweeping up behind a run that was killed."""
+REFUSED = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR})
+UNREADABLE = (
+    AttributeError,
+    EOFError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+)
+"""What is raised on reading a file that is damaged, or is no such file."""
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside this one, of the same ending, which takes its place if the block ends well.
+
+    Raises
+    ------
+    OSError
+        Where the disk is full or the place is not writable, naming the file; what was there is untouched.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{os.getpid()}.part.{path.name}")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        if not _refused(error):
+            raise
+        reason = getattr(error, "strerror", None) or "the disk may be full"
+        raise OSError(
+            f"{path} could not be written ({reason}): make room there or choose another place; "
+            "what was there before is untouched."
+        ) from error
+    finally:
+        # A place that refuses to be written may also refuse this, and has been told of.
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def check_writable(folder: str | Path) -> None:
+    """Make a folder, and raise OSError, naming it, where files cannot be written into it."""
+    folder = Path(folder)
+    probe = folder / f".{os.getpid()}.part.probe"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"probe")
+    except OSError as error:
+        raise OSError(f"Nothing can be written into {folder} ({error.strerror}): choose another place.") from error
+    finally:
+        with suppress(OSError):
+            probe.unlink()
+
+
+def write_json(path: Path, found: dict[str, Any]) -> None:
+    """Write JSON that any tool reads: null for a number that is not finite."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(without_nan(found), indent=1, allow_nan=False) + "\n")
+
+
+def without_nan(value: Any) -> Any:
+    """The same with None for every number that is not finite: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {k: without_nan(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def in_short(error: Exception) -> str:
+    """The error's name and first line; torch's go on for many."""
+    first = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+def _refused(error: OSError | RuntimeError) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in REFUSED
+    # torch.save tells of a full disk by a RuntimeError of its own, out of the C++ file that writes archives.
+    return any(word in str(error) for word in ("PytorchStreamWriter", "inline_container", "iostream error"))
+
+
+def check_positive(**numbers: Any) -> None:
+    """Raise ValueError for a number that is given and not positive, or not finite; None is not given."""
+    for name, given in numbers.items():
+        value = given.item() if hasattr(given, "item") else given
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name} must be positive, got {value:g}.")
+
+
+def check_count(**numbers: Any) -> None:
+    """Raise ValueError for a number that is given and not whole, or below 1; None is not given."""
+    for name, given in numbers.items():
+        try:
+            good = given is None or operator.index(given) >= 1
+        except TypeError:
+            good = False
+        if not good:
+            raise ValueError(f"{name} must be a whole number, at least 1, got {given}.")
+
+
+Gradients = Sequence[Tensor | None]
+
+
+def pull_back(outputs: Sequence[Tensor], gradients: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor | None]:
+    """The gradients by the inputs; None for those that no output depends on."""
+    live = [(o, g) for o, g in zip(outputs, gradients, strict=True) if o.requires_grad]
+    if not live:
+        return [None] * len(inputs)
+    outs, grads = zip(*live, strict=True)
+    return list(torch.autograd.grad(outs, list(inputs), grads, allow_unused=True))
+
+
+def added(some: Gradients, others: Gradients) -> list[Tensor | None]:
+    """The sum of two gradients, either of which may lack parts."""
+    return [a if b is None else b if a is None else a + b for a, b in zip(some, others, strict=True)]
