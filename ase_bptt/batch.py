@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .iterated_map import IteratedMap
 from .neighbors import NeighborList
-from .neighbors.edges import Pairs
+from .neighbors.edges import Edges
 from .result import Status, largest_force
 from .steppers import State
 from .structures import Structures
@@ -52,7 +52,7 @@ class Moving:
         self.energies = self.forces = structures.positions.new_empty(0)
         self._first_energies = [math.nan] * len(structures)
         self._neighbors: NeighborList = iterated.neighbor_list()
-        self._pairs: Pairs | None = None
+        self._edges: Edges | None = None
         self._ahead: tuple[Structures, State] | None = None
         self._answer: list[float] | None = None
 
@@ -64,8 +64,8 @@ class Moving:
 
         The stop test is not differentiated.
         """
-        if self._pairs is None:
-            self._pairs = self._neighbors(self.structures)
+        if self._edges is None:
+            self._edges = self._neighbors(self.structures)
         self.energies, self.forces = self._evaluate()
         # Where each would go next is found before it is known whether any stops: so the stop test and the neighbour
         # list ask the device in one transfer.
@@ -92,8 +92,8 @@ class Moving:
         if self._ahead is None or answer is None:
             self._ahead = self.map.advance(self.structures, self.state, self.forces)
             answer = self._neighbors.question(self._ahead[0]).tolist()
-        # Nothing has changed before there are pairs for it: memory may run out there.
-        self._pairs = self._neighbors.pairs(self._ahead[0], answer)
+        # Nothing has changed before there are edges for it: memory may run out there.
+        self._edges = self._neighbors.edges(self._ahead[0], answer)
         self.structures, self.state = self._ahead
         self._ahead = self._answer = None
         self.frames = [t + 1 for t in self.frames]
@@ -107,7 +107,7 @@ class Moving:
         self._keep(stay)
         if stay and Status.DIVERGED in gone.values() and torch.is_grad_enabled():
             # A tape must not hold an evaluation that was not finite: 0 * inf is NaN.
-            self._pairs = self._neighbors(self.structures)
+            self._edges = self._neighbors(self.structures)
             self.energies, self.forces = self._evaluate()
 
     def join(self, other: Moving) -> None:
@@ -117,7 +117,7 @@ class Moving:
         self.frames += other.frames
         self._first_energies += other._first_energies
         self._neighbors.extend(self.structures)
-        self._pairs = None
+        self._edges = None
 
     def split(self) -> Moving:
         """The second half of the members, as a batch of its own, before `look` or after it failed."""
@@ -140,11 +140,11 @@ class Moving:
         self.frames = [self.frames[k] for k in stay]
         self._first_energies = [self._first_energies[k] for k in stay]
         self._neighbors.keep(stay, self.structures)
-        self._pairs = self._ahead = None
+        self._edges = self._ahead = None
 
     def _evaluate(self) -> tuple[Tensor, Tensor]:
-        assert self._pairs is not None
-        return self.map.potential.energy_and_forces(self.structures, self._pairs, create_graph=torch.is_grad_enabled())
+        assert self._edges is not None
+        return self.map.potential.energy_and_forces(self.structures, self._edges, create_graph=torch.is_grad_enabled())
 
     def _measures(self) -> Tensor:
         """Largest force, energy and place of each, shape (3 n,)."""

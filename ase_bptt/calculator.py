@@ -113,9 +113,9 @@ class TorchCalculator(Calculator):
         if not np.isfinite(atoms.positions).all():
             raise CalculationFailed(f"A position of {atoms.symbols} is not a finite number.")
         structures = self._structures(atoms)
-        pairs = self._neighbors(structures)
+        edges = self._neighbors(structures)
         self._calculated_with = self._versions()
-        found = self.potential.results(structures, pairs)
+        found = self.potential.results(structures, edges)
         arrays = {name: _numpy(value) for name, value in found.items()}
         energy = float(arrays["energy"][0])
         if not np.isfinite(energy):
@@ -135,7 +135,7 @@ class TorchCalculator(Calculator):
         if "magmoms" in self.implemented_properties:
             self.results["magmoms"] = arrays["magmoms"]
         if "stresses" in properties:
-            stresses = _numpy(self.potential.stresses(structures, pairs).detach())
+            stresses = _numpy(self.potential.stresses(structures, edges).detach())
             self.results["stresses"] = full_3x3_to_voigt_6_stress(stresses)
 
     def _structures(self, atoms: Atoms) -> Structures:

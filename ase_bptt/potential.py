@@ -1,6 +1,6 @@
 """The contract between a potential and everything above it.
 
-An adapter (`ase_bptt.potentials`) supplies energies from live positions, cells and pairs. Forces,
+An adapter (`ase_bptt.potentials`) supplies energies from live positions, cells and edges. Forces,
 stress, the graph of a graph, dtype and device are handled here, once.
 """
 
@@ -20,7 +20,7 @@ from ase import Atoms
 from ase.data import chemical_symbols
 from torch import Tensor, nn
 
-from .neighbors.edges import Pairs
+from .neighbors.edges import Edges
 from .structures import Structures
 
 
@@ -64,7 +64,7 @@ class Potential(nn.Module):
     metadata: Mapping[str, Any] = MappingProxyType({})
     """Where the weights come from, as JSON; goes along into the files that are written."""
     cutoff: float
-    """Radius in Å within which it wants pairs."""
+    """Radius in Å within which it wants edges."""
     atomic_numbers: frozenset[int] | None = None
     """Elements it knows; None means all."""
 
@@ -72,12 +72,12 @@ class Potential(nn.Module):
         """Atoms as tensors, where and in the dtype the potential computes."""
         return Structures.from_atoms(atoms, device=self.device, dtype=self.dtype)
 
-    def forward(self, structures: Structures, pairs: Pairs) -> Prediction:
-        """Energies of a batch from its live positions, cells and pairs."""
+    def forward(self, structures: Structures, edges: Edges) -> Prediction:
+        """Energies of a batch from its live positions, cells and edges."""
         raise NotImplementedError
 
     def energy_and_forces(
-        self, structures: Structures, pairs: Pairs, *, create_graph: bool = False
+        self, structures: Structures, edges: Edges, *, create_graph: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Energies (n,) in eV and forces (n_atoms, 3) in eV/Å, F = -dE/dX.
 
@@ -88,7 +88,7 @@ class Potential(nn.Module):
         if not (create_graph and positions.requires_grad):
             positions = positions.detach().requires_grad_()
         with torch.enable_grad(), nullcontext() if create_graph else self._weights_aside():
-            energy = self(structures.replace(positions=positions), pairs).energy
+            energy = self(structures.replace(positions=positions), edges).energy
             # A lone atom's energy may not depend on its position at all.
             if not energy.requires_grad:
                 return energy, torch.zeros_like(positions)
@@ -96,7 +96,7 @@ class Potential(nn.Module):
         forces = torch.zeros_like(positions) if gradient is None else -gradient
         return (energy, forces) if create_graph else (energy.detach(), forces.detach())
 
-    def results(self, structures: Structures, pairs: Pairs) -> dict[str, Tensor]:
+    def results(self, structures: Structures, edges: Edges) -> dict[str, Tensor]:
         """Everything of one pass, detached: energy (n,), forces (n_atoms, 3), stress (n, 3, 3).
 
         stress is (1/V) dE/dstrain in eV/Å^3, positive under tension; NaN where the cell has no
@@ -104,21 +104,21 @@ class Potential(nn.Module):
         no slope of the energy there are energy and forces only.
         """
         if not self.conservative:
-            energy, forces = self.energy_and_forces(structures, pairs)
+            energy, forces = self.energy_and_forces(structures, edges)
             return {"energy": energy.detach(), "forces": forces.detach()}
         # Where the cells act through the offsets alone, as in most families, this graph is as small as that
         # of the forces: no atom and no pair has to be strained in it.
         inputs = [x.detach().requires_grad_() for x in (structures.positions, structures.cells)]
-        inputs.append(pairs.offsets(structures).detach().requires_grad_())
+        inputs.append(edges.offsets(structures).detach().requires_grad_())
         with torch.enable_grad(), self._weights_aside():
-            prediction = self(structures.replace(positions=inputs[0], cells=inputs[1]), pairs.with_offsets(inputs[2]))
+            prediction = self(structures.replace(positions=inputs[0], cells=inputs[1]), edges.with_offsets(inputs[2]))
             total = prediction.energy.sum()
             gradients: tuple[Tensor | None, ...] = (None, None, None)
             if total.requires_grad:
                 gradients = torch.autograd.grad(total, inputs, allow_unused=True)
         slopes = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, gradients, strict=True)]
         with torch.no_grad():
-            virial = _strain_slope(structures, pairs, inputs, slopes)
+            virial = _strain_slope(structures, edges, inputs, slopes)
         found = {
             "energy": prediction.energy,
             "forces": -slopes[0],
@@ -145,7 +145,7 @@ class Potential(nn.Module):
         """Found once, for the walk takes time in every frame; weights that are put in later cost time, no more."""
         return list(self.parameters())
 
-    def stresses(self, structures: Structures, pairs: Pairs) -> Tensor:
+    def stresses(self, structures: Structures, edges: Edges) -> Tensor:
         """Stress per atom in eV/Å^3, shape (n_atoms, 3, 3), summing to the stress of the cell."""
         raise NotImplementedError(f"The family {self.family!r} has no stresses per atom.")
 
@@ -217,11 +217,11 @@ class Potential(nn.Module):
         raise NotImplementedError
 
 
-def _strain_slope(structures: Structures, pairs: Pairs, inputs: list[Tensor], slopes: list[Tensor]) -> Tensor:
+def _strain_slope(structures: Structures, edges: Edges, inputs: list[Tensor], slopes: list[Tensor]) -> Tensor:
     """dE/dstrain, shape (n, 3, 3), from positions, cells and offsets, which a strain stretches, and dE/d(each)."""
     positions, cells, offsets = inputs
     slope = cells.mT @ slopes[1]
-    owners = (structures.batch, structures.batch[pairs.i])
+    owners = (structures.batch, structures.batch[edges.i])
     for owner, x, dx in zip(owners, (positions, offsets), (slopes[0], slopes[2]), strict=True):
         outer = x.unsqueeze(2) * dx.unsqueeze(1)
         slope.scatter_add_(0, owner[:, None, None].expand_as(outer), outer)

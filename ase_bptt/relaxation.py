@@ -21,7 +21,7 @@ from .iterated_map import IteratedMap, Keep, Record
 from .potential import Potential
 from .potentials.loading import as_potential
 from .result import Relaxation, Status
-from .stability import steady
+from .stability import resolve_step_size
 from .steppers import Stepper, make_stepper
 from .structures import Structures
 
@@ -92,7 +92,7 @@ def relax(
 
 def _map(potential: Potential, stepper: Stepper | str | None, structures: Structures) -> IteratedMap:
     # Its numbers stay where they are: what an optimizer holds of them must not be left behind on another device.
-    return IteratedMap(potential, steady(make_stepper(stepper), potential, structures))
+    return IteratedMap(potential, resolve_step_size(make_stepper(stepper), potential, structures))
 
 
 def _batch(

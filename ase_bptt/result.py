@@ -95,9 +95,9 @@ class Relaxation:
             return self._energies, self.forces
         # A member that is not finite must not touch the others' gradients: 0 * inf is NaN.
         structures = self.structures.select(sound)
-        pairs = self._record.map.neighbor_list()(structures)
+        edges = self._record.map.neighbor_list()(structures)
         energies, forces = self._record.map.potential.energy_and_forces(
-            structures, pairs, create_graph=torch.is_grad_enabled()
+            structures, edges, create_graph=torch.is_grad_enabled()
         )
         members = torch.tensor(sound, dtype=torch.int64, device=energies.device)
         return (

@@ -12,7 +12,7 @@ from ase import Atoms
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
 from .neighbors import NeighborList
-from .neighbors.edges import Pairs
+from .neighbors.edges import Edges
 from .potential import Potential
 from .steppers import Stepper
 from .structures import Structures, as_structures
@@ -30,7 +30,7 @@ LOOSE = 0.1
 Product = Callable[[np.ndarray], np.ndarray]
 
 
-def steady(stepper: Stepper, potential: Potential, structures: Structures | Sequence[Atoms]) -> Stepper:
+def resolve_step_size(stepper: Stepper, potential: Potential, structures: Structures | Sequence[Atoms]) -> Stepper:
     """A stepper whose step size is a number: where it is "auto", resolved by the `stability_limit` of the structures.
 
     Parameters
@@ -54,7 +54,7 @@ def steady(stepper: Stepper, potential: Potential, structures: Structures | Sequ
             "step_size='auto' found no finite forces on any structure to take a step size from: mend the structures, "
             "or give step_size a number in Å^2/eV."
         )
-    resolved = stepper.resolved(limit if math.isfinite(limit) else LOOSE)
+    resolved = stepper.resolve_step_size(limit if math.isfinite(limit) else LOOSE)
     LOG.info("step_size='auto' is %s Å^2/eV (limit %.3g)", resolved.todict()["step_size"], limit)
     return resolved
 
@@ -133,9 +133,9 @@ def hessian_product(potential: Potential, atoms: Atoms | Structures) -> Product:
     differences of its forces. Constraints are not applied.
     """
     structures = as_structures(atoms).to(potential.device, potential.dtype)
-    pairs = NeighborList(potential.cutoff, skin=0.0)(structures)
+    edges = NeighborList(potential.cutoff, skin=0.0)(structures)
     try:
-        by_gradient = _by_gradient(potential, structures, pairs)
+        by_gradient = _by_gradient(potential, structures, edges)
         by_gradient(np.ones(3 * structures.n_atoms))
         return by_gradient
     # So autograd says that there is no second derivative; a GPU says so that there is no room for it.
@@ -158,10 +158,10 @@ def _free(product: Product, structures: Structures) -> Product:
     return lambda vector: held(product(held(np.ravel(vector))))
 
 
-def _by_gradient(potential: Potential, structures: Structures, pairs: Pairs) -> Product:
+def _by_gradient(potential: Potential, structures: Structures, edges: Edges) -> Product:
     positions = structures.positions.detach().requires_grad_()
     with torch.enable_grad():
-        _, forces = potential.energy_and_forces(structures.replace(positions=positions), pairs, create_graph=True)
+        _, forces = potential.energy_and_forces(structures.replace(positions=positions), edges, create_graph=True)
 
     def product(v: np.ndarray) -> np.ndarray:
         along = torch.from_numpy(np.ascontiguousarray(v)).to(positions).view_as(positions)

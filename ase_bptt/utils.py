@@ -126,7 +126,7 @@ def check_count(**numbers: Any) -> None:
 Gradients = Sequence[Tensor | None]
 
 
-def pull_back(outputs: Sequence[Tensor], gradients: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor | None]:
+def vjp(outputs: Sequence[Tensor], gradients: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor | None]:
     """The gradients by the inputs; None for those that no output depends on."""
     live = [(o, g) for o, g in zip(outputs, gradients, strict=True) if o.requires_grad]
     if not live:

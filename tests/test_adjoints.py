@@ -396,13 +396,13 @@ class Holed(LennardJones):
 
     edge = 0.0
 
-    def forward(self, structures, pairs):
-        found = super().forward(structures, pairs)
-        length = pairs.vectors(structures).norm(dim=1)
+    def forward(self, structures, edges):
+        found = super().forward(structures, edges)
+        length = edges.vectors(structures).norm(dim=1)
         shortest = length.new_full((len(structures),), 9.0)
-        shortest = shortest.scatter_reduce(0, structures.batch[pairs.i], length, "amin")
-        edges = shortest.new_tensor([self.edge if count == 2 else 0 for count in structures.counts])
-        return Prediction(found.energy + 0 * (shortest - edges).sqrt())
+        shortest = shortest.scatter_reduce(0, structures.batch[edges.i], length, "amin")
+        jump = shortest.new_tensor([self.edge if count == 2 else 0 for count in structures.counts])
+        return Prediction(found.energy + 0 * (shortest - jump).sqrt())
 
 
 @pytest.mark.parametrize("falls", ["at once", "after some frames"])

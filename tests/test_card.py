@@ -215,8 +215,8 @@ class TestCard:
 
     def test_probes_and_crystals_that_are_lost_are_told(self):
         class Broken(LennardJones):
-            def forward(self, structures, pairs):
-                return Prediction(super().forward(structures, pairs).energy * torch.nan)
+            def forward(self, structures, edges):
+                return Prediction(super().forward(structures, edges).energy * torch.nan)
 
         found = drift_report(lennard_jones(), lennard_jones(Broken), silicon_pairs(), size=2)
         said = " ".join(found.warnings())

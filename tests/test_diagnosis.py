@@ -75,7 +75,7 @@ class Wells(Potential):
         super().__init__()
         self.width, self.tilt = width, tilt
 
-    def forward(self, structures, pairs):
+    def forward(self, structures, edges):
         ends = structures.positions.reshape(-1, 2, 3)
         x, y, z = (ends[:, 1] - ends[:, 0]).unbind(1)
         x = (x - 5) / self.width

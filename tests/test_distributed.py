@@ -319,10 +319,10 @@ class Limited(Exploding):
 
     fault, most = 1.0, 100
 
-    def forward(self, structures, pairs):
+    def forward(self, structures, edges):
         if structures.n_atoms > self.most:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return super().forward(structures, pairs)
+        return super().forward(structures, edges)
 
 
 class TestMemory:

@@ -65,10 +65,10 @@ def trap(x: float) -> Atoms:
 class Held(LennardJones):
     """Lennard-Jones without forces on the xenon atoms: the outer atoms stay."""
 
-    def forward(self, structures, pairs):
+    def forward(self, structures, edges):
         free = (structures.numbers != 54)[:, None]
         positions = structures.positions
-        return super().forward(structures.replace(positions=torch.where(free, positions, positions.detach())), pairs)
+        return super().forward(structures.replace(positions=torch.where(free, positions, positions.detach())), edges)
 
 
 class TestRightBasin:

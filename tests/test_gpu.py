@@ -9,7 +9,7 @@ from toys import vacancy
 
 from ase_bptt import RelaxationPair, Structures, TorchCalculator, Trainer, load_potential, relax
 from ase_bptt.adjoints import FullTape, Guided, Implicit, OneStep, Replay, Truncated
-from ase_bptt.neighbors.search import search_on_device
+from ase_bptt.neighbors.search import find_edges
 from ase_bptt.testing import check_potential
 from ase_bptt.throughput import relax_all
 
@@ -62,11 +62,11 @@ def test_many_end_as_on_the_cpu(batch_size):
 
 
 def test_pairs_are_found_where_the_structures_are(monkeypatch):
-    monkeypatch.setattr(search, "_of_one", None)  # the host is not asked
+    monkeypatch.setattr("ase_bptt.neighbors.search._of_one", None)  # the host is not asked
     batch = Structures.from_atoms([silicon(), argon(), cluster(), Atoms("He")], device="cuda")
-    found = search.find_pairs(batch, 3.0)
+    found = find_edges(batch, 3.0)
     monkeypatch.undo()
-    expected = search.find_pairs(batch.to(torch.device("cpu"), torch.float64), 3.0)
+    expected = find_edges(batch.to(torch.device("cpu"), torch.float64), 3.0)
     for name in ("i", "j", "shifts", "mirror"):
         assert torch.equal(getattr(found, name).cpu(), getattr(expected, name))
 

@@ -14,7 +14,7 @@ from ase_bptt import Potential, Prediction, Status, Structures, relax
 from ase_bptt.adjoints import Guided, Implicit, Replay, Truncated
 from ase_bptt.diagnostics.gradient_report import health
 from ase_bptt.diagnostics.gradients import spectral_radius
-from ase_bptt.stability import stability_limit, steady
+from ase_bptt.stability import resolve_step_size, stability_limit
 from ase_bptt.steppers import FIRE, GradientDescent
 
 TETRAHEDRON = np.array([[1.0, 1.0, 1.0], [1.0, -1.0, -1.0], [-1.0, 1.0, -1.0], [-1.0, -1.0, 1.0]])
@@ -43,7 +43,7 @@ class Bowl(Potential):
         self.hessian = torch.from_numpy(directions * eigenvalues @ directions.T)
         self.stiffness = nn.Parameter(torch.ones((), dtype=torch.float64))
 
-    def forward(self, structures, pairs):
+    def forward(self, structures, edges):
         away = structures.positions.view(-1, 12) - torch.from_numpy(TETRAHEDRON).view(12)
         return Prediction(self.stiffness * (away @ self.hessian * away).sum(1) / 2)
 
@@ -166,23 +166,23 @@ def test_the_limit_is_that_of_the_stiffest():
 
 
 def test_auto_becomes_a_number_and_a_number_stays():
-    stepper = steady(GradientDescent(step_size="auto", momentum=0.5), Bowl(), [bowl_start()])
+    stepper = resolve_step_size(GradientDescent(step_size="auto", momentum=0.5), Bowl(), [bowl_start()])
     assert stepper.todict()["step_size"] == pytest.approx(0.05, rel=1e-5)
     assert stepper.momentum == 0.5
     for given in (GradientDescent(), FIRE()):
-        assert steady(given, Bowl(), [bowl_start()]) is given
+        assert resolve_step_size(given, Bowl(), [bowl_start()]) is given
 
 
 def test_auto_where_nothing_is_stiff_and_where_nothing_is_sound():
     clash = Atoms("Ar2", positions=np.zeros((2, 3)))
-    loose = steady(GradientDescent(step_size="auto"), lennard_jones(), [Atoms("Ar")])
+    loose = resolve_step_size(GradientDescent(step_size="auto"), lennard_jones(), [Atoms("Ar")])
     assert loose.step_size == GradientDescent().step_size
     # What has no finite forces diverges whatever the step, and does not speak for the others.
-    assert steady(GradientDescent(step_size="auto"), lennard_jones(), [clash, cluster()]).step_size == pytest.approx(
-        0.5 * stability_limit(lennard_jones(), [cluster()])
-    )
+    assert resolve_step_size(
+        GradientDescent(step_size="auto"), lennard_jones(), [clash, cluster()]
+    ).step_size == pytest.approx(0.5 * stability_limit(lennard_jones(), [cluster()]))
     with pytest.raises(ValueError, match="finite forces"):
-        steady(GradientDescent(step_size="auto"), lennard_jones(), [clash])
+        resolve_step_size(GradientDescent(step_size="auto"), lennard_jones(), [clash])
 
 
 # Alarms ----------------------------------------------------------------------------------------

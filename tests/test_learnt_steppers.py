@@ -36,9 +36,9 @@ class TestLearning:
             return trainer(stepper=stepper(), learn=learn, out=out)
 
         whole, _ = interrupted(make, tmp_path, pairs, step=5, epochs=2)
-        assert whole.begun_with == stepper().numbers()
+        assert whole.begun_with == stepper().hyperparameters()
         rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").read_text().splitlines()))
-        now = whole.stepper.numbers()
+        now = whole.stepper.hyperparameters()
         for name in numbers:
             assert now[name] != whole.begun_with[name]
             assert float(rows[-1][name]) == now[name]
@@ -48,7 +48,7 @@ class TestLearning:
         given = GradientDescent(0.03)
         runs = [trainer(stepper=given, learn="step_size").fit(pairs[:2], epochs=1) for _ in range(2)]
         assert [run.begun_with["step_size"] for run in runs] == pytest.approx([0.03, 0.03])
-        assert runs[0].stepper.numbers() == runs[1].stepper.numbers() != runs[0].begun_with
+        assert runs[0].stepper.hyperparameters() == runs[1].stepper.hyperparameters() != runs[0].begun_with
         assert given.todict() == GradientDescent(0.03).todict()
         assert not list(given.parameters())
 
@@ -75,7 +75,7 @@ class TestLearning:
             optimizer=lambda p: torch.optim.SGD(p, lr=1e6, maximize=rate < 0),
         )  # fmt: skip
         run.train_step(pairs[:2])
-        assert run.stepper.numbers()["momentum"] in (0.0, 0.999)
+        assert run.stepper.hyperparameters()["momentum"] in (0.0, 0.999)
 
     def test_an_optimizer_of_ones_own_gets_groups_with_their_rates(self, pairs, tmp_path):
         seen = []

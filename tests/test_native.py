@@ -8,7 +8,7 @@ import torch
 from conftest import needs_chgnet, needs_mace, silicon, skewed, tiny_mace
 
 from ase_bptt import RelaxationPair, TorchCalculator, Trainer, load_potential, save_potential
-from ase_bptt.neighbors.search import find_pairs
+from ase_bptt.neighbors.search import find_edges
 from ase_bptt.potentials.loading import weights_hash
 from ase_bptt.structures import Structures
 
@@ -98,7 +98,7 @@ def test_maces_export_for_lammps_computes_with_the_tuned_weights(tmp_path, monke
     exported = torch.jit.load(tmp_path / "mace.model-lammps.pt")
     assert moved({k.removeprefix("model."): p for k, p in exported.named_parameters()}, base) > 1e-4
     structures = Structures.from_atoms(silicon(), dtype=torch.float64)
-    pairs = find_pairs(structures, potential.cutoff)
+    pairs = find_edges(structures, potential.cutoff)
     found = exported(
         {
             "positions": structures.positions.clone().requires_grad_(),

@@ -7,7 +7,7 @@ from ase.neighborlist import neighbor_list
 from conftest import silicon
 
 from ase_bptt.neighbors import NeighborList
-from ase_bptt.neighbors.search import feasible, find_pairs, search_each, search_on_device
+from ase_bptt.neighbors.search import feasible, find_edges, search_each, search_on_device
 from ase_bptt.structures import Structures
 
 
@@ -34,7 +34,7 @@ def random_atoms(seed):
 @pytest.mark.parametrize("seed", range(40))
 def test_random_cells_equal_ase(seed):
     atoms, cutoff = random_atoms(seed)
-    assert as_set(find_pairs(Structures.from_atoms(atoms), cutoff)) == ase_set(atoms, cutoff)
+    assert as_set(find_edges(Structures.from_atoms(atoms), cutoff)) == ase_set(atoms, cutoff)
 
 
 @pytest.mark.parametrize("block", [50, 10**6])
@@ -69,12 +69,12 @@ def test_large_structures_are_left_to_the_host():
     "atoms", [bulk("Si"), molecule("H2O"), Atoms("He"), bulk("Cu", cubic=True)], ids=lambda a: str(a.symbols)
 )
 def test_ordinary_structures_equal_ase(atoms):
-    assert as_set(find_pairs(Structures.from_atoms(atoms), 6.0)) == ase_set(atoms, 6.0)
+    assert as_set(find_edges(Structures.from_atoms(atoms), 6.0)) == ase_set(atoms, 6.0)
 
 
 def test_a_batch_is_its_members():
     members = [silicon(), Atoms("He"), bulk("Si"), molecule("H2O")]
-    pairs = find_pairs(Structures.from_atoms(members), 4.0)
+    pairs = find_edges(Structures.from_atoms(members), 4.0)
     expected, first = set(), 0
     for atoms in members:
         expected |= {(i + first, j + first, *s) for i, j, *s in ase_set(atoms, 4.0)}
@@ -84,7 +84,7 @@ def test_a_batch_is_its_members():
 
 def test_vectors_are_shorter_than_the_cutoff_and_come_in_both_directions():
     structures = Structures.from_atoms(silicon())
-    vectors = find_pairs(structures, 5.0).vectors(structures)
+    vectors = find_edges(structures, 5.0).vectors(structures)
     assert vectors.norm(dim=1).max() < 5.0
     torch.testing.assert_close(vectors.sum(0), torch.zeros(3, dtype=torch.float64), atol=1e-10, rtol=0)
 
@@ -140,7 +140,7 @@ def test_it_is_rebuilt_after_any_other_change(change):
 
 def test_a_periodic_direction_without_a_cell_vector_is_refused():
     with pytest.raises(ValueError, match="periodic along a cell vector of length zero"):
-        find_pairs(Structures.from_atoms(Atoms("H", pbc=(True, False, False))), 3.0)
+        find_edges(Structures.from_atoms(Atoms("H", pbc=(True, False, False))), 3.0)
 
 
 def test_a_negative_skin_is_refused():
@@ -150,7 +150,7 @@ def test_a_negative_skin_is_refused():
 
 def test_a_huge_cutoff_costs_nothing_where_nothing_repeats():
     dimer = Structures.from_atoms(Atoms("Ar2", positions=[[0, 0, 0], [0, 0, 1.1]]))
-    assert as_set(find_pairs(dimer, 1e5)) == as_set(find_pairs(dimer, 2.0))
+    assert as_set(find_edges(dimer, 1e5)) == as_set(find_edges(dimer, 2.0))
 
 
 def test_members_that_stay_or_join_keep_their_pairs(monkeypatch):
@@ -166,14 +166,14 @@ def test_members_that_stay_or_join_keep_their_pairs(monkeypatch):
     neighbors(Structures.from_atoms(members))
     left = Structures.from_atoms([members[0], members[3]])
     neighbors.keep([0, 3], left)
-    assert torch.equal(neighbors(left).i, find_pairs(left, 3.0).i)
+    assert torch.equal(neighbors(left).i, find_edges(left, 3.0).i)
     joined = Structures.from_atoms([members[0], members[3], bulk("Cu", cubic=True)])
     neighbors.extend(joined)
-    found, expected = neighbors(joined), find_pairs(joined, 3.0)
+    found, expected = neighbors(joined), find_edges(joined, 3.0)
     for name in ("i", "j", "shifts", "mirror"):
         assert torch.equal(getattr(found, name), getattr(expected, name))
     far = joined.positions.clone()
     far[8] += 0.3  # of the water alone
     moved = joined.replace(positions=far)
-    assert as_set(neighbors(moved)) == as_set(find_pairs(moved, 3.0))
+    assert as_set(neighbors(moved)) == as_set(find_edges(moved, 3.0))
     assert sought == [[8, 1, 2, 3], [4], [3]]

@@ -188,9 +188,9 @@ class TestClashes:
             found.append(real(*arguments))
             return found[-1]
 
-        real = pairs_module.find_pairs
+        real = pairs_module.find_edges
         big = bulk("Si", a=5.43, cubic=True) * (8, 8, 8)
-        with mock.patch.object(pairs_module, "find_pairs", counted):
+        with mock.patch.object(pairs_module, "find_edges", counted):
             check_pair(big, rattled(big, 0.02), "x")
         assert [len(f.i) for f in found] == [0, 0]
 

@@ -23,7 +23,7 @@ from conftest import (
 
 from ase_bptt import load_potential
 from ase_bptt.neighbors import NeighborList
-from ase_bptt.neighbors.edges import Pairs
+from ase_bptt.neighbors.edges import Edges
 from ase_bptt.potential import Prediction
 from ase_bptt.potentials import require
 from ase_bptt.potentials.analytic import LennardJones, Morse
@@ -162,10 +162,10 @@ def test_a_lone_atom_has_no_forces():
 class OwnOffsets(LennardJones):
     """Finds the images by itself, and knows the volume."""
 
-    def forward(self, structures, pairs):
-        offsets = (pairs.shifts[:, None] @ structures.cells[structures.batch[pairs.i]]).squeeze(1)
-        vectors = structures.positions[pairs.j] - structures.positions[pairs.i] + offsets
-        halves = vectors.new_zeros(structures.n_atoms).index_add(0, pairs.i, self._pair_energies(vectors) / 2)
+    def forward(self, structures, edges):
+        offsets = (edges.shifts[:, None] @ structures.cells[structures.batch[edges.i]]).squeeze(1)
+        vectors = structures.positions[edges.j] - structures.positions[edges.i] + offsets
+        halves = vectors.new_zeros(structures.n_atoms).index_add(0, edges.i, self._pair_energies(vectors) / 2)
         return Prediction(structures.sum(halves) + structures.volumes.log())
 
 
@@ -194,7 +194,7 @@ def test_mace_that_sees_each_distance_once_is_mace(make, changes):
     potential = mace_potential(elements=(1, 6, 8, 14), **changes)
     structures = Structures.from_atoms([make(), make()[1:]])
     pairs = NeighborList(potential.cutoff)(structures)
-    once, both = (potential.results(structures, p) for p in (pairs, Pairs(pairs.i, pairs.j, pairs.shifts)))
+    once, both = (potential.results(structures, p) for p in (pairs, Edges(pairs.i, pairs.j, pairs.shifts)))
     for name, value in both.items():
         torch.testing.assert_close(once[name], value, atol=1e-12, rtol=1e-12, equal_nan=True)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in potential.modules())

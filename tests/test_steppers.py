@@ -457,7 +457,7 @@ def test_the_gradient_of_every_learnable_number_is_its_slope(name, adjoint):
         found = relax(lennard_jones(), members, stepper=stepper, fmax=0.0, steps=16, adjoint=adjoint)
         return (found.positions - reference).pow(3).sum()
 
-    labels = stepper.numbers()
+    labels = stepper.hyperparameters()
     parameters = list(stepper.parameters())
     assert len(labels) == len(parameters) == {"gd": 3, "gd by element": 4, "gd by frame": 5, "fire": 6}[name]
     for parameter, analytic in zip(parameters, torch.autograd.grad(loss(), parameters), strict=True):
@@ -495,7 +495,7 @@ def test_parameters_are_in_the_order_of_a_stepper_that_is_built_with_them(names)
     built = GradientDescent({"Ne": number(0.1), "Ar": number(0.1)}, number(1.0), number(0.0))
     assert [name for name, _ in stepper.named_parameters()] == [name for name, _ in built.named_parameters()]
     fire = FIRE().learn("fa").learn("a", "dt").learn()
-    built = FIRE(**{name: number(value) for name, value in FIRE().numbers().items()})
+    built = FIRE(**{name: number(value) for name, value in FIRE().hyperparameters().items()})
     assert [name for name, _ in fire.named_parameters()] == [name for name, _ in built.named_parameters()]
 
 
@@ -507,7 +507,7 @@ def test_parameters_are_in_the_order_of_a_stepper_that_is_built_with_them(names)
         (FIRE(), ["Nmin"], "but not Nmin"),
         (BFGS(), [], r"'bfgs' can learn nothing\."),
         (LBFGS(), ["alpha"], r"'lbfgs' can learn nothing, but not alpha\."),
-        (GradientDescent("auto"), [], r"step_size='auto' is no number yet: call resolved\(limit\)"),
+        (GradientDescent("auto"), [], r"step_size='auto' is no number yet: call resolve_step_size\(limit\)"),
         (GradientDescent(anneal=2.0), [], "anneal is 2, and can be learnt from 1e-06 to 1.1 only"),
         (FIRE(dt=0.2, dtmax=0.1), ["dt"], "dt is 0.2, and can be learnt from 1e-06 to 0.1 only"),
     ],
@@ -519,13 +519,22 @@ def test_what_cannot_be_learnt_is_named(stepper, names, message):
 
 
 def test_numbers_are_what_a_report_may_compare():
-    assert FIRE().learn("dt").numbers() == {"dt": 0.1, "finc": 1.1, "fdec": 0.5, "a": 0.1, "astart": 0.1, "fa": 0.99}
+    assert FIRE().learn("dt").hyperparameters() == {
+        "dt": 0.1,
+        "finc": 1.1,
+        "fdec": 0.5,
+        "a": 0.1,
+        "astart": 0.1,
+        "fa": 0.99,
+    }
     rest = {"anneal": 1.0, "momentum": 0.0}
-    assert GradientDescent(number(0.1)).numbers() == {"step_size": 0.1} | rest
-    assert GradientDescent(ELEMENTS).learn().numbers() == {"step_size[Ar]": 0.002, "step_size[Ne]": 0.003} | rest
-    assert GradientDescent([0.3, number(0.2)]).numbers() == {"step_size[0]": 0.3, "step_size[1]": 0.2} | rest
-    assert GradientDescent("auto").numbers() == rest
-    assert BFGS().numbers() == {}
+    assert GradientDescent(number(0.1)).hyperparameters() == {"step_size": 0.1} | rest
+    assert (
+        GradientDescent(ELEMENTS).learn().hyperparameters() == {"step_size[Ar]": 0.002, "step_size[Ne]": 0.003} | rest
+    )
+    assert GradientDescent([0.3, number(0.2)]).hyperparameters() == {"step_size[0]": 0.3, "step_size[1]": 0.2} | rest
+    assert GradientDescent("auto").hyperparameters() == rest
+    assert BFGS().hyperparameters() == {}
 
 
 @pytest.mark.parametrize("far", [-5.0, 5.0])
@@ -535,12 +544,12 @@ def test_what_leaves_its_range_is_brought_back_to_its_end(name, far):
     with torch.no_grad():
         for parameter in stepper.parameters():
             parameter += far
-    stepper.restrain()
-    found = stepper.numbers()
+    stepper.clamp_parameters()
+    found = stepper.hyperparameters()
     low = {"momentum": 0.0, "a": 0.0, "astart": 0.0, "fa": 0.0, "finc": 1.0}
     high = {"anneal": 1.1, "momentum": 0.999, "dt": 0.06, "fdec": 1.0, "a": 1.0, "astart": 1.0, "fa": 1.0}
     for label, value in found.items():
-        start = LEARNERS[name]().numbers()[label]
+        start = LEARNERS[name]().hyperparameters()[label]
         assert value == (low.get(label, 1e-6) if far < 0 else high.get(label, start + far))
     assert all(parameter.requires_grad for parameter in stepper.parameters())
 
@@ -548,7 +557,7 @@ def test_what_leaves_its_range_is_brought_back_to_its_end(name, far):
 def test_what_is_in_its_range_and_what_is_not_learnt_stay_as_they_are():
     stepper = GradientDescent([0.1, 0.2], anneal=1.5).learn("step_size", "momentum")
     before = [(p._version, p.item()) for p in stepper.parameters()]
-    stepper.restrain()
+    stepper.clamp_parameters()
     assert [(p._version, p.item()) for p in stepper.parameters()] == before
     assert stepper.anneal == 1.5
 
@@ -597,33 +606,33 @@ def test_several_step_sizes_are_copied_and_described(sizes, again):
 def test_auto_is_half_the_limit_once_it_is_known():
     stepper = GradientDescent("auto", anneal=number(0.9), momentum=0.7, maxstep=0.1)
     assert stepper.todict()["step_size"] == "auto"
-    found = stepper.resolved(0.08)
+    found = stepper.resolve_step_size(0.08)
     assert found.todict() == {"name": "gd", "step_size": 0.04, "anneal": 0.9, "momentum": 0.7, "maxstep": 0.1}
     assert found.anneal is stepper.anneal
     assert stepper.step_size == "auto"
-    assert found.resolved(9.0) is found
+    assert found.resolve_step_size(9.0) is found
     assert found.learn("step_size").step_size.item() == 0.04
     for other in (FIRE(), BFGS()):
-        assert other.resolved(0.08) is other
+        assert other.resolve_step_size(0.08) is other
 
 
 @pytest.mark.parametrize("limit", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_limit_that_is_none_is_refused(limit):
     with pytest.raises(ValueError, match="limit must be positive"):
-        GradientDescent("auto").resolved(limit)
+        GradientDescent("auto").resolve_step_size(limit)
 
 
 def test_auto_that_nobody_has_resolved_is_refused_with_a_sentence():
     stepper, x = GradientDescent("auto"), torch.zeros(2, 3, dtype=torch.float64)
     state, batch = stepper.init(x, 1), torch.zeros(2, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"step_size='auto' is no number yet: call resolved\(limit\)"):
+    with pytest.raises(ValueError, match=r"step_size='auto' is no number yet: call resolve_step_size\(limit\)"):
         stepper.step(x, x, state, batch)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.7, 0.95])
 def test_half_the_limit_falls_into_a_bowl_and_stays_there(momentum):
     curvatures = torch.tensor([[50.0, 20.0, 0.5]], dtype=torch.float64)
-    stepper = GradientDescent("auto", momentum=momentum, maxstep=9.0).resolved(2 / 50.0)
+    stepper = GradientDescent("auto", momentum=momentum, maxstep=9.0).resolve_step_size(2 / 50.0)
     x = torch.ones(1, 3, dtype=torch.float64)
     state, batch = stepper.init(x, 1), torch.tensor([0])
     for _ in range(1500):

@@ -20,9 +20,9 @@ from ase_bptt.potentials.analytic import LennardJones, Morse
 from ase_bptt.potentials.emt import EMT
 from ase_bptt.terms import TERMS, add_gradients, make_term
 from ase_bptt.terms import regularizers as teacher_units
-from ase_bptt.terms.labels import Reference
+from ase_bptt.terms.labels import Labels
 from ase_bptt.terms.probes import ENERGY, FORCE, KINDS, Points, answer, cost, make_probes
-from ase_bptt.terms.regularizers import Pull, Teacher
+from ase_bptt.terms.regularizers import Distillation, WeightAnchor
 
 
 def lennard_jones(sigma: float = 2.5, epsilon: float = 0.3) -> LennardJones:
@@ -63,7 +63,12 @@ def pairs():
 
 
 def every_term():
-    return [Pull(0.01), Teacher(0.5, size=3, batch=3), Reference(0.5, per_pair=2), Reference(1.0, path=0.3, frames=4)]
+    return [
+        WeightAnchor(0.01),
+        Distillation(0.5, size=3, batch=3),
+        Labels(0.5, per_pair=2),
+        Labels(1.0, path=0.3, frames=4),
+    ]
 
 
 def rng():
@@ -86,7 +91,7 @@ class TestEveryTerm:
                 with torch.no_grad():
                     weight += step
                 fixed = copy.deepcopy(term)
-                if isinstance(term, Reference):
+                if isinstance(term, Labels):
                     # The energies of the elements follow the potential, and are not differentiated.
                     fixed._fitted = term._fitted
                 values.append(fixed.loss(potential, pairs, rng()).item())
@@ -125,7 +130,7 @@ class TestEveryTerm:
         term.weight /= 3
 
 
-@pytest.mark.parametrize("term", [Pull(), Teacher(size=3, batch=20)], ids=["pull", "teacher"])
+@pytest.mark.parametrize("term", [WeightAnchor(), Distillation(size=3, batch=20)], ids=["pull", "teacher"])
 def test_a_guard_is_zero_at_the_pretrained_weights_and_nowhere_else(term, pairs):
     potential = lennard_jones()
     term.prepare(potential, pairs)
@@ -137,7 +142,7 @@ def test_a_guard_is_zero_at_the_pretrained_weights_and_nowhere_else(term, pairs)
 
 def test_what_a_term_draws_does_not_depend_on_the_others(pairs):
     potential = lennard_jones(sigma=2.6)
-    terms = [Teacher(size=4, batch=2), Reference()]
+    terms = [Distillation(size=4, batch=2), Labels()]
     for term in terms:
         term.prepare(potential, pairs)
     with torch.no_grad():
@@ -152,7 +157,7 @@ def test_what_a_term_draws_does_not_depend_on_the_others(pairs):
 def test_the_pull_is_the_mean_squared_change_relative_to_each_tensors_size(pairs):
     potential = Morse()
     potential.epsilon.requires_grad_(False)
-    pull = Pull()
+    pull = WeightAnchor()
     pull.prepare(potential, pairs)
     trained = [p for p in potential.parameters() if p.requires_grad]
     with torch.no_grad():
@@ -165,7 +170,7 @@ def test_the_pull_of_weights_that_began_at_zero_is_finite(pairs):
     potential = lennard_jones()
     with torch.no_grad():
         potential.epsilon.zero_()
-    pull = Pull()
+    pull = WeightAnchor()
     pull.prepare(potential, pairs)
     with torch.no_grad():
         potential.epsilon += 0.5
@@ -173,9 +178,9 @@ def test_the_pull_of_weights_that_began_at_zero_is_finite(pairs):
 
 
 def test_a_pull_refuses_other_trained_weights_than_before(pairs):
-    pull = Pull()
+    pull = WeightAnchor()
     pull.prepare(lennard_jones(), pairs)
-    again = Pull()
+    again = WeightAnchor()
     again.load(pull.state())
     frozen = lennard_jones()
     frozen.sigma.requires_grad_(False)
@@ -260,12 +265,12 @@ class TestTeacher:
             change = Points.of(potential, atoms).forces - Points.of(lennard_jones(), atoms).forces
             return change.square().mean().sqrt().item()
 
-        free, guarded, pulled = (drift(terms) for terms in ([], [Teacher(10.0, size=6)], [Pull(10.0)]))
+        free, guarded, pulled = (drift(terms) for terms in ([], [Distillation(10.0, size=6)], [WeightAnchor(10.0)]))
         assert guarded < free / 3
         assert pulled < free / 3
 
     def test_it_is_the_mean_of_squares_in_its_units(self, pairs):
-        potential, teacher = lennard_jones(), Teacher(size=5, batch=100)
+        potential, teacher = lennard_jones(), Distillation(size=5, batch=100)
         teacher.prepare(potential, pairs)
         sizes = torch.tensor(teacher.points.structures.counts, dtype=torch.float64)
         teacher.points.energies += 2 * teacher_units.ENERGY * sizes
@@ -275,7 +280,7 @@ class TestTeacher:
         assert teacher.loss(potential, pairs, rng()).item() == pytest.approx(4 + 9 * share)
 
     def test_where_memory_runs_out_its_parts_have_the_same_value_and_slopes(self, pairs, caplog):
-        teacher, found = Teacher(size=5, batch=9), []
+        teacher, found = Distillation(size=5, batch=9), []
         plain = lennard_jones()
         teacher.prepare(plain, pairs)
         with torch.no_grad():
@@ -288,31 +293,31 @@ class TestTeacher:
         assert "going on with half as many" in caplog.text
 
     def test_probes_that_the_potential_does_not_know_are_left_out(self, pairs):
-        teacher = Teacher(size=10)
+        teacher = Distillation(size=10)
         teacher.prepare(lennard_jones(), pairs)
         assert 10 < len(teacher.points) < 30
         assert teacher.points.forces.abs().max() < 30
 
     def test_kinds_can_be_left_out(self, pairs):
-        teacher = Teacher(size=4, kinds=["crystals"])
+        teacher = Distillation(size=4, kinds=["crystals"])
         teacher.prepare(EMT(), pairs)
         assert len(teacher.points) == 4
         assert bool(teacher.points.structures.pbc.all())
 
     def test_one_kind_may_be_a_word(self):
-        assert Teacher(kinds="crystals").todict() == Teacher(kinds=["crystals"]).todict()
+        assert Distillation(kinds="crystals").todict() == Distillation(kinds=["crystals"]).todict()
 
     @pytest.mark.parametrize(
         ("kinds", "said"), [("crystal", "got crystal"), (["a", "b"], "got a, b"), ([], "got none")]
     )
     def test_unknown_kinds_are_refused(self, kinds, said):
         with pytest.raises(ValueError, match=rf"kinds of probes are structures, crystals, molecules; {said}"):
-            Teacher(kinds=kinds)
+            Distillation(kinds=kinds)
 
 
 class TestReference:
     def test_it_is_zero_for_the_potential_that_made_the_frames_whatever_its_zero_of_energy(self, pairs):
-        term = Reference(per_pair=5)
+        term = Labels(per_pair=5)
         potential = lennard_jones()
         term.prepare(potential, pairs)
         assert term.offsets[18] == pytest.approx(7.0, abs=1e-6)
@@ -326,12 +331,12 @@ class TestReference:
         ]
         for atoms in made:
             atoms.calc.results["energy"] += 2.0 * list(atoms.symbols).count("O") - 1.0 * list(atoms.symbols).count("H")
-        term = Reference()
+        term = Labels()
         term.prepare(EMT(), [RelaxationPair(a, a, str(a.symbols)) for a in made])
         assert term.offsets == pytest.approx({1: -1.0, 6: 0.0, 8: 2.0}, abs=1e-9)
 
     def test_fitting_it_recovers_the_potential(self, pairs):
-        potential, term = lennard_jones(sigma=2.6, epsilon=0.25), Reference(per_pair=3)
+        potential, term = lennard_jones(sigma=2.6, epsilon=0.25), Labels(per_pair=3)
         term.prepare(potential, pairs)
         optimizer = torch.optim.Adam(potential.parameters(), lr=0.01)
         for step in range(60):
@@ -352,7 +357,7 @@ class TestReference:
             potential = lennard_jones(sigma=sigma)
             values = []
             for weight in (0.0, 0.5, 1.0):
-                term = Reference(path=weight, legs=4, steps=3)
+                term = Labels(path=weight, legs=4, steps=3)
                 term.prepare(potential, [pair])
                 values.append(term.loss(potential, [pair], rng()).item())
             found[sigma] = values[2] - values[0]
@@ -364,7 +369,7 @@ class TestReference:
     def test_pairs_without_frames_use_their_ends_and_others_count_nothing(self, pairs):
         ends = dataclasses.replace(pairs[0], frames=())
         bare = dataclasses.replace(pairs[1], initial=start(1), relaxed=start(2), frames=())
-        term, potential = Reference(), lennard_jones(sigma=2.6)
+        term, potential = Labels(), lennard_jones(sigma=2.6)
         term.prepare(potential, [ends, bare])
         assert term.loss(potential, [ends], rng()).item() > 0
         assert term.loss(potential, [bare], rng()).item() == 0
@@ -377,7 +382,7 @@ class TestReference:
         end.get_forces()
         pair = dataclasses.replace(pairs[0], initial=start, relaxed=end, frames=())
         one = dataclasses.replace(pair, initial=start.copy())
-        term, alone, potential = Reference(per_pair=2), Reference(per_pair=2), lennard_jones(sigma=2.6)
+        term, alone, potential = Labels(per_pair=2), Labels(per_pair=2), lennard_jones(sigma=2.6)
         for reference, given in ((term, pair), (alone, one)):
             reference.prepare(potential, [given])
         assert term.loss(potential, [pair], rng()).item() == alone.loss(potential, [one], rng()).item() > 0
@@ -387,7 +392,7 @@ class TestReference:
     def test_labels_that_are_not_finite_are_none(self, pairs, lost):
         wrong = labelled(start(1), lennard_jones())
         wrong.calc.results[lost] *= np.nan
-        term, potential = Reference(per_pair=5), lennard_jones()
+        term, potential = Labels(per_pair=5), lennard_jones()
         term.prepare(potential, [dataclasses.replace(pairs[0], frames=[*pairs[0].frames, wrong])])
         assert term.offsets[18] == pytest.approx(7.0, abs=1e-6)
         assert term.loss(potential, pairs[:1], rng()).item() == pytest.approx(0, abs=1e-12)
@@ -398,26 +403,26 @@ class TestReference:
             bare.calc = SinglePointCalculator(bare, forces=told.get_forces())
         pair, potential, found = dataclasses.replace(pairs[0], frames=frames), lennard_jones(sigma=2.6), []
         for given in (pair, pairs[0]):
-            term = Reference(energies=False)
+            term = Labels(energies=False)
             term.prepare(potential, [given])
             found.append(term.loss(potential, [given], rng()).item())
             assert term.offsets == {}
         assert found[0] == found[1] > 0
         with pytest.raises(ValueError, match="frame with energy and forces"):
-            Reference().prepare(potential, [pair])
+            Labels().prepare(potential, [pair])
 
     def test_what_cannot_be_used_is_said(self, pairs):
         bare = dataclasses.replace(pairs[1], initial=start(1), relaxed=start(2), frames=())
         with pytest.raises(ValueError, match=r"None of the training pairs has a frame with energy and forces"):
-            Reference().prepare(lennard_jones(), [bare])
+            Labels().prepare(lennard_jones(), [bare])
         wrong = dataclasses.replace(pairs[0], frames=[molecule("H2O")])
         with pytest.raises(ValueError, match=r"pair 0: its frame 0 is OH2 and not Ar6"):
-            Reference().prepare(lennard_jones(), [wrong])
+            Labels().prepare(lennard_jones(), [wrong])
         with pytest.raises(ValueError, match=r"Two training pairs are called 'pair 0'"):
-            Reference().prepare(lennard_jones(), [pairs[0], dataclasses.replace(pairs[1], id="pair 0")])
+            Labels().prepare(lennard_jones(), [pairs[0], dataclasses.replace(pairs[1], id="pair 0")])
 
     def test_only_so_many_frames_are_kept_the_ends_among_them(self, pairs):
-        term = Reference(frames=2, per_pair=9, energies=False)
+        term = Labels(frames=2, per_pair=9, energies=False)
         term.prepare(lennard_jones(sigma=2.6), pairs)
         ends = Points.of(lennard_jones(), [pairs[0].initial, pairs[0].relaxed])
         expected = mismatch(lennard_jones(sigma=2.6), ends, energies=False).item()

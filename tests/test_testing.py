@@ -6,7 +6,7 @@ from ase import Atoms
 from ase.calculators.lj import LennardJones as AseLennardJones
 from conftest import argon, cluster, lennard_jones
 
-from ase_bptt.neighbors.edges import Pairs
+from ase_bptt.neighbors.edges import Edges
 from ase_bptt.potential import Prediction
 from ase_bptt.potentials.analytic import LennardJones
 from ase_bptt.testing import check_potential
@@ -18,8 +18,8 @@ class Faulty(LennardJones):
     def __init__(self):
         super().__init__(smooth=True, rc=2.4, ro=1.8)
 
-    def forward(self, structures, pairs):
-        energy = self.spoiled(super().forward(structures, pairs).energy, structures, pairs)
+    def forward(self, structures, edges):
+        energy = self.spoiled(super().forward(structures, edges).energy, structures, edges)
         return Prediction(energy)
 
     def spoiled(self, energy, structures, pairs):
@@ -58,9 +58,9 @@ class NeedsANeighbour(Faulty):
 
 
 class UnknownWithoutNeighbours(LennardJones):
-    def forward(self, structures, pairs):
-        found = super().forward(structures, pairs)
-        alone = torch.bincount(pairs.i, minlength=structures.n_atoms) == 0
+    def forward(self, structures, edges):
+        found = super().forward(structures, edges)
+        alone = torch.bincount(edges.i, minlength=structures.n_atoms) == 0
         atomic = found.atomic_energies.masked_fill(alone, torch.nan)
         return Prediction(structures.sum(atomic), atomic_energies=atomic)
 
@@ -78,9 +78,9 @@ class PositionsHalfDetached(Faulty):
 
 
 class CellsDetached(Faulty):
-    def forward(self, structures, pairs):
+    def forward(self, structures, edges):
         return super().forward(
-            structures.replace(cells=structures.cells.detach()), Pairs(pairs.i, pairs.j, pairs.shifts)
+            structures.replace(cells=structures.cells.detach()), Edges(edges.i, edges.j, edges.shifts)
         )
 
 
@@ -96,8 +96,8 @@ class OneWeightDetached(Faulty):
 
 
 class LosesAnAtomicEnergy(LennardJones):
-    def forward(self, structures, pairs):
-        found = super().forward(structures, pairs)
+    def forward(self, structures, edges):
+        found = super().forward(structures, edges)
         return Prediction(found.energy, atomic_energies=found.atomic_energies * 0.9)
 
 

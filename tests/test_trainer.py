@@ -242,8 +242,8 @@ class TestChoosing:
 class Exploding(LennardJones):
     """Not finite, or with a slope that is not, for structures with xenon."""
 
-    def forward(self, structures, pairs):
-        found = super().forward(structures, pairs)
+    def forward(self, structures, edges):
+        found = super().forward(structures, edges)
         has_xenon = structures.sum((structures.numbers == 54).to(found.energy)) > 0
         return dataclasses.replace(found, energy=found.energy * torch.where(has_xenon, self.fault, 1.0))
 

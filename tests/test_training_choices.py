@@ -29,8 +29,8 @@ from ase_bptt.neighbors import NeighborList
 from ase_bptt.report.drift import drift_text
 from ase_bptt.steppers import GradientDescent
 from ase_bptt.structures import Structures
-from ase_bptt.terms.labels import Reference
-from ase_bptt.terms.regularizers import Pull, Teacher
+from ase_bptt.terms.labels import Labels
+from ase_bptt.terms.regularizers import Distillation, WeightAnchor
 from ase_bptt.training.fine_tune import finetune
 from ase_bptt.training.metrics import estimate
 from ase_bptt.training.results import Outcome
@@ -166,7 +166,7 @@ class TestWeights:
         np.testing.assert_allclose(energies, energies[0], rtol=1e-10)
 
 
-class Nudge(Pull):
+class Nudge(WeightAnchor):
     """A term of one's own."""
 
     name = "nudge"
@@ -193,7 +193,7 @@ class Flat:
 class TestTerms:
     @staticmethod
     def make(out=None):
-        return trainer(terms=[Pull(1.0), Teacher(0.3, size=3), Reference(0.3, path=0.5)], out=out)
+        return trainer(terms=[WeightAnchor(1.0), Distillation(0.3, size=3), Labels(0.3, path=0.5)], out=out)
 
     def test_they_go_on_bit_for_bit(self, labelled, tmp_path):
         whole, resumed = interrupted(self.make, tmp_path, labelled[:3], labelled[3:], step=4, epochs=3)
@@ -210,11 +210,11 @@ class TestTerms:
     def test_each_term_has_its_column_even_where_no_step_was_taken(self, pairs):
         potential = Exploding(**untuned().config())
         potential.fault = float("nan")
-        run = trainer(potential, terms=[Pull()]).fit([with_xenon(p) for p in pairs[:2]], epochs=1)
+        run = trainer(potential, terms=[WeightAnchor()]).fit([with_xenon(p) for p in pairs[:2]], epochs=1)
         assert np.isnan(run.history[0]["term_pull"])
 
     def test_objects_serve_several_trainings_each_with_its_own_beginning(self, pairs):
-        given = [Pull(), Teacher(size=3, batch=20)]
+        given = [WeightAnchor(), Distillation(size=3, batch=20)]
         for sigma in (2.6, 2.7):
             run = trainer(untuned(), terms=given)
             with torch.no_grad():
@@ -226,7 +226,7 @@ class TestTerms:
 
     def test_two_of_one_name_are_refused(self):
         with pytest.raises(ValueError, match="Two terms of the loss have one name"):
-            trainer(terms=[Pull(), {"name": "pull", "weight": 2.0}])
+            trainer(terms=[WeightAnchor(), {"name": "pull", "weight": 2.0}])
 
     @pytest.mark.parametrize("terms", ["pull", ["pull"], [{"name": "pull"}]])
     def test_by_name_they_have_weight_1(self, pairs, terms):

@@ -36,7 +36,7 @@ class Bowl(Potential):
         self.load = nn.Parameter(self.modes @ torch.from_numpy(rng.normal(0, 0.1, 3 * n - 3)))
         self.cutoff = 0.5
 
-    def forward(self, structures, pairs):
+    def forward(self, structures, edges):
         u = structures.positions.view(len(structures), -1, 3) - self.places
         u = (u - u.mean(1, keepdim=True)).flatten(1)
         return Prediction(((u @ self.hessian) * u).sum(1) / 2 - u @ self.load)
@@ -57,11 +57,11 @@ class Narrow(Potential):
         super().__init__()
         self.inner, self.most, self.cutoff, self.largest = inner, most, inner.cutoff, 0
 
-    def forward(self, structures, pairs):
+    def forward(self, structures, edges):
         if structures.n_atoms > self.most:
             raise torch.OutOfMemoryError("out of memory")
         self.largest = max(self.largest, structures.n_atoms)
-        return self.inner(structures, pairs)
+        return self.inner(structures, edges)
 
 
 def vacancy(amplitude=0.03, seed=1, a=1.55) -> Atoms:

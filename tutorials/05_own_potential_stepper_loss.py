@@ -36,11 +36,11 @@ class Rydberg(Potential):
             nn.Parameter(torch.tensor(x, dtype=torch.float64)) for x in (depth, width, length)
         )
 
-    def forward(self, structures, pairs):
+    def forward(self, structures, edges):
         """Half of each pair's energy to each of its two atoms, then the sum over each structure."""
-        x = self.width * (pairs.vectors(structures).norm(dim=1) - self.length)
+        x = self.width * (edges.vectors(structures).norm(dim=1) - self.length)
         halves = -self.depth * (1 + x) * torch.exp(-x) / 2
-        atomic = halves.new_zeros(structures.n_atoms).index_add(0, pairs.i, halves)
+        atomic = halves.new_zeros(structures.n_atoms).index_add(0, edges.i, halves)
         return Prediction(structures.sum(atomic), atomic_energies=atomic)
 
     # The rest is needed only to save it, and to find it by name. Put the class into a package of yours, with

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from ..iterated_map import IteratedMap, Record
-from ..neighbors.edges import Pairs
+from ..neighbors.edges import Edges
 from ..potential import Potential
 from ..steppers import State
 from ..structures import Structures
-from ..utils import added, pull_back
+from ..utils import added, vjp
 
 
-class WayBack:
+class BackwardSweep:
     """From dL/dX(T) to dL/dX(0), adding up dL/dcells and dL/dweights frame by frame.
 
     A structure that had stopped before frame t passes its adjoint through unchanged.
@@ -84,7 +84,7 @@ class WayBack:
         else:
             with torch.enable_grad():
                 ends = iterated.frame(structures, state, self.neighbors)
-            back = pull_back((ends[0], *ends[1].floats()), gradients, inputs)
+            back = vjp((ends[0], *ends[1].floats()), gradients, inputs)
         to_x, *rest = back
         to_state = [_or_zero(g, s) for g, s in zip(rest[: len(carried)], carried, strict=True)]
         rest = rest[len(carried) :]
@@ -102,7 +102,7 @@ class WayBack:
             return
         with torch.enable_grad():
             state = record.map.start(record.start.select(members))
-        self._add(pull_back(state.floats(), state_adjoint.floats(), self.weights))
+        self._add(vjp(state.floats(), state_adjoint.floats(), self.weights))
 
     def _add(self, gradients: list[Tensor | None]) -> None:
         self.to_weights = added(self.to_weights, gradients)
@@ -188,7 +188,7 @@ def through_frame(
     iterated: IteratedMap,
     structures: Structures,
     state: State,
-    pairs: Pairs,
+    edges: Edges,
     forces: Tensor | None,
     gradients: Sequence[Tensor],
     inputs: Sequence[Tensor],
@@ -202,7 +202,7 @@ def through_frame(
     iterated : IteratedMap
     structures, state
         Before the frame; those that the gradient is wanted by are among the inputs.
-    pairs : Pairs
+    edges : Edges
     forces : Tensor or None, shape (n_atoms, 3)
         By which the frame was taken; None computes them again.
     gradients : sequence of Tensor
@@ -212,19 +212,19 @@ def through_frame(
     """
     potential = iterated.potential
     if forces is None:
-        _, forces = potential.energy_and_forces(structures, pairs)
+        _, forces = potential.energy_and_forces(structures, edges)
     forces = forces.detach().requires_grad_()
     with torch.enable_grad():
         after, new = iterated.advance(structures, state, forces)
-    *direct, to_forces = pull_back((after.positions, *new.floats()), gradients, [*inputs, forces])
+    *direct, to_forces = vjp((after.positions, *new.floats()), gradients, [*inputs, forces])
     if to_forces is None:
         return direct
-    bent = slopes(potential, structures, pairs, to_forces, inputs)
+    bent = slopes(potential, structures, edges, to_forces, inputs)
     return added(direct, bent)
 
 
 def slopes(
-    potential: Potential, structures: Structures, pairs: Pairs, vector: Tensor, inputs: Sequence[Tensor]
+    potential: Potential, structures: Structures, edges: Edges, vector: Tensor, inputs: Sequence[Tensor]
 ) -> list[Tensor | None]:
     """vector . dF/d(input) for each input, with F = -dE/dX: by central differences of dE/d(input) along the vector.
 
@@ -238,7 +238,7 @@ def slopes(
     for sign in (1.0, -1.0):
         with torch.enable_grad():
             there = structures.positions + sign * moved[structures.batch, None] * vector
-            energy = potential(structures.replace(positions=there), pairs).energy
-            part = pull_back([(sign * weight * energy).sum()], [torch.ones_like(energy[0])], inputs)
+            energy = potential(structures.replace(positions=there), edges).energy
+            part = vjp([(sign * weight * energy).sum()], [torch.ones_like(energy[0])], inputs)
         found = added(found, part)
     return found

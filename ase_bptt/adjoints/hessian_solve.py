@@ -112,7 +112,7 @@ NOISE = 4.0
 """A turn of the constraints' forces counts above this, relative to the forces that are left at the minimum."""
 
 
-class RigidMotions:
+class ZeroModes:
     """Translations of each structure, and rotations where nothing periodic forbids them, as its constraints let pass.
 
     Parameters

@@ -14,7 +14,7 @@ from ..iterated_map import IteratedMap, Record
 from ..structures import Structures
 from ..utils import check_count, check_positive
 from .adjoint import Adjoint
-from .hessian_solve import RigidMotions, Solve, SolveStatus, conjugate_gradients
+from .hessian_solve import Solve, SolveStatus, ZeroModes, conjugate_gradients
 
 Product = Callable[[Tensor], Tensor]
 
@@ -176,9 +176,9 @@ def _pull(
     cells = cells.detach().requires_grad_()
     with torch.enable_grad():
         live = structures.replace(positions=x, cells=cells)
-        pairs = record.map.neighbor_list()(live)
-        _, forces = record.map.potential.energy_and_forces(live, pairs, create_graph=True)
-    motions = RigidMotions(structures, forces)
+        edges = record.map.neighbor_list()(live)
+        _, forces = record.map.potential.energy_and_forces(live, edges, create_graph=True)
+    motions = ZeroModes(structures, forces)
 
     def free(v: Tensor) -> Tensor:
         return motions.without(structures.project_forces(v))

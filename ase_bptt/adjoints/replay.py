@@ -15,7 +15,7 @@ from ..iterated_map import IteratedMap, Keep, Record
 from ..structures import Structures
 from ..utils import check_count, check_positive
 from .adjoint import Adjoint
-from .backward_sweep import WayBack, check_smooth
+from .backward_sweep import BackwardSweep, check_smooth
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Truncated(Adjoint):
 def _attach(record: Record, window: int | None, clip: float | None, differences: bool) -> Tensor:
     start = record.start
     final = record.final.detach()
-    back = partial(WayBack, record, clip=clip, differences=differences)
+    back = partial(BackwardSweep, record, clip=clip, differences=differences)
     return _Replayed.apply(back, window, record, final, start.positions, start.cells, *record.map.parameters())
 
 
@@ -107,7 +107,7 @@ class _Replayed(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any,
-        back: Callable[..., WayBack],
+        back: Callable[..., BackwardSweep],
         window: int | None,
         record: Record,
         final: Tensor,

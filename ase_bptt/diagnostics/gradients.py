@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..adjoints import Solve
-from ..adjoints.hessian_solve import RigidMotions
+from ..adjoints.hessian_solve import ZeroModes
 from ..iterated_map import Record
 from ..result import Relaxation, Status
 from ..stability import largest_curvature, step_limit
@@ -133,7 +133,7 @@ def _frame(record: Record, structure: Structures, state: State) -> tuple[Pull, l
 
 def _free(structure: Structures, forces: Tensor) -> Callable[[Tensor], Tensor]:
     """Without rigid motions, and without what acts along directions that constraints hold."""
-    motions = RigidMotions(structure, forces)
+    motions = ZeroModes(structure, forces)
     if not structure.maps:
         return motions.without
 

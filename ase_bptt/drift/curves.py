@@ -13,7 +13,7 @@ from ase import Atoms
 from ase.data import chemical_symbols, covalent_radii
 from ase.units import GPa
 
-from ..neighbors.search import find_pairs
+from ..neighbors.search import find_edges
 from ..potential import Potential
 from ..terms.probes import Crystal
 
@@ -74,7 +74,7 @@ def energies_of(potential: Potential, atoms: Sequence[Atoms], together: int = 32
     for first in range(0, len(atoms), together):
         batch = potential.batch(atoms[first : first + together])
         with torch.no_grad():
-            energy = potential(batch, find_pairs(batch, potential.cutoff)).energy
+            energy = potential(batch, find_edges(batch, potential.cutoff)).energy
         found.append(energy.double().cpu().numpy())
     energies = np.concatenate(found) if found else np.zeros(0)
     return np.where(np.isfinite(energies), energies, np.inf)

@@ -1,4 +1,4 @@
-"""Neighbour pairs, from a list with a skin."""
+"""Neighbour edges, from a list with a skin."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 
 from ..structures import Structures
-from .edges import Pairs, joined_up
+from .edges import Edges, joined_up
 from .search import search_each
 
 
 class NeighborList:
-    """Pairs within a cutoff, sought anew only where an atom moved more than half the skin.
+    """Edges within a cutoff, sought anew only where an atom moved more than half the skin.
 
     Parameters
     ----------
     cutoff : float
-        In Å. The pairs it returns are closer than this, whatever the skin.
+        In Å. The edges it returns are closer than this, whatever the skin.
     skin : float
         In Å: how much farther the stored list looks.
 
@@ -28,7 +28,7 @@ class NeighborList:
     Attributes
     ----------
     builds : int
-        How often pairs were sought.
+        How often edges were sought.
     """
 
     def __init__(self, cutoff: float, skin: float = 0.5):
@@ -37,21 +37,21 @@ class NeighborList:
         self.cutoff = cutoff
         self.skin = skin
         self.builds = 0
-        self._members: list[Pairs | None] = []
+        self._members: list[Edges | None] = []
         self._built_for: Structures | None = None
-        self._stored: Pairs | None = None
+        self._stored: Edges | None = None
         self._near: Tensor | None = None
         self._asked: Tensor | None = None
-        self._found: Pairs | None = None
+        self._found: Edges | None = None
 
-    def __call__(self, structures: Structures) -> Pairs:
-        """The pairs of this batch."""
-        return self.pairs(structures, self.question(structures).tolist())
+    def __call__(self, structures: Structures) -> Edges:
+        """The edges of this batch."""
+        return self.edges(structures, self.question(structures).tolist())
 
     def question(self, structures: Structures) -> Tensor:
-        """What `pairs` has to know from the device, shape (n + 2,): to be fetched with other numbers in one transfer.
+        """What `edges` has to know from the device, shape (n + 2,): to be fetched with other numbers in one transfer.
 
-        Of each structure whether its pairs have to be sought; then whether other pairs than before are closer than
+        Of each structure whether its edges have to be sought; then whether other edges than before are closer than
         the cutoff, and how many are.
         """
         if self._built_for is None or not self._same_atoms(structures):
@@ -67,8 +67,8 @@ class NeighborList:
             other = near.new_ones(()) if self._near is None else (near != self._near).any()
             return torch.cat((found, torch.stack((other, near.sum())).double()))
 
-    def pairs(self, structures: Structures, answer: Sequence[float]) -> Pairs:
-        """The pairs of the batch that the `question` was last asked for, given what it came to."""
+    def edges(self, structures: Structures, answer: Sequence[float]) -> Edges:
+        """The edges of the batch that the `question` was last asked for, given what it came to."""
         *far, other, count = answer
         wanted = [k for k, found in enumerate(self._members) if found is None or far[k]]
         if wanted or self._stored is None:
@@ -96,7 +96,7 @@ class NeighborList:
         self._built_for = structures.replace(positions=torch.cat((self._built_for.positions, new)))
         self._stored = None
 
-    def _build(self, structures: Structures, wanted: list[int]) -> Pairs:
+    def _build(self, structures: Structures, wanted: list[int]) -> Edges:
         for k, found in zip(wanted, search_each(structures, self.cutoff + self.skin, wanted), strict=True):
             self._members[k] = found
         self.builds += 1
@@ -112,7 +112,7 @@ class NeighborList:
         return self._found
 
     def _join_up(self) -> None:
-        """The stored pairs of all members as one, if all have theirs."""
+        """The stored edges of all members as one, if all have theirs."""
         self._stored = self._near = self._found = None
         known = [found for found in self._members if found is not None]
         if self._built_for is not None and len(known) == len(self._members):
@@ -120,7 +120,7 @@ class NeighborList:
             self._stored = joined.with_offsets(joined.offsets(self._built_for).detach())
 
     def _same_atoms(self, now: Structures) -> bool:
-        """Whether the stored pairs are of these atoms, in these cells."""
+        """Whether the stored edges are of these atoms, in these cells."""
         then = self._built_for
         if then is None or then.counts != now.counts or then.positions.dtype != now.positions.dtype:
             return False

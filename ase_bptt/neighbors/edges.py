@@ -1,4 +1,4 @@
-"""Pairs of neighbouring atoms with integer shifts."""
+"""Edges of neighbouring atoms with integer shifts."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from ..structures import Structures
 
 
 @dataclass(eq=False)
-class Pairs:
+class Edges:
     """Every pair of atoms closer than a cutoff, each in both directions.
 
     Attributes
     ----------
-    i, j : Tensor of int64, shape (n_pairs,)
+    i, j : Tensor of int64, shape (n_edges,)
         Atom and neighbour, as indices into the batch.
-    shifts : Tensor, shape (n_pairs, 3)
+    shifts : Tensor, shape (n_edges, 3)
         Whole numbers of cell vectors that lead to the neighbour's image, in the positions' dtype.
-    mirror : Tensor of int64 or None, shape (n_pairs,)
+    mirror : Tensor of int64 or None, shape (n_edges,)
         Index of each pair's other direction; None where it was not looked for.
     """
 
@@ -35,36 +35,36 @@ class Pairs:
     _offsets: Tensor | None = None
 
     def offsets(self, structures: Structures) -> Tensor:
-        """Cartesian translation of each neighbour to its image, shape (n_pairs, 3), in Å."""
+        """Cartesian translation of each neighbour to its image, shape (n_edges, 3), in Å."""
         if self._offsets is not None:
             return self._offsets
         cells = structures.cells[structures.batch[self.i]]
         return (self.shifts.unsqueeze(1) @ cells).squeeze(1)
 
     def vectors(self, structures: Structures) -> Tensor:
-        """Vector from each atom to its neighbour's image, shape (n_pairs, 3), in Å."""
+        """Vector from each atom to its neighbour's image, shape (n_edges, 3), in Å."""
         x = structures.positions
         return x[self.j] - x[self.i] + self.offsets(structures)
 
     def near(self, cutoff: float, structures: Structures) -> Tensor:
-        """Whether each pair is closer than the cutoff (Å) now, shape (n_pairs,)."""
+        """Whether each pair is closer than the cutoff (Å) now, shape (n_edges,)."""
         with torch.no_grad():
             near = self.vectors(structures).square().sum(1) < cutoff**2
         # A length may differ from that of the other direction in the last bit.
         return near if self.mirror is None else near & near[self.mirror]
 
-    def select(self, keep: Tensor, count: int | None = None) -> Pairs:
-        """The pairs where keep, bool of shape (n_pairs,), is true: both directions or none.
+    def select(self, keep: Tensor, count: int | None = None) -> Edges:
+        """The edges where keep, bool of shape (n_edges,), is true: both directions or none.
 
         Who knows how many these are spares the device the question.
         """
         place = keep.cumsum(0) - 1
         rows = keep.nonzero().squeeze(1) if count is None else _rows(keep, place, count)
         mirror = None if self.mirror is None else place[self.mirror[rows]]
-        return Pairs(self.i[rows], self.j[rows], self.shifts[rows], mirror)
+        return Edges(self.i[rows], self.j[rows], self.shifts[rows], mirror)
 
-    def with_offsets(self, offsets: Tensor) -> Pairs:
-        """The same pairs, whose offsets are these instead of what follows from the cells."""
+    def with_offsets(self, offsets: Tensor) -> Edges:
+        """The same edges, whose offsets are these instead of what follows from the cells."""
         new = copy(self)
         new._offsets = offsets
         return new
@@ -83,18 +83,18 @@ class Pairs:
         return torch.cat((first, self.mirror[first]))
 
 
-def joined_up(found: Sequence[Pairs], structures: Structures) -> Pairs:
-    """The pairs of each structure, as those of the batch."""
-    sizes = torch.tensor([len(pairs.i) for pairs in found])
+def joined_up(found: Sequence[Edges], structures: Structures) -> Edges:
+    """The edges of each structure, as those of the batch."""
+    sizes = torch.tensor([len(edges.i) for edges in found])
     firsts = torch.from_numpy(np.cumsum([0, *structures.counts])[:-1])
     device = structures.positions.device
     atoms = torch.repeat_interleave(firsts, sizes).to(device)
-    i, j, shifts = (torch.cat([getattr(pairs, name) for pairs in found]) for name in ("i", "j", "shifts"))
-    mirrors = [pairs.mirror for pairs in found if pairs.mirror is not None]
+    i, j, shifts = (torch.cat([getattr(edges, name) for edges in found]) for name in ("i", "j", "shifts"))
+    mirrors = [edges.mirror for edges in found if edges.mirror is not None]
     mirror = None
     if len(mirrors) == len(found):
         mirror = torch.cat(mirrors) + torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes).to(device)
-    return Pairs(i + atoms, j + atoms, shifts, mirror)
+    return Edges(i + atoms, j + atoms, shifts, mirror)
 
 
 def _rows(keep: Tensor, place: Tensor, count: int) -> Tensor:

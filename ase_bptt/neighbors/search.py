@@ -11,11 +11,11 @@ from torch import Tensor
 from vesin import NeighborList as VesinNeighborList
 
 from ..structures import Structures
-from .edges import Pairs, joined_up
+from .edges import Edges, joined_up
 
 
-def search_each(structures: Structures, cutoff: float, members: Sequence[int] | None = None) -> list[Pairs]:
-    """The pairs closer than the cutoff (Å) of each structure, or of these members, as indices into that structure.
+def search_each(structures: Structures, cutoff: float, members: Sequence[int] | None = None) -> list[Edges]:
+    """The edges closer than the cutoff (Å) of each structure, or of these members, as indices into that structure.
 
     All in both directions, sorted by i, j and shifts. Any mix of boundary conditions, skewed cells, cells smaller than
     the cutoff and atoms outside of their cell.
@@ -33,12 +33,12 @@ def search_each(structures: Structures, cutoff: float, members: Sequence[int] | 
     if positions.device.type != "cpu" and feasible(structures.counts, cells, pbc, cutoff):
         _check_cells(cells, pbc)
         found = search_on_device(positions, structures.counts, cells, pbc, cutoff)
-        return [Pairs(i, j, shifts.to(structures.positions.dtype), mirror) for i, j, shifts, mirror in found]
+        return [Edges(i, j, shifts.to(structures.positions.dtype), mirror) for i, j, shifts, mirror in found]
     rows = positions.cpu().split(structures.counts)
     every = [_of_one(x.numpy(), cell, p, cutoff) for x, cell, p in zip(rows, cells, pbc, strict=True)]
     like = structures.positions
     return [
-        Pairs(
+        Edges(
             torch.from_numpy(i).to(like.device),
             torch.from_numpy(j).to(like.device),
             torch.from_numpy(shifts).to(like.device, like.dtype),
@@ -48,15 +48,15 @@ def search_each(structures: Structures, cutoff: float, members: Sequence[int] | 
     ]
 
 
-def find_pairs(structures: Structures, cutoff: float) -> Pairs:
-    """The pairs of a batch, as indices into it; otherwise as `search`."""
+def find_edges(structures: Structures, cutoff: float) -> Edges:
+    """The edges of a batch, as indices into it; otherwise as `search`."""
     return joined_up(search_each(structures, cutoff), structures)
 
 
 def _of_one(
     x: np.ndarray, cell: np.ndarray, periodic: np.ndarray, cutoff: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
-    """The pairs of one structure, by vesin; none where a position is not finite."""
+    """The edges of one structure, by vesin; none where a position is not finite."""
     if not np.isfinite(x).all():
         none = np.zeros(0, np.int64)
         return none, none, np.zeros((0, 3)), none
@@ -127,7 +127,7 @@ def feasible(counts: Sequence[int], cells: np.ndarray, pbc: np.ndarray, cutoff: 
 def search_on_device(
     positions: Tensor, counts: Sequence[int], cells: np.ndarray, pbc: np.ndarray, cutoff: float
 ) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """i, j, shifts and mirror of each structure, as `ase_bptt.neighbors.edges.Pairs` has them.
+    """i, j, shifts and mirror of each structure, as `ase_bptt.neighbors.edges.Edges` has them.
 
     Parameters
     ----------
@@ -223,7 +223,7 @@ def _near(
 
 
 def _mirrors(i: Tensor, j: Tensor, shifts: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each pair's other direction is, if it is there; pairs are sorted by i, j and shifts."""
+    """Where each pair's other direction is, if it is there; edges are sorted by i, j and shifts."""
     whole = shifts.to(torch.int64)
     reach = whole.abs().max() if len(whole) else 0
     width, n = 2 * reach + 1, (i.max() + 1 if len(i) else 1)

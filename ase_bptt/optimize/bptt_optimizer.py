@@ -20,7 +20,7 @@ from ..adjoints import Adjoint, AtMinimum, FullTape, Guided, Replay, make_adjoin
 from ..calculator import TorchCalculator
 from ..iterated_map import Keep
 from ..result import Relaxation, Status
-from ..stability import steady
+from ..stability import resolve_step_size
 from ..steppers import STEPPERS, Learner, State, Stepper, make_stepper
 from .recording import (
     BROKEN,
@@ -146,7 +146,7 @@ class BPTTOptimizer(Optimizer):
         """Find the step of step_size="auto", where there is a potential to ask."""
         calculator = getattr(self.atoms, "calc", None)
         if isinstance(self.atoms, Atoms) and isinstance(calculator, TorchCalculator):
-            self.stepper = self._recording.stepper = steady(self.stepper, calculator.potential, [self.atoms])
+            self.stepper = self._recording.stepper = resolve_step_size(self.stepper, calculator.potential, [self.atoms])
 
     def _before_frame(self) -> None:
         """What a rule does before a frame that needs energies, too."""

@@ -15,7 +15,7 @@ from ase.geometry import complete_cell, find_mic
 from ase.io.jsonio import encode
 from scipy.optimize import linear_sum_assignment
 
-from ..neighbors.search import find_pairs
+from ..neighbors.search import find_edges
 from ..structures import Structures
 
 log = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ def check_distances(atoms: Atoms, where: str) -> None:
     if len(periodic) and np.linalg.matrix_rank(periodic) < len(periodic):
         raise InvalidPair(f"{where} the periodic cell vectors span nothing; set its cell or its pbc.")
     structures = Structures.from_atoms(atoms)
-    found = find_pairs(structures, CLASH)
+    found = find_edges(structures, CLASH)
     if len(found.i):
         distances = found.vectors(structures).norm(dim=1)
         k = int(distances.argmin())

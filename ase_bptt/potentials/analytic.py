@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..neighbors.edges import Pairs
+from ..neighbors.edges import Edges
 from ..potential import Potential, Prediction
 from ..structures import Structures
 
@@ -48,19 +48,19 @@ class LennardJones(Potential):
         self.onset = float(0.66 * self.cutoff if ro is None else ro)
         self.smooth = bool(smooth)
 
-    def forward(self, structures: Structures, pairs: Pairs) -> Prediction:
-        halves = self._pair_energies(pairs.vectors(structures)) / 2
-        atomic = halves.new_zeros(structures.n_atoms).index_add(0, pairs.i, halves)
+    def forward(self, structures: Structures, edges: Edges) -> Prediction:
+        halves = self._pair_energies(edges.vectors(structures)) / 2
+        atomic = halves.new_zeros(structures.n_atoms).index_add(0, edges.i, halves)
         return Prediction(structures.sum(atomic), atomic_energies=atomic)
 
-    def stresses(self, structures: Structures, pairs: Pairs) -> Tensor:
+    def stresses(self, structures: Structures, edges: Edges) -> Tensor:
         with torch.enable_grad():
-            vectors = pairs.vectors(structures).detach().requires_grad_()
+            vectors = edges.vectors(structures).detach().requires_grad_()
             energy = self._pair_energies(vectors).sum() / 2
             (slope,) = torch.autograd.grad(energy, vectors)
         # Each pair stands in both directions, so the atom i of each row gets just its half.
         virials = slope.unsqueeze(2) * vectors.detach().unsqueeze(1)
-        per_atom = virials.new_zeros(structures.n_atoms, 3, 3).index_add(0, pairs.i, virials)
+        per_atom = virials.new_zeros(structures.n_atoms, 3, 3).index_add(0, edges.i, virials)
         return per_atom / structures.volumes[structures.batch][:, None, None]
 
     def _pair_energies(self, vectors: Tensor) -> Tensor:
@@ -136,10 +136,10 @@ class Morse(Potential):
         self.onset = float(rcut1 * r0)
         self.cutoff = float(rcut2 * r0)
 
-    def forward(self, structures: Structures, pairs: Pairs) -> Prediction:
-        r = pairs.vectors(structures).square().sum(1).sqrt()
+    def forward(self, structures: Structures, edges: Edges) -> Prediction:
+        r = edges.vectors(structures).square().sum(1).sqrt()
         halves = self._well(r) * self._fade(r) / 2
-        atomic = halves.new_zeros(structures.n_atoms).index_add(0, pairs.i, halves)
+        atomic = halves.new_zeros(structures.n_atoms).index_add(0, edges.i, halves)
         return Prediction(structures.sum(atomic), atomic_energies=atomic)
 
     def _well(self, r: Tensor) -> Tensor:
@@ -201,9 +201,9 @@ class DoubleWell(Potential):
         self.barrier, self.centre, self.width = barrier, centre, width
         self.cutoff = 6.0
 
-    def forward(self, structures: Structures, pairs: Pairs) -> Prediction:
-        s = (pairs.vectors(structures).norm(dim=1) - 3) / 0.5
+    def forward(self, structures: Structures, edges: Edges) -> Prediction:
+        s = (edges.vectors(structures).norm(dim=1) - 3) / 0.5
         left = (1 - ((s - self.centre) / self.width).square()).clamp(min=0)
         halves = (self.barrier * (1 - s.square()).square() + self.height * left**4) / 2
-        atomic = halves.new_zeros(structures.n_atoms).index_add(0, pairs.i, halves)
+        atomic = halves.new_zeros(structures.n_atoms).index_add(0, edges.i, halves)
         return Prediction(structures.sum(atomic), atomic_energies=atomic)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..neighbors.edges import Pairs
+from ..neighbors.edges import Edges
 from ..potential import Potential, Prediction
 from ..structures import Structures
 from . import quiet, require
@@ -46,8 +46,8 @@ class CHGNet(Potential):
         self.bond_cutoff = float(model.graph_converter.bond_graph_cutoff)
         self.atomic_numbers = frozenset(range(1, 95))
 
-    def forward(self, structures: Structures, pairs: Pairs) -> Prediction:
-        graph = self._batched_graph(structures, pairs)
+    def forward(self, structures: Structures, edges: Edges) -> Prediction:
+        graph = self._batched_graph(structures, edges)
         bent = structures.batch[graph.batched_bond_graph[:, 0]].unique().tolist()
         straight = sorted(set(range(len(structures))) - set(bent))
         if not (bent and straight):
@@ -56,7 +56,7 @@ class CHGNet(Potential):
         parts = []
         for members in (bent, straight):
             part = structures.select(members)
-            parts.append(self._predict(part, self._batched_graph(part, _among(pairs, structures, members))))
+            parts.append(self._predict(part, self._batched_graph(part, _among(edges, structures, members))))
         back = torch.tensor([*bent, *straight], device=structures.batch.device).argsort()
         atoms_back = structures.atoms_of([*bent, *straight]).argsort()
         energy, atomic, magmoms = (torch.cat(c) for c in zip(*map(_tensors, parts), strict=True))
@@ -74,11 +74,11 @@ class CHGNet(Potential):
             energy, atomic = energy + structures.sum(references), atomic + references
         return Prediction(energy, atomic_energies=atomic, magmoms=torch.cat(out["m"]))
 
-    def _batched_graph(self, structures: Structures, pairs: Pairs) -> Any:
+    def _batched_graph(self, structures: Structures, edges: Edges) -> Any:
         module = require("chgnet.model.model", extra="chgnet")
-        vectors = pairs.vectors(structures)
+        vectors = edges.vectors(structures)
         lengths = vectors.norm(dim=1)
-        topology = Topology.of(pairs, lengths.detach() < self.bond_cutoff, structures.n_atoms)
+        topology = Topology.of(edges, lengths.detach() < self.bond_cutoff, structures.n_atoms)
         encoder = self.model.bond_basis_expansion
         bonds = lengths[topology.representative]
         directions = vectors / lengths[:, None]
@@ -88,9 +88,9 @@ class CHGNet(Potential):
             bond_bases_ag=encoder.rbf_expansion_ag(bonds),
             bond_bases_bg=encoder.rbf_expansion_bg(bonds),
             angle_bases=self._angle_bases(directions[first], directions[second]),
-            batched_atom_graph=torch.stack((pairs.i, pairs.j), dim=1),
+            batched_atom_graph=torch.stack((edges.i, edges.j), dim=1),
             batched_bond_graph=torch.stack(
-                (pairs.i[first], topology.undirected[first], topology.undirected[second]), dim=1
+                (edges.i[first], topology.undirected[first], topology.undirected[second]), dim=1
             ),
             atom_owners=structures.batch,
             directed2undirected=topology.undirected,
@@ -151,26 +151,26 @@ def _tensors(found: Prediction) -> tuple[Any, ...]:
     return found.energy, found.atomic_energies, found.magmoms
 
 
-def _among(pairs: Pairs, structures: Structures, members: list[int]) -> Pairs:
-    """The pairs of these structures, as indices into the batch of them alone."""
+def _among(edges: Edges, structures: Structures, members: list[int]) -> Edges:
+    """The edges of these structures, as indices into the batch of them alone."""
     atoms = structures.atoms_of(members)
     place = torch.full_like(structures.batch, -1).index_copy(0, atoms, torch.arange(len(atoms), device=atoms.device))
-    kept = place[pairs.i] >= 0
-    return Pairs(place[pairs.i[kept]], place[pairs.j[kept]], pairs.shifts[kept])
+    kept = place[edges.i] >= 0
+    return Edges(place[edges.i[kept]], place[edges.j[kept]], edges.shifts[kept])
 
 
 @dataclass(eq=False)
 class Topology:
-    """Undirected bonds and angles of directed pairs.
+    """Undirected bonds and angles of directed edges.
 
     Attributes
     ----------
-    undirected : Tensor, shape (n_pairs,)
+    undirected : Tensor, shape (n_edges,)
         The undirected bond that each pair is one direction of.
     representative : Tensor, shape (n_bonds,)
         One pair of each undirected bond.
     angles : tuple of two Tensors, shape (n_angles,)
-        Every ordered two short pairs that share their atom i.
+        Every ordered two short edges that share their atom i.
     """
 
     undirected: Tensor
@@ -178,15 +178,15 @@ class Topology:
     angles: tuple[Tensor, Tensor]
 
     @classmethod
-    def of(cls, pairs: Pairs, short: Tensor, n_atoms: int) -> Topology:
+    def of(cls, edges: Edges, short: Tensor, n_atoms: int) -> Topology:
         key = torch.minimum(
-            _key(pairs.i, pairs.j, pairs.shifts, n_atoms),
-            _key(pairs.j, pairs.i, -pairs.shifts, n_atoms),
+            _key(edges.i, edges.j, edges.shifts, n_atoms),
+            _key(edges.j, edges.i, -edges.shifts, n_atoms),
         )
         bonds, undirected = torch.unique(key, return_inverse=True)
         order = torch.arange(len(key), device=key.device)
         representative = order.new_zeros(len(bonds)).scatter_reduce(0, undirected, order, "amin", include_self=False)
-        return cls(undirected, representative, _angles(pairs.i, short, n_atoms))
+        return cls(undirected, representative, _angles(edges.i, short, n_atoms))
 
 
 def _key(i: Tensor, j: Tensor, shifts: Tensor, n_atoms: int) -> Tensor:
@@ -201,7 +201,7 @@ def _key(i: Tensor, j: Tensor, shifts: Tensor, n_atoms: int) -> Tensor:
 
 
 def _angles(i: Tensor, short: Tensor, n_atoms: int) -> tuple[Tensor, Tensor]:
-    """All ordered two of the short pairs around each atom; i must be sorted."""
+    """All ordered two of the short edges around each atom; i must be sorted."""
     pair = short.nonzero().squeeze(1)
     centre = i[pair]
     coordination = torch.bincount(centre, minlength=n_atoms)

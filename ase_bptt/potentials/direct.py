@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..neighbors.edges import Pairs
+from ..neighbors.edges import Edges
 from ..potential import Potential, Prediction
 from ..structures import Structures
 
@@ -57,29 +57,29 @@ class Direct(Potential):
             self.energy_head = _two_layers(width, 1)
             self.force_head = _two_layers(width + basis, 1)
 
-    def forward(self, structures: Structures, pairs: Pairs) -> Prediction:
+    def forward(self, structures: Structures, edges: Edges) -> Prediction:
         """Energies alone; nothing here asks for their slope."""
-        _, distances = _geometry(structures, pairs)
-        return self._energy(structures, self._atoms(structures, pairs, self._basis(distances)))
+        _, distances = _geometry(structures, edges)
+        return self._energy(structures, self._atoms(structures, edges, self._basis(distances)))
 
     def energy_and_forces(
-        self, structures: Structures, pairs: Pairs, *, create_graph: bool = False
+        self, structures: Structures, edges: Edges, *, create_graph: bool = False
     ) -> tuple[Tensor, Tensor]:
         with torch.set_grad_enabled(create_graph):
-            directions, distances = _geometry(structures, pairs)
+            directions, distances = _geometry(structures, edges)
             basis = self._basis(distances)
-            atoms = self._atoms(structures, pairs, basis)
+            atoms = self._atoms(structures, edges, basis)
             # What both ends of a pair know, in either order: the pull on one is the pull on the other.
-            both = torch.cat([atoms[pairs.i] + atoms[pairs.j], basis], dim=1)
+            both = torch.cat([atoms[edges.i] + atoms[edges.j], basis], dim=1)
             pulls = self.force_head(both) * self._fade(distances)[:, None] * directions
-            forces = torch.zeros_like(structures.positions).index_add(0, pairs.i, pulls)
+            forces = torch.zeros_like(structures.positions).index_add(0, edges.i, pulls)
             return self._energy(structures, atoms).energy, forces
 
-    def _atoms(self, structures: Structures, pairs: Pairs, basis: Tensor) -> Tensor:
+    def _atoms(self, structures: Structures, edges: Edges, basis: Tensor) -> Tensor:
         """What each atom knows of itself and its surroundings, shape (n_atoms, width)."""
         atoms = self.elements(structures.numbers)
         for filters, update in zip(self.filters, self.updates, strict=True):
-            messages = torch.zeros_like(atoms).index_add(0, pairs.i, filters(basis) * atoms[pairs.j])
+            messages = torch.zeros_like(atoms).index_add(0, edges.i, filters(basis) * atoms[edges.j])
             atoms = atoms + update(messages)
         return atoms
 
@@ -88,7 +88,7 @@ class Direct(Potential):
         return Prediction(structures.sum(atomic), atomic_energies=atomic)
 
     def _basis(self, distances: Tensor) -> Tensor:
-        """Sines that fade out at the cutoff, shape (n_pairs, basis)."""
+        """Sines that fade out at the cutoff, shape (n_edges, basis)."""
         orders = torch.arange(1, self.settings["basis"] + 1, device=distances.device).to(distances)
         waves = torch.sin(math.pi * orders * distances[:, None] / self.cutoff) / distances[:, None]
         return waves * self._fade(distances)[:, None]
@@ -111,9 +111,9 @@ class Direct(Potential):
         return cls(**config)
 
 
-def _geometry(structures: Structures, pairs: Pairs) -> tuple[Tensor, Tensor]:
-    """Unit vectors to the neighbours, shape (n_pairs, 3), and distances in Å, shape (n_pairs,)."""
-    vectors = pairs.vectors(structures)
+def _geometry(structures: Structures, edges: Edges) -> tuple[Tensor, Tensor]:
+    """Unit vectors to the neighbours, shape (n_edges, 3), and distances in Å, shape (n_edges,)."""
+    vectors = edges.vectors(structures)
     distances = vectors.square().sum(1).sqrt()
     return vectors / distances[:, None], distances
 

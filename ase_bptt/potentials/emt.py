@@ -15,7 +15,7 @@ from ase.data import atomic_numbers
 from ase.units import Bohr
 from torch import Tensor, nn
 
-from ..neighbors.edges import Pairs
+from ..neighbors.edges import Edges
 from ..potential import Potential, Prediction
 from ..structures import Structures
 
@@ -88,14 +88,14 @@ class EMT(Potential):
         self.register_buffer("kinds", kinds, persistent=False)
         self.cutoff = self._ends(self.sizes.max())[2].item()
 
-    def forward(self, structures: Structures, pairs: Pairs) -> Prediction:
+    def forward(self, structures: Structures, edges: Edges) -> Prediction:
         kind = self.kinds[structures.numbers]
         size = self._largest(structures, kind)
         middle, slope, end = self._ends(size)
         gamma1, gamma2 = (g[structures.batch, kind] for g in self._gammas(middle, slope))
         E0, s0, V0, eta2, kappa, lambda_, n0 = (getattr(self, name)[kind] for name in COLUMNS)
 
-        i, j, r = pairs.i, pairs.j, pairs.vectors(structures).square().sum(1).sqrt()
+        i, j, r = edges.i, edges.j, edges.vectors(structures).square().sum(1).sqrt()
         if self.asap_cutoff:
             near = r < end[structures.batch[i]]
             i, j, r = i[near], j[near], r[near]
@@ -119,7 +119,7 @@ class EMT(Potential):
         return self.sizes.new_zeros(len(structures)).scatter_reduce(0, structures.batch, self.sizes[kind], "amax")
 
     def _ends(self, size: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Middle (Å) and slope (1/Å) of the function that ends the interaction, and where pairs are cut (Å).
+        """Middle (Å) and slope (1/Å) of the function that ends the interaction, and where edges are cut (Å).
 
         The middle lies between the third and the fourth shell of fcc, and at the fourth 1e-4 is left.
         """

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..neighbors.edges import Pairs
+from ..neighbors.edges import Edges
 from ..potential import Potential, Prediction
 from ..structures import Structures
 from .mace_files import (
@@ -80,19 +80,19 @@ class MACE(Potential):
         self.register_buffer("_column", column, persistent=False)
         self._made: tuple[tuple, dict[str, Tensor]] | None = None
 
-    def forward(self, structures: Structures, pairs: Pairs) -> Prediction:
+    def forward(self, structures: Structures, edges: Edges) -> Prediction:
         positions = structures.positions
         # MACE switches gradients on for the tensor that it is given.
         if not positions.requires_grad:
             positions = positions.detach()
-        edges, offsets, shifts = torch.stack((pairs.i, pairs.j)), pairs.offsets(structures), pairs.shifts
-        order = pairs.one_way_first
+        edge_index, offsets, shifts = torch.stack((edges.i, edges.j)), edges.offsets(structures), edges.shifts
+        order = edges.one_way_first
         if order is not None:
-            edges, offsets, shifts = edges[:, order], offsets[order], shifts[order]
+            edge_index, offsets, shifts = edge_index[:, order], offsets[order], shifts[order]
         data = {
             **self._composition(structures),
             "positions": positions,
-            "edge_index": edges,
+            "edge_index": edge_index,
             "shifts": offsets,
             "unit_shifts": shifts,
             "cell": structures.cells.reshape(-1, 3),
@@ -202,13 +202,13 @@ def _further_inputs(model: Any) -> dict[str, float]:
 
 
 @contextmanager
-def each_distance_once(model: Any, n_pairs: int) -> Iterator[None]:
+def each_distance_once(model: Any, n_edges: int) -> Iterator[None]:
     """While it holds, the radial networks of a MACE see one direction of each pair, and serve both.
 
-    They map a distance to the weights of a tensor product, and take a quarter of the time. The pairs
+    They map a distance to the weights of a tensor product, and take a quarter of the time. The edges
     that the model is called with have to be all of one direction, then the others in the same order.
     """
-    one_way = n_pairs // 2
+    one_way = n_edges // 2
     features: list[Any] = [None, None]  # of both directions, and of one
 
     def halve_lengths(module: nn.Module, given: tuple) -> tuple:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..neighbors.edges import Pairs
+from ..neighbors.edges import Edges
 from ..potential import Potential, Prediction
 from ..structures import Structures
 from . import quiet, require
@@ -27,7 +27,7 @@ ENERGY = "atomic_energy"
 class SevenNet(Potential):
     """A module of sevenn, seen as a Potential.
 
-    Pairs, live positions and live cells are ours; sevenn's own layer for forces is left out. The
+    Edges, live positions and live cells are ours; sevenn's own layer for forces is left out. The
     module is used as it is, not copied.
 
     Parameters
@@ -65,11 +65,11 @@ class SevenNet(Potential):
         self.register_state_dict_post_hook(_without_copies)
         self.register_load_state_dict_pre_hook(_with_copies)
 
-    def forward(self, structures: Structures, pairs: Pairs) -> Prediction:
+    def forward(self, structures: Structures, edges: Edges) -> Prediction:
         data = {
             "x": self._column[structures.numbers],
-            "edge_vec": pairs.vectors(structures),
-            "edge_index": torch.stack((pairs.i, pairs.j)),
+            "edge_vec": edges.vectors(structures),
+            "edge_index": torch.stack((edges.i, edges.j)),
             "batch": structures.batch,
         }
         if self.modal:

@@ -31,7 +31,7 @@ class GradientDescent(Stepper):
     step_size : float, Parameter, dict, sequence or "auto"
         eta in Å^2/eV. Stable below 2/lambda_max of the Hessian. A dict has one for each element, by its symbol; a
         sequence has one for each frame, the last of which also holds for all later frames; each of them may be a
-        Parameter. "auto" is half the stability limit, and must be `resolved` before the first frame.
+        Parameter. "auto" is half the stability limit, and must be `resolve_step_size` before the first frame.
     anneal : float or Parameter
         Factor by which the step size falls with each frame, also where each frame has its own.
     momentum : float or Parameter
@@ -103,7 +103,7 @@ class GradientDescent(Stepper):
         moves = arithmetic.shortened(moves, batch, len(frame), self.maxstep)
         return positions + moves, State(atoms, {"frame": frame + 1})
 
-    def resolved(self, limit: float) -> GradientDescent:
+    def resolve_step_size(self, limit: float) -> GradientDescent:
         """One whose step size is half of limit, where this one's is "auto"; they share their other numbers."""
         if not isinstance(self.step_size, str):
             return self

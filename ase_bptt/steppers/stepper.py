@@ -12,9 +12,7 @@ from torch import Tensor, nn
 from .hyperparameters import Ranges, labelled, learnt, plain
 
 Self = TypeVar("Self", bound="Stepper")
-UNRESOLVED = (
-    "{name}='auto' is no number yet: call resolved(limit) with the limit 2/lambda_max of the Hessian in Å^2/eV."
-)
+UNRESOLVED = "{name}='auto' is no number yet: call resolve_step_size(limit), with the limit 2/lambda_max in Å^2/eV."
 
 
 @dataclass(eq=False)
@@ -155,7 +153,7 @@ class Stepper(nn.Module):
         return self
 
     @torch.no_grad()
-    def restrain(self) -> None:
+    def clamp_parameters(self) -> None:
         """Bring Parameters that have left their range in `learnable` back to its end, in place."""
         for name in self.learnable:
             low, high = self._range(name)
@@ -163,12 +161,12 @@ class Stepper(nn.Module):
                 if isinstance(number, nn.Parameter) and not low <= number.item() <= high:
                     number.clamp_(low, high)
 
-    def numbers(self) -> dict[str, float]:
+    def hyperparameters(self) -> dict[str, float]:
         """What the learnable numbers are now, learnt or not; each of several by a label such as "step_size[Si]"."""
         every = [labelled(name, getattr(self, name)) for name in self.learnable]
         return {label: float(plain(number)) for found in every for label, number in found.items()}
 
-    def resolved(self, limit: float) -> Stepper:
+    def resolve_step_size(self, limit: float) -> Stepper:
         """The stepper with a number in place of "auto"; this one where nothing is "auto".
 
         Parameters

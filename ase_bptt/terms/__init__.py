@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..pairs import RelaxationPair
 from ..potential import Potential
-from .labels import Reference
-from .regularizers import Pull, Teacher
+from .labels import Labels
+from .regularizers import Distillation, WeightAnchor
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +58,8 @@ class Term(Protocol):
         raise NotImplementedError
 
 
-TERMS: dict[str, type[Pull] | type[Teacher] | type[Reference]] = {
-    term.name: term for term in (Pull, Teacher, Reference)
+TERMS: dict[str, type[WeightAnchor] | type[Distillation] | type[Labels]] = {
+    term.name: term for term in (WeightAnchor, Distillation, Labels)
 }
 
 

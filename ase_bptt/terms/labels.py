@@ -23,7 +23,7 @@ from .probes import Points, answer, cost
 log = logging.getLogger(__name__)
 
 
-class Reference:
+class Labels:
     """Energies and forces of the frames of the reference relaxations, and their path.
 
     Frames without energies and forces, or with those of other positions, are passed by; a pair without any
@@ -74,7 +74,7 @@ class Reference:
         self._differences = np.zeros(0)
         self._points: Points | None = None
         self._rows: dict[str, range] = {}
-        self._kept = ReferenceFrames([], frames)
+        self._kept = LabelledFrames([], frames)
         self._loaded: np.ndarray | None = None
 
     def check(self, pairs: Sequence[RelaxationPair]) -> None:
@@ -87,7 +87,7 @@ class Reference:
         """
         # Frames are read from files, and the same pairs are checked more than once before a training.
         if self._kept.pairs != list(pairs):
-            self._kept = ReferenceFrames(pairs, self.frames, self.energies)
+            self._kept = LabelledFrames(pairs, self.frames, self.energies)
         if not self._kept.labelled:
             wanted = "energy and forces" if self.energies else "forces"
             raise ValueError(
@@ -209,7 +209,7 @@ MOVED = {"positions", "numbers", "cell"}
 """Changes of a structure, as ASE names them, after which the results of its calculator are another's."""
 
 
-class ReferenceFrames:
+class LabelledFrames:
     """Frames that are kept of some pairs, evenly spaced from the first to the last, by the pair's id.
 
     Parameters

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import huber_loss
 
 from ..losses import displacements
-from ..neighbors.search import find_pairs
+from ..neighbors.search import find_edges
 from ..pairs import RelaxationPair
 from ..potential import Potential
 from ..structures import Structures
@@ -230,7 +230,7 @@ class Points:
 
 def answer(potential: Potential, structures: Structures) -> tuple[Tensor, Tensor]:
     """Energies and forces as the potential gives them now, with a graph."""
-    return potential.energy_and_forces(structures, find_pairs(structures, potential.cutoff), create_graph=True)
+    return potential.energy_and_forces(structures, find_edges(structures, potential.cutoff), create_graph=True)
 
 
 def cost(points: Points, energy: Tensor, forces: Tensor, *, energies: bool = True) -> Tensor:

@@ -15,14 +15,14 @@ from ..pairs import RelaxationPair
 from ..potential import Potential
 from ..throughput.memory import in_parts
 from ..tuning.low_rank import weights
-from ..utils import Gradients, added, check_count, check_positive, pull_back
+from ..utils import Gradients, added, check_count, check_positive, vjp
 from .probes import KINDS, SOUND, Points, answer, make_probes
 
 CHANGE = 0.01
 """Of its size: a weight that changes so much costs 1. A default fine-tuning changes them about as much."""
 
 
-class Pull:
+class WeightAnchor:
     """A pull to the pretrained weights.
 
     The mean over all trained numbers of their squared change, each in units of `CHANGE` times the root mean
@@ -90,7 +90,7 @@ FORCE, ENERGY = 0.5, 0.25
 """eV/Å and eV an atom: where all forces, or all energies, have changed by so much, they cost 1."""
 
 
-class Teacher:
+class Distillation:
     """Energies and forces of the pretrained potential on a probe set (`ase_bptt.terms.probes`).
 
     The mean over the components of the forces of their squared change in units of `FORCE`, and over the
@@ -198,4 +198,4 @@ def _costs(
     sizes = torch.tensor(part.structures.counts, device=energies.device)
     off = (energies - part.energies) / sizes / ENERGY
     cost = off.square().sum() / len(points) + ((forces - part.forces) / FORCE).square().sum() / points.forces.numel()
-    return cost.detach(), pull_back([cost], [torch.ones_like(cost)], weights)
+    return cost.detach(), vjp([cost], [torch.ones_like(cost)], weights)

@@ -12,7 +12,7 @@ from ase import Atoms
 from torch import Tensor
 
 from ..neighbors import NeighborList
-from ..neighbors.edges import Pairs
+from ..neighbors.edges import Edges
 from ..potential import Potential
 from ..structures import Structures
 
@@ -53,8 +53,8 @@ class Case:
     check: str = ""
     mend: str = ""
 
-    def batch(self, atoms: Atoms | Sequence[Atoms]) -> tuple[Structures, Pairs]:
-        """A batch and its pairs, where the potential computes."""
+    def batch(self, atoms: Atoms | Sequence[Atoms]) -> tuple[Structures, Edges]:
+        """A batch and its edges, where the potential computes."""
         return _batch(self.potential, atoms)
 
     def results(self, atoms: Atoms | Sequence[Atoms]) -> Results:
@@ -108,7 +108,7 @@ def array(tensor: Tensor) -> np.ndarray:
     return tensor.detach().double().cpu().numpy()
 
 
-def _batch(potential: Potential, atoms: Atoms | Sequence[Atoms]) -> tuple[Structures, Pairs]:
+def _batch(potential: Potential, atoms: Atoms | Sequence[Atoms]) -> tuple[Structures, Edges]:
     structures = potential.batch(atoms)
     return structures, NeighborList(potential.cutoff, skin=0.0)(structures)
 

@@ -18,14 +18,14 @@ from .case import Case, Results, array, slope
 
 def second(case: Case) -> None:
     """The gradient of a function of the forces in positions and weights is its difference."""
-    structures, pairs = case.batch(case.atoms)
-    if not len(pairs.i):
+    structures, edges = case.batch(case.atoms)
+    if not len(edges.i):
         case.report.skipped[case.check] = "no atom of the structure has a neighbour"
         return
     positions = structures.positions.requires_grad_()
     along = torch.from_numpy(case.random.normal(size=positions.shape)).to(positions)
     with torch.enable_grad():
-        _, forces = case.potential.energy_and_forces(structures, pairs, create_graph=True)
+        _, forces = case.potential.energy_and_forces(structures, edges, create_graph=True)
     if not forces.requires_grad:
         case.fail("energy_and_forces with create_graph=True gave forces without a graph")
     weights = dict(case.potential.named_parameters())
@@ -98,13 +98,13 @@ def untouched(case: Case) -> None:
         weight.requires_grad_(k % 2 == 0)
     before = {name: (w.requires_grad, w.detach().clone()) for name, w in weights.items()}
     mode = potential.training
-    structures, pairs = case.batch(case.atoms)
+    structures, edges = case.batch(case.atoms)
     positions = structures.positions.clone()
-    potential.results(structures, pairs)
-    potential.energy_and_forces(structures, pairs)
+    potential.results(structures, edges)
+    potential.energy_and_forces(structures, edges)
     if structures.positions.requires_grad or not torch.equal(positions, structures.positions):
         case.fail("it changed the positions that it was given, or what they require")
-    potential.energy_and_forces(structures.replace(positions=positions.requires_grad_()), pairs, create_graph=True)
+    potential.energy_and_forces(structures.replace(positions=positions.requires_grad_()), edges, create_graph=True)
     for name, weight in weights.items():
         flag, value = before[name]
         if weight.requires_grad is not flag or weight.grad is not None or not torch.equal(weight, value):
@@ -123,11 +123,11 @@ class Check(NamedTuple):
 
 def shapes(case: Case) -> None:
     """Everything has the shape that it is documented with, in the dtype of the potential."""
-    structures, pairs = case.batch(case.atoms)
+    structures, edges = case.batch(case.atoms)
     n, potential = len(case.atoms), case.potential
     expected = {"energy": (1,), "forces": (n, 3), "stress": (1, 3, 3), "atomic_energies": (n,), "magmoms": (n,)}
-    called = dict(zip(expected, potential.energy_and_forces(structures, pairs), strict=False))
-    for found in (potential.results(structures, pairs), called):
+    called = dict(zip(expected, potential.energy_and_forces(structures, edges), strict=False))
+    for found in (potential.results(structures, edges), called):
         for name in expected.keys() & found.keys():
             quantity, value = name.replace("_", " "), found[name]
             if tuple(value.shape) != expected[name]:
@@ -138,8 +138,8 @@ def shapes(case: Case) -> None:
 
 def calls(case: Case) -> None:
     """`results` and `energy_and_forces` say the same."""
-    structures, pairs = case.batch(case.atoms)
-    energy, forces = case.potential.energy_and_forces(structures, pairs)
+    structures, edges = case.batch(case.atoms)
+    energy, forces = case.potential.energy_and_forces(structures, edges)
     if energy.requires_grad or forces.requires_grad:
         case.fail("energy_and_forces without create_graph gave tensors that are still attached")
     found = {"energy": energy.double().cpu().numpy(), "forces": forces.double().cpu().numpy()}
@@ -281,12 +281,12 @@ CHECKS = {
     "calls": Check(calls, "compute both from one function, detached where no graph is asked for"),
     "partition": Check(partition, "add everything to the atomic energies that the energy contains"),
     "forces": Check(forces, "let the energy depend on structures.positions alone, live, with smooth cutoffs"),
-    "stress": Check(stress, "let the energy depend on live structures.cells, as pairs.vectors(structures) does"),
+    "stress": Check(stress, "let the energy depend on live structures.cells, as edges.vectors(structures) does"),
     "batch": Check(batch, "sum over structures.batch, and let nothing depend on the other members"),
-    "translation": Check(translation, "use positions in pairs.vectors(structures) only, which knows the images"),
-    "rotation": Check(rotation, "take scalars from distances and angles, and vectors from pairs.vectors(structures)"),
+    "translation": Check(translation, "use positions in edges.vectors(structures) only, which knows the images"),
+    "rotation": Check(rotation, "take scalars from distances and angles, and vectors from edges.vectors(structures)"),
     "permutation": Check(permutation, "sum over neighbours, and read elements from structures.numbers"),
-    "far atom": Check(far, "let an atom without pairs have its own energy, no forces, and finite ones"),
+    "far atom": Check(far, "let an atom without edges have its own energy, no forces, and finite ones"),
     "gradient": Check(second, "keep the graph of the forces, without detach(), item() or numpy on the way"),
     "untouched": Check(untouched, "leave flags, weights and inputs as they are, and work on copies"),
 }

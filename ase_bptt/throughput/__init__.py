@@ -22,7 +22,7 @@ from ..optimize.bptt_optimizer import BPTTOptimizer
 from ..potential import Potential
 from ..relaxation import relax
 from ..result import Status
-from ..stability import steady
+from ..stability import resolve_step_size
 from ..steppers import Stepper, make_stepper
 from ..structures import Structures
 from .memory import fits, in_parts, tell
@@ -99,7 +99,7 @@ def _stream(
     limits: tuple[int | None, float | None],
 ) -> Stream:
     some = structures[:: max(1, len(structures) // SAMPLED)]
-    iterated = IteratedMap(potential, steady(make_stepper(stepper), potential, some))
+    iterated = IteratedMap(potential, resolve_step_size(make_stepper(stepper), potential, some))
     costs, room = _costs(iterated, structures, *limits)
     if iterated.stepper.name == "bfgs":
         # A Hessian of (3 n)^2 numbers a structure: for large ones, many together would fill the memory.

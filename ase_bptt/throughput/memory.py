@@ -24,14 +24,14 @@ Item = TypeVar("Item")
 SHARE = 0.8
 """Of the memory that is free; the rest is for what allocators round up."""
 COUNTED = 64
-"""Structures whose pairs are held at once while they are counted."""
+"""Structures whose edges are held at once while they are counted."""
 
 
 class Size(NamedTuple):
-    """Atoms and neighbour pairs of a structure."""
+    """Atoms and edges of a structure."""
 
     atoms: int
-    pairs: int
+    edges: int
 
 
 @dataclass(frozen=True)
@@ -40,27 +40,27 @@ class Footprint:
 
     Attributes
     ----------
-    fixed, per_atom, per_pair : float
+    fixed, per_atom, per_edge : float
         In bytes.
     """
 
     fixed: float
     per_atom: float
-    per_pair: float
+    per_edge: float
 
     def of(self, size: Size) -> float:
         """Bytes that a structure adds to a batch."""
         # Something at least, so that room is never endless.
-        return max(1.0, self.per_atom * size.atoms + self.per_pair * size.pairs)
+        return max(1.0, self.per_atom * size.atoms + self.per_edge * size.edges)
 
 
 def sizes(potential: Potential, structures: Sequence[Atoms]) -> list[Size]:
-    """Atoms and neighbour pairs of each structure."""
+    """Atoms and edges of each structure."""
     counted: list[Size] = []
     for first in range(0, len(structures), COUNTED):
         some = structures[first : first + COUNTED]
         found = search_each(potential.batch(some), potential.cutoff)
-        counted += [Size(len(atoms), len(pairs.i)) for atoms, pairs in zip(some, found, strict=True)]
+        counted += [Size(len(atoms), len(edges.i)) for atoms, edges in zip(some, found, strict=True)]
     return counted
 
 
@@ -88,7 +88,7 @@ def measure(run: Callable[[list[Item]], Any], items: Sequence[Item], of: Sequenc
         found = fits(partial(peak_bytes, partial(run, [items[k] for k in batch])))
         if found is None:
             continue
-        rows.append([1.0, sum(of[k].atoms for k in batch), sum(of[k].pairs for k in batch)])
+        rows.append([1.0, sum(of[k].atoms for k in batch), sum(of[k].edges for k in batch)])
         peaks.append(max(1, found[0]))
     if not peaks:
         tell(1)
@@ -100,8 +100,8 @@ def _fitted(rows: np.ndarray, peaks: np.ndarray) -> Footprint:
     if len(rows) < rows.shape[1]:
         return Footprint(0.0, float((peaks / rows[:, 1]).max()), 0.0)
     # Each batch counts by its relative error; nothing can take less than no memory.
-    (fixed, per_atom, per_pair), _ = nnls(rows / peaks[:, None], np.ones(len(peaks)))
-    return Footprint(fixed, per_atom, per_pair)
+    (fixed, per_atom, per_edge), _ = nnls(rows / peaks[:, None], np.ones(len(peaks)))
+    return Footprint(fixed, per_atom, per_edge)
 
 
 def free_bytes(device: torch.device) -> float:

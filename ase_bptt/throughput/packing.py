@@ -148,6 +148,6 @@ class Planner(Generic[Item]):
             self.footprint = measure(self._run, items, of)
             log.info(
                 "A batch takes %.1f MiB, %.3f MiB for each atom and %.2f KiB for each pair of neighbours.",
-                self.footprint.fixed / 2**20, self.footprint.per_atom / 2**20, self.footprint.per_pair / 2**10,
+                self.footprint.fixed / 2**20, self.footprint.per_atom / 2**20, self.footprint.per_edge / 2**10,
             )  # fmt: skip
         return [self.footprint.of(size) for size in of], max(0.0, self.limit - self.footprint.fixed)

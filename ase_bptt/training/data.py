@@ -84,7 +84,7 @@ class Tally:
             "lr": lr,
             **counts,
             **{f"term_{name}": _mean(values) for name, values in self._further.items()},
-            **(stepper.numbers() if any(p.requires_grad for p in stepper.parameters()) else {}),
+            **(stepper.hyperparameters() if any(p.requires_grad for p in stepper.parameters()) else {}),
         }
 
 

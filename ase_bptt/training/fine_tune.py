@@ -152,7 +152,7 @@ def _step_size(trainer: Trainer, given: dict[str, Any]) -> dict[str, str]:
 def _learnt(trainer: Trainer) -> dict[str, str]:
     """How far the numbers of the stepper moved, where some were trained."""
     trained = {name.partition(".")[0] for name, p in trainer.stepper.named_parameters() if p.requires_grad}
-    now = trainer.stepper.numbers()
+    now = trainer.stepper.hyperparameters()
     moved = [f"{name} {begun:.4g} -> {now[name]:.4g}" for name, begun in trainer.begun_with.items()
              if name.partition("[")[0] in trained]  # fmt: skip
     return {"learnt": ", ".join(moved)} if moved else {}

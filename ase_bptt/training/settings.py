@@ -10,7 +10,7 @@ from ..losses import named_loss
 from ..pairs import RelaxationPair
 from ..pairs.groups import check_apart, usable
 from ..potential import Potential
-from ..stability import steady
+from ..stability import resolve_step_size
 from ..steppers import BFGS, GradientDescent, Stepper, make_stepper
 from ..terms import Term, check_terms
 from .distributed import together
@@ -66,10 +66,10 @@ def make_pair_loss(
     return PairLoss(potential, moved, chosen, measured, frames, fmax, starts, together(), memory)
 
 
-def make_steady(made: PairLoss, train: Sequence[RelaxationPair]) -> Stepper:
+def make_stepper_definite(made: PairLoss, train: Sequence[RelaxationPair]) -> Stepper:
     """Have the pairs relaxed by a stepper whose step size is a number, found on some of them where it is "auto"."""
     some = [p.relaxed for p in train[:: max(1, len(train) // SAMPLED)]]
-    made.stepper = steady(made.stepper, made.potential, some)
+    made.stepper = resolve_step_size(made.stepper, made.potential, some)
     return made.stepper
 
 

@@ -25,7 +25,7 @@ from .data import Order, Tally
 from .distributed import align, together
 from .metrics import Progress, validate
 from .pair_loss import Loss
-from .settings import check_data, make_pair_loss, make_steady
+from .settings import check_data, make_pair_loss, make_stepper_definite
 from .updates import OptimizerFactory, Updates
 
 Pairs = Sequence[RelaxationPair]
@@ -139,7 +139,7 @@ class Trainer:
         self.optimizer = self.updates.optimizer
         self.order = Order(batch_size, along, rattle, seed)
         self.epoch, self.epochs, self.data = 0, 0, ""
-        self.begun_with = self.stepper.numbers()
+        self.begun_with = self.stepper.hyperparameters()
         self.history: list[dict[str, float]] = []
         self.best: dict[str, dict[str, Tensor]] = {}
         self.best_loss, self.best_epoch = float("inf"), 0
@@ -186,8 +186,8 @@ class Trainer:
         if self.warm_starts:
             self.warm_starts.begin(train)
         if fresh:
-            self.stepper = make_steady(self._pairs, train)
-            self.begun_with = self.stepper.numbers()
+            self.stepper = make_stepper_definite(self._pairs, train)
+            self.begun_with = self.stepper.hyperparameters()
             self.potential.metadata = resuming.provenance(self)
         self.updates.prepare(train)
         if fresh:
@@ -212,7 +212,7 @@ class Trainer:
         norm = self.updates.take(pairs, (self.seed, self.epoch)) if losses else None
         if norm is None:
             return [], 0.0
-        self.stepper.restrain()
+        self.stepper.clamp_parameters()
         return losses, norm
 
     def backward(self, pairs: Pairs) -> list[float]:

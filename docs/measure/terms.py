@@ -12,16 +12,16 @@ import torch
 
 from ase_bptt import Trainer
 from ase_bptt.datasets import si_defects
-from ase_bptt.terms.labels import Reference
-from ase_bptt.terms.regularizers import Pull, Teacher
+from ase_bptt.terms.labels import Labels
+from ase_bptt.terms.regularizers import Distillation, WeightAnchor
 
 REPEATS = 7
 TERMS = {
     "none": (),
-    "Pull()": (Pull(),),
-    "Teacher()": (Teacher(),),
-    "Reference()": (Reference(),),
-    "Reference(path=1.0)": (Reference(path=1.0),),
+    "WeightAnchor()": (WeightAnchor(),),
+    "Distillation()": (Distillation(),),
+    "Labels()": (Labels(),),
+    "Labels(path=1.0)": (Labels(path=1.0),),
 }
 
 

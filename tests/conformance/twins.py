@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ase_bptt import TorchCalculator
-from ase_bptt.neighbors.edges import Pairs
+from ase_bptt.neighbors.edges import Edges
 from ase_bptt.potentials.analytic import LennardJones, Morse
 from ase_bptt.potentials.emt import EMT
 from ase_bptt.structures import Structures
@@ -54,12 +54,12 @@ class TorchMorse(TorchCalculator):
 
 @dataclass
 class _Found:
-    """Pairs from a function with the signature of ase.neighborlist.neighbor_list."""
+    """Edges from a function with the signature of ase.neighborlist.neighbor_list."""
 
     neighbor_list: Callable
     cutoff: float
 
-    def __call__(self, structures: Structures) -> Pairs:
+    def __call__(self, structures: Structures) -> Edges:
         (atoms,) = structures.to_atoms()
         i, j, shifts = self.neighbor_list("ijS", atoms, self.cutoff)
-        return Pairs(*map(torch.from_numpy, (i, j, shifts.astype(np.float64))))
+        return Edges(*map(torch.from_numpy, (i, j, shifts.astype(np.float64))))
