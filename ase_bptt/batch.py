@@ -1,19 +1,17 @@
-"""Structures that relax together, each for itself: frame by frame, with one transfer from the device a frame."""
+"""Which structure is where: a batch that structures leave when they have stopped and others may join."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .iterated_map import IteratedMap
+from .iterated_map import End, IteratedMap, Status
 from .neighbors import NeighborList
 from .neighbors.edges import Edges
-from .result import Status, largest_force
 from .steppers import State
 from .structures import Structures
 
@@ -21,57 +19,72 @@ RISE = 0.05
 """eV per atom above the start at which a run that did not converge counts as diverged."""
 
 
-class Moving:
-    """A batch on its way: those that stop leave it, others join it, and nobody's path depends on the others.
+class Batch:
+    """Structures that relax together; the path of none of them depends on the others.
 
     Parameters
     ----------
     iterated : IteratedMap
     structures : Structures
     fmax : float
-        eV/Å at which a structure stops.
+        eV/Å below which a structure stops.
     steps : int
         Frames of each structure at most.
+    members : sequence of int, optional
+        An index for each structure, by which the caller knows it; 0 to n - 1 if not given.
 
     Attributes
     ----------
     structures : Structures
-        Where they stand.
+        Where they are.
     state : State
         The stepper's, before the next frame.
     energies, forces : Tensor, shapes (n,) and (n_atoms, 3)
-        There, after `look`.
+        There, after `evaluate`.
+    members : list of int, length n
+        The index of the structure in each place.
     frames : list of int, length n
         How many each has taken.
     """
 
-    def __init__(self, iterated: IteratedMap, structures: Structures, fmax: float, steps: int):
+    def __init__(
+        self,
+        iterated: IteratedMap,
+        structures: Structures,
+        fmax: float,
+        steps: int,
+        members: Sequence[int] | None = None,
+    ):
         self.map, self.fmax, self.steps = iterated, fmax, steps
         self.structures, self.state = structures, iterated.start(structures)
+        self.members = list(range(len(structures)) if members is None else members)
         self.frames = [0] * len(structures)
         self.energies = self.forces = structures.positions.new_empty(0)
         self._first_energies = [math.nan] * len(structures)
         self._neighbors: NeighborList = iterated.neighbor_list()
         self._edges: Edges | None = None
-        self._ahead: tuple[Structures, State] | None = None
         self._answer: list[float] | None = None
 
     def __len__(self) -> int:
-        return len(self.structures)
+        return len(self.members)
 
-    def look(self) -> dict[int, Status]:
-        """Find energies and forces, and which members stop here, by their place in the batch.
-
-        The stop test is not differentiated.
-        """
+    def evaluate(self) -> Tensor:
+        """Compute energies and forces; the forces, in eV/Å, shape (n_atoms, 3)."""
         if self._edges is None:
             self._edges = self._neighbors(self.structures)
-        self.energies, self.forces = self._evaluate()
-        # Where each would go next is found before it is known whether any stops: so the stop test and the neighbour
-        # list ask the device in one transfer.
-        self._ahead = self.map.advance(self.structures, self.state, self.forces)
+        self.energies, self.forces = self.map.potential.energy_and_forces(
+            self.structures, self._edges, create_graph=torch.is_grad_enabled()
+        )
+        return self.forces
+
+    def stopped(self, following: tuple[Structures, State]) -> dict[int, Status]:
+        """Which structures stop here, by their place in the batch, after `evaluate`; this is not differentiated.
+
+        Where each would go next (`following`) is found before it is known whether any stops, so that the stop test
+        and the neighbour list need one transfer from the device, the only one of a frame.
+        """
         with torch.no_grad():
-            question = self._neighbors.question(self._ahead[0])
+            question = self._neighbors.question(following[0])
             found = torch.cat((self._measures().double(), question)).tolist()
         n = len(self)
         self._answer = found[3 * n :]
@@ -86,41 +99,54 @@ class Moving:
                 stopping[k] = status
         return stopping
 
-    def advance(self) -> None:
-        """Take a frame by the forces that `look` found."""
-        answer = self._answer
-        if self._ahead is None or answer is None:
-            self._ahead = self.map.advance(self.structures, self.state, self.forces)
-            answer = self._neighbors.question(self._ahead[0]).tolist()
+    def move(self, following: tuple[Structures, State]) -> None:
+        """Take a frame, to where the map has found that it leads."""
+        answer = self._answer or self._neighbors.question(following[0]).tolist()
         # Nothing has changed before there are edges for it: memory may run out there.
-        self._edges = self._neighbors.edges(self._ahead[0], answer)
-        self.structures, self.state = self._ahead
-        self._ahead = self._answer = None
+        self._edges = self._neighbors.edges(following[0], answer)
+        self.structures, self.state = following
+        self._answer = None
         self.frames = [t + 1 for t in self.frames]
 
-    def leave(self, gone: dict[int, Status]) -> None:
-        """Go on without these members, from the forces that `look` found."""
-        stay = [k for k in range(len(self)) if k not in gone]
-        atoms = self.structures.atoms_of(stay)
-        members = torch.tensor(stay, dtype=torch.int64, device=atoms.device)
-        self.energies, self.forces = self.energies[members], self.forces[atoms]
-        self._keep(stay)
-        if stay and Status.DIVERGED in gone.values() and torch.is_grad_enabled():
-            # A tape must not hold an evaluation that was not finite: 0 * inf is NaN.
-            self._edges = self._neighbors(self.structures)
-            self.energies, self.forces = self._evaluate()
+    def ends(self, stopped: dict[int, Status]) -> dict[int, End]:
+        """Where the structures in these places are, after `evaluate`, by their members' indices."""
+        found = {}
+        for k, status in stopped.items():
+            atoms = self.structures.atoms_of([k])
+            energy, forces = self.energies[k].detach(), self.forces[atoms].detach()
+            found[self.members[k]] = End(self.structures.positions[atoms], energy, forces, status, self.frames[k])
+        return found
 
-    def join(self, other: Moving) -> None:
-        """Have the members of another batch go on in this one, behind its own, after `advance` or before any look."""
+    def remove(self, stopped: dict[int, Status]) -> dict[int, End]:
+        """Continue without the structures in these places, by the forces that `evaluate` found; `ends` of those."""
+        if not stopped:
+            return {}
+        found = self.ends(stopped)
+        stay = [k for k in range(len(self)) if k not in stopped]
+        if not stay:
+            self.members, self.frames = [], []
+            return found
+        atoms = self.structures.atoms_of(stay)
+        places = torch.tensor(stay, dtype=torch.int64, device=atoms.device)
+        self.energies, self.forces = self.energies[places], self.forces[atoms]
+        self._keep(stay)
+        if Status.DIVERGED in stopped.values() and torch.is_grad_enabled():
+            # A tape must not hold an evaluation that was not finite: 0 * inf is NaN.
+            self.evaluate()
+        return found
+
+    def join(self, other: Batch) -> None:
+        """Have the structures of another batch continue in this one, behind its own, before `evaluate`."""
         self.structures = self.structures.joined(other.structures)
         self.state = self.state.joined(other.state)
+        self.members += other.members
         self.frames += other.frames
         self._first_energies += other._first_energies
         self._neighbors.extend(self.structures)
         self._edges = None
 
-    def split(self) -> Moving:
-        """The second half of the members, as a batch of its own, before `look` or after it failed."""
+    def split(self) -> Batch:
+        """The second half of the structures, as a batch of its own, before `evaluate` or after it failed."""
         half = (len(self) + 1) // 2
         other = copy(self)
         for one in (self, other):
@@ -129,28 +155,25 @@ class Moving:
         self._keep(list(range(half)))
         return other
 
-    def turn(self, iterated: IteratedMap) -> None:
-        """Go on by another map, from a state of its own."""
-        self.map, self.state, self._ahead = iterated, iterated.start(self.structures), None
+    def restart(self, iterated: IteratedMap) -> None:
+        """Continue by another map, from the first state of its stepper."""
+        self.map, self.state, self._answer = iterated, iterated.start(self.structures), None
 
     def _keep(self, stay: Sequence[int]) -> None:
-        members = torch.tensor(stay, dtype=torch.int64, device=self.structures.positions.device)
-        self.state = self.state.select(self.structures.atoms_of(stay), members)
+        places = torch.tensor(stay, dtype=torch.int64, device=self.structures.positions.device)
+        self.state = self.state.select(self.structures.atoms_of(stay), places)
         self.structures = self.structures.select(stay)
+        self.members = [self.members[k] for k in stay]
         self.frames = [self.frames[k] for k in stay]
         self._first_energies = [self._first_energies[k] for k in stay]
         self._neighbors.keep(stay, self.structures)
-        self._edges = self._ahead = None
-
-    def _evaluate(self) -> tuple[Tensor, Tensor]:
-        assert self._edges is not None
-        return self.map.potential.energy_and_forces(self.structures, self._edges, create_graph=torch.is_grad_enabled())
+        self._edges = self._answer = None
 
     def _measures(self) -> Tensor:
         """Largest force, energy and place of each, shape (3 n,)."""
         # An atom at NaN has no neighbours and so no force: the positions are asked, too.
         place = self.structures.sum(self.structures.positions).sum(1)
-        return torch.cat((largest_force(self.structures, self.forces), self.energies, place))
+        return torch.cat((self.structures.largest_force(self.forces), self.energies, place))
 
     def _status(self, k: int, fmax: float, energy: float) -> Status | None:
         if fmax < self.fmax:
@@ -159,29 +182,3 @@ class Moving:
             return None
         risen = energy - self._first_energies[k] > RISE * self.structures.counts[k]
         return Status.DIVERGED if risen else Status.OUT_OF_STEPS
-
-
-@dataclass(eq=False)
-class Stopped:
-    """Where one member stopped.
-
-    Attributes
-    ----------
-    positions, forces : Tensor, shape (n_atoms, 3)
-        In Å, on whatever graph they are, and in eV/Å, detached.
-    energy : Tensor, shape ()
-        In eV, detached.
-    status : Status
-    """
-
-    positions: Tensor
-    energy: Tensor
-    forces: Tensor
-    status: Status
-
-    @classmethod
-    def of(cls, moving: Moving, k: int, status: Status) -> Stopped:
-        """Of member k, after `Moving.look`."""
-        atoms = moving.structures.atoms_of([k])
-        energy, forces = moving.energies[k].detach(), moving.forces[atoms].detach()
-        return cls(moving.structures.positions[atoms], energy, forces, status)

@@ -1,7 +1,8 @@
-"""The iterated map X(t+1) = step(X(t), F(X(t))), one frame of it, and the trajectory of a run."""
+"""The iterated map X(t+1) = step(X(t), F(X(t))), one frame of it, and the trajectory that a run leaves."""
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,6 +15,7 @@ from .neighbors import NeighborList
 from .potential import Potential
 from .steppers import State, Stepper
 from .structures import Structures
+from .utils import Versions, Weights
 
 
 @dataclass(eq=False)
@@ -32,7 +34,7 @@ class IteratedMap:
         return structures.replace(positions=positions), state
 
     def frame(self, structures: Structures, state: State, neighbors: NeighborList) -> tuple[Tensor, State]:
-        """One frame on autograd's tape, forces included."""
+        """One frame on the tape of autograd, forces included."""
         _, forces = self.potential.energy_and_forces(structures, neighbors(structures), create_graph=True)
         structures, state = self.advance(structures, state, forces)
         return structures.positions, state
@@ -58,17 +60,53 @@ class IteratedMap:
         return self._weights.versions()
 
 
-Kept = tuple[Tensor, State]
+class Status(enum.Enum):
+    """How the relaxation of a structure ended; `sentence` explains it."""
+
+    CONVERGED = "converged"
+    OUT_OF_STEPS = "out of steps"
+    DIVERGED = "diverged"
+
+    @property
+    def sentence(self) -> str:
+        return {
+            Status.CONVERGED: "All forces fell below fmax.",
+            Status.OUT_OF_STEPS: "The last step was taken before all forces fell below fmax: give it more steps.",
+            Status.DIVERGED: "Its forces are not finite, or it ended higher in energy than it began: "
+            "the step size is too large for its stiffest bond, or the potential has a hole there.",
+        }[self]
+
+
+@dataclass(eq=False)
+class End:
+    """Where one structure ended.
+
+    Attributes
+    ----------
+    positions, forces : Tensor, shape (n_atoms, 3)
+        In Å, on whatever graph they are, and in eV/Å, detached, without constraints.
+    energy : Tensor, shape ()
+        In eV, detached.
+    status : Status
+    nsteps : int
+        Frames that it took.
+    """
+
+    positions: Tensor
+    energy: Tensor
+    forces: Tensor
+    status: Status
+    nsteps: int
 
 
 @dataclass(frozen=True)
-class Keep:
-    """Which frames' states a run stores.
+class Checkpointing:
+    """Of which frames a trajectory keeps the stepper's state; frames in between are recomputed.
 
     Attributes
     ----------
     every : int
-        Each so many frames; those between are run again when they are asked for.
+        Each so many frames.
     last : int or None
         Of each structure no more than this many, its last ones.
     forces : bool
@@ -80,30 +118,31 @@ class Keep:
     forces: bool = False
 
 
+Kept = tuple[Tensor, State]
+
+
 @dataclass(eq=False)
-class Record:
-    """What a run leaves behind, from which any frame can be run again.
+class Trajectory:
+    """What a run leaves behind, from which any frame can be computed again.
 
     Attributes
     ----------
     map : IteratedMap
     start : Structures
         Before the first frame; its positions may require gradients.
-    frames : list of (Tensor, State), None for those that are not stored
+    checkpointing : Checkpointing
+        Which frames are kept.
+    frames : list of (Tensor, State), None for those that are not kept
         Positions and stepper state before each frame, detached, of the structures that were still
         moving: those with ``nsteps > t``, in order.
+    forces : list of Tensor or None
+        Of each frame, in eV/Å, without constraints; None where they are not kept.
     nsteps : list of int, length n
         Frames of each structure.
-    final : Tensor, shape (n_atoms, 3)
-        Where each ended, in Å.
+    ends : dict of End
+        Where each structure ended, by its index in `start`.
     weights : tuple
-        Fingerprint of the weights that the frames were run with.
-    forces : list of Tensor or None
-        Of each frame, in eV/Å, without constraints; None where they are not stored.
-    kept : Keep
-        Which frames are stored.
-    relaxed : list of bool, length n
-        Whether each ended where its forces fell below fmax.
+        Fingerprint of the weights that the frames were computed with.
     adjoint_norms : Tensor or None, shape (n_frames + 1, n)
         |dL/dX(t)| of each structure before each frame and at the end, after a backward pass through the frames.
     solves : tuple
@@ -112,23 +151,34 @@ class Record:
 
     map: IteratedMap
     start: Structures
+    checkpointing: Checkpointing = Checkpointing()
     frames: list[Kept | None] = field(default_factory=list)
     forces: list[Tensor | None] = field(default_factory=list)
     nsteps: list[int] = field(default_factory=list)
-    final: Tensor = field(default_factory=lambda: torch.empty(0, 3))
+    ends: dict[int, End] = field(default_factory=dict)
     weights: Versions = ()
-    kept: Keep = Keep()
-    relaxed: list[bool] = field(default_factory=list)
     adjoint_norms: Tensor | None = None
     solves: tuple[Any, ...] = ()
-    _again: dict[int, Kept] = field(default_factory=dict)
+    _recomputed: dict[int, Kept] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.weights = self.weights or self.map.fingerprint()
+        self.nsteps = self.nsteps or [0] * len(self.start)
+
+    @cached_property
+    def final(self) -> Tensor:
+        """Where each structure ended, in Å, shape (n_atoms, 3), before any adjoint."""
+        return torch.cat([self.ends[k].positions for k in range(len(self.start))])
+
+    def end(self, ends: Mapping[int, End]) -> None:
+        """Structures of these indices have ended."""
+        self.ends |= ends
+        for k, end in ends.items():
+            self.nsteps[k] = end.nsteps
 
     def keep(self, positions: Tensor, state: State, forces: Tensor | None = None) -> None:
-        """Store the state before a frame, if it is one of those that are kept."""
-        t, kept = len(self.frames), self.kept
+        """Keep the state before a frame, if it is one of those that are kept."""
+        t, kept = len(self.frames), self.checkpointing
         wanted = t % kept.every == 0
         self.frames.append((positions.detach(), state.map(Tensor.detach)) if wanted else None)
         self.forces.append(forces.detach() if forces is not None and kept.forces else None)
@@ -143,49 +193,20 @@ class Record:
 
         Of all structures that took the frame, or of these among them.
         """
-        if self.frames[t] is None and t not in self._again:
-            self._run_again(t - t % self.kept.every)
-        positions, state = self._placed(t) if self.frames[t] is not None else self._again[t]
+        if self.frames[t] is None and t not in self._recomputed:
+            self._recompute(t - t % self.checkpointing.every)
+        positions, state = self._placed(t) if self.frames[t] is not None else self._recomputed[t]
         if members is None or members == self.moving(t):
             return positions, state
         rows, atoms = self._places(t, members)
         return positions[atoms], state.select(atoms, torch.tensor(rows, device=positions.device))
 
     def forces_before(self, t: int, members: list[int]) -> Tensor | None:
-        """The forces by which these structures took frame t, where they are stored."""
+        """The forces by which these structures took frame t, where they are kept."""
         forces = self.forces[t] if t < len(self.forces) else None
         if forces is None or members == self.moving(t):
             return forces
         return forces[self._places(t, members)[1]]
-
-    def _places(self, t: int, members: list[int]) -> tuple[list[int], Tensor]:
-        """Where these structures, and their atoms, stand among those that took frame t."""
-        moving = self.moving(t)
-        rows = [moving.index(k) for k in members]
-        return rows, self.start.select(moving).atoms_of(rows)
-
-    def _placed(self, t: int) -> Kept:
-        like, kept = self.start.positions, self.frames[t]
-        if kept is None:
-            raise RuntimeError(f"The state before frame {t} of this relaxation was not stored.")
-        positions, state = kept
-        return positions.to(like), state.map(lambda s: s.to(like) if s.is_floating_point() else s.to(like.device))
-
-    @torch.no_grad()
-    def _run_again(self, first: int) -> None:
-        """Find the states of the frames from the stored one `first` to the next stored one."""
-        positions, state = self._placed(first)
-        now = self.moving(first)
-        structures, neighbors = self.start.select(now).replace(positions=positions), self.map.neighbor_list()
-        self._again = {}
-        for t in range(first + 1, min(first + self.kept.every, len(self.frames))):
-            _, forces = self.map.potential.energy_and_forces(structures, neighbors(structures))
-            structures, state = self.map.advance(structures, state, forces)
-            stay = [now.index(k) for k in self.moving(t)]
-            if len(stay) < len(now):
-                state = state.select(structures.atoms_of(stay), torch.tensor(stay, device=positions.device))
-                structures, now = structures.select(stay), self.moving(t)
-            self._again[t] = (structures.positions, state)
 
     def moving(self, t: int) -> list[int]:
         """The structures that took frame t."""
@@ -200,33 +221,31 @@ class Record:
                 "relax again."
             )
 
+    def _places(self, t: int, members: list[int]) -> tuple[list[int], Tensor]:
+        """Where these structures, and their atoms, stand among those that took frame t."""
+        moving = self.moving(t)
+        rows = [moving.index(k) for k in members]
+        return rows, self.start.select(moving).atoms_of(rows)
 
-Versions = tuple[tuple[int, int], ...]
+    def _placed(self, t: int) -> Kept:
+        like, kept = self.start.positions, self.frames[t]
+        if kept is None:
+            raise RuntimeError(f"The state before frame {t} of this relaxation was not kept.")
+        positions, state = kept
+        return positions.to(like), state.map(lambda s: s.to(like) if s.is_floating_point() else s.to(like.device))
 
-
-class Weights:
-    """The parameters of some modules, found once: to walk through a module costs as much as the energy of a small cell.
-
-    A parameter that is changed in place or replaced is noticed; a module that is put in later, or a
-    parameter of TorchScript's that is replaced, is not.
-    """
-
-    def __init__(self, *modules: nn.Module):
-        self.modules = modules
-        self._find()
-
-    def _find(self) -> None:
-        self._slots: list[tuple[Mapping[str, Tensor | None], str]] = []
-        for module in (part for whole in self.modules for part in whole.modules()):
-            held: Mapping[str, Tensor | None] = module._parameters
-            if isinstance(module, torch.jit.ScriptModule):  # holds no dictionary
-                held = dict(module.named_parameters(recurse=False))
-            self._slots += [(held, name) for name in held]
-
-    def versions(self) -> Versions:
-        """Changes whenever a weight is changed in place or replaced."""
-        # A weight that was given a low-rank update lies elsewhere since, beside the update's numbers.
-        if not all(name in held for held, name in self._slots):
-            self._find()
-        found = (held.get(name) for held, name in self._slots)
-        return tuple((p.data_ptr(), p._version) for p in found if p is not None)
+    @torch.no_grad()
+    def _recompute(self, first: int) -> None:
+        """Find the states of the frames from the kept one `first` to the next kept one."""
+        positions, state = self._placed(first)
+        now = self.moving(first)
+        structures, neighbors = self.start.select(now).replace(positions=positions), self.map.neighbor_list()
+        self._recomputed = {}
+        for t in range(first + 1, min(first + self.checkpointing.every, len(self.frames))):
+            _, forces = self.map.potential.energy_and_forces(structures, neighbors(structures))
+            structures, state = self.map.advance(structures, state, forces)
+            stay = [now.index(k) for k in self.moving(t)]
+            if len(stay) < len(now):
+                state = state.select(structures.atoms_of(stay), torch.tensor(stay, device=positions.device))
+                structures, now = structures.select(stay), self.moving(t)
+            self._recomputed[t] = (structures.positions, state)

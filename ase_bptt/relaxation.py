@@ -1,29 +1,97 @@
 """Relaxation as an iterated map: X(t+1) = step(X(t), F(X(t))) until the forces vanish.
 
-This is the loop of arXiv 2512.01067. How one frame moves is the stepper's business, how the loop
-is differentiated the adjoint's; here frames run until every structure has stopped.
+`Loop.run` is the loop of arXiv 2512.01067, to be read first. How one frame moves is the stepper's business
+(`ase_bptt.steppers`), how the loop is differentiated the adjoint's (`ase_bptt.adjoints`), which is given the loop and
+runs it; which structure is where is the batch's (`ase_bptt.batch`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import cached_property
 
 import torch
 from ase import Atoms
-from torch import Tensor, nn
+from torch import nn
 
-from .adjoints import Adjoint, Guided, Replay, make_adjoint
-from .batch import Moving, Stopped
+from .adjoints import Adjoint, Attached, Replay, make_adjoint
+from .batch import Batch
 from .constraints import KNOWN, unknown
-from .iterated_map import IteratedMap, Keep, Record
+from .iterated_map import Checkpointing, End, IteratedMap, Status, Trajectory
 from .potential import Potential
 from .potentials.loading import as_potential
-from .result import Relaxation, Status
+from .result import Relaxation
 from .stability import resolve_step_size
 from .steppers import Stepper, make_stepper
 from .structures import Structures
+
+
+class Loop:
+    """The frames of a batch until every structure has stopped; those that stop leave the batch.
+
+    Parameters
+    ----------
+    potential : Potential
+    stepper : Stepper, str or None
+        A step size that is "auto" is resolved on the structures.
+    start : Structures
+        Its positions and cells may require gradients.
+    fmax : float
+        eV/Å below which a structure stops.
+    steps : int
+        Frames at most.
+    """
+
+    def __init__(
+        self, potential: Potential, stepper: Stepper | str | None, start: Structures, *, fmax: float, steps: int
+    ):
+        self.start, self.fmax, self.steps = start, fmax, steps
+        self.map = self._map = _iterated_map(potential, stepper, start)
+        self._batch: Batch | None = None
+        self._ends: dict[int, End] = {}
+
+    def run(
+        self, *, frames: int | None = None, checkpointing: Checkpointing | None = None, on_tape: bool = False
+    ) -> Trajectory:
+        """Run until every structure has stopped, or has taken so many frames; a second call continues from there.
+
+        Parameters
+        ----------
+        frames : int or None
+            None is the loop's steps.
+        checkpointing : Checkpointing or None
+            The frames whose states the trajectory keeps; None keeps none.
+        on_tape : bool
+            Have autograd record every frame.
+        """
+        last = self.steps if frames is None else min(frames, self.steps)
+        trajectory = Trajectory(self.map, self.start, checkpointing or Checkpointing())
+        trajectory.end(self._ends)
+        with torch.set_grad_enabled(on_tape):
+            if self._batch is None:
+                self._batch = Batch(self._map, self.start, self.fmax, self.steps)
+            batch = self._batch
+            for t in range(min(batch.frames, default=last + 1), last + 1):
+                forces = batch.evaluate()
+                following = self._map.advance(batch.structures, batch.state, forces)
+                stopped = batch.stopped(following)
+                trajectory.end(batch.remove(stopped))
+                if not len(batch) or t == last:
+                    break
+                if stopped:
+                    following = self._map.advance(batch.structures, batch.state, batch.forces)
+                if checkpointing is not None:
+                    trajectory.keep(batch.structures.positions, batch.state, batch.forces)
+                batch.move(following)
+        self._ends = dict(trajectory.ends)
+        trajectory.end(batch.ends(dict.fromkeys(range(len(batch)), Status.OUT_OF_STEPS)))
+        return trajectory
+
+    def switch(self, stepper: Stepper | str | None) -> None:
+        """Have another stepper take the frames to come, from its first state; None changes nothing."""
+        if stepper is not None:
+            self._map = _iterated_map(self.map.potential, stepper, self.start)
+            if self._batch is not None:
+                self._batch.restart(self._map)
 
 
 def relax(
@@ -35,6 +103,7 @@ def relax(
     steps: int = 200,
     adjoint: Adjoint | str | None = None,
     cell: str = "fixed",
+    warm_start: Structures | Sequence[Atoms] | None = None,
 ) -> Relaxation:
     """Relax structures, differentiably; many are one batch.
 
@@ -54,6 +123,9 @@ def relax(
         `Replay` by default; none under ``torch.no_grad()`` and where nothing requires gradients.
     cell : "fixed"
         Reserved for variable cells.
+    warm_start : Structures or list of Atoms, optional
+        The same structures near their minima, for adjoints that need the minimum and not the path to it: the
+        relaxation to the minimum starts there.
 
     Raises
     ------
@@ -63,166 +135,44 @@ def relax(
     if cell != "fixed":
         raise NotImplementedError(f"Only cell='fixed' relaxes so far, got {cell!r}.")
     potential = as_potential(potential)
-    start, sources, single = _batch(structures, potential)
-    _refuse_constraints(start)
-    potential.check(start)
-    iterated = _map(potential, stepper, start)
+    start, sources, single = _structures(structures, potential)
     chosen = make_adjoint(adjoint) or Replay()
-    inputs = (start.positions, start.cells, *iterated.parameters())
-    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-    if differentiable:
-        chosen.check(iterated, start)
-    guided = chosen if isinstance(chosen, Guided) else None
-    run = Run(
-        iterated,
-        start,
-        chosen.tolerance_of_forces(fmax),
-        steps,
-        keep=chosen.keep if differentiable else None,
-        first=guided.first if guided else None,
-        tail=_map(potential, guided.tail, start) if guided and guided.tail else None,
-    )
-    with torch.set_grad_enabled(differentiable and chosen.on_tape):
-        run.go()
-    if not differentiable:
-        return run.relaxation(sources, single)
-    early = guided.attach_early(run.early) if guided else None
-    return run.relaxation(sources, single, chosen.attach(run.record), early)
+    fmax = chosen.required_fmax(fmax)
+    loop = Loop(potential, stepper, start, fmax=fmax, steps=steps)
+    inputs = (start.positions, start.cells, *loop.map.parameters())
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in inputs)):
+        trajectory = chosen.run(loop)
+        return Relaxation.of(Attached(trajectory, trajectory.final), sources, single)
+    chosen.check(loop.map, start)
+    warm = None
+    if warm_start is not None:
+        near, *_ = _structures(warm_start, potential)
+        warm = Loop(potential, stepper, near, fmax=fmax, steps=steps)
+    return Relaxation.of(chosen.apply(loop, warm=warm), sources, single)
 
 
-def _map(potential: Potential, stepper: Stepper | str | None, structures: Structures) -> IteratedMap:
-    # Its numbers stay where they are: what an optimizer holds of them must not be left behind on another device.
+def _iterated_map(potential: Potential, stepper: Stepper | str | None, structures: Structures) -> IteratedMap:
+    # Its hyperparameters stay where they are: what an optimizer holds of them must not be left on another device.
     return IteratedMap(potential, resolve_step_size(make_stepper(stepper), potential, structures))
 
 
-def _batch(
+def _structures(
     structures: Structures | Atoms | Sequence[Atoms], potential: Potential
 ) -> tuple[Structures, tuple[Atoms, ...] | None, bool]:
+    """The batch, the Atoms that it is of, and whether it was one Atoms object; refused where it cannot be relaxed."""
     if isinstance(structures, Structures):
-        return structures.to(potential.device, potential.dtype), None, False
+        return _checked(structures.to(potential.device, potential.dtype), potential), None, False
     single = isinstance(structures, Atoms)
     sources = (structures,) if isinstance(structures, Atoms) else tuple(structures)
-    batch = potential.batch(sources)
-    return batch, sources, single
+    return _checked(potential.batch(sources), potential), sources, single
 
 
-def _refuse_constraints(structures: Structures) -> None:
+def _checked(structures: Structures, potential: Potential) -> Structures:
     names = unknown(structures.constraint_names)
     if names:
         raise NotImplementedError(
             f"relax knows no way through the constraints {', '.join(names)}, and will not ignore them: "
             f"remove them, take one of {', '.join(KNOWN)}, or relax without a gradient by BPTTOptimizer."
         )
-
-
-class Run:
-    """Frames until every structure has stopped; those that stop leave the batch.
-
-    Parameters
-    ----------
-    iterated : IteratedMap
-    start : Structures
-    fmax : float
-        eV/Å at which a structure stops.
-    steps : int
-        Frames at most.
-    keep : Keep or None
-        Which frames' states are stored.
-    first : int or None
-        Take note of where the structures stand after so many frames.
-    tail : IteratedMap or None
-        Goes on after those, from a state of its own.
-    """
-
-    def __init__(
-        self,
-        iterated: IteratedMap,
-        start: Structures,
-        fmax: float,
-        steps: int,
-        *,
-        keep: Keep | None = None,
-        first: int | None = None,
-        tail: IteratedMap | None = None,
-    ):
-        self.map, self.fmax, self.steps, self.keep = iterated, fmax, steps, keep
-        self.first, self.tail = first, tail
-        self.record = Record(iterated, start, nsteps=[0] * len(start), kept=keep or Keep())
-        self.ends: dict[int, Stopped] = {}
-        self.early_ends: dict[int, Stopped] = {}
-
-    def go(self) -> None:
-        """Run all frames."""
-        moving = Moving(self.map, self.record.start, self.fmax, self.steps)
-        members = list(range(len(moving)))
-        for t in range(self.steps + 1):
-            stopping = moving.look()
-            if t == self.first:
-                for k, whole in enumerate(members):
-                    self.early_ends[whole] = Stopped.of(moving, k, stopping.get(k, Status.OUT_OF_STEPS))
-            if stopping:
-                for k, status in stopping.items():
-                    self.record.nsteps[members[k]] = t
-                    self.ends[members[k]] = Stopped.of(moving, k, status)
-                members = [whole for k, whole in enumerate(members) if k not in stopping]
-                if not members:
-                    break
-                moving.leave(stopping)
-            if t == self.first and self.tail is not None:
-                moving.turn(self.tail)
-            if self.keep is not None and (self.first is None or t < self.first):
-                self.record.keep(moving.structures.positions, moving.state, moving.forces)
-            moving.advance()
-        _conclude(self.record, self.ends)
-
-    @cached_property
-    def early(self) -> Record:
-        """The record of the first frames alone."""
-        assert self.first is not None
-        record = replace(self.record, nsteps=[min(n, self.first) for n in self.record.nsteps])
-        _conclude(record, self.ends | self.early_ends)
-        return record
-
-    def relaxation(
-        self,
-        sources: tuple[Atoms, ...] | None,
-        single: bool,
-        positions: Tensor | None = None,
-        early: Tensor | None = None,
-    ) -> Relaxation:
-        """The whole batch; with these positions, where a gradient is attached to them."""
-        before = None
-        if early is not None:
-            before = _relaxation(self.early, self.ends | self.early_ends, early, sources, single)
-        final = self.record.final if positions is None else positions
-        return _relaxation(self.record, self.ends, final, sources, single, before)
-
-
-def _conclude(record: Record, ends: dict[int, Stopped]) -> None:
-    every = [ends[k] for k in range(len(record.start))]
-    record.final = torch.cat([end.positions for end in every])
-    record.relaxed = [end.status is Status.CONVERGED for end in every]
-
-
-def _relaxation(
-    record: Record,
-    every: dict[int, Stopped],
-    positions: Tensor,
-    sources: tuple[Atoms, ...] | None,
-    single: bool,
-    early: Relaxation | None = None,
-) -> Relaxation:
-    ends = [every[k] for k in range(len(record.start))]
-    return Relaxation(
-        start=record.start,
-        positions=positions,
-        forces=torch.cat([end.forces for end in ends]),
-        nsteps=torch.tensor(record.nsteps, device=positions.device),
-        status=tuple(end.status for end in ends),
-        early=early,
-        _energies=torch.stack([end.energy for end in ends]),
-        _record=record,
-        _sources=sources,
-        _single=single,
-        _members=tuple(range(len(ends))),
-    )
+    potential.check(structures)
+    return structures

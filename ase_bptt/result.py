@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -12,26 +11,11 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from torch import Tensor
 
-from .adjoints import Solve
-from .iterated_map import Record
+from .adjoints import Attached, Solve
+from .iterated_map import Status, Trajectory
 from .structures import Structures
 
-
-class Status(enum.Enum):
-    """How the relaxation of a structure ended; `sentence` says what that means."""
-
-    CONVERGED = "converged"
-    OUT_OF_STEPS = "out of steps"
-    DIVERGED = "diverged"
-
-    @property
-    def sentence(self) -> str:
-        return {
-            Status.CONVERGED: "All forces fell below fmax.",
-            Status.OUT_OF_STEPS: "The last step was taken before all forces fell below fmax: give it more steps.",
-            Status.DIVERGED: "Its forces are not finite, or it ended higher in energy than it began: "
-            "the step size is too large for its stiffest bond, or the potential has a hole there.",
-        }[self]
+__all__ = ["Relaxation", "Status"]
 
 
 @dataclass(eq=False)
@@ -41,7 +25,7 @@ class Relaxation:
     Attributes
     ----------
     start : Structures
-        Where it began, n structures of n_atoms atoms in all.
+        Where it started, n structures of n_atoms atoms in all.
     positions : Tensor, shape (n_atoms, 3)
         The relaxed positions in Å, with the gradient that the adjoint attached.
     forces : Tensor, shape (n_atoms, 3)
@@ -49,8 +33,12 @@ class Relaxation:
     nsteps : Tensor of int64, shape (n,)
         Frames that each structure took.
     status : tuple of Status, length n
+    trajectory : Trajectory
+        What the run has left, of all structures that were relaxed together.
+    members : tuple of int, length n
+        The index of each structure in the trajectory.
     early : Relaxation or None
-        Where the batch stood after its first frames, with a gradient of its own; the adjoint `Guided` asks for
+        Where the batch was after its first frames, with a gradient of its own; the adjoint `Guided` asks for
         it. None where nothing requires gradients.
     """
 
@@ -59,12 +47,41 @@ class Relaxation:
     forces: Tensor
     nsteps: Tensor
     status: tuple[Status, ...]
+    trajectory: Trajectory
+    members: tuple[int, ...]
+    early: Relaxation | None
     _energies: Tensor
-    _record: Record
-    _sources: tuple[Atoms, ...] | None = None
-    _single: bool = False
-    early: Relaxation | None = None
-    _members: tuple[int, ...] = ()
+    _sources: tuple[Atoms, ...] | None
+    _single: bool
+
+    @classmethod
+    def of(cls, attached: Attached, sources: tuple[Atoms, ...] | None = None, single: bool = False) -> Relaxation:
+        """The Relaxation of a whole trajectory.
+
+        Parameters
+        ----------
+        attached : Attached
+            The trajectory, with an end for each structure, and the relaxed positions.
+        sources : tuple of Atoms or None, length n
+            The Atoms that were relaxed, where it were Atoms.
+        single : bool
+            Whether it was one Atoms object, rather than a list.
+        """
+        trajectory, positions, early = attached
+        ends = [trajectory.ends[k] for k in range(len(trajectory.start))]
+        return cls(
+            start=trajectory.start,
+            positions=positions,
+            forces=torch.cat([end.forces for end in ends]),
+            nsteps=torch.tensor([end.nsteps for end in ends], device=positions.device),
+            status=tuple(end.status for end in ends),
+            trajectory=trajectory,
+            members=tuple(range(len(ends))),
+            early=None if early is None else cls.of(early, sources, single),
+            _energies=torch.stack([end.energy for end in ends]),
+            _sources=sources,
+            _single=single,
+        )
 
     def __len__(self) -> int:
         return len(self.start)
@@ -85,18 +102,24 @@ class Relaxation:
         likewise.
         """
         forces = self._attached()[1] if self.positions.requires_grad else self.forces
-        return largest_force(self.structures, forces)
+        return self.structures.largest_force(forces)
+
+    @property
+    def diverged(self) -> list[bool]:
+        """Whether each structure diverged, at its end or within its first frames."""
+        runs = [self] if self.early is None else [self, self.early]
+        return [any(run.status[k] is Status.DIVERGED for run in runs) for k in range(len(self))]
 
     def _attached(self) -> tuple[Tensor, Tensor]:
-        self._record.check_weights()
+        self.trajectory.check_weights()
         finite = self.start.sum(self.forces).sum(1) + self._energies
         sound = [k for k, value in enumerate(finite.tolist()) if math.isfinite(value)]
         if not sound:
             return self._energies, self.forces
         # A member that is not finite must not touch the others' gradients: 0 * inf is NaN.
         structures = self.structures.select(sound)
-        edges = self._record.map.neighbor_list()(structures)
-        energies, forces = self._record.map.potential.energy_and_forces(
+        edges = self.trajectory.map.neighbor_list()(structures)
+        energies, forces = self.trajectory.map.potential.energy_and_forces(
             structures, edges, create_graph=torch.is_grad_enabled()
         )
         members = torch.tensor(sound, dtype=torch.int64, device=energies.device)
@@ -110,14 +133,14 @@ class Relaxation:
         """|dL/dX(t)| of each structure before each frame and at the end, shape (n_frames + 1, n), after a backward pass
         through the frames; None before. How it grows or fades on the way back says what the gradient knows.
         """
-        norms = self._record.adjoint_norms
-        return None if norms is None else norms[:, list(self._members)]
+        norms = self.trajectory.adjoint_norms
+        return None if norms is None else norms[:, list(self.members)]
 
     @property
     def solves(self) -> tuple[Solve, ...]:
         """How the gradient of each structure was solved for, after a backward pass by `Implicit`; empty before."""
-        solves = self._record.solves
-        return tuple(solves[k] for k in self._members) if solves else ()
+        solves = self.trajectory.solves
+        return tuple(solves[k] for k in self.members) if solves else ()
 
     def __getitem__(self, k: int) -> Relaxation:
         """The relaxation of structure k, attached to the same run."""
@@ -129,12 +152,12 @@ class Relaxation:
             forces=self.forces[atoms],
             nsteps=self.nsteps[k : k + 1],
             status=self.status[k : k + 1],
+            trajectory=self.trajectory,
+            members=self.members[k : k + 1],
+            early=None if self.early is None else self.early[k],
             _energies=self._energies[k : k + 1],
-            _record=self._record,
             _sources=None if self._sources is None else (self._sources[k],),
             _single=True,
-            early=None if self.early is None else self.early[k],
-            _members=self._members[k : k + 1],
         )
 
     def to_atoms(self) -> Any:
@@ -152,11 +175,3 @@ class Relaxation:
                 atoms.positions = positions
             atoms.calc = SinglePointCalculator(atoms, energy=energies[k], forces=forces[k].numpy())
         return relaxed[0] if self._single else relaxed
-
-
-def largest_force(structures: Structures, forces: Tensor) -> Tensor:
-    """Norm of the largest force on an atom of each structure, under its constraints, in eV/Å, shape (n,)."""
-    square = structures.project_forces(forces).square().sum(1)
-    largest = structures.max(square)
-    # sqrt has no finite slope at zero, where the forces of symmetry sit exactly.
-    return torch.where(largest > 0, torch.where(largest > 0, largest, 1.0).sqrt(), largest)

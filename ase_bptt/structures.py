@@ -210,6 +210,12 @@ class Structures:
         index = np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64)
         return torch.as_tensor(index, device=self.numbers.device)
 
+    def largest_force(self, forces: Tensor) -> Tensor:
+        """Norm of the largest force on an atom of each structure, under its constraints, in eV/Å, shape (n,)."""
+        largest = self.max(self.project_forces(forces).square().sum(1))
+        # sqrt has no finite derivative at zero, which is where forces that vanish by symmetry are exactly.
+        return torch.where(largest > 0, torch.where(largest > 0, largest, 1.0).sqrt(), largest)
+
     def sum(self, per_atom: Tensor) -> Tensor:
         """Sum over the atoms of each structure: (n_atoms, ...) to (n, ...)."""
         shape = (len(self), *per_atom.shape[1:])

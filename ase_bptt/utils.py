@@ -8,13 +8,13 @@ import math
 import operator
 import os
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 UNFINISHED = ".*.part.*"
 """Pattern of the temporary names, for sweeping up behind a run that was killed."""
@@ -138,3 +138,34 @@ def vjp(outputs: Sequence[Tensor], gradients: Sequence[Tensor], inputs: Sequence
 def added(some: Gradients, others: Gradients) -> list[Tensor | None]:
     """The sum of two gradients, either of which may lack parts."""
     return [a if b is None else b if a is None else a + b for a, b in zip(some, others, strict=True)]
+
+
+Versions = tuple[tuple[int, int], ...]
+
+
+class Weights:
+    """The parameters of some modules, found once: to walk through a module costs as much as the energy of a small cell.
+
+    A parameter that is changed in place or replaced is noticed; a module that is put in later, or a
+    parameter of TorchScript's that is replaced, is not.
+    """
+
+    def __init__(self, *modules: nn.Module):
+        self.modules = modules
+        self._find()
+
+    def _find(self) -> None:
+        self._slots: list[tuple[Mapping[str, Tensor | None], str]] = []
+        for module in (part for whole in self.modules for part in whole.modules()):
+            held: Mapping[str, Tensor | None] = module._parameters
+            if isinstance(module, torch.jit.ScriptModule):  # holds no dictionary
+                held = dict(module.named_parameters(recurse=False))
+            self._slots += [(held, name) for name in held]
+
+    def versions(self) -> Versions:
+        """Changes whenever a weight is changed in place or replaced."""
+        # A weight that was given a low-rank update lies elsewhere since, beside the update's numbers.
+        if not all(name in held for held, name in self._slots):
+            self._find()
+        found = (held.get(name) for held, name in self._slots)
+        return tuple((p.data_ptr(), p._version) for p in found if p is not None)

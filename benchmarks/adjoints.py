@@ -178,7 +178,7 @@ def one(case: Case, adjoint: str, frames: int) -> dict[str, float]:
     made = adjoints.Guided(20, tail=None) if adjoint == "guided:20" else adjoint
     fmax = LOOSE if adjoint == "full:75" else 0.0
     made = "full" if adjoint == "full:75" else made
-    if adjoints.make_adjoint(made).to_the_end:
+    if adjoints.make_adjoint(made).needs_minimum:
         fmax = LOOSE
     _, run, spent = case.gradient(made, frames, fmax=fmax)
     return spent | {"mib": case.peak() - case.loaded, "frames": int(run.nsteps[0])}
@@ -228,7 +228,7 @@ def ways(case: Case, arguments: argparse.Namespace) -> None:
     exact, _, _ = case.gradient("full", 40)
     print("ways: 40 frames of gradient descent, or to fmax 0.01; cosine to the exact gradient of 40 frames")
     for name in WAYS:
-        to_the_end = adjoints.make_adjoint(name).to_the_end
+        to_the_end = adjoints.make_adjoint(name).needs_minimum
         gradient, run, spent = case.gradient(name, 300 if to_the_end else 40, fmax=LOOSE if to_the_end else 0.0)
         mib = memory(arguments, name, int(run.nsteps[0]))["mib"]
         print(

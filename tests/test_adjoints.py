@@ -362,7 +362,7 @@ def test_frozen_weights_leave_the_gradient_in_the_initial_positions(how):
 def test_replay_stores_the_states_only():
     # 24 bytes of positions and 24 of velocities an atom, whatever the potential.
     relaxation = relax(lennard_jones().requires_grad_(), argon(), fmax=0.0, steps=30, adjoint="replay")
-    frames = relaxation._record.frames
+    frames = relaxation.trajectory.frames
     assert len(frames) == 30
     for positions, state in frames:
         stored = [positions, *state.atoms.values(), *state.structures.values()]
@@ -373,7 +373,7 @@ def test_replay_stores_the_states_only():
 
 
 def test_the_full_tape_stores_no_states():
-    assert relax(lennard_jones().requires_grad_(), argon(), steps=3, adjoint="full")._record.frames == []
+    assert relax(lennard_jones().requires_grad_(), argon(), steps=3, adjoint="full").trajectory.frames == []
 
 
 @pytest.mark.parametrize("stepper", LEARNABLE)

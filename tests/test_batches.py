@@ -11,12 +11,12 @@ from conftest import argon, cluster, lennard_jones
 
 from ase_bptt import Status, relax
 from ase_bptt.steppers import FIRE
-from ase_bptt.throughput import End, relax_all
+from ase_bptt.throughput import Relaxed, relax_all
 
 SETTINGS = {"fmax": 0.02, "steps": 200}
 
 
-def whole(ends) -> list[End]:
+def whole(ends) -> list[Relaxed]:
     """All ends, in the order of the structures."""
     return [end for _, end in sorted(ends, key=lambda item: item[0])]
 

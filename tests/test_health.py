@@ -80,7 +80,7 @@ def test_of_gradient_descent_in_a_bowl_it_is_that_of_theory(step_size, momentum,
 
 def dense_radius(run, motions: np.ndarray, held=()) -> float:
     """From all eigenvalues of the last frame's Jacobian, without rigid motions and coordinates that are held."""
-    record = run._record
+    record = run.trajectory
     x, state = record.before(run.nsteps.item() - 1)
     n = x.numel()
     count = len(state.atoms)
@@ -133,7 +133,7 @@ def test_of_a_network():
     potential = MACE(tiny_mace(elements=(14,), atomic_inter_scale=20.0, max_ell=1)).requires_grad_()
     trimer = Atoms("Si3", positions=[[0, 0, 0], [2.3, 0.1, 0], [0.9, 2.0, 0.3]])
     run = relax(potential, trimer, stepper=GradientDescent(step_size=0.02, momentum=0.7), steps=10)
-    motions = rigid(run._record.before(run.nsteps.item() - 1)[0].numpy())
+    motions = rigid(run.trajectory.before(run.nsteps.item() - 1)[0].numpy())
     assert spectral_radius(run)[0] == pytest.approx(dense_radius(run, motions), rel=0.01)
 
 
@@ -331,6 +331,6 @@ def test_text_fits_and_json_is_json():
 def test_of_another_model_there_is_nothing_to_tell():
     run = differentiated(Bowl(), bowl_start(), stepper=GradientDescent(step_size=0.05))
     with torch.no_grad():
-        run._record.map.potential.stiffness += 1
+        run.trajectory.map.potential.stiffness += 1
     with pytest.raises(RuntimeError, match="weights"):
         health(run)

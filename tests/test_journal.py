@@ -9,7 +9,7 @@ from conftest import argon, cluster, lennard_jones
 
 from ase_bptt import Status
 from ase_bptt.potentials.analytic import LennardJones
-from ase_bptt.throughput import End
+from ase_bptt.throughput import Relaxed
 from ase_bptt.throughput.journal import Journal, run_key
 
 
@@ -21,12 +21,12 @@ def sources() -> list[Atoms]:
     return structures
 
 
-def end_of(atoms: Atoms, k: int, status: Status = Status.CONVERGED) -> End:
+def end_of(atoms: Atoms, k: int, status: Status = Status.CONVERGED) -> Relaxed:
     moved = atoms.copy()
     moved.positions += 0.123456789012345
     forces = np.full((len(atoms), 3), 0.1 * k)
     moved.calc = SinglePointCalculator(moved, energy=-1.5 * k, forces=forces)
-    return End(moved, status, 7 + k)
+    return Relaxed(moved, status, 7 + k)
 
 
 def filled(path, structures) -> Journal:

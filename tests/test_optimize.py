@@ -366,7 +366,7 @@ def test_nothing_is_recorded_that_nobody_can_use(name):
     atoms.calc = TorchCalculator(lennard_jones())
     run = getattr(optimize, name)(atoms, logfile=None, record=True)
     run.run(fmax=0.0, steps=3)
-    assert run._recording.record is None
+    assert run._recording.trajectory is None
 
 
 class Valley(Calculator):

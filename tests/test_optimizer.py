@@ -421,7 +421,7 @@ def mace_potential():
 
 
 def gradients(relaxation, stepper):
-    potential = relaxation._record.map.potential
+    potential = relaxation.trajectory.map.potential
     loss = relaxation.positions.pow(3).sum() + relaxation.energies.sum()
     inputs = [*potential.parameters(), *stepper.parameters()]
     return torch.autograd.grad(loss, inputs, allow_unused=True)
@@ -534,7 +534,7 @@ class TestRelaxation:
     def test_without_record_memory_stays_flat_and_it_is_refused(self):
         opt = optimizer(record=False)
         opt.run(fmax=0.0, steps=5)
-        assert opt._recording.record is None
+        assert opt._recording.trajectory is None
         with pytest.raises(RuntimeError, match="run it with record=True"):
             opt.relaxation  # noqa: B018
 
@@ -554,7 +554,7 @@ class TestRelaxation:
     def test_a_record_is_48_bytes_an_atom_and_step(self):
         opt = optimizer()
         opt.run(fmax=0.0, steps=50)
-        frames = opt._recording.record.frames
+        frames = opt._recording.trajectory.frames
         assert len(frames) == 50
         stored = [t for positions, state in frames for t in (positions, *state.atoms.values())]
         assert sum(t.untyped_storage().nbytes() for t in stored) == 48 * 4 * 50

@@ -127,7 +127,7 @@ def test_nothing_is_attached_without_gradients():
     frozen = relax(potential.requires_grad_(False), argon(), steps=5)
     for r in (relaxation, frozen):
         assert not any(value.requires_grad for value in (r.positions, r.energies, r.fmax))
-        assert r._record.frames == []
+        assert r.trajectory.frames == []
     assert torch.equal(relaxation.positions, frozen.positions)
 
 

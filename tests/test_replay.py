@@ -62,14 +62,14 @@ def test_runs_as_short_as_the_gap_between_states_have_gradients_too(frames):
 def test_memory_and_calls_are_what_the_gap_says():
     potential = lennard_jones().requires_grad_()
     relaxation = relax(potential, argon(), fmax=0.0, steps=FRAMES, adjoint=Replay(7))
-    record = relaxation._record
+    record = relaxation.trajectory
     stored = [t for t, kept in enumerate(record.frames) if kept is not None]
     assert stored == [0, 7, 14, 21, 28]
     with mock.patch.object(LennardJones, "forward", autospec=True, side_effect=LennardJones.forward) as calls:
         relaxation.positions.square().sum().backward()
     # Each frame once on the way back, and those that were not stored once more before.
     assert calls.call_count == FRAMES + (FRAMES - len(stored))
-    assert len(record._again) <= 7
+    assert len(record._recomputed) <= 7
     assert [t for t, kept in enumerate(record.frames) if kept is not None] == stored
 
 

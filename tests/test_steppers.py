@@ -33,7 +33,7 @@ def path_of(optimizer, steps):
 
 def path_of_relax(atoms, stepper, steps):
     relaxation = relax(lennard_jones().requires_grad_(), atoms, stepper=stepper, fmax=0.0, steps=steps)
-    frames = [positions for positions, _ in relaxation._record.frames]
+    frames = [positions for positions, _ in relaxation.trajectory.frames]
     return torch.stack([*frames, relaxation.positions.detach()]).numpy()
 
 

@@ -9,7 +9,6 @@ from ase.constraints import FixAtoms, FixCom
 from conftest import argon, cluster, methanol, silicon, skewed
 
 from ase_bptt import Structures
-from ase_bptt.result import largest_force
 from ase_bptt.structures import as_structures
 
 MEMBERS = [silicon, methanol, lambda: Atoms("He"), skewed]
@@ -129,7 +128,7 @@ def test_the_largest_force_is_the_longest_vector_of_each_structure(structures):
     forces[2] = torch.tensor([3.0, 0, 4.0])
     forces[12] = torch.tensor([0, -2.0, 0])
     forces.requires_grad_()
-    largest = largest_force(structures, forces)
+    largest = structures.largest_force(forces)
     assert largest.tolist() == [5, 2, 0, 0]
     largest.sum().backward()
     assert forces.grad[2].tolist() == pytest.approx([0.6, 0, 0.8])

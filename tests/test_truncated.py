@@ -93,7 +93,7 @@ def test_only_the_last_states_of_each_structure_are_stored():
     structures = batch(*(make() for make in MEMBERS))
     relaxation = relax(potential, structures, stepper=LEARNABLE["fire"](), fmax=0.3, steps=FRAMES, adjoint=Truncated(4))
     wanted = {t for n in relaxation.nsteps.tolist() for t in range(max(0, n - 4), n)}
-    frames = relaxation._record.frames
+    frames = relaxation.trajectory.frames
     assert {t for t, kept in enumerate(frames) if kept is not None} == wanted
     assert len(wanted) < len(frames)
     # Nothing is known of what lies before.
@@ -116,4 +116,4 @@ def test_a_run_of_ase_has_the_gradient_of_relax():
         relaxations = (optimizer.relaxation, expected)
         grads = [gradient(list(potential.parameters()), distance(r, target)) for r in relaxations]
         torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-10)
-    assert sum(kept is not None for kept in optimizer.relaxation._record.frames) <= 10
+    assert sum(kept is not None for kept in optimizer.relaxation.trajectory.frames) <= 10

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .adjoint import Adjoint, FullTape
+from .adjoint import Adjoint, Attached, FullTape
 from .guided import Guided
 from .hessian_solve import Solve, SolveStatus
 from .implicit import AtMinimum, Implicit, OneStep
@@ -18,6 +18,7 @@ __all__ = [
     "ADJOINTS",
     "Adjoint",
     "AtMinimum",
+    "Attached",
     "FullTape",
     "Guided",
     "Implicit",

@@ -2,32 +2,77 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..iterated_map import IteratedMap, Keep, Record
+from ..iterated_map import Checkpointing, IteratedMap, Trajectory
 from ..steppers import Stepper, make_stepper
 from ..structures import Structures
+
+if TYPE_CHECKING:
+    from ..relaxation import Loop
+    from ..result import Relaxation
+
+Loss = Callable[["Relaxation", Structures], Tensor]
+
+
+class Attached(NamedTuple):
+    """A trajectory, and where its structures ended, with the gradient attached.
+
+    Attributes
+    ----------
+    trajectory : Trajectory
+        It does not know these positions, for their graph holds it.
+    positions : Tensor, shape (n_atoms, 3)
+        In Å.
+    early : Attached or None
+        The same after the first frames, for adjoints that attach a gradient there, too.
+    """
+
+    trajectory: Trajectory
+    positions: Tensor
+    early: Attached | None = None
 
 
 @dataclass(frozen=True)
 class Adjoint:
-    """The way from the gradient at the relaxed positions to the weights and the initial positions."""
+    """How a relaxation is differentiated: by `apply`, which is given the loop, runs it, and attaches a gradient.
+
+    A subclass says what it needs of the loop and how the gradient at the relaxed positions reaches the weights and the
+    initial positions: most need `attach` alone. It may run the loop as it likes and read the trajectory, and changes
+    neither; it knows nothing of how a stepper moves.
+    """
 
     name: ClassVar[str]
-    on_tape: ClassVar[bool] = False
-    """Whether the frames must run on autograd's tape."""
     through_frames: ClassVar[bool] = True
     """Whether it goes back through the frames, so that the stepper must be differentiable."""
-    to_the_end: ClassVar[bool] = False
+    needs_minimum: ClassVar[bool] = False
     """Whether the relaxation must end at a minimum, rather than after a few frames."""
-    keep: ClassVar[Keep | None] = None
-    """Which frames' states must be stored."""
+    checkpointing: ClassVar[Checkpointing | None] = None
+    """Which frames' states must be kept."""
 
-    def attach(self, record: Record) -> Tensor:
+    def run(self, loop: Loop) -> Trajectory:
+        """Run the loop where nothing requires gradients."""
+        return loop.run()
+
+    def apply(self, loop: Loop, *, warm: Loop | None = None) -> Attached:
+        """Run the loop, and attach the gradient to where it ends.
+
+        Parameters
+        ----------
+        loop : Loop
+            Of the structures that the gradient belongs to.
+        warm : Loop or None
+            The same structures from a start near their minima, for those that need the minimum.
+        """
+        trajectory = loop.run(checkpointing=self.checkpointing)
+        return Attached(trajectory, self.attach(trajectory))
+
+    def attach(self, trajectory: Trajectory) -> Tensor:
         """The relaxed positions, with their gradient attached."""
         raise NotImplementedError
 
@@ -43,9 +88,16 @@ class Adjoint:
                 "its frames: take 'gd' or 'fire', the adjoint 'implicit', or torch.no_grad()."
             )
 
-    def tolerance_of_forces(self, fmax: float) -> float:
+    def check_recorded(self) -> None:
+        """Raise TypeError if a run that an ASE optimizer has recorded is not enough for this adjoint."""
+
+    def required_fmax(self, fmax: float) -> float:
         """The fmax (eV/Å) to relax to where the user asks for this one."""
         return fmax
+
+    def total_loss(self, loss: Loss, relaxation: Relaxation, reference: Structures) -> Tensor:
+        """What is lowered in training, shape (n,): the loss where the relaxation ended."""
+        return loss(relaxation, reference)
 
     def todict(self) -> dict[str, Any]:
         """Name and settings, as JSON."""
@@ -68,12 +120,18 @@ class FullTape(Adjoint):
     """Keep the graph of every frame: exact, memory grows with every frame. For tests and small cases."""
 
     name = "full"
-    on_tape = True
 
-    def attach(self, record: Record) -> Tensor:
+    def apply(self, loop: Loop, *, warm: Loop | None = None) -> Attached:
+        trajectory = loop.run(on_tape=True)
+        return Attached(trajectory, self.attach(trajectory))
+
+    def attach(self, trajectory: Trajectory) -> Tensor:
         """The positions, guarded against weights that change before the backward pass."""
-        start = record.start
-        return _Guarded.apply(record.final, record, start.positions, start.cells, *record.map.parameters())
+        start = trajectory.start
+        return _Guarded.apply(trajectory.final, trajectory, start.positions, start.cells, *trajectory.map.parameters())
+
+    def check_recorded(self) -> None:
+        raise TypeError("An ASE run leaves no tape behind: take adjoint='replay', or ase_bptt.relax.")
 
 
 class _Guarded(torch.autograd.Function):
@@ -84,11 +142,11 @@ class _Guarded(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, final: Tensor, record: Record, *inputs: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.record = record
+    def forward(ctx: Any, final: Tensor, trajectory: Trajectory, *inputs: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.trajectory = trajectory
         return final.clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        ctx.record.check_weights()
+        ctx.trajectory.check_weights()
         return gradient, *(None for _ in ctx.needs_input_grad[1:])

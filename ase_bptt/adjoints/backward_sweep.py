@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..iterated_map import IteratedMap, Record
+from ..iterated_map import IteratedMap, Trajectory
 from ..neighbors.edges import Edges
 from ..potential import Potential
 from ..steppers import State
@@ -22,7 +22,7 @@ class BackwardSweep:
 
     Parameters
     ----------
-    record : Record
+    trajectory : Trajectory
     gradient : Tensor, shape (n_atoms, 3)
         dL/dX(T).
     weights : list of Tensor
@@ -33,28 +33,28 @@ class BackwardSweep:
 
     def __init__(
         self,
-        record: Record,
+        trajectory: Trajectory,
         gradient: Tensor,
         weights: list[Tensor],
         with_cells: bool,
         clip: float | None = None,
         differences: bool = False,
     ):
-        self.record, self.weights, self.clip, self.differences = record, weights, clip, differences
+        self.trajectory, self.weights, self.clip, self.differences = trajectory, weights, clip, differences
         self.adjoint = gradient.clone()
         self.to_weights: list[Tensor | None] = [None] * len(weights)
-        self.to_cells = torch.zeros_like(record.start.cells) if with_cells else None
-        self.neighbors = record.map.neighbor_list()
+        self.to_cells = torch.zeros_like(trajectory.start.cells) if with_cells else None
+        self.neighbors = trajectory.map.neighbor_list()
         self.norms = [self._norm()]
 
     def through_frames(self, window: int | None) -> None:
         """All frames, or the last ones of each structure."""
-        nsteps, start = self.record.nsteps, self.record.start
+        nsteps, start = self.trajectory.nsteps, self.trajectory.start
         first = [0 if window is None else max(0, n - window) for n in nsteps]
         state_adjoint: State | None = None
         members: list[int] = []
         for t in reversed(range(min(first, default=0), max(nsteps, default=0))):
-            now = [k for k in self.record.moving(t) if t >= first[k]]
+            now = [k for k in self.trajectory.moving(t) if t >= first[k]]
             # Between the windows of two structures there may be frames of neither.
             state_adjoint = self._through(t, now, members, state_adjoint) if now else None
             members = now
@@ -63,12 +63,12 @@ class BackwardSweep:
             self._through_the_start(state_adjoint, members)
         # What lies before a window is taken as given.
         self.adjoint[start.atoms_of([k for k, t in enumerate(first) if t > 0])] = 0
-        self.record.adjoint_norms = self._norms_since(first)
+        self.trajectory.adjoint_norms = self._norms_since(first)
 
     def _through(self, t: int, now: list[int], before: list[int], state_adjoint: State | None) -> State:
         """Frame t of the structures `now`, where `before` took part in the frame after it."""
-        start, iterated = self.record.start, self.record.map
-        positions, state = self.record.before(t, now)
+        start, iterated = self.trajectory.start, self.trajectory.map
+        positions, state = self.trajectory.before(t, now)
         # Structures that stopped after frame t enter with a state that nothing depends on.
         state_adjoint = _matched(state_adjoint, state, before, now, start.counts)
         atoms, members = start.atoms_of(now), start.select(now)
@@ -79,7 +79,7 @@ class BackwardSweep:
         inputs = [x, *carried, *[cells] * (self.to_cells is not None), *self.weights]
         structures, state = members.replace(positions=x, cells=cells), state.with_floats(carried)
         if self.differences:
-            forces = self.record.forces_before(t, now)
+            forces = self.trajectory.forces_before(t, now)
             back = through_frame(iterated, structures, state, self.neighbors(structures), forces, gradients, inputs)
         else:
             with torch.enable_grad():
@@ -96,19 +96,19 @@ class BackwardSweep:
 
     def _through_the_start(self, state_adjoint: State | None, members: list[int]) -> None:
         """The first state may depend on the stepper's own parameters."""
-        record = self.record
-        learnt = any(p.requires_grad for p in record.map.stepper.parameters())
+        trajectory = self.trajectory
+        learnt = any(p.requires_grad for p in trajectory.map.stepper.parameters())
         if state_adjoint is None or not learnt:
             return
         with torch.enable_grad():
-            state = record.map.start(record.start.select(members))
+            state = trajectory.map.start(trajectory.start.select(members))
         self._add(vjp(state.floats(), state_adjoint.floats(), self.weights))
 
     def _add(self, gradients: list[Tensor | None]) -> None:
         self.to_weights = added(self.to_weights, gradients)
 
     def _norm(self) -> Tensor:
-        return self.record.start.sum(self.adjoint.square()).sum(1).sqrt()
+        return self.trajectory.start.sum(self.adjoint.square()).sum(1).sqrt()
 
     def _norms_since(self, first: list[int]) -> Tensor:
         """One row a frame and one for the end, with zeros before each structure's first frame."""
@@ -120,7 +120,7 @@ class BackwardSweep:
     def _clipped(self, state_adjoint: State, now: list[int]) -> State:
         if self.clip is None:
             return state_adjoint
-        norm, start = self._norm(), self.record.start
+        norm, start = self._norm(), self.trajectory.start
         most = self.clip * self.norms[0]
         factor = torch.where(norm > most, most / torch.where(norm > 0, norm, 1.0), 1.0)
         self.adjoint *= factor[start.batch, None]

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..iterated_map import IteratedMap, Keep, Record
+from ..iterated_map import Checkpointing, IteratedMap, Trajectory
 from ..steppers import Stepper
 from ..structures import Structures
 from ..utils import check_count, check_positive
-from .adjoint import Adjoint, stepper_of
+from .adjoint import Adjoint, Attached, Loss, stepper_of
 from .implicit import Implicit
 from .replay import Replay
+
+if TYPE_CHECKING:
+    from ..relaxation import Loop
+    from ..result import Relaxation
 
 
 @dataclass(frozen=True)
 class Guided(Adjoint):
-    """Two gradients of one relaxation: of where it ends, and of where it stands after its first frames.
+    """Two gradients of one relaxation: of where it ends, and of where it is after its first frames.
 
     The end X* is attached by `Implicit`, the positions X_K after `first` frames by `Replay` as ``relaxation.early``,
     and the Trainer lowers loss(X*) + weight loss(X_K). This is our reading of the guided gradient of G-DEQ (the
@@ -33,7 +37,7 @@ class Guided(Adjoint):
     weight : float
         Of loss(X_K) beside loss(X*).
     tail : Stepper, str or None
-        What relaxes from X_K to X*; None goes on with the stepper of the first frames.
+        What relaxes from X_K to X*; None continues with the stepper of the first frames.
     solve : Implicit
         How the gradient at the end is found.
     """
@@ -44,8 +48,7 @@ class Guided(Adjoint):
     solve: Implicit = field(default_factory=Implicit)
 
     name = "guided"
-    to_the_end = True
-    keep = Keep()
+    needs_minimum = True
 
     def __post_init__(self) -> None:
         check_count(first=self.first)
@@ -56,19 +59,32 @@ class Guided(Adjoint):
         object.__setattr__(self, "tail", tail)
         object.__setattr__(self, "solve", self.solve if solve is None else Implicit(**solve))
 
+    def run(self, loop: Loop) -> Trajectory:
+        loop.run(frames=self.first)
+        loop.switch(self.tail)
+        return loop.run()
+
+    def apply(self, loop: Loop, *, warm: Loop | None = None) -> Attached:
+        """The first frames choose the basin, and so they start where the structures do, whatever start is warm."""
+        first = loop.run(frames=self.first, checkpointing=Checkpointing())
+        to_minimum = loop if warm is None else warm
+        to_minimum.switch(self.tail)
+        end = self.solve.apply(to_minimum)
+        return end._replace(early=Attached(first, Replay().attach(first)))
+
     def check(self, iterated: IteratedMap, structures: Structures) -> None:
         """What either of the two refuses."""
         super().check(iterated, structures)
         self.solve.check(iterated, structures)
 
-    def tolerance_of_forces(self, fmax: float) -> float:
+    def check_recorded(self) -> None:
+        raise TypeError("An ASE run does not stop at its first frames for 'guided': take ase_bptt.relax.")
+
+    def required_fmax(self, fmax: float) -> float:
         """That of the implicit gradient."""
-        return self.solve.tolerance_of_forces(fmax)
+        return self.solve.required_fmax(fmax)
 
-    def attach(self, record: Record) -> Tensor:
-        """The end."""
-        return self.solve.attach(record)
-
-    def attach_early(self, record: Record) -> Tensor:
-        """The positions after the first frames, whose record this is."""
-        return Replay().attach(record)
+    def total_loss(self, loss: Loss, relaxation: Relaxation, reference: Structures) -> Tensor:
+        """The sum of both losses."""
+        found = loss(relaxation, reference)
+        return found if relaxation.early is None else found + self.weight * loss(relaxation.early, reference)

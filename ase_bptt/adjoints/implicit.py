@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..iterated_map import IteratedMap, Record
+from ..iterated_map import IteratedMap, Status, Trajectory
 from ..structures import Structures
 from ..utils import check_count, check_positive
-from .adjoint import Adjoint
+from .adjoint import Adjoint, Attached
 from .hessian_solve import Solve, SolveStatus, ZeroModes, conjugate_gradients
+
+if TYPE_CHECKING:
+    from ..relaxation import Loop
 
 Product = Callable[[Tensor], Tensor]
 
@@ -36,7 +39,7 @@ class AtMinimum(Adjoint):
     fmax: float = 0.01
 
     through_frames = False
-    to_the_end = True
+    needs_minimum = True
 
     def __post_init__(self) -> None:
         check_positive(fmax=self.fmax)
@@ -51,14 +54,18 @@ class AtMinimum(Adjoint):
             )
         _check_projectors(structures)
 
-    def tolerance_of_forces(self, fmax: float) -> float:
+    def required_fmax(self, fmax: float) -> float:
         """The tighter of the two."""
         return min(fmax, self.fmax)
 
-    def attach(self, record: Record) -> Tensor:
+    def apply(self, loop: Loop, *, warm: Loop | None = None) -> Attached:
+        """The path does not matter: from a start near the minimum, where there is one."""
+        return super().apply(loop if warm is None else warm)
+
+    def attach(self, trajectory: Trajectory) -> Tensor:
         """The positions as one node of the graph."""
-        start, final = record.start, record.final.detach()
-        return _Pulled.apply(self, record, final, start.positions, start.cells, *record.map.parameters())
+        start, final = trajectory.start, trajectory.final.detach()
+        return _AtMinimum.apply(self, trajectory, final, start.positions, start.cells, *trajectory.map.parameters())
 
     def solve(self, product: Product, right: Tensor, structures: Structures) -> tuple[Tensor, list[Solve]]:
         """The vector w (n_atoms, 3) in Å^2/eV times the gradient's unit, and how it was found."""
@@ -134,50 +141,62 @@ class OneStep(AtMinimum):
         return self.step_size * right, [Solve(SolveStatus.SOLVED, 0, 0.0)] * len(structures)
 
 
-class _Pulled(torch.autograd.Function):
+class _AtMinimum(torch.autograd.Function):
     """The relaxed positions as a function of the weights and cells alone."""
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, adjoint: AtMinimum, record: Record, final: Tensor, positions: Tensor, cells: Tensor, *weights: Tensor
+        ctx: Any,
+        adjoint: AtMinimum,
+        trajectory: Trajectory,
+        final: Tensor,
+        positions: Tensor,
+        cells: Tensor,
+        *weights: Tensor,
     ) -> Tensor:
-        ctx.adjoint, ctx.record, ctx.final, ctx.weights = adjoint, record, final, weights
+        ctx.adjoint, ctx.trajectory, ctx.final, ctx.weights = adjoint, trajectory, final, weights
         ctx.save_for_backward(positions, cells)
         return final.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        record: Record = ctx.record
-        record.check_weights()
+        trajectory: Trajectory = ctx.trajectory
+        trajectory.check_weights()
         positions, cells = ctx.saved_tensors
-        relaxed = [k for k, done in enumerate(record.relaxed) if done]
-        solves = dict.fromkeys(range(len(record.start)), Solve(SolveStatus.UNRELAXED, 0, 1.0))
+        relaxed = [k for k in range(len(trajectory.start)) if trajectory.ends[k].status is Status.CONVERGED]
+        solves = dict.fromkeys(range(len(trajectory.start)), Solve(SolveStatus.UNRELAXED, 0, 1.0))
         to_cells = torch.zeros_like(cells)
         to_weights = [torch.zeros_like(p) if p.requires_grad else None for p in ctx.weights]
         if relaxed:
-            atoms = record.start.atoms_of(relaxed)
-            structures = record.start.select(relaxed).replace(positions=ctx.final[atoms])
+            atoms = trajectory.start.atoms_of(relaxed)
+            structures = trajectory.start.select(relaxed).replace(positions=ctx.final[atoms])
             wanted = [p for p in ctx.weights if p.requires_grad]
-            found, of_cells, pulled = _pull(ctx.adjoint, record, structures, gradient[atoms], cells[relaxed], wanted)
+            ends = (structures, gradient[atoms], cells[relaxed])
+            found, of_cells, pulled = _vjp_at_minimum(ctx.adjoint, trajectory, *ends, wanted)
             solves |= dict(zip(relaxed, found, strict=True))
             to_cells[relaxed] = of_cells
             queue = iter(pulled)
             to_weights = [None if zero is None else zero + next(queue) for zero in to_weights]
-        record.solves = tuple(solves.values())
+        trajectory.solves = tuple(solves.values())
         return None, None, None, torch.zeros_like(positions), to_cells, *to_weights
 
 
-def _pull(
-    adjoint: AtMinimum, record: Record, structures: Structures, gradient: Tensor, cells: Tensor, weights: list[Tensor]
+def _vjp_at_minimum(
+    adjoint: AtMinimum,
+    trajectory: Trajectory,
+    structures: Structures,
+    gradient: Tensor,
+    cells: Tensor,
+    weights: list[Tensor],
 ) -> tuple[list[Solve], Tensor, list[Tensor]]:
     """From dL/dX at the minima to dL/dcells and dL/dweights; one graph serves all products."""
     x = structures.positions.detach().requires_grad_()
     cells = cells.detach().requires_grad_()
     with torch.enable_grad():
         live = structures.replace(positions=x, cells=cells)
-        edges = record.map.neighbor_list()(live)
-        _, forces = record.map.potential.energy_and_forces(live, edges, create_graph=True)
+        edges = trajectory.map.neighbor_list()(live)
+        _, forces = trajectory.map.potential.energy_and_forces(live, edges, create_graph=True)
     motions = ZeroModes(structures, forces)
 
     def free(v: Tensor) -> Tensor:

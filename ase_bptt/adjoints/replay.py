@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..iterated_map import IteratedMap, Keep, Record
+from ..iterated_map import Checkpointing, IteratedMap, Trajectory
 from ..structures import Structures
 from ..utils import check_count, check_positive
 from .adjoint import Adjoint
@@ -49,9 +49,9 @@ class Replay(Adjoint):
         check_positive(clip=self.clip)
 
     @property
-    def keep(self) -> Keep:  # type: ignore[override]
+    def checkpointing(self) -> Checkpointing:  # type: ignore[override]
         """Every so many frames."""
-        return Keep(every=self.every, forces=self.differences)
+        return Checkpointing(every=self.every, forces=self.differences)
 
     def check(self, iterated: IteratedMap, structures: Structures) -> None:
         """Refuse differences of what is no energy's slope, or too coarse for them."""
@@ -59,9 +59,9 @@ class Replay(Adjoint):
         if self.differences:
             check_smooth(iterated.potential)
 
-    def attach(self, record: Record) -> Tensor:
+    def attach(self, trajectory: Trajectory) -> Tensor:
         """The positions as one node of the graph."""
-        return _attach(record, None, self.clip, self.differences)
+        return _attach(trajectory, None, self.clip, self.differences)
 
 
 @dataclass(frozen=True)
@@ -85,20 +85,20 @@ class Truncated(Adjoint):
         check_count(window=self.window)
 
     @property
-    def keep(self) -> Keep:  # type: ignore[override]
+    def checkpointing(self) -> Checkpointing:  # type: ignore[override]
         """The last ones of each structure."""
-        return Keep(last=self.window)
+        return Checkpointing(last=self.window)
 
-    def attach(self, record: Record) -> Tensor:
+    def attach(self, trajectory: Trajectory) -> Tensor:
         """The positions as one node of the graph."""
-        return _attach(record, self.window, None, False)
+        return _attach(trajectory, self.window, None, False)
 
 
-def _attach(record: Record, window: int | None, clip: float | None, differences: bool) -> Tensor:
-    start = record.start
-    final = record.final.detach()
-    back = partial(BackwardSweep, record, clip=clip, differences=differences)
-    return _Replayed.apply(back, window, record, final, start.positions, start.cells, *record.map.parameters())
+def _attach(trajectory: Trajectory, window: int | None, clip: float | None, differences: bool) -> Tensor:
+    start = trajectory.start
+    final = trajectory.final.detach()
+    back = partial(BackwardSweep, trajectory, clip=clip, differences=differences)
+    return _Replayed.apply(back, window, trajectory, final, start.positions, start.cells, *trajectory.map.parameters())
 
 
 class _Replayed(torch.autograd.Function):
@@ -109,13 +109,13 @@ class _Replayed(torch.autograd.Function):
         ctx: Any,
         back: Callable[..., BackwardSweep],
         window: int | None,
-        record: Record,
+        trajectory: Trajectory,
         final: Tensor,
         positions: Tensor,
         cells: Tensor,
         *weights: Tensor,
     ) -> Tensor:
-        ctx.back, ctx.window, ctx.record, ctx.weights = back, window, record, weights
+        ctx.back, ctx.window, ctx.trajectory, ctx.weights = back, window, trajectory, weights
         ctx.with_cells = cells.requires_grad
         # The frames begin from these very tensors: let torch notice when they change in place.
         ctx.save_for_backward(positions, cells)
@@ -124,7 +124,7 @@ class _Replayed(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        ctx.record.check_weights()
+        ctx.trajectory.check_weights()
         _ = ctx.saved_tensors  # raises where they changed
         # Some may have been frozen since.
         weights = [p for p in ctx.weights if p.requires_grad]

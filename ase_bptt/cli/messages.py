@@ -43,7 +43,7 @@ def introduction(trainer: Trainer, arguments: argparse.Namespace, splits: dict[s
     """What will be trained on what."""
     sizes = ", ".join(f"{len(v)} {k} ({len({p.group for p in v})} kinds)" for k, v in splits.items())
     again = f", on from epoch {trainer.epoch}" if arguments.resume and trainer.epoch else ""
-    few = not trainer.adjoint.to_the_end
+    few = not trainer.adjoint.needs_minimum
     tail = getattr(trainer.adjoint, "tail", None)
     movers = trainer.stepper.name + (f" and {tail.name}" if tail else "")
     frames = f"{trainer.steps} frames of {movers}" + ("" if few else " at most")

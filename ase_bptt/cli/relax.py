@@ -15,9 +15,9 @@ from ase import Atoms
 from ase.io import write
 from ase.io.formats import filetype, ioformats
 
-from ..result import Status
+from ..iterated_map import Status
 from ..steppers import STEPPERS, make_stepper
-from ..throughput import End
+from ..throughput import Relaxed
 from ..throughput.journal import Journal, relax_kept, run_key
 from ..utils import check_writable, replacing, without_nan
 from . import messages as words
@@ -134,12 +134,12 @@ def _stepper(arguments: argparse.Namespace) -> Any:
     return make_stepper(arguments.stepper, **({"step_size": arguments.step_size} if arguments.step_size else {}))
 
 
-def _tell(names: list[str], k: int, end: End) -> None:
+def _tell(names: list[str], k: int, end: Relaxed) -> None:
     if end.status is not Status.CONVERGED:
         log.warning("%s: %s after %d frames. %s", names[k], end.status.value, end.nsteps, end.status.sentence)
 
 
-def _write(out: Path, ends: list[End]) -> None:
+def _write(out: Path, ends: list[Relaxed]) -> None:
     images = []
     for end in ends:
         end.atoms.info |= {"relaxation": end.status.value, "relaxation_frames": end.nsteps}
@@ -157,7 +157,9 @@ def _planned(arguments: argparse.Namespace, structures: list[Atoms], left_out: i
     return 0
 
 
-def _conclude(arguments: argparse.Namespace, names: list[str], ends: list[End], left_out: int, seconds: float) -> int:
+def _conclude(
+    arguments: argparse.Namespace, names: list[str], ends: list[Relaxed], left_out: int, seconds: float
+) -> int:
     rows = [
         {
             "name": name, "status": end.status.value, "nsteps": end.nsteps,

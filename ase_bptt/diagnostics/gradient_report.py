@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..adjoints import SolveStatus
-from ..result import Relaxation, Status
+from ..iterated_map import Status
+from ..result import Relaxation
 from ..steppers.gradient_descent import SHARE
 from ..utils import without_nan
 from .gradients import ITERATIONS, Vitals, measure
@@ -160,7 +161,7 @@ def health(relaxation: Relaxation, *, iterations: int = ITERATIONS, seed: int = 
     RuntimeError
         Where the weights were changed after the relaxation.
     """
-    stepper = relaxation._record.map.stepper.todict()
+    stepper = relaxation.trajectory.map.stepper.todict()
     return Health(tuple(measure(relaxation, iterations=iterations, seed=seed)), stepper)
 
 

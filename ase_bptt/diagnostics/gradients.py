@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..adjoints import Solve
 from ..adjoints.hessian_solve import ZeroModes
-from ..iterated_map import Record
-from ..result import Relaxation, Status
+from ..iterated_map import Status, Trajectory
+from ..result import Relaxation
 from ..stability import largest_curvature, step_limit
 from ..steppers import State
 from ..structures import Structures
@@ -54,23 +54,24 @@ def spectral_radius(relaxation: Relaxation, *, iterations: int = ITERATIONS, see
     TypeError
         For steppers that cannot be differentiated.
     """
-    record = relaxation._record
-    if not record.map.stepper.differentiable:
+    trajectory = relaxation.trajectory
+    stepper = trajectory.map.stepper
+    if not stepper.differentiable:
         raise TypeError(
-            f"The stepper {record.map.stepper.name!r} cannot be differentiated, so that its frames have no spectral "
+            f"The stepper {stepper.name!r} cannot be differentiated, so that its frames have no spectral "
             "radius: take 'gd' or 'fire'."
         )
-    generators = [np.random.default_rng([seed, k]) for k in relaxation._members]
-    members = zip(relaxation._members, generators, strict=True)
-    return tuple(_radius(record, k, iterations, generator) for k, generator in members)
+    generators = [np.random.default_rng([seed, k]) for k in relaxation.members]
+    members = zip(relaxation.members, generators, strict=True)
+    return tuple(_radius(trajectory, k, iterations, generator) for k, generator in members)
 
 
-def _radius(record: Record, k: int, iterations: int, generator: np.random.Generator) -> float:
-    structure, state = _last_frame(record, k)
+def _radius(trajectory: Trajectory, k: int, iterations: int, generator: np.random.Generator) -> float:
+    structure, state = _last_frame(trajectory, k)
     if not bool(structure.positions.isfinite().all()):
         return math.nan
-    pull, sizes = _frame(record, structure, state)
-    _, forces = record.map.potential.energy_and_forces(structure, record.map.neighbor_list()(structure))
+    pull, sizes = _frame(trajectory, structure, state)
+    _, forces = trajectory.map.potential.energy_and_forces(structure, trajectory.map.neighbor_list()(structure))
     if not bool(forces.isfinite().all()):
         return math.nan
     free = _free(structure, forces)
@@ -93,31 +94,31 @@ def _mean_rate(rates: list[float]) -> float:
     return float(np.exp(np.average(late, weights=weights)))
 
 
-def _last_frame(record: Record, k: int) -> tuple[Structures, State]:
+def _last_frame(trajectory: Trajectory, k: int) -> tuple[Structures, State]:
     """Structure k and the stepper's state before its last frame, or as a new relaxation would begin."""
-    alone = record.start.select([k])
-    t = record.nsteps[k] - 1
-    if not 0 <= t < len(record.frames):
-        there = alone.replace(positions=record.final.detach()[record.start.atoms_of([k])])
-        return there, record.map.start(there)
-    positions, state = record.before(t, [k])
+    alone = trajectory.start.select([k])
+    t = trajectory.nsteps[k] - 1
+    if not 0 <= t < len(trajectory.frames):
+        there = alone.replace(positions=trajectory.final.detach()[trajectory.start.atoms_of([k])])
+        return there, trajectory.map.start(there)
+    positions, state = trajectory.before(t, [k])
     return alone.replace(positions=positions), state
 
 
 Pull = Callable[[list[Tensor]], list[Tensor]]
 
 
-def _frame(record: Record, structure: Structures, state: State) -> tuple[Pull, list[torch.Size]]:
+def _frame(trajectory: Trajectory, structure: Structures, state: State) -> tuple[Pull, list[torch.Size]]:
     """Products with the frame's Jacobian from the left, all of one graph, and the shapes of what it multiplies."""
     carried = sum(t.is_floating_point() for t in state.atoms.values())
     floats = state.map(Tensor.detach).floats()
     x = structure.positions.detach().clone().requires_grad_()
     inputs = [x, *(s.clone().requires_grad_() for s in floats[:carried])]
     with torch.enable_grad():
-        after, state = record.map.frame(
+        after, state = trajectory.map.frame(
             structure.replace(positions=x, cells=structure.cells.detach()),
             state.with_floats([*inputs[1:], *floats[carried:]]),
-            record.map.neighbor_list(),
+            trajectory.map.neighbor_list(),
         )
     outputs = [after, *state.floats()[:carried]]
     live = [k for k, output in enumerate(outputs) if output.requires_grad]
@@ -202,9 +203,9 @@ class Vitals:
 
 def measure(relaxation: Relaxation, *, iterations: int = ITERATIONS, seed: int = 0) -> list[Vitals]:
     """The vitals of each structure; parameters and errors as for `ase_bptt.diagnostics.gradient_report.health`."""
-    record = relaxation._record
-    record.check_weights()
-    stepper = record.map.stepper
+    trajectory = relaxation.trajectory
+    trajectory.check_weights()
+    stepper = trajectory.map.stepper
     frames = relaxation.nsteps.tolist()
     radii: list[Any] = [None] * len(relaxation)
     if stepper.differentiable:
@@ -230,7 +231,7 @@ def _limit(relaxation: Relaxation, k: int, seed: int) -> float:
     end = end.replace(positions=end.positions.detach(), cells=end.cells.detach())
     if not bool(end.positions.isfinite().all()):
         return math.nan
-    return step_limit(largest_curvature(relaxation._record.map.potential, end, seed=seed))
+    return step_limit(largest_curvature(relaxation.trajectory.map.potential, end, seed=seed))
 
 
 def _step_size(numbers: dict[str, Any], frames: int) -> float | None:

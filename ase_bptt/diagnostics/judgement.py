@@ -10,9 +10,9 @@ from statistics import median
 import numpy as np
 
 from ..evaluation import Row
+from ..iterated_map import Status
 from ..losses import SAME_END, max_displacement
 from ..pairs import RelaxationPair
-from ..result import Status
 from .landscape import LEFT, ForceError, reference_forces
 
 RIGHT = 0.05

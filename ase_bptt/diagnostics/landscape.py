@@ -10,11 +10,12 @@ import torch
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
+from ..iterated_map import Status
 from ..losses import SAME_END, delta_q, max_displacement
 from ..pairs import RelaxationPair
 from ..potential import Potential
 from ..relaxation import relax
-from ..result import Relaxation, Status
+from ..result import Relaxation
 from ..steppers import Stepper
 from ..structures import Structures
 from ..throughput import single_points
@@ -172,12 +173,12 @@ def _settling(
 
 def _paths(run: Relaxation, reference: Structures) -> list[list[float]]:
     """Delta-Q of each structure before each of its frames, and at its end."""
-    record = run._record
+    trajectory = run.trajectory
     paths: list[list[float]] = [[] for _ in run.status]
-    for t in range(len(record.frames)):
-        moving = record.moving(t)
+    for t in range(len(trajectory.frames)):
+        moving = trajectory.moving(t)
         if moving:
-            there = record.start.select(moving).replace(positions=record.before(t)[0])
+            there = trajectory.start.select(moving).replace(positions=trajectory.before(t)[0])
             for k, distance in zip(moving, delta_q(there, reference.select(moving)).tolist(), strict=True):
                 paths[k].append(distance)
     for path, distance in zip(paths, delta_q(run, reference).tolist(), strict=True):

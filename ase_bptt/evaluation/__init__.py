@@ -16,9 +16,8 @@ from ase import Atoms
 from ..losses import SAME_END, delta_q, displacements, max_displacement, rmsd
 from ..pairs import RelaxationPair
 from ..potential import Potential
-from ..result import largest_force
 from ..steppers import Stepper
-from ..throughput import TOGETHER, End, single_points
+from ..throughput import TOGETHER, Relaxed, single_points
 from ..throughput.journal import Journal, relax_kept
 
 BASIN_RULE = (
@@ -175,7 +174,7 @@ def evaluate(
     return Evaluation(tuple(rows), tuple(end.atoms for end in ends[: len(pairs)]))
 
 
-def _row(pair: RelaxationPair, found: End, control: Atoms, residual: float) -> Row:
+def _row(pair: RelaxationPair, found: Relaxed, control: Atoms, residual: float) -> Row:
     end, status, nsteps = found
     reference = pair.relaxed
     return Row(
@@ -199,7 +198,7 @@ def _row(pair: RelaxationPair, found: End, control: Atoms, residual: float) -> R
 
 def _residual_forces(potential: Potential, structures: Sequence[Atoms], size: int) -> list[float]:
     batches = single_points(potential, structures, size)
-    return [force for batch, _, forces in batches for force in largest_force(batch, forces).tolist()]
+    return [force for batch, _, forces in batches for force in batch.largest_force(forces).tolist()]
 
 
 SYMPREC = 0.05

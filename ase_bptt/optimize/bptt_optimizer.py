@@ -16,10 +16,10 @@ from ase.optimize.optimize import Optimizer
 from ase.utils.abc import Optimizable
 from torch import Tensor
 
-from ..adjoints import Adjoint, AtMinimum, FullTape, Guided, Replay, make_adjoint
+from ..adjoints import Adjoint, Replay, make_adjoint
 from ..calculator import TorchCalculator
-from ..iterated_map import Keep
-from ..result import Relaxation, Status
+from ..iterated_map import Checkpointing, Status
+from ..result import Relaxation
 from ..stability import resolve_step_size
 from ..steppers import STEPPERS, Learner, State, Stepper, make_stepper
 from .recording import (
@@ -79,16 +79,13 @@ class BPTTOptimizer(Optimizer):
             numbers["maxstep"] = maxstep
         self.stepper = make_stepper(stepper, **numbers)
         self.adjoint = make_adjoint(adjoint) or Replay()
-        if isinstance(self.adjoint, FullTape):
-            raise TypeError("An ASE run leaves no tape behind: take adjoint='replay', or ase_bptt.relax.")
-        if isinstance(self.adjoint, Guided):
-            raise TypeError("An ASE run does not stop at its first frames for 'guided': take ase_bptt.relax.")
+        self.adjoint.check_recorded()
         if self.stepper.todict().get("step_size") == "auto" and not isinstance(atoms, Atoms):
             raise ValueError("step_size='auto' asks the potential of Atoms: give a number for a filter or a band.")
-        self.record = record and self.stepper.differentiable and self.adjoint.keep is not None
+        self.record = record and self.stepper.differentiable and self.adjoint.checkpointing is not None
         self._state: State | None = None
-        self._begun: Atoms | None = None
-        self._recording = Recording(self.stepper, self.adjoint.keep or Keep())
+        self._started: Atoms | None = None
+        self._recording = Recording(self.stepper, self.adjoint.checkpointing or Checkpointing())
         super().__init__(atoms, restart, logfile, trajectory, append_trajectory, **kwargs)
 
     @property
@@ -124,8 +121,8 @@ class BPTTOptimizer(Optimizer):
         if self._state is None:
             self._settle()
             self._state = self._first_state()
-        if self._begun is None and isinstance(self.adjoint, AtMinimum) and isinstance(self.atoms, Atoms):
-            self._begun = self.atoms.copy()
+        if self._started is None and not self.adjoint.through_frames and isinstance(self.atoms, Atoms):
+            self._started = self.atoms.copy()
         self._before_frame()
         positions, force = self._rows(self.optimizable.get_x()), -self._rows(gradient)
         if self.record:
@@ -227,8 +224,8 @@ class BPTTOptimizer(Optimizer):
         NotImplementedError
             For constraints that `relax` does not know, by name.
         """
-        if isinstance(self.adjoint, AtMinimum):
-            begun = self._begun
+        if not self.adjoint.through_frames:
+            begun = self._started
             # Somebody may have changed the atoms between two runs.
             same = begun is not None and not compare_atoms(begun, self.atoms, excluded_properties=PASSING)
             return as_relaxation(self.atoms, initial=begun if same else None, adjoint=self.adjoint, nsteps=self.nsteps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,11 @@ from ase.io.jsonio import decode, encode
 from ase.optimize.optimize import Optimizer, RestartError
 from torch import Tensor
 
-from ..adjoints import Adjoint, AtMinimum, make_adjoint
+from ..adjoints import Adjoint, Attached, make_adjoint
 from ..calculator import TorchCalculator, same_but_positions
 from ..constraints import KNOWN, unknown_of
-from ..iterated_map import IteratedMap, Keep, Record
-from ..result import Relaxation, Status
+from ..iterated_map import Checkpointing, End, IteratedMap, Status, Trajectory
+from ..result import Relaxation
 from ..steppers import GradientDescent, State, Stepper
 from ..utils import replacing
 
@@ -32,29 +33,29 @@ class Recording:
     Parameters
     ----------
     stepper : Stepper
-    kept : Keep
+    kept : Checkpointing
         Which frames' states are stored.
     """
 
-    def __init__(self, stepper: Stepper, kept: Keep):
+    def __init__(self, stepper: Stepper, kept: Checkpointing):
         self.stepper, self.kept = stepper, kept
-        self.record: Record | None = None
-        self._begun = Atoms()
-        self._begun_with: dict[str, Any] = {}
-        self._held: list[Any] = []
+        self.trajectory: Trajectory | None = None
+        self._started = Atoms()
+        self._started_with: dict[str, Any] = {}
+        self._constraints: list[Any] = []
         self._expected: np.ndarray | None = None
 
     def keep(self, atoms: Any, positions: Tensor, state: State) -> None:
-        """Store the state before a frame; start anew where somebody else changed the atoms."""
+        """Keep the state before a frame; start another trajectory where somebody else changed the atoms."""
         if not isinstance(atoms, Atoms) or not isinstance(atoms.calc, TorchCalculator) or unknown_of(atoms):
             return
-        if self.record is None or not self._continues(self.record, atoms):
+        if self.trajectory is None or not self._continues(self.trajectory, atoms):
             potential = atoms.calc.potential
             start = potential.batch(atoms)
-            self.record = Record(IteratedMap(potential, self.stepper), start, kept=self.kept)
-            self._begun, self._begun_with = atoms.copy(), self.stepper.todict()
-            self._held = list(atoms.constraints)
-        self.record.keep(positions, state)
+            self.trajectory = Trajectory(IteratedMap(potential, self.stepper), start, self.kept)
+            self._started, self._started_with = atoms.copy(), self.stepper.todict()
+            self._constraints = list(atoms.constraints)
+        self.trajectory.keep(positions, state)
 
     def moved(self, x: np.ndarray) -> None:
         """Take note of where a frame has moved the atoms."""
@@ -71,33 +72,33 @@ class Recording:
             For constraints that `relax` does not know, by name.
         """
         _check_differentiable(atoms)
-        record = self.record
-        if record is None:
+        trajectory = self.trajectory
+        if trajectory is None:
             raise RuntimeError("This run recorded no step: run it with record=True and at least one step.")
-        record.check_weights()
-        if not self._continues(record, atoms):
+        trajectory.check_weights()
+        if not self._continues(trajectory, atoms):
             raise RuntimeError(
                 "The atoms were changed after the last step of this run: take its relaxation before that."
             )
-        if record.map.parameters():
-            adjoint.check(record.map, record.start)
-        # A record of its own: the run may go on.
-        frames = list(record.frames)
-        return _as_left(replace(record, frames=frames, nsteps=[len(frames)], _again={}), atoms, adjoint, fmax)
+        if trajectory.map.parameters():
+            adjoint.check(trajectory.map, trajectory.start)
+        # A trajectory of its own: the run may continue.
+        frames = list(trajectory.frames)
+        own = replace(trajectory, frames=frames, nsteps=[len(frames)], ends={}, _recomputed={})
+        return _as_left(own, atoms, adjoint, fmax)
 
-    def _continues(self, record: Record, atoms: Atoms) -> bool:
+    def _continues(self, trajectory: Trajectory, atoms: Atoms) -> bool:
         """Whether these atoms, constraints, weights and numbers are what the last frame that was kept left."""
-        changed = not same_but_positions(self._begun, atoms)
-        changed = changed and bool(compare_atoms(self._begun, atoms, excluded_properties={"positions"}))
+        changed = not same_but_positions(self._started, atoms)
+        changed = changed and bool(compare_atoms(self._started, atoms, excluded_properties={"positions"}))
         as_left = self._expected is not None and np.array_equal(self._expected, atoms.positions.ravel())
-        held = len(self._held) == len(atoms.constraints)
-        held = held and all(a is b for a, b in zip(self._held, atoms.constraints, strict=True))
-        same = atoms.calc.potential is record.map.potential and record.map.fingerprint() == record.weights
-        return as_left and same and held and not changed and self.stepper.todict() == self._begun_with
+        same_constraints = list(map(id, self._constraints)) == list(map(id, atoms.constraints))
+        same = atoms.calc.potential is trajectory.map.potential and trajectory.map.fingerprint() == trajectory.weights
+        return as_left and same and same_constraints and not changed and self.stepper.todict() == self._started_with
 
 
 def as_relaxation(
-    atoms: Atoms, *, initial: Atoms | None = None, adjoint: AtMinimum | str = "implicit", nsteps: int = 0
+    atoms: Atoms, *, initial: Atoms | None = None, adjoint: Adjoint | str = "implicit", nsteps: int = 0
 ) -> Relaxation:
     """The differentiable Relaxation of Atoms that anything has relaxed: any optimizer of ASE's, or a file.
 
@@ -124,42 +125,39 @@ def as_relaxation(
             "atoms in the same order and cell: give the start of a relaxation at fixed cell, or leave it out."
         )
     chosen = make_adjoint(adjoint)
-    if not isinstance(chosen, AtMinimum):
+    if chosen is None or chosen.through_frames:
         raise TypeError("Only 'implicit' and 'one-step' need no frames: relax with ase_bptt.relax for the others.")
     potential = atoms.calc.potential
     largest = float(np.linalg.norm(atoms.get_forces(), axis=1).max())
-    if not largest < chosen.fmax:
+    fmax = chosen.required_fmax(math.inf)
+    if not largest < fmax:
         raise ValueError(
             f"The largest force on these atoms is {largest:.3g} eV/Å, and the adjoint {chosen.name!r} holds at a "
-            f"minimum: relax below its fmax of {chosen.fmax:g} eV/Å."
+            f"minimum: relax below its fmax of {fmax:g} eV/Å."
         )
     start = potential.batch(atoms)
     if initial is not None:
         start = start.replace(positions=torch.tensor(initial.positions).to(start.positions))
-    record = Record(IteratedMap(potential, GradientDescent()), start, nsteps=[nsteps])
-    chosen.check(record.map, start)
-    return _as_left(record, atoms, chosen, chosen.fmax)
+    trajectory = Trajectory(IteratedMap(potential, GradientDescent()), start, nsteps=[nsteps])
+    chosen.check(trajectory.map, start)
+    return _as_left(trajectory, atoms, chosen, fmax)
 
 
-def _as_left(record: Record, atoms: Atoms, adjoint: Adjoint, fmax: float) -> Relaxation:
+def _as_left(trajectory: Trajectory, atoms: Atoms, adjoint: Adjoint, fmax: float) -> Relaxation:
     """The Relaxation that ends where the atoms are."""
-    structures = record.start
-    record.final = torch.tensor(atoms.positions).to(structures.positions)
+    like = trajectory.start.positions
     forces, acting = atoms.get_forces(apply_constraint=False), atoms.get_forces()
     broken, converged = not np.isfinite(forces).all(), np.linalg.norm(acting, axis=1).max() < fmax
-    record.relaxed = [bool(converged)]
-    return Relaxation(
-        start=structures,
-        positions=adjoint.attach(record) if record.map.parameters() else record.final,
-        forces=torch.tensor(forces).to(structures.positions),
-        nsteps=torch.tensor(record.nsteps, device=structures.positions.device),
-        status=(Status.DIVERGED if broken else Status.CONVERGED if converged else Status.OUT_OF_STEPS,),
-        _energies=torch.tensor([atoms.get_potential_energy()]).to(structures.positions),
-        _record=record,
-        _sources=(atoms,),
-        _single=True,
-        _members=(0,),
+    end = End(
+        positions=torch.tensor(atoms.positions).to(like),
+        energy=torch.tensor(atoms.get_potential_energy()).to(like),
+        forces=torch.tensor(forces).to(like),
+        status=Status.DIVERGED if broken else Status.CONVERGED if converged else Status.OUT_OF_STEPS,
+        nsteps=trajectory.nsteps[0],
     )
+    trajectory.end({0: end})
+    positions = adjoint.attach(trajectory) if trajectory.map.parameters() else trajectory.final
+    return Relaxation.of(Attached(trajectory, positions), (atoms,), single=True)
 
 
 def _check_differentiable(atoms: Any) -> None:

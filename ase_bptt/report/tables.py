@@ -12,7 +12,7 @@ from textwrap import fill
 
 from ..evaluation import Evaluation, Row
 from ..evaluation.compare import Comparison
-from ..result import Status
+from ..iterated_map import Status
 from ..utils import replacing
 from . import LABELS, change, check_same, comparison_sentences, count, median, number, plural, shorten, symmetry, yes
 

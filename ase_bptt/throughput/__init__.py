@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -13,17 +14,16 @@ from ase.calculators.calculator import CalculationFailed
 from ase.calculators.singlepoint import SinglePointCalculator
 from torch import Tensor
 
-from ..batch import Moving, Stopped
+from ..batch import Batch
 from ..calculator import TorchCalculator
 from ..constraints import unknown_of
-from ..iterated_map import IteratedMap
+from ..iterated_map import End, IteratedMap, Status
 from ..neighbors import NeighborList
 from ..optimize.bptt_optimizer import BPTTOptimizer
 from ..potential import Potential
 from ..relaxation import relax
-from ..result import Status
 from ..stability import resolve_step_size
-from ..steppers import Stepper, make_stepper
+from ..steppers import State, Stepper, make_stepper
 from ..structures import Structures
 from .memory import fits, in_parts, tell
 from .packing import Planner
@@ -36,7 +36,7 @@ SAMPLED = 8
 """Structures on which a step size that is "auto" is found."""
 
 
-class End(NamedTuple):
+class Relaxed(NamedTuple):
     """Where one structure ended: its atoms with energy and forces, how, and after how many frames."""
 
     atoms: Atoms
@@ -53,7 +53,7 @@ def relax_all(
     steps: int = 500,
     batch_size: int | None = None,
     memory: float | None = None,
-) -> Iterator[tuple[int, End]]:
+) -> Iterator[tuple[int, Relaxed]]:
     """Relax structures, and give each one's index and end as soon as it has stopped.
 
     Parameters
@@ -84,27 +84,27 @@ def relax_all(
     together = sorted(set(range(len(structures))) - set(alone))
     if together:
         batch = [structures[k] for k in together]
-        for k, stopped, nsteps in _stream(potential, batch, stepper, fmax, steps, (batch_size, memory)).run():
-            yield together[k], _end(batch[k], stopped, nsteps)
+        for k, end in _in_flight(potential, batch, stepper, fmax, steps, (batch_size, memory)).run():
+            yield together[k], _relaxed(batch[k], end)
     for k in alone:
         yield k, _by_ase(potential, structures[k], stepper, fmax, steps)
 
 
-def _stream(
+def _in_flight(
     potential: Potential,
     structures: Sequence[Atoms],
     stepper: Stepper | str,
     fmax: float,
     steps: int,
     limits: tuple[int | None, float | None],
-) -> Stream:
+) -> InFlight:
     some = structures[:: max(1, len(structures) // SAMPLED)]
     iterated = IteratedMap(potential, resolve_step_size(make_stepper(stepper), potential, some))
     costs, room = _costs(iterated, structures, *limits)
     if iterated.stepper.name == "bfgs":
         # A Hessian of (3 n)^2 numbers a structure: for large ones, many together would fill the memory.
         costs = [max(room, cost) if len(atoms) > LARGE else cost for atoms, cost in zip(structures, costs, strict=True)]
-    return Stream(iterated, structures, costs=costs, room=room, fmax=fmax, steps=steps)
+    return InFlight(iterated, structures, costs=costs, room=room, fmax=fmax, steps=steps)
 
 
 def _costs(
@@ -124,16 +124,16 @@ def _costs(
     return planner.costs(structures)
 
 
-def _end(start: Atoms, stopped: Stopped, nsteps: int) -> End:
-    """Everything of the structure that was given, where it stopped."""
+def _relaxed(start: Atoms, end: End) -> Relaxed:
+    """Everything of the structure that was given, where it ended."""
     atoms = start.copy()
-    atoms.positions = stopped.positions.cpu().double().numpy()
-    forces = stopped.forces.cpu().double().numpy()
-    atoms.calc = SinglePointCalculator(atoms, energy=float(stopped.energy), forces=forces)
-    return End(atoms, stopped.status, nsteps)
+    atoms.positions = end.positions.cpu().double().numpy()
+    forces = end.forces.cpu().double().numpy()
+    atoms.calc = SinglePointCalculator(atoms, energy=float(end.energy), forces=forces)
+    return Relaxed(atoms, end.status, end.nsteps)
 
 
-def _by_ase(potential: Potential, start: Atoms, stepper: Stepper | str, fmax: float, steps: int) -> End:
+def _by_ase(potential: Potential, start: Atoms, stepper: Stepper | str, fmax: float, steps: int) -> Relaxed:
     atoms = start.copy()
     atoms.calc = TorchCalculator(potential)
     with BPTTOptimizer(atoms, stepper=make_stepper(stepper), logfile=None, record=False) as optimizer:
@@ -147,14 +147,14 @@ def _by_ase(potential: Potential, start: Atoms, stepper: Stepper | str, fmax: fl
             status = Status.DIVERGED
         end = atoms.copy()
         end.calc = SinglePointCalculator(end, **results)
-        return End(end, status, optimizer.nsteps)
+        return Relaxed(end, status, optimizer.nsteps)
 
 
-class Stream:
-    """Structures that relax together, as many as there is room for, and a queue of those that wait.
+class InFlight:
+    """Structures that relax together, as many as there is room for, and a queue from which others take their places.
 
     The expensive ones come first, so that none is left to run alone at the end. Where memory runs out half of them
-    are set aside as they stand, and there is less room from then on.
+    are set aside as they are, and there is less room from then on.
 
     Parameters
     ----------
@@ -165,7 +165,7 @@ class Stream:
     room : float
         What structures that relax together may cost; a single one may cost more.
     fmax : float
-        eV/Å at which a structure stops.
+        eV/Å below which a structure stops.
     steps : int
         Frames of each structure at most.
     """
@@ -183,67 +183,66 @@ class Stream:
         self.map, self.structures, self.costs, self.room = iterated, structures, costs, room
         self.fmax, self.steps = fmax, steps
         self._queue = deque(sorted(range(len(structures)), key=lambda k: -costs[k]))
-        self._moving: Moving | None = None
-        self._members: list[int] = []
-        self._aside: list[tuple[Moving, list[int]]] = []
+        self._batch: Batch | None = None
+        self._aside: list[Batch] = []
 
     @torch.no_grad()
-    def run(self) -> Iterator[tuple[int, Stopped, int]]:
-        """Each structure's index, where it stopped, and after how many frames, as soon as it has.
+    def run(self) -> Iterator[tuple[int, End]]:
+        """Each structure's index and where it ended, as soon as it has stopped.
 
         Raises
         ------
         MemoryError
             Where a single structure does not fit, naming the mend.
         """
-        while (moving := self._filled()) is not None:
-            looked = fits(moving.look)
-            if looked is None:
-                self._halve(moving)
+        while (batch := self._filled()) is not None:
+            found = fits(partial(self._evaluate, batch))
+            if found is None:
+                self._halve(batch)
                 continue
-            (stopping,) = looked
-            for k, status in stopping.items():
-                yield self._members[k], Stopped.of(moving, k, status), moving.frames[k]
-            self._members = [whole for k, whole in enumerate(self._members) if k not in stopping]
-            if not self._members:
-                self._moving = None
-                continue
-            if stopping:
-                moving.leave(stopping)
-            if fits(moving.advance) is None:
-                self._halve(moving)
+            ((following, stopped),) = found
+            yield from batch.remove(stopped).items()
+            if not len(batch):
+                self._batch = None
+            elif fits(partial(self._move, batch, None if stopped else following)) is None:
+                self._halve(batch)
 
-    def _filled(self) -> Moving | None:
-        """Those that move, joined by as many of those that wait as there is room for; None where none is left."""
-        while self._aside and (not self._members or self._has_room(self._aside[-1][1])):
-            self._take_in(*self._aside.pop())
+    def _evaluate(self, batch: Batch) -> tuple[tuple[Structures, State], dict[int, Status]]:
+        forces = batch.evaluate()
+        following = self.map.advance(batch.structures, batch.state, forces)
+        return following, batch.stopped(following)
+
+    def _move(self, batch: Batch, following: tuple[Structures, State] | None) -> None:
+        batch.move(following or self.map.advance(batch.structures, batch.state, batch.forces))
+
+    def _filled(self) -> Batch | None:
+        """The batch, joined by as many of the queue as there is room for; None where none is left."""
+        while self._aside and (self._batch is None or self._has_room(self._aside[-1].members)):
+            self._take_in(self._aside.pop())
         members: list[int] = []
         while not self._aside and self._queue and self._has_room([*members, self._queue[0]]):
             members.append(self._queue.popleft())
         if members:
-            batch = self.map.potential.batch([self.structures[k] for k in members])
-            self.map.potential.check(batch)
-            self._take_in(Moving(self.map, batch, self.fmax, self.steps), members)
-        return self._moving
+            structures = self.map.potential.batch([self.structures[k] for k in members])
+            self.map.potential.check(structures)
+            self._take_in(Batch(self.map, structures, self.fmax, self.steps, members))
+        return self._batch
 
     def _has_room(self, new: Sequence[int]) -> bool:
-        alone = not self._members and len(new) == 1
-        return alone or sum(self.costs[k] for k in (*self._members, *new)) <= self.room
+        there = [] if self._batch is None else self._batch.members
+        return (not there and len(new) == 1) or sum(self.costs[k] for k in (*there, *new)) <= self.room
 
-    def _take_in(self, moving: Moving, members: list[int]) -> None:
-        if self._moving is None:
-            self._moving, self._members = moving, members
+    def _take_in(self, batch: Batch) -> None:
+        if self._batch is None:
+            self._batch = batch
         else:
-            self._moving.join(moving)
-            self._members = self._members + members
+            self._batch.join(batch)
 
-    def _halve(self, moving: Moving) -> None:
-        """Set half of those that move aside."""
-        tell(len(moving))
-        other = moving.split()
-        self._aside.append((other, self._members[len(moving) :]))
-        self._members = self._members[: len(moving)]
-        self.room = sum(self.costs[k] for k in self._members)
+    def _halve(self, batch: Batch) -> None:
+        """Set half of the batch aside."""
+        tell(len(batch))
+        self._aside.append(batch.split())
+        self.room = sum(self.costs[k] for k in batch.members)
 
 
 TOGETHER = 16

@@ -17,11 +17,11 @@ from ase.io.trajectory import Trajectory
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from ..iterated_map import Status
 from ..pairs import add_to_hash
 from ..potential import Potential
-from ..result import Status
 from ..utils import replacing
-from . import End, relax_all
+from . import Relaxed, relax_all
 
 KEYS = ("_index", "_status", "_nsteps", "_run")
 BEGIN = b"- of Ulm"
@@ -41,7 +41,7 @@ class Journal:
     def __init__(self, path: Path, run: str):
         self.path, self.run = path, run
 
-    def read(self, sources: Sequence[Atoms]) -> dict[int, End]:
+    def read(self, sources: Sequence[Atoms]) -> dict[int, Relaxed]:
         """The ends that are there, by index; a last one that was cut off is left out.
 
         Raises
@@ -49,7 +49,7 @@ class Journal:
         ValueError
             For a journal of other structures, of another potential or of other settings, and for another file.
         """
-        ends: dict[int, End] = {}
+        ends: dict[int, Relaxed] = {}
         if not self.path.is_file():
             return ends
         with self.path.open("rb") as file:
@@ -76,7 +76,7 @@ class Journal:
                 ends[index] = _end(found, sources[index])
         return ends
 
-    def add(self, index: int, end: End) -> None:
+    def add(self, index: int, end: Relaxed) -> None:
         """Append one end.
 
         Raises
@@ -92,7 +92,7 @@ class Journal:
                 "it, and --resume goes on."
             ) from error
 
-    def rewrite(self, ends: dict[int, End]) -> None:
+    def rewrite(self, ends: dict[int, Relaxed]) -> None:
         """Begin the file anew with these ends: nothing is appended behind a frame that was cut off."""
         if not ends:
             self.remove()
@@ -100,7 +100,7 @@ class Journal:
         with replacing(self.path) as path:
             self._append(path, ends)
 
-    def _append(self, path: Path, ends: dict[int, End]) -> None:
+    def _append(self, path: Path, ends: dict[int, Relaxed]) -> None:
         with Trajectory(path, "a", properties=["energy", "forces"]) as frames:
             for index, end in ends.items():
                 found = end.atoms.copy()
@@ -120,9 +120,9 @@ def relax_kept(
     *,
     journal: Journal | None = None,
     progress: bool | None = False,
-    tell: Callable[[int, End], None] | None = None,
+    tell: Callable[[int, Relaxed], None] | None = None,
     **settings: Any,
-) -> list[End]:
+) -> list[Relaxed]:
     """`relax_all`, each end kept in a journal as soon as it is there; those in it already are not done again.
 
     Parameters
@@ -152,12 +152,12 @@ def relax_kept(
     return [ends[k] for k in range(len(structures))]
 
 
-def _end(found: Atoms, source: Atoms) -> End:
+def _end(found: Atoms, source: Atoms) -> Relaxed:
     """The stored end with everything of the structure that it came from."""
     atoms = source.copy()
     atoms.positions = found.positions
     atoms.calc = SinglePointCalculator(atoms, **found.calc.results)
-    return End(atoms, Status(found.info["_status"]), int(found.info["_nsteps"]))
+    return Relaxed(atoms, Status(found.info["_status"]), int(found.info["_nsteps"]))
 
 
 def run_key(potential: Potential, structures: Sequence[Atoms], settings: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -14,12 +13,13 @@ import torch
 from ase import Atoms
 from torch import Tensor, nn
 
-from ..adjoints import Adjoint, Guided, Replay, SolveStatus
+from ..adjoints import Adjoint, SolveStatus
+from ..iterated_map import Status
 from ..losses import SAME_END, max_displacement
 from ..pairs import RelaxationPair
 from ..potential import Potential
 from ..relaxation import relax
-from ..result import Relaxation, Status
+from ..result import Relaxation
 from ..steppers import Stepper
 from ..structures import Structures
 from ..throughput.packing import Planner
@@ -113,13 +113,8 @@ class PairLoss:
         """The gradient of the sum of the losses, and how each pair ended; nothing else is changed by it."""
         relaxation = self.relaxation(pairs, epoch)
         reference = self.potential.batch([p.relaxed for p in pairs])
-        losses = self.loss(relaxation, reference)
-        runs = [relaxation]
-        if isinstance(self.adjoint, Guided) and relaxation.early is not None:
-            runs.append(relaxation.early)
-            losses = losses + self.adjoint.weight * self.loss(relaxation.early, reference)
-        diverged = [any(run.status[k] is Status.DIVERGED for run in runs) for k in range(len(pairs))]
-        good = torch.isfinite(losses.detach()) & ~torch.tensor(diverged, device=losses.device)
+        losses = self.adjoint.total_loss(self.loss, relaxation, reference)
+        good = torch.isfinite(losses.detach()) & ~torch.tensor(relaxation.diverged, device=losses.device)
         trained = self.trained()
         gradients: Gradients = [None] * len(trained)
         attached = bool(good.any()) and losses.requires_grad
@@ -139,7 +134,7 @@ class PairLoss:
     def counts(self) -> dict[str, float]:
         """Of the epoch that ends: what did not go as it should, where it can; begins to count anew."""
         found: dict[str, float] = {}
-        if self.adjoint.to_the_end:
+        if self.adjoint.needs_minimum:
             found["unsolved"], self.unsolved = self.unsolved, 0
         if self.warm is not None:
             found["elsewhere"], self.warm.elsewhere = self.warm.elsewhere, 0
@@ -147,22 +142,12 @@ class PairLoss:
 
     def relaxation(self, pairs: Sequence[RelaxationPair], epoch: int = 0) -> Relaxation:
         """The differentiable relaxation of a batch."""
-        initial = [p.initial for p in pairs]
-        if self.warm is None:
-            return self._relax(initial, self.stepper, self.adjoint, self.steps)
-        guided = self.adjoint if isinstance(self.adjoint, Guided) else None
-        stepper = self.stepper if guided is None or guided.tail is None else guided.tail
-        adjoint = self.adjoint if guided is None else guided.solve
-        end = self._relax(self.warm.starts(pairs, epoch), stepper, adjoint, self.steps)
-        if guided is None:
-            return end
-        # The first frames choose the basin, and so they begin at the beginning.
-        return dataclasses.replace(end, early=self._relax(initial, self.stepper, Replay(), guided.first))
-
-    def _relax(self, starts: Sequence[Atoms], stepper: Stepper | str, adjoint: Adjoint, steps: int) -> Relaxation:
+        initial = self.potential.batch([p.initial for p in pairs])
+        warm = None if self.warm is None else self.potential.batch(self.warm.starts(pairs, epoch))
         return relax(
-            self.potential, self.potential.batch(starts), stepper=stepper, fmax=self.fmax, steps=steps, adjoint=adjoint
-        )
+            self.potential, initial, stepper=self.stepper, fmax=self.fmax, steps=self.steps, adjoint=self.adjoint,
+            warm_start=warm,
+        )  # fmt: skip
 
     def _cost(self, pair: RelaxationPair) -> float:
         """Atoms times frames, as many as the last time where it is known."""

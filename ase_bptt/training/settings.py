@@ -56,12 +56,12 @@ def make_pair_loss(
     if learn:
         _check_learnable(moved, chosen, learn)
         moved.learn(*learn)
-    if warm and not chosen.to_the_end:
+    if warm and not chosen.needs_minimum:
         raise ValueError(
             f"Warm starts need an adjoint that ends at the minimum, not {chosen.name!r}: take 'implicit', "
             "'guided' or 'one-step'."
         )
-    frames = steps or (TO_THE_END if chosen.to_the_end else UNROLLED)
+    frames = steps or (TO_THE_END if chosen.needs_minimum else UNROLLED)
     starts = WarmStarts(warm) if warm else None
     return PairLoss(potential, moved, chosen, measured, frames, fmax, starts, together(), memory)
 
