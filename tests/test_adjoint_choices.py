@@ -8,9 +8,9 @@ import torch
 from ase import Atoms, optimize
 from ase.calculators.lj import LennardJones as AseLennardJones
 from ase.constraints import FixBondLengths, FixScaled
-from conftest import argon, lennard_jones, skewed
-from test_adjoints import batch, gradient
-from toys import heap, held, shape, vacancy
+from helpers.gradients import batch, gradient, sum_of_distances
+from helpers.potentials import lennard_jones
+from helpers.structures import argon, constrained, pentamer, skewed, vacancy
 
 from ase_bptt import BPTTOptimizer, Status, TorchCalculator, relax
 from ase_bptt.adjoints import ADJOINTS, FullTape, Guided, Implicit, OneStep, Replay, Truncated, make_adjoint
@@ -150,7 +150,7 @@ def expected(potential, atoms) -> list[torch.Tensor]:
     relaxation = relax(
         potential, start, stepper=BFGS(maxstep=0.05, alpha=200.0), adjoint=Implicit(1e-9, tolerance=1e-9)
     )
-    return gradient(list(potential.parameters()), shape(relaxation.positions, start))
+    return gradient(list(potential.parameters()), sum_of_distances(relaxation.positions, start))
 
 
 OPTIMIZERS = {
@@ -161,7 +161,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("make", [vacancy, heap])
+@pytest.mark.parametrize("make", [vacancy, pentamer])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_what_any_optimizer_of_ase_relaxed_has_a_gradient(name, make):
     potential = lennard_jones().requires_grad_()
@@ -177,7 +177,7 @@ def test_what_any_optimizer_of_ase_relaxed_has_a_gradient(name, make):
     np.testing.assert_allclose(relaxation.positions.detach(), atoms.positions, rtol=0, atol=0)
     assert relaxation.status == (Status.CONVERGED,)
     assert relaxation.energies.item() == pytest.approx(atoms.get_potential_energy(), abs=1e-9)
-    found = gradient(list(potential.parameters()), shape(relaxation.positions, relaxation.start))
+    found = gradient(list(potential.parameters()), sum_of_distances(relaxation.positions, relaxation.start))
     torch.testing.assert_close(found, expected(potential, atoms), rtol=1e-4, atol=1e-5)
     assert relaxation.solves[0].residual < 1e-9
 
@@ -196,8 +196,10 @@ def refused() -> dict:
     foreign = argon()
     foreign.calc = AseLennardJones()
     lone = Atoms("Ar")  # at a minimum wherever it is
-    other = held(calculated(Atoms("Ar2", positions=[[0, 0, 0], [0, 0, 9]]), lennard_jones()), FixBondLengths([[0, 1]]))
-    scaled = held(skewed(), FixScaled([0], [True, False, True]))
+    other = constrained(
+        calculated(Atoms("Ar2", positions=[[0, 0, 0], [0, 0, 9]]), lennard_jones()), FixBondLengths([[0, 1]])
+    )
+    scaled = constrained(skewed(), FixScaled([0], [True, False, True]))
     scaled.positions[1] += 9
     scaled.set_pbc(False)
     return {
@@ -217,7 +219,7 @@ def test_what_has_no_gradient_at_its_end_is_refused(name):
 
 def test_weights_that_change_after_the_run_are_noticed():
     potential = lennard_jones().requires_grad_()
-    atoms = calculated(heap(), potential)
+    atoms = calculated(pentamer(), potential)
     OPTIMIZERS["BFGS"](atoms).run(fmax=1e-3, steps=300)
     relaxation = as_relaxation(atoms)
     with torch.no_grad():

@@ -1,141 +1,27 @@
 """The heart: gradients through whole relaxations, against differences of whole relaxations."""
 
-from contextlib import contextmanager
-from unittest import mock
-
-import numpy as np
 import pytest
 import torch
 from ase import Atoms
-from conftest import argon, cluster, lennard_jones, needs_mace, skewed, tiny_mace
-from torch import nn
+from helpers.gradients import (
+    LEARNABLE,
+    WEIGHT_CHANGES,
+    add_in_place,
+    batch,
+    check_gradient,
+    gradient,
+    loss_and_decisions,
+    mass_weighted_distance,
+    nearby_positions,
+)
+from helpers.potentials import lennard_jones, needs_mace, stiff_mace
+from helpers.structures import argon, cluster, skewed, trimer
 
-from ase_bptt import BPTTOptimizer, Prediction, Status, Structures, TorchCalculator, relax, steppers
-from ase_bptt.neighbors import NeighborList
+from ase_bptt import BPTTOptimizer, Prediction, Status, Structures, TorchCalculator, relax
 from ase_bptt.potentials.analytic import LennardJones
 from ase_bptt.steppers import FIRE, GradientDescent
 
 ADJOINTS = ["full", "replay"]
-
-
-def mace_potential():
-    from ase_bptt.potentials.mace import MACE
-
-    return MACE(tiny_mace(elements=(14,), atomic_inter_scale=20.0, max_ell=1)).requires_grad_()
-
-
-def trimer() -> Atoms:
-    return Atoms("Si3", positions=[[0, 0, 0], [2.3, 0.1, 0], [0.9, 2.0, 0.3]])
-
-
-def batch(*atoms) -> Structures:
-    structures = Structures.from_atoms(atoms)
-    structures.positions.requires_grad_()
-    return structures
-
-
-def elsewhere(structures) -> torch.Tensor:
-    """References not far from the initial positions, which stay when those are perturbed."""
-    noise = np.random.default_rng(11).normal(0, 0.2, (structures.n_atoms, 3))
-    return structures.positions.detach() + torch.from_numpy(noise)
-
-
-def distance(relaxation, reference) -> torch.Tensor:
-    """Mass-weighted distances to the references, summed over the structures."""
-    square = relaxation.start.masses * (relaxation.positions - reference).square().sum(1)
-    return relaxation.start.sum(square).sqrt().sum()
-
-
-@contextmanager
-def decisions():
-    """Everything of a run that its gradient takes as given: members, pairs, caps, FIRE's branches."""
-    trace = []
-    find, cap = NeighborList.__call__, steppers.arithmetic.cap
-    steps = {cls: cls.step for cls in (FIRE, GradientDescent)}
-
-    def spied_find(self, structures):
-        pairs = find(self, structures)
-        rows = torch.column_stack((pairs.i, pairs.j, pairs.shifts.long())).numpy()
-        trace.append(("pairs", structures.counts, rows[np.lexsort(rows.T)].tobytes()))
-        return pairs
-
-    def spied_cap(square, maxstep):
-        trace.append(("capped", tuple((square > maxstep**2).tolist())))
-        return cap(square, maxstep)
-
-    def spied_step(self, positions, forces, state, batch):
-        moved, after = steps[type(self)](self, positions, forces, state, batch)
-        lengths = (moved - positions).norm(dim=1)
-        # Two atoms that are as long by symmetry have the same slope: rounding must not choose.
-        capped = lengths > (1 - 1e-9) * self.maxstep
-        trace.append(("longest", capped.nonzero().flatten().tolist()))
-        if isinstance(self, FIRE):
-            trace.append(("downhill", tuple(after.structures["downhill"].tolist())))
-            trace.append(("dtmax", tuple((after.structures["dt"] >= self.dtmax).tolist())))
-        return moved, after
-
-    with (
-        mock.patch.object(NeighborList, "__call__", spied_find),
-        mock.patch.object(steppers.arithmetic, "cap", spied_cap),
-        mock.patch.object(FIRE, "step", spied_step),
-        mock.patch.object(GradientDescent, "step", spied_step),
-    ):
-        yield trace
-
-
-def run(potential, structures, reference, **arguments):
-    """Loss, frames of each structure, decisions."""
-    with decisions() as trace:
-        relaxation = relax(potential, structures, **arguments)
-    return distance(relaxation, reference), relaxation.nsteps.tolist(), trace
-
-
-def gradient(inputs, loss) -> list[torch.Tensor]:
-    found = torch.autograd.grad(loss, inputs, allow_unused=True)
-    return [torch.zeros_like(x) if g is None else g for g, x in zip(found, inputs, strict=True)]
-
-
-def slope(evaluate, usual, inputs, direction, h) -> float | None:
-    """Five-point central difference; None where a perturbed run decides anything differently."""
-    kept = [x.detach().clone() for x in inputs]
-    losses = []
-    with torch.no_grad():
-        for step in (-2, -1, 1, 2):
-            for x, d in zip(inputs, direction, strict=True):
-                x += step * h * d
-            loss, *same = evaluate()
-            for x, value in zip(inputs, kept, strict=True):
-                x.copy_(value)
-            if same != usual:
-                return None
-            losses.append(loss.item())
-    return (losses[0] - 8 * losses[1] + 8 * losses[2] - losses[3]) / (12 * h)
-
-
-def check_slopes(evaluate, usual, inputs, analytic, *, h, directions=3, tolerance=1e-6) -> float:
-    """Compare along random unit directions; the largest error found, relative to the slope or a typical one."""
-    size = sum(x.numel() for x in inputs)
-    norm = torch.cat([g.flatten() for g in analytic]).norm().item()
-    assert norm > 0
-    rng = torch.Generator().manual_seed(3)
-    worst, done = 0.0, 0
-    for _ in range(directions + 5):
-        direction = [torch.randn(x.shape, generator=rng, dtype=x.dtype) for x in inputs]
-        length = torch.cat([d.flatten() for d in direction]).norm()
-        direction = [d / length for d in direction]
-        expected = sum((g * d).sum().item() for g, d in zip(analytic, direction, strict=True))
-        found = slope(evaluate, usual, inputs, direction, h)
-        if found is None:
-            found = slope(evaluate, usual, inputs, direction, h / 4)
-        if found is None:
-            continue
-        worst = max(worst, abs(found - expected) / max(abs(expected), norm / size**0.5))
-        done += 1
-        if done == directions:
-            break
-    assert done == directions, "no perturbed run took the branches of the unperturbed one"
-    assert worst < tolerance
-    return worst
 
 
 class Case:
@@ -148,7 +34,7 @@ class Case:
 
 
 LJ = (lambda: lennard_jones().requires_grad_(), (argon, cluster))
-MACE = (mace_potential, (skewed, trimer))
+MACE = (stiff_mace, (skewed, trimer))
 CASES = {
     "lj-gd": Case(*LJ, lambda: GradientDescent(0.002, momentum=0.5), 0.002, 1e-6),
     "lj-fire": Case(*LJ, lambda: FIRE(dt=0.03, dtmax=0.06), 0.02, 1e-6),
@@ -166,10 +52,10 @@ def test_gradients_are_the_slopes_of_the_whole_relaxation(name, frames):
     case = CASES[name]
     potential, stepper = case.potential(), case.stepper()
     structures = batch(*(make() for make in case.members))
-    reference = elsewhere(structures)
+    reference = nearby_positions(structures)
 
     def evaluate():
-        return run(potential, structures, reference, stepper=stepper, fmax=case.fmax, steps=frames)
+        return loss_and_decisions(potential, structures, reference, stepper=stepper, fmax=case.fmax, steps=frames)
 
     loss, *usual = evaluate()
     nsteps, trace = usual
@@ -183,22 +69,7 @@ def test_gradients_are_the_slopes_of_the_whole_relaxation(name, frames):
         ("weights", weights, grads[:-1]),
         ("positions", [structures.positions], grads[-1:]),
     ]:
-        check_slopes(evaluate, usual, inputs, analytic, h=case.h[what])
-
-
-def learnable(cls, **numbers):
-    """A stepper with some of its numbers as Parameters."""
-    kept = {k: v for k, v in numbers.items() if k in ("maxstep", "dtmax", "Nmin")}
-    learned = {k: torch.tensor(v, dtype=torch.float64) for k, v in numbers.items() if k not in kept}
-    return cls(**kept, **{k: nn.Parameter(v) for k, v in learned.items()})
-
-
-LEARNABLE = {
-    "gd": lambda: learnable(GradientDescent, step_size=0.002, anneal=0.97, momentum=0.3, maxstep=0.05),
-    "fire": lambda: learnable(
-        FIRE, dt=0.03, a=0.15, astart=0.1, fa=0.98, finc=1.2, fdec=0.4, dtmax=0.06, Nmin=2, maxstep=0.2
-    ),
-}
+        check_gradient(evaluate, usual, inputs, analytic, h=case.h[what])
 
 
 @pytest.mark.parametrize("stepper", LEARNABLE)
@@ -206,17 +77,17 @@ def test_gradients_in_the_steppers_own_numbers_and_the_cells_are_slopes_too(step
     potential, stepper = lennard_jones().requires_grad_(), LEARNABLE[stepper]()
     structures = batch(argon(), cluster())
     structures.cells.requires_grad_()
-    reference = elsewhere(structures)
+    reference = nearby_positions(structures)
 
     def evaluate():
-        return run(potential, structures, reference, stepper=stepper, fmax=0.02, steps=20)
+        return loss_and_decisions(potential, structures, reference, stepper=stepper, fmax=0.02, steps=20)
 
     loss, *usual = evaluate()
     inputs = [*stepper.parameters(), structures.cells]
     grads = gradient(inputs, loss)
     assert all(g.abs().sum() > 0 for g in grads)
     for x, g in zip(inputs, grads, strict=True):
-        check_slopes(evaluate, usual, [x], [g], h=1e-6, directions=1)
+        check_gradient(evaluate, usual, [x], [g], h=1e-6, directions=1)
 
 
 @pytest.mark.parametrize("frames", [0, 1, 30])
@@ -229,7 +100,7 @@ def test_replay_gives_the_gradient_of_the_full_tape(make, members, stepper, fram
         structures = batch(*(member() for member in members), members[0](seed=5))
         structures.cells.requires_grad_()
         relaxation = relax(potential, structures, stepper=stepper, fmax=0.3, steps=frames, adjoint=adjoint)
-        loss = distance(relaxation, elsewhere(structures)) + relaxation.energies.sum()
+        loss = mass_weighted_distance(relaxation, nearby_positions(structures)) + relaxation.energies.sum()
         inputs = [structures.positions, structures.cells, *potential.parameters(), *stepper.parameters()]
         found[adjoint] = (relaxation.positions, relaxation.nsteps, gradient(inputs, loss))
     torch.testing.assert_close(*(found[a][0] for a in ADJOINTS), rtol=0, atol=1e-12)
@@ -242,13 +113,13 @@ def test_a_structure_alone_has_the_gradient_that_it_has_in_a_batch():
     potential = lennard_jones().requires_grad_()
     together = batch(argon(), cluster(), argon(seed=4))
     arguments = {"stepper": FIRE(dt=0.03, dtmax=0.06), "fmax": 0.3, "steps": 30}
-    target = elsewhere(together)
-    loss = distance(relax(potential, together, **arguments), target)
+    target = nearby_positions(together)
+    loss = mass_weighted_distance(relax(potential, together, **arguments), target)
     grads = gradient([together.positions, *potential.parameters()], loss)
     sums = [torch.zeros_like(p) for p in potential.parameters()]
     for k, atoms in enumerate([argon(), cluster(), argon(seed=4)]):
         alone, rows = batch(atoms), together.atoms_of([k])
-        loss = distance(relax(potential, alone, **arguments), target[rows])
+        loss = mass_weighted_distance(relax(potential, alone, **arguments), target[rows])
         to_positions, *to_weights = gradient([alone.positions, *potential.parameters()], loss)
         torch.testing.assert_close(to_positions, grads[0][rows], rtol=1e-9, atol=1e-9)
         sums = [total + g for total, g in zip(sums, to_weights, strict=True)]
@@ -266,29 +137,7 @@ def finished(how, potential):
     return relax(potential, argon(), steps=5, adjoint=how).positions.square().sum()
 
 
-def add_in_place(potential):
-    with torch.no_grad():
-        potential.sigma += 0.01
-
-
-def load_state(potential):
-    potential.load_state_dict({"sigma": torch.tensor(1.01), "epsilon": torch.tensor(1.0)})
-
-
-def take_adamw_step(potential):
-    optimizer = torch.optim.AdamW(potential.parameters(), lr=0.01)
-    potential.epsilon.square().backward()
-    optimizer.step()
-
-
-def replace_weights(potential):
-    potential.load_state_dict({k: v + 0.01 for k, v in potential.state_dict().items()}, assign=True)
-
-
-CHANGES = [add_in_place, load_state, take_adamw_step, replace_weights]
-
-
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", WEIGHT_CHANGES)
 @pytest.mark.parametrize("how", [*ADJOINTS, "ase"])
 def test_backward_refuses_other_weights_than_forward(how, change):
     potential = lennard_jones().requires_grad_()
@@ -334,7 +183,7 @@ def test_backward_and_step_and_relaxing_again_is_the_training_loop(how):
     losses = []
     for _ in range(6):
         optimizer.zero_grad()
-        loss = distance(relax(potential, structures, steps=20, adjoint=how), structures.positions)
+        loss = mass_weighted_distance(relax(potential, structures, steps=20, adjoint=how), structures.positions)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
@@ -423,7 +272,7 @@ def test_a_member_that_is_not_finite_leaves_the_others_alone(how, stepper, falls
     torch.testing.assert_close(together.positions[:3], alone.positions, rtol=0, atol=1e-12)
     assert torch.isfinite(together.positions).all()
 
-    reference = elsewhere(sound)
+    reference = nearby_positions(sound)
     losses = [(r.positions[:3] - reference).square().sum() + r.energies[0] + r.fmax[0] for r in (alone, together)]
     grads = [
         gradient([s.positions, *potential.parameters()], loss) for s, loss in zip((sound, holed), losses, strict=True)

@@ -1,4 +1,4 @@
-"""The structure of the package, read from its imports."""
+"""The structure of the package and of its tests, read from their imports."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ def imported(module: str) -> set[str]:
     return found - {ROOT.name, module}
 
 
+TESTS = sorted(Path(__file__).parent.rglob("*.py"))
 IMPORTS = {module: imported(module) for module in MODULES if module != ROOT.name}
 
 
@@ -96,3 +97,14 @@ def test_size():
     assert len(FILES) <= 97
     assert sum(path.parent == ROOT for path in FILES) <= 20
     assert {path.name: n for path in FILES if (n := len(path.read_text().splitlines())) > 340} == {}
+
+
+def test_what_tests_share_stands_in_their_helpers():
+    taboo = {path.stem for path in TESTS if path.stem.startswith("test_") or path.stem == "conftest"}
+    found = {}
+    for path in TESTS:
+        nodes = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Import | ast.ImportFrom)]
+        names = {alias.name for node in nodes for alias in node.names} | {getattr(n, "module", None) for n in nodes}
+        if names & taboo:
+            found[path.name] = names & taboo
+    assert found == {}

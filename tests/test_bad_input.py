@@ -18,8 +18,8 @@ import pytest
 import torch
 from ase.constraints import FixBondLengths
 from ase.io import read, write
-from conftest import needs_chgnet, needs_mace, tiny_mace
-from shell import KINDS, QUICK, is_refused, lennard_jones, relaxation, run, write_relaxations
+from helpers.potentials import needs_chgnet, needs_mace, tiny_mace, wide_lennard_jones
+from helpers.shell import KINDS, QUICK, cluster_relaxation, is_refused, run, write_relaxations
 
 from ase_bptt import load_potential, save_potential
 from ase_bptt.potentials.analytic import LennardJones
@@ -381,7 +381,7 @@ def twenty(tmp_path):
     shutil.rmtree("pairs")
     Path("pairs").mkdir()
     for k in range(20):
-        frames = relaxation(k)
+        frames = cluster_relaxation(k)
         frames[1].calc = None
         write(f"pairs/{k:02}.extxyz", frames)
     changed(lambda a, b: b.pop())(Path("pairs/03.extxyz"))
@@ -882,4 +882,4 @@ def test_a_disk_that_fills_while_structures_are_relaxed(out):
 
 
 def test_the_potential_in_these_tests_is_the_one_that_was_saved(data):
-    assert load_potential(data / "lj").sigma.item() == lennard_jones(2.65).sigma.item()
+    assert load_potential(data / "lj").sigma.item() == wide_lennard_jones(2.65).sigma.item()

@@ -7,7 +7,8 @@ from ase.calculators.lj import LennardJones as AseLennardJones
 from ase.constraints import FixAtoms, FixBondLengths
 from ase.optimize import BFGS
 from ase.optimize import FIRE as AseFIRE
-from conftest import argon, cluster, lennard_jones
+from helpers.potentials import lennard_jones
+from helpers.structures import argon, cluster
 
 from ase_bptt import Status, relax
 from ase_bptt.steppers import FIRE

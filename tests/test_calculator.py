@@ -17,17 +17,8 @@ from ase.filters import FrechetCellFilter
 from ase.io import Trajectory, read, write
 from ase.mep import DimerControl, MinModeAtoms, MinModeTranslate
 from ase.optimize import BFGS
-from conftest import (
-    argon,
-    cluster,
-    lennard_jones,
-    methanol,
-    needs_chgnet,
-    needs_mace,
-    silicon,
-    skewed,
-    tiny_mace,
-)
+from helpers.potentials import lennard_jones, needs_chgnet, needs_mace, tiny_mace
+from helpers.structures import argon, cluster, methanol, silicon, skewed
 
 from ase_bptt import TorchCalculator
 

@@ -13,7 +13,7 @@ from ase.calculators.emt import EMT as ASEsEMT
 from ase.calculators.lj import LennardJones as ASEsLennardJones
 from ase.eos import EquationOfState
 from ase.units import GPa
-from conftest import rattled
+from helpers.structures import rattled
 
 from ase_bptt import RelaxationPair, evaluate
 from ase_bptt.drift import Snapshot, take_snapshot

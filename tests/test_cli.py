@@ -16,9 +16,9 @@ import pytest
 import torch
 from ase.constraints import FixBondLengths
 from ase.io import read, write
-from conftest import needs_mace
+from helpers.potentials import needs_mace
+from helpers.shell import QUICK, is_refused, run, write_relaxations
 from matplotlib.image import imread
-from shell import QUICK, is_refused, run, write_relaxations
 
 import ase_bptt
 from ase_bptt import TorchCalculator, load_potential

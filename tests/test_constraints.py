@@ -19,8 +19,9 @@ from ase.constraints import (
     Hookean,
 )
 from ase.optimize import FIRE as AseFIRE
-from conftest import argon, cluster, lennard_jones, rattled, skewed
-from test_adjoints import check_slopes, distance, elsewhere, gradient, run
+from helpers.gradients import check_gradient, gradient, loss_and_decisions, mass_weighted_distance, nearby_positions
+from helpers.potentials import lennard_jones
+from helpers.structures import argon, cluster, rattled, skewed
 
 from ase_bptt import (
     BPTTOptimizer,
@@ -155,15 +156,15 @@ class TestGradients:
         potential = lennard_jones().requires_grad_()
         structures = Structures.from_atoms([CASES[name](), cluster(seed=4)])
         structures.positions.requires_grad_()
-        reference = elsewhere(structures)
+        reference = nearby_positions(structures)
         settings = {"stepper": stepper(), "fmax": 1e-6, "steps": 12}
         inputs = [structures.positions, *potential.parameters()]
 
         def evaluate():
-            return run(potential, structures, reference, adjoint=adjoint, **settings)
+            return loss_and_decisions(potential, structures, reference, adjoint=adjoint, **settings)
 
         loss, *usual = evaluate()
-        check_slopes(evaluate, usual, inputs, gradient(inputs, loss), h=1e-5)
+        check_gradient(evaluate, usual, inputs, gradient(inputs, loss), h=1e-5)
 
     @pytest.mark.parametrize("name", GRADIENT_CASES)
     def test_replay_is_the_tape(self, name):
@@ -173,7 +174,7 @@ class TestGradients:
             structures = Structures.from_atoms([argon(2), CASES[name](), cluster(seed=4)])
             structures.positions.requires_grad_()
             relaxation = relax(potential, structures, stepper=fire(), adjoint=adjoint, fmax=0.3, steps=20)
-            loss = distance(relaxation, elsewhere(structures))
+            loss = mass_weighted_distance(relaxation, nearby_positions(structures))
             found.append(gradient([structures.positions, *potential.parameters()], loss))
         for a, b in zip(*found, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
@@ -346,11 +347,13 @@ def test_slopes_of_a_slab_a_crystal_and_a_molecule(make, adjoint):
     potential = lennard_jones().requires_grad_()
     structures = Structures.from_atoms(make())
     structures.positions.requires_grad_()
-    reference = elsewhere(structures)
+    reference = nearby_positions(structures)
     inputs = [structures.positions, *potential.parameters()]
 
     def evaluate():
-        return run(potential, structures, reference, adjoint=adjoint, stepper=fire(), fmax=1e-6, steps=15)
+        return loss_and_decisions(
+            potential, structures, reference, adjoint=adjoint, stepper=fire(), fmax=1e-6, steps=15
+        )
 
     loss, *usual = evaluate()
-    check_slopes(evaluate, usual, inputs, gradient(inputs, loss), h=1e-5)
+    check_gradient(evaluate, usual, inputs, gradient(inputs, loss), h=1e-5)

@@ -9,7 +9,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import needs_mace
+from helpers.potentials import needs_mace
 
 from ase_bptt import load_potential
 from ase_bptt.datasets import DEMO_FOLD, FOLDER, FOLDS, si_defects

@@ -8,7 +8,8 @@ import torch
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixBondLengths
-from conftest import needs_mace, rattled, silicon, tiny_mace
+from helpers.potentials import needs_mace, tiny_mace
+from helpers.structures import rattled, silicon
 
 from ase_bptt import Potential, Prediction, RelaxationPair, delta_q, relax
 from ase_bptt.diagnostics import Diagnosis, diagnose, spread

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from ase.calculators.calculator import PropertyNotImplementedError
-from conftest import cluster, rattled, silicon
+from helpers.structures import cluster, rattled, silicon
 
 from ase_bptt import RelaxationPair, TorchCalculator, Trainer, load_potential, relax, save_potential
 from ase_bptt.neighbors import NeighborList

@@ -18,10 +18,10 @@ import pytest
 import torch
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
-from shell import is_refused, write_relaxations
-from shell import run as shell
-from test_interrupts import drawn
-from test_trainer import Exploding, lennard_jones, make_pairs, trainer, untuned, with_xenon, without_times
+from helpers.potentials import wide_lennard_jones
+from helpers.shell import drawn, is_refused, write_relaxations
+from helpers.shell import run as shell
+from helpers.training import Exploding, make_pairs, trainer, untuned, with_xenon, without_times
 from torch import distributed as dist
 
 from ase_bptt import TorchCalculator, Trainer, load_potential, read_pairs
@@ -38,7 +38,7 @@ MINIMA = {"adjoint": "implicit", "stepper": None, "steps": 60, "warm": 2}
 def labelled(atoms):
     """As a reference of another zero of energy has it."""
     atoms = atoms.copy()
-    atoms.calc = TorchCalculator(lennard_jones())
+    atoms.calc = TorchCalculator(wide_lennard_jones())
     found = {"energy": atoms.get_potential_energy() + len(atoms), "forces": atoms.get_forces()}
     atoms.calc = SinglePointCalculator(atoms, **found)
     return atoms

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from ase import Atoms
-from test_adjoints import batch
+from helpers.gradients import batch
 
 from ase_bptt import Status, relax
 from ase_bptt.adjoints import Guided, Implicit

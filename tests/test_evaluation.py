@@ -11,7 +11,8 @@ from ase.build import bulk
 from ase.calculators.lj import LennardJones as AseLennardJones
 from ase.optimize import BFGS
 from ase.optimize import FIRE as AseFIRE
-from conftest import argon, cluster, lennard_jones, rattled
+from helpers.potentials import lennard_jones
+from helpers.structures import argon, cluster, rattled
 
 from ase_bptt import RelaxationPair, Status, delta_q
 from ase_bptt.evaluation import BASIN_RULE, Evaluation, Row, evaluate

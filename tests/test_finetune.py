@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import cluster, rattled
+from helpers.structures import cluster, rattled
 
 from ase_bptt import RelaxationPair, Trainer, relax
 from ase_bptt.drift.changes import FoldDriftReports

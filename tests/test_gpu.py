@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
-from conftest import argon, cluster, lennard_jones, needs_mace, rattled, silicon
-from toys import vacancy
+from helpers.potentials import lennard_jones, needs_mace
+from helpers.structures import argon, cluster, rattled, silicon, vacancy
 
 from ase_bptt import RelaxationPair, Structures, TorchCalculator, Trainer, load_potential, relax
 from ase_bptt.adjoints import FullTape, Guided, Implicit, OneStep, Replay, Truncated

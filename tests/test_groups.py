@@ -6,23 +6,13 @@ import numpy as np
 import pytest
 from ase import Atoms
 from ase.build import bulk
-from conftest import cluster, methanol, rattled, silicon
+from helpers.structures import cluster, methanol, moved_about, rattled, silicon
 
 from ase_bptt import RelaxationPair
 from ase_bptt.pairs import InvalidPair, groups
 from ase_bptt.pairs import structure_matching as sameness
 from ase_bptt.pairs.groups import classes, split_by_group, split_into_folds
 from ase_bptt.pairs.structure_matching import same_structure
-
-
-def moved_about(atoms: Atoms, seed: int) -> Atoms:
-    """The same structure after a drift, in other cells and with its atoms of one element in another order."""
-    rng = np.random.default_rng(seed)
-    order = np.concatenate([rng.permutation(np.flatnonzero(atoms.numbers == z)) for z in np.unique(atoms.numbers)])
-    atoms = atoms[order]
-    atoms.positions += rng.normal(size=3)
-    atoms.wrap(pbc=atoms.pbc)
-    return atoms
 
 
 def turned(atoms: Atoms) -> Atoms:

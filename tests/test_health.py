@@ -7,7 +7,8 @@ import pytest
 import torch
 from ase import Atoms
 from ase.constraints import FixAtoms
-from conftest import argon, cluster, lennard_jones, needs_mace, rattled, tiny_mace
+from helpers.potentials import lennard_jones, needs_mace, tiny_mace
+from helpers.structures import argon, cluster, rattled
 from torch import nn
 
 from ase_bptt import Potential, Prediction, Status, Structures, relax

@@ -4,9 +4,9 @@ import pytest
 import torch
 from ase import Atoms
 from ase.constraints import FixScaled
-from conftest import cluster, lennard_jones, skewed
-from test_adjoints import CHANGES, LEARNABLE, batch, gradient
-from toys import Bowl, heap, held, shape, vacancy
+from helpers.gradients import LEARNABLE, WEIGHT_CHANGES, batch, gradient, sum_of_distances
+from helpers.potentials import Bowl, lennard_jones
+from helpers.structures import cluster, constrained, pentamer, skewed, vacancy
 
 from ase_bptt import Status, Structures, relax
 from ase_bptt.adjoints import Guided, Implicit, OneStep, SolveStatus
@@ -34,15 +34,15 @@ def bend(positions) -> torch.Tensor:
 def test_a_saddle_is_told_and_leaves_the_others_alone(make):
     potential = lennard_jones().requires_grad_()
     arguments = {"stepper": NEWTON, "adjoint": Implicit(fmax=1e-6)}
-    structures, sound = batch(make(), heap()), batch(heap())
+    structures, sound = batch(make(), pentamer()), batch(pentamer())
     relaxation = relax(potential, structures, **arguments)
     alone = relax(potential, sound, **arguments)
     assert relaxation.status == (Status.CONVERGED, Status.CONVERGED)
     n = structures.counts[0]
     found = gradient(
-        list(potential.parameters()), bend(relaxation.positions[:n]) + shape(relaxation.positions[n:], sound)
+        list(potential.parameters()), bend(relaxation.positions[:n]) + sum_of_distances(relaxation.positions[n:], sound)
     )
-    expected = gradient(list(potential.parameters()), shape(alone.positions, sound))
+    expected = gradient(list(potential.parameters()), sum_of_distances(alone.positions, sound))
     assert [solve.status for solve in relaxation.solves] == [SolveStatus.SADDLE, SolveStatus.SOLVED]
     assert "no minimum" in relaxation.solves[0].status.sentence
     assert relaxation[0].solves == relaxation.solves[:1]
@@ -74,7 +74,7 @@ def test_damping_lets_soft_directions_count_less():
         potential = lennard_jones().requires_grad_()
         structures = batch(vacancy())
         relaxation = relax(potential, structures, stepper=NEWTON, adjoint=Implicit(damping=damping))
-        grads = gradient(list(potential.parameters()), shape(relaxation.positions, structures))
+        grads = gradient(list(potential.parameters()), sum_of_distances(relaxation.positions, structures))
         iterations.append(relaxation.solves[0].iterations)
         lengths.append(torch.stack(grads).norm().item())
     assert iterations[0] >= iterations[1] > iterations[2]
@@ -84,14 +84,14 @@ def test_damping_lets_soft_directions_count_less():
 @pytest.mark.parametrize("adjoint", [Implicit(), OneStep()], ids=lambda a: a.name)
 def test_a_member_that_did_not_relax_gives_no_gradient(adjoint):
     potential = lennard_jones().requires_grad_()
-    near = relax(potential, heap(), stepper=NEWTON, adjoint=adjoint, steps=100).to_atoms()
+    near = relax(potential, pentamer(), stepper=NEWTON, adjoint=adjoint, steps=100).to_atoms()
     arguments = {"stepper": NEWTON, "adjoint": adjoint, "steps": 4}
     structures, sound = batch(vacancy(0.1), near), batch(near)
     relaxation, alone = (relax(potential, s, **arguments) for s in (structures, sound))
     assert relaxation.status == (Status.OUT_OF_STEPS, Status.CONVERGED)
     weights = list(potential.parameters())
-    found = gradient(weights, shape(relaxation.positions, structures))
-    torch.testing.assert_close(found, gradient(weights, shape(alone.positions, sound)), rtol=1e-12, atol=0)
+    found = gradient(weights, sum_of_distances(relaxation.positions, structures))
+    torch.testing.assert_close(found, gradient(weights, sum_of_distances(alone.positions, sound)), rtol=1e-12, atol=0)
     assert [solve.status for solve in relaxation.solves] == [SolveStatus.UNRELAXED, SolveStatus.SOLVED]
     assert "more steps" in relaxation.solves[0].status.sentence
     nothing = relax(potential, batch(vacancy(0.1)), **arguments)
@@ -101,11 +101,11 @@ def test_a_member_that_did_not_relax_gives_no_gradient(adjoint):
 @pytest.mark.parametrize("adjoint", [Implicit(), OneStep()], ids=lambda a: a.name)
 def test_initial_positions_and_the_steppers_numbers_get_exact_zeros(adjoint):
     potential, stepper = lennard_jones().requires_grad_(), LEARNABLE["fire"]()
-    structures = batch(vacancy(), heap())
+    structures = batch(vacancy(), pentamer())
     relaxation = relax(potential, structures, stepper=stepper, adjoint=adjoint, steps=500)
     assert set(relaxation.status) == {Status.CONVERGED}
     inputs = [structures.positions, *stepper.parameters(), potential.sigma]
-    *zeros, to_sigma = torch.autograd.grad(shape(relaxation.positions, structures), inputs)
+    *zeros, to_sigma = torch.autograd.grad(sum_of_distances(relaxation.positions, structures), inputs)
     assert not any(g.any() for g in zeros)
     assert to_sigma != 0
 
@@ -113,16 +113,16 @@ def test_initial_positions_and_the_steppers_numbers_get_exact_zeros(adjoint):
 def test_structures_are_relaxed_to_the_adjoints_own_fmax():
     potential = lennard_jones().requires_grad_()
     for adjoint, most in ((Implicit(), 0.01), (Implicit(fmax=1e-4), 1e-4), (Guided(3), 0.01), (OneStep(), 0.01)):
-        assert relax(potential, heap(), fmax=0.5, adjoint=adjoint, steps=500).fmax < most
-    relaxation = relax(potential, heap(), fmax=1e-3, adjoint=Implicit(), steps=500)
+        assert relax(potential, pentamer(), fmax=0.5, adjoint=adjoint, steps=500).fmax < most
+    relaxation = relax(potential, pentamer(), fmax=1e-3, adjoint=Implicit(), steps=500)
     assert relaxation.fmax < 1e-3
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", WEIGHT_CHANGES)
 @pytest.mark.parametrize("adjoint", [Implicit(), OneStep(), Guided(3)], ids=lambda a: a.name)
 def test_backward_refuses_other_weights_than_forward(adjoint, change):
     potential = lennard_jones().requires_grad_()
-    relaxation = relax(potential, heap(), stepper="fire", adjoint=adjoint, steps=500)
+    relaxation = relax(potential, pentamer(), stepper="fire", adjoint=adjoint, steps=500)
     ends = [relaxation.positions] if relaxation.early is None else [relaxation.positions, relaxation.early.positions]
     change(potential)
     for positions in ends:
@@ -143,16 +143,16 @@ EVERY = pytest.mark.parametrize("adjoint", ["implicit", "one-step", "guided:3"])
 def test_forces_that_are_no_slope_are_refused(adjoint):
     potential = Direct(smooth=True, rc=2.4, ro=1.8)
     with pytest.raises(NotImplementedError, match=r"not the slope of an energy.*take 'replay'"):
-        relax(potential, heap(), adjoint=adjoint)
+        relax(potential, pentamer(), adjoint=adjoint)
     # Without a gradient there is nothing to refuse.
     with torch.no_grad():
-        assert len(relax(potential, heap(), adjoint=adjoint, steps=2)) == 1
-    assert relax(potential, heap(), adjoint="replay", steps=2).positions.requires_grad
+        assert len(relax(potential, pentamer(), adjoint=adjoint, steps=2)) == 1
+    assert relax(potential, pentamer(), adjoint="replay", steps=2).positions.requires_grad
 
 
 @EVERY
 def test_constraints_without_a_minimum_are_refused_by_name(adjoint):
-    members = [cluster(), held(skewed(), FixScaled([0], [True, False, True]))]
+    members = [cluster(), constrained(skewed(), FixScaled([0], [True, False, True]))]
     with pytest.raises(NotImplementedError, match="FixScaled hold forces and steps along different directions"):
         relax(lennard_jones(), members, adjoint=adjoint)
 
@@ -162,6 +162,6 @@ def test_frozen_weights_get_no_gradient_and_cells_theirs():
     structures = Structures.from_atoms([vacancy()])
     structures.cells.requires_grad_()
     relaxation = relax(potential, structures, stepper=NEWTON, adjoint=Implicit())
-    shape(relaxation.positions, structures).backward()
+    sum_of_distances(relaxation.positions, structures).backward()
     assert structures.cells.grad.abs().max() > 0
     assert all(p.grad is None for p in potential.parameters())

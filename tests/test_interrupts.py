@@ -18,7 +18,8 @@ import pytest
 import torch
 from ase.io import read, write
 from ase.io.trajectory import Trajectory
-from shell import is_refused, lennard_jones, run, write_relaxations
+from helpers.potentials import wide_lennard_jones
+from helpers.shell import drawn, is_refused, run, write_relaxations
 
 from ase_bptt import load_potential, save_potential
 from ase_bptt.cli.run_folder import Terminated, held, terminable
@@ -27,14 +28,6 @@ from ase_bptt.throughput.journal import Journal
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 TRAIN = ["--epochs", "3", "--batch-size", "1", "--steps", "2", "--lr", "0.02", "--dtype", "float64"]
 FOLDS = ["--folds", "3", *TRAIN, "--epochs", "2"]
-
-
-def drawn(self, target, **_):
-    """A picture takes longer to draw than all else in a short run."""
-    if hasattr(target, "write"):
-        target.write(b"a picture")
-    else:
-        Path(target).write_bytes(b"a picture")
 
 
 @contextmanager
@@ -285,7 +278,7 @@ class TestResumeTrain:
         ids=lambda x: x[0] if x[0].startswith("--") and len(x[0].split()) == 1 else "",
     )
     def test_other_settings_are_refused_with_both_values(self, undisturbed, stopped_run, more, words):
-        save_potential(lennard_jones(2.4), "other")
+        save_potential(wide_lennard_jones(2.4), "other")
         before = {path: path.read_bytes() for path in stopped_run.rglob("*") if path.is_file()}
         is_refused(run("train", "--out", "run", "--resume", *more), "The run in run", *words, "leave the flag out")
         assert {path: path.read_bytes() for path in stopped_run.rglob("*") if path.is_file()} == before
@@ -433,7 +426,7 @@ class TestJournal:
         ids=lambda x: x[0],
     )
     def test_of_another_run_is_refused_by_name(self, journal, undisturbed, more):
-        save_potential(lennard_jones(2.4), "other")
+        save_potential(wide_lennard_jones(2.4), "other")
         before = journal.read_bytes()
         name, *rest = command("relax")
         arguments = [*rest, *more] if more[0].startswith("--") else [*more, *rest]

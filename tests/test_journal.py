@@ -5,7 +5,8 @@ import pytest
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms
-from conftest import argon, cluster, lennard_jones
+from helpers.potentials import lennard_jones
+from helpers.structures import argon, cluster
 
 from ase_bptt import Status
 from ase_bptt.potentials.analytic import LennardJones

@@ -13,14 +13,14 @@ from unittest import mock
 
 import numpy as np
 import pytest
-import shell
 import torch
 from ase import Atoms
 from ase.db import connect
 from ase.io import write
-from dft_files import write_poscar_and_contcar
-from test_reading import changed_cell, is_one_sentence, relaxation, spoilt
-from test_trainer import same, trainer, without_times
+from helpers import shell
+from helpers.dft_files import changed_cell, spoilt, three_frames, write_poscar_and_contcar
+from helpers.shell import is_one_sentence
+from helpers.training import same, trainer, without_times
 
 from ase_bptt import read_pairs
 from ase_bptt.pairs import InvalidPair, fingerprint, lazy, sources
@@ -39,7 +39,7 @@ def _own_cache(tmp_path_factory, monkeypatch):
 @pytest.fixture(scope="module")
 def relaxations():
     """Clusters of four kinds, some of which end in one structure."""
-    return [shell.relaxation(k) for k in range(N)]
+    return [shell.cluster_relaxation(k) for k in range(N)]
 
 
 def as_database(folder: Path, relaxations) -> Path:
@@ -105,7 +105,7 @@ class TestSame:
         assert [ids(s) for s in split_into_folds(pairs, 3)] == [ids(s) for s in split_into_folds(eager, 3)]
 
     def test_groups_are_the_same_though_few_structures_are_kept_for_comparison(self, tmp_path, monkeypatch):
-        every = [relaxation(k % 4, symbol=["Si", "P"][k % 2]) for k in range(12)]
+        every = [three_frames(k % 4, symbol=["Si", "P"][k % 2]) for k in range(12)]
         path = as_database(tmp_path, every)
         eager = [p.group for p in read_pairs(path)]
         monkeypatch.setattr("ase_bptt.pairs.reading.LOOKS", 1)
@@ -231,7 +231,7 @@ class TestIndex:
     def test_a_file_that_is_new_is_noticed(self, tmp_path, relaxations):
         path = as_folder(tmp_path, relaxations)
         self.first(path)
-        write(path / "new.extxyz", relaxation())
+        write(path / "new.extxyz", three_frames())
         assert self.first(path) == (N + 1, N + 1)
 
     def test_its_folder_can_be_chosen(self, tmp_path, relaxations):
@@ -262,7 +262,7 @@ class TestIndex:
 
     def test_invalid_pairs_are_left_out_with_the_same_words_each_time(self, tmp_path, caplog):
         write(tmp_path / "bad.extxyz", spoilt(changed_cell))
-        write(tmp_path / "good.extxyz", relaxation())
+        write(tmp_path / "good.extxyz", three_frames())
         with pytest.raises(InvalidPair, match=r"bad\.extxyz: its cell changes"):
             read_pairs(tmp_path, lazy=True)
         said = []
@@ -278,7 +278,7 @@ class TestIndex:
         assert is_one_sentence(error.value)
 
     def test_order_warnings_come_once(self, tmp_path, caplog):
-        frames = relaxation()
+        frames = three_frames()
         frames[-1].info["id"], frames[0].info["id"] = "one", "another"
         write(tmp_path / "a.extxyz", frames)
         (pair,) = read_pairs(tmp_path, lazy=True)

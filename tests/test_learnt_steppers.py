@@ -5,8 +5,7 @@ import json
 
 import pytest
 import torch
-from test_trainer import SETTINGS, Scripted, make_pairs, trainer, untuned
-from test_training_choices import interrupted
+from helpers.training import SETTINGS, Scripted, interrupted, make_pairs, trainer, untuned
 
 from ase_bptt import Trainer, relax
 from ase_bptt.stability import stability_limit

@@ -1,55 +1,31 @@
 """Low-rank updates: the identity at first, trained through relaxations, folded into plain weights."""
 
 import copy
-from functools import cache
 
 import pytest
 import torch
 from ase.build import bulk
-from conftest import lennard_jones, needs_chgnet, needs_mace, rattled, skewed, tiny_mace
+from helpers.potentials import lennard_jones, mace_of_irreps, needs_chgnet, needs_mace, tiny_chgnet
+from helpers.structures import rattled, skewed
 
 from ase_bptt.calculator import TorchCalculator
 from ase_bptt.iterated_map import Weights
 from ase_bptt.neighbors import NeighborList
-from ase_bptt.potentials import quiet, require
 from ase_bptt.potentials.loading import load_potential, save_potential
 from ase_bptt.relaxation import relax
 from ase_bptt.structures import Structures
 from ase_bptt.tuning import low_rank as lora
 
 
-@cache
-def _made(hidden):
-    require("mace", extra="mace")  # before e3nn, which it makes fit for this torch
-    return tiny_mace(hidden_irreps=require("e3nn.o3", extra="mace").Irreps(hidden))
-
-
-def mace(hidden="8x0e"):
-    from ase_bptt.potentials.mace import MACE
-
-    return MACE(copy.deepcopy(_made(hidden)))
-
-
 def vectors():
     """A MACE whose messages have vectors: its linear maps consist of several blocks."""
-    return mace("8x0e + 8x1o")
-
-
-def chgnet():
-    from ase_bptt.potentials.chgnet import CHGNet
-
-    torch.manual_seed(0)
-    with quiet():
-        model = require("chgnet.model", extra="chgnet").CHGNet(
-            atom_fea_dim=16, bond_fea_dim=16, angle_fea_dim=16, n_conv=3, mlp_hidden_dims=(16, 16)
-        )
-    return CHGNet(model).double()
+    return mace_of_irreps("8x0e + 8x1o")
 
 
 FAMILIES = [
-    pytest.param(mace, id="mace", marks=needs_mace),
+    pytest.param(mace_of_irreps, id="mace", marks=needs_mace),
     pytest.param(vectors, id="mace-vectors", marks=needs_mace),
-    pytest.param(chgnet, id="chgnet", marks=needs_chgnet),
+    pytest.param(tiny_chgnet, id="chgnet", marks=needs_chgnet),
 ]
 families = pytest.mark.parametrize("make", FAMILIES)
 
@@ -203,7 +179,7 @@ def test_what_is_saved_is_plain(make, tmp_path):
 
 @needs_mace
 def test_a_change_of_an_update_is_noticed():
-    potential = mace()
+    potential = mace_of_irreps()
     lora.add(potential)
     weights = Weights(potential)
     before = weights.versions()
@@ -217,7 +193,7 @@ def test_a_change_of_an_update_is_noticed():
 
 @needs_mace
 def test_the_calculator_sees_training_and_merging():
-    potential = mace()
+    potential = mace_of_irreps()
     lora.add(potential)
     atoms = skewed()
     atoms.calc = TorchCalculator(potential)
@@ -231,7 +207,7 @@ def test_the_calculator_sees_training_and_merging():
 
 @needs_mace
 def test_the_weights_as_they_are_used():
-    potential = mace()
+    potential = mace_of_irreps()
     names = [name for name, _ in potential.named_parameters()]
     lora.add(potential, patterns="*readouts*")
     moved(potential)
@@ -246,7 +222,7 @@ def test_the_weights_as_they_are_used():
 
 @needs_mace
 def test_the_dtype_can_change():
-    potential = moved(mace())
+    potential = moved(mace_of_irreps())
     lora.add(potential)
     single = load_potential(moved(potential), dtype="float32")
     assert {p.dtype for p in single.parameters()} == {torch.float32}
@@ -258,7 +234,7 @@ def test_the_dtype_can_change():
 
 @needs_mace
 def test_only_what_trains_gets_updates_unless_it_is_named():
-    potential = mace()
+    potential = mace_of_irreps()
     potential.requires_grad_(False)
     with pytest.raises(ValueError, match="no linear maps that are to be trained"):
         lora.add(potential)
@@ -279,7 +255,7 @@ def test_only_what_trains_gets_updates_unless_it_is_named():
     ],
 )
 def test_what_cannot_be_is_said_and_nothing_changes(how, match):
-    potential = mace()
+    potential = mace_of_irreps()
     with pytest.raises(ValueError, match=match):
         lora.add(potential, **how)
     assert not lora.has(potential)
@@ -296,7 +272,7 @@ def test_a_potential_without_linear_maps():
 
 @needs_mace
 def test_twice_is_refused():
-    potential = mace()
+    potential = mace_of_irreps()
     lora.add(potential)
     with pytest.raises(ValueError, match="has low-rank updates already"):
         lora.add(potential)

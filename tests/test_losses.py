@@ -7,7 +7,8 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import bulk, molecule
-from conftest import argon, lennard_jones, methanol, rattled, silicon, skewed
+from helpers.potentials import lennard_jones
+from helpers.structures import argon, methanol, rattled, silicon, skewed
 
 from ase_bptt import Structures, delta_q, relax
 from ase_bptt.losses import displacements, log_delta_q, max_displacement, rmsd, squared_delta_q

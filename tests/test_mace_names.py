@@ -8,7 +8,8 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import needs_mace, silicon, skewed, tiny_mace
+from helpers.potentials import needs_mace, tiny_mace
+from helpers.structures import silicon, skewed
 
 from ase_bptt import TorchCalculator, load_potential, save_potential
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
-from conftest import argon, cluster, lennard_jones, rattled, silicon, tiny_mace
+from helpers.potentials import Narrow, lennard_jones, tiny_mace
+from helpers.structures import argon, cluster, pentamer, rattled, silicon, vacancy
 from torch.utils._python_dispatch import TorchDispatchMode
-from toys import Narrow, heap, vacancy
 
 from ase_bptt import Status, delta_q, load_potential, relax
 from ase_bptt.adjoints import FullTape, Guided, Implicit, OneStep, Replay, Truncated
@@ -34,7 +34,7 @@ def zoo(n: int) -> list[Atoms]:
 
 
 def heap_of(seed: int) -> Atoms:
-    return heap(seed=seed)
+    return pentamer(seed=seed)
 
 
 def lost() -> Atoms:

@@ -5,7 +5,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import needs_chgnet, needs_mace, silicon, skewed, tiny_mace
+from helpers.potentials import needs_chgnet, needs_mace, tiny_mace
+from helpers.structures import silicon, skewed
 
 from ase_bptt import RelaxationPair, TorchCalculator, Trainer, load_potential, save_potential
 from ase_bptt.neighbors.search import find_edges

@@ -4,7 +4,7 @@ import torch
 from ase import Atoms
 from ase.build import bulk, molecule
 from ase.neighborlist import neighbor_list
-from conftest import silicon
+from helpers.structures import silicon
 
 from ase_bptt.neighbors import NeighborList
 from ase_bptt.neighbors.search import feasible, find_edges, search_each, search_on_device

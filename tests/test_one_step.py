@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 from ase.constraints import FixAtoms, FixedPlane
-from conftest import lennard_jones
-from test_adjoints import batch, gradient
-from toys import Bowl, heap, held, shape, vacancy
+from helpers.gradients import batch, gradient, sum_of_distances
+from helpers.potentials import Bowl, lennard_jones
+from helpers.structures import constrained, pentamer, vacancy
 
 from ase_bptt import Status, relax
 from ase_bptt.adjoints import Implicit, OneStep
@@ -18,13 +18,18 @@ NEWTON = BFGS(maxstep=0.05, alpha=200.0)
 @pytest.mark.parametrize("step_size", [0.05, 0.003])
 def test_it_is_the_gradient_of_one_frame_from_the_relaxed_structure(step_size):
     potential = lennard_jones().requires_grad_()
-    structures = batch(vacancy(), held(vacancy(), FixAtoms([0, 3])), heap(), held(heap(), FixedPlane([0], [0, 1, 1])))
+    structures = batch(
+        vacancy(),
+        constrained(vacancy(), FixAtoms([0, 3])),
+        pentamer(),
+        constrained(pentamer(), FixedPlane([0], [0, 1, 1])),
+    )
     relaxation = relax(potential, structures, stepper=NEWTON, adjoint=OneStep(fmax=1e-9, step_size=step_size))
     assert set(relaxation.status) == {Status.CONVERGED}
     near = structures.replace(positions=relaxation.positions.detach())
     frame = relax(potential, near, stepper=GradientDescent(step_size), fmax=0.0, steps=1, adjoint="full")
     found, expected = (
-        gradient(list(potential.parameters()), shape(r.positions, structures)) for r in (relaxation, frame)
+        gradient(list(potential.parameters()), sum_of_distances(r.positions, structures)) for r in (relaxation, frame)
     )
     assert expected[1].abs() > 0.01 * step_size
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)

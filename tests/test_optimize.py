@@ -20,7 +20,8 @@ from ase.filters import FrechetCellFilter
 from ase.io import read
 from ase.mep import NEB
 from ase.optimize.optimize import Optimizer, RestartError
-from conftest import argon, cluster, lennard_jones
+from helpers.potentials import lennard_jones
+from helpers.structures import argon, cluster
 
 from ase_bptt import TorchCalculator, optimize, relax, steppers
 

@@ -17,7 +17,8 @@ from ase.filters import FrechetCellFilter
 from ase.io import Trajectory, read
 from ase.mep import NEB
 from ase.optimize.optimize import RestartError
-from conftest import argon, cluster, lennard_jones, needs_mace, skewed, tiny_mace
+from helpers.potentials import lennard_jones, needs_mace, tiny_mace
+from helpers.structures import argon, cluster, skewed
 
 from ase_bptt import BPTTOptimizer, Relaxation, Status, TorchCalculator, relax
 from ase_bptt.steppers import FIRE, GradientDescent

@@ -9,7 +9,7 @@ from ase import Atoms
 from ase.build import bulk, make_supercell
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.geometry import find_mic
-from conftest import cluster, methanol, rattled, silicon, skewed
+from helpers.structures import cluster, methanol, rattled, silicon, skewed
 
 from ase_bptt import pairs as pairs_module
 from ase_bptt.pairs import InvalidPair, check_pair, unwrapped, warn_of_order

@@ -5,8 +5,8 @@ import logging
 import numpy as np
 import pytest
 import torch
-from conftest import argon, lennard_jones, rattled, silicon, tiny_mace
-from toys import Narrow
+from helpers.potentials import Narrow, lennard_jones, tiny_mace
+from helpers.structures import argon, rattled, silicon
 
 from ase_bptt import RelaxationPair, delta_q, load_potential, relax
 from ase_bptt.evaluation import evaluate

@@ -8,7 +8,8 @@ import sys
 import numpy as np
 from ase.calculators.calculator import get_calculator_class
 from ase.io import read, write
-from conftest import needs_mace, silicon
+from helpers.potentials import needs_mace
+from helpers.structures import silicon
 
 import ase_bptt
 from ase_bptt import TorchCalculator

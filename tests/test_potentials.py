@@ -8,18 +8,8 @@ from ase.build import bulk
 from ase.calculators.emt import EMT as AseEMT
 from ase.calculators.lj import LennardJones as AseLennardJones
 from ase.calculators.morse import MorsePotential
-from conftest import (
-    argon,
-    cluster,
-    lennard_jones,
-    methanol,
-    needs_chgnet,
-    needs_mace,
-    rattled,
-    silicon,
-    skewed,
-    tiny_mace,
-)
+from helpers.potentials import lennard_jones, needs_chgnet, needs_mace, tiny_mace
+from helpers.structures import argon, cluster, methanol, rattled, silicon, skewed
 
 from ase_bptt import load_potential
 from ase_bptt.neighbors import NeighborList

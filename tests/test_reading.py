@@ -12,23 +12,14 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.db import connect
 from ase.io import read, write
-from conftest import rattled, silicon
-from dft_files import WRITERS, write_database, write_poscar_and_contcar
-from test_groups import moved_about
+from helpers.dft_files import WRITERS, changed_cell, spoilt, three_frames, write_database, write_poscar_and_contcar
+from helpers.shell import is_one_sentence
+from helpers.structures import moved_about, rattled, silicon
 
 from ase_bptt import RelaxationPair, read_pairs
 from ase_bptt.datasets import FOLDER
 from ase_bptt.pairs import InvalidPair
 from ase_bptt.pairs.formats import read_frames
-
-
-def relaxation(seed: int = 1, symbol: str = "Si", id: str | None = None) -> list[Atoms]:
-    """Three frames of one relaxation."""
-    last = silicon(seed)
-    last.symbols[0] = symbol
-    if id is not None:
-        last.info["id"] = id
-    return [rattled(last, 0.2, seed), rattled(last, 0.1, seed), last]
 
 
 def with_forces(atoms: Atoms, largest: float) -> Atoms:
@@ -48,10 +39,6 @@ def frames_of_other_order(frames):
 
 def not_a_number(frames):
     frames[-1].positions[2, 1] = np.nan
-
-
-def changed_cell(frames):
-    frames[-1].set_cell(frames[-1].cell * 1.01)
 
 
 def two_atoms_on_one_place(frames):
@@ -85,21 +72,10 @@ BAD = {
 every_fault = pytest.mark.parametrize("spoil", BAD, ids=lambda f: f.__name__)
 
 
-def spoilt(spoil) -> list[Atoms]:
-    frames = relaxation(symbol="P")
-    spoil(frames)
-    return frames
-
-
-def is_one_sentence(error) -> bool:
-    text = str(error)
-    return "\n" not in text and text.endswith(".") and len(text) < 400
-
-
 class TestReading:
     @pytest.mark.parametrize("suffix", ["extxyz", "xyz", "traj"])
     def test_a_file_is_one_relaxation_from_its_first_to_its_last_frame(self, tmp_path, suffix):
-        frames = relaxation()
+        frames = three_frames()
         write(tmp_path / f"a.{suffix}", frames)
         (pair,) = read_pairs(tmp_path / f"a.{suffix}")
         np.testing.assert_allclose(pair.initial.positions, frames[0].positions, atol=1e-7)
@@ -109,13 +85,13 @@ class TestReading:
     def test_a_folder_is_read_with_all_below_it_in_order(self, tmp_path):
         (tmp_path / "b" / "deep").mkdir(parents=True)
         for k, name in enumerate(["b/deep/x.traj", "a.extxyz", "b/c.xyz"]):
-            write(tmp_path / name, relaxation(seed=k))
+            write(tmp_path / name, three_frames(seed=k))
         (tmp_path / "notes.txt").write_text("no relaxation")
         assert [p.id for p in read_pairs(tmp_path)] == ["a.extxyz", "b/c.xyz", "b/deep/x.traj"]
 
     def test_ids_do_not_depend_on_how_the_path_was_written(self, tmp_path, monkeypatch):
         (tmp_path / "runs" / "a").mkdir(parents=True)
-        write(tmp_path / "runs" / "a" / "x.traj", relaxation())
+        write(tmp_path / "runs" / "a" / "x.traj", three_frames())
         monkeypatch.chdir(tmp_path)
         ways = ["runs", tmp_path / "runs", "./runs", "runs/", "runs/../runs"]
         assert {p.id for way in ways for p in read_pairs(way)} == {"a/x.traj"}
@@ -123,7 +99,7 @@ class TestReading:
         assert {p.id for way in ways for p in read_pairs(way)} == {"x.traj"}
 
     def test_two_files_are_taken_in_order(self, tmp_path):
-        kept = [relaxation(k) for k in range(3)]
+        kept = [three_frames(k) for k in range(3)]
         write(tmp_path / "initial.extxyz", [frames[0] for frames in kept])
         write(tmp_path / "relaxed.traj", [frames[-1] for frames in kept])
         pairs = read_pairs(tmp_path / "initial.extxyz", tmp_path / "relaxed.traj")
@@ -134,17 +110,17 @@ class TestReading:
         assert "structure 2 of" in pairs[2].id
 
     def test_an_id_in_the_file_names_the_pair(self, tmp_path):
-        write(tmp_path / "a.extxyz", relaxation(id="my defect"))
+        write(tmp_path / "a.extxyz", three_frames(id="my defect"))
         assert read_pairs(tmp_path)[0].id == "my defect"
 
     def test_a_path_with_an_at_sign_is_a_path(self, tmp_path):
-        write(tmp_path / "a.extxyz", relaxation())
+        write(tmp_path / "a.extxyz", three_frames())
         (tmp_path / "a.extxyz").rename(tmp_path / "run@2.extxyz")
         assert len(read_pairs(tmp_path / "run@2.extxyz")) == 1
 
     def test_each_pair_gets_a_group_by_its_final_structure(self, tmp_path):
         for k, symbol in enumerate(["Si", "P", "Si"]):
-            last = moved_about(relaxation(symbol=symbol)[-1], k)
+            last = moved_about(three_frames(symbol=symbol)[-1], k)
             write(tmp_path / f"{k}.extxyz", [rattled(last, 0.1, k), last])
         groups = [p.group for p in read_pairs(tmp_path)]
         assert groups[0] == groups[2] != groups[1]
@@ -152,7 +128,7 @@ class TestReading:
 
     def test_an_unrelaxed_reference_is_named_in_a_warning(self, tmp_path, caplog):
         for k, largest in enumerate([0.04, 0.06]):
-            frames = relaxation(k)
+            frames = three_frames(k)
             write(tmp_path / f"{k}.extxyz", [*frames[:-1], with_forces(frames[-1], largest)])
         assert len(read_pairs(tmp_path)) == 2
         (record,) = [r for r in caplog.records if r.levelno == logging.WARNING]
@@ -171,7 +147,7 @@ class TestRefusing:
 
     @pytest.mark.parametrize("spoil", [f for f in BAD if f is not only_one], ids=lambda f: f.__name__)
     def test_a_bad_structure_of_two_files_is_refused_by_its_number(self, tmp_path, spoil):
-        good, bad = relaxation(), spoilt(spoil)
+        good, bad = three_frames(), spoilt(spoil)
         write(tmp_path / "initial.extxyz", [good[0], bad[0]])
         write(tmp_path / "relaxed.extxyz", [good[-1], bad[-1]])
         with pytest.raises(InvalidPair, match=r"structure 1 of .*relaxed\.extxyz") as error:
@@ -180,15 +156,15 @@ class TestRefusing:
 
     @pytest.mark.parametrize("folder", [0, 1])
     def test_a_folder_beside_a_second_path_is_refused(self, tmp_path, folder):
-        write(tmp_path / "a.extxyz", relaxation())
+        write(tmp_path / "a.extxyz", three_frames())
         paths = [tmp_path / "a.extxyz", tmp_path / "a.extxyz"]
         paths[folder] = tmp_path
         with pytest.raises(InvalidPair, match=f"{tmp_path} is a folder; give one folder of relaxations, or two files"):
             read_pairs(*paths)
 
     def test_two_files_of_different_length_are_refused_with_both_lengths(self, tmp_path):
-        write(tmp_path / "initial.extxyz", relaxation()[:1] * 3)
-        write(tmp_path / "relaxed.extxyz", relaxation()[:1] * 2)
+        write(tmp_path / "initial.extxyz", three_frames()[:1] * 3)
+        write(tmp_path / "relaxed.extxyz", three_frames()[:1] * 2)
         with pytest.raises(
             InvalidPair, match=r"initial.extxyz holds 3 .*relaxed.extxyz 2; both need the same"
         ) as error:
@@ -210,7 +186,7 @@ class TestRefusing:
 
     @pytest.mark.parametrize("arguments", [["absent"], ["absent", "there.extxyz"], ["there.extxyz", "absent"]])
     def test_a_missing_file_is_named(self, tmp_path, arguments):
-        write(tmp_path / "there.extxyz", relaxation())
+        write(tmp_path / "there.extxyz", three_frames())
         with pytest.raises(FileNotFoundError, match=r"There is no file .*absent\."):
             read_pairs(*(tmp_path / name for name in arguments))
 
@@ -226,7 +202,7 @@ class TestSkipping:
     @every_fault
     def test_a_bad_pair_is_left_out_with_a_warning_that_says_why(self, tmp_path, caplog, spoil):
         write(tmp_path / "bad.extxyz", spoilt(spoil))
-        write(tmp_path / "good.extxyz", relaxation())
+        write(tmp_path / "good.extxyz", three_frames())
         (pair,) = read_pairs(tmp_path, skip_invalid=True)
         assert pair.id.endswith("good.extxyz")
         record, summary = caplog.records
@@ -236,11 +212,11 @@ class TestSkipping:
 
     def test_an_unreadable_file_is_left_out(self, tmp_path):
         (tmp_path / "bad.extxyz").write_text("no structure")
-        write(tmp_path / "good.extxyz", relaxation())
+        write(tmp_path / "good.extxyz", three_frames())
         assert len(read_pairs(tmp_path, skip_invalid=True)) == 1
 
     def test_bad_structures_of_two_files_are_left_out(self, tmp_path, caplog):
-        good, bad = relaxation(), spoilt(changed_cell)
+        good, bad = three_frames(), spoilt(changed_cell)
         write(tmp_path / "initial.extxyz", [good[0], bad[0], good[0]])
         write(tmp_path / "relaxed.extxyz", [good[-1], bad[-1], good[-1]])
         pairs = read_pairs(tmp_path / "initial.extxyz", tmp_path / "relaxed.extxyz", skip_invalid=True)
@@ -333,12 +309,12 @@ class TestFormats:
         np.testing.assert_allclose(pair.relaxed.positions, frames[-1].positions, atol=6e-6)
 
     def test_a_poscar_stands_for_its_contcar(self, tmp_path):
-        write_poscar_and_contcar(tmp_path, relaxation())
+        write_poscar_and_contcar(tmp_path, three_frames())
         (pair,) = read_pairs(tmp_path / "POSCAR")
         assert pair.id == "CONTCAR"
 
     def test_a_contcar_alone_is_refused_by_the_file_that_is_missing(self, tmp_path):
-        write_poscar_and_contcar(tmp_path, relaxation())
+        write_poscar_and_contcar(tmp_path, three_frames())
         (tmp_path / "POSCAR").unlink()
         with pytest.raises(FileNotFoundError, match=r"There is no file .*POSCAR\."):
             read_pairs(tmp_path / "CONTCAR")
@@ -361,7 +337,7 @@ class TestFormats:
         assert len(read_pairs(tmp_path)) == 1
 
     def test_wrapped_positions_are_at_the_nearest_images(self, tmp_path):
-        frames = relaxation()
+        frames = three_frames()
         wrapped = frames[-1].copy()
         frames[0].wrap()
         wrapped.positions += frames[0].positions.mean(0)
@@ -372,7 +348,7 @@ class TestFormats:
         assert np.linalg.norm(moves - moves.mean(0), axis=1).max() < 1.5
 
     def test_another_order_of_the_atoms_is_warned_of_by_file(self, tmp_path, caplog):
-        frames = relaxation()
+        frames = three_frames()
         write(tmp_path / "a.extxyz", [frames[0], frames[-1][[3, 2, 1, 0, 7, 6, 5, 4]]])
         (pair,) = read_pairs(tmp_path)
         (record,) = caplog.records
@@ -387,7 +363,7 @@ class TestOneSourceForARun:
     def test_the_best_file_of_a_vasp_run_is_read_and_the_others_are_named(self, tmp_path, caplog, best):
         names = ["vasprun.xml", "vasprun.xml.gz", "OUTCAR", "OUTCAR.gz", "CONTCAR"][best:]
         for name in names:
-            WRITERS[name](tmp_path / name, with_energies(relaxation()))
+            WRITERS[name](tmp_path / name, with_energies(three_frames()))
         with caplog.at_level(logging.DEBUG, "ase_bptt"):
             (pair,) = read_pairs(tmp_path)
         assert pair.id == names[0]
@@ -399,14 +375,14 @@ class TestOneSourceForARun:
 
     def test_runs_of_one_folder_are_told_by_what_their_names_begin_with(self, tmp_path):
         for name in ("a_vasprun.xml", "a_OUTCAR", "b_OUTCAR"):
-            WRITERS[name[2:]](tmp_path / name, with_energies(relaxation()))
+            WRITERS[name[2:]](tmp_path / name, with_energies(three_frames()))
         assert [Path(p.id).name for p in read_pairs(tmp_path)] == ["a_vasprun.xml", "b_OUTCAR"]
 
     def test_two_files_of_one_vasp_run_are_one_relaxation(self, tmp_path):
         for folder, names in {"a": ("vasprun.xml", "OUTCAR"), "b": ("OUTCAR",)}.items():
             (tmp_path / folder).mkdir()
             for name in names:
-                WRITERS[name](tmp_path / folder / name, with_energies(relaxation()))
+                WRITERS[name](tmp_path / folder / name, with_energies(three_frames()))
         found = read_pairs(tmp_path)
         assert [p.id for p in found] == ["a", "b"]
 
@@ -425,7 +401,7 @@ def without_its_end(name: str, data: bytes) -> bytes:
 class TestCutFiles:
     @pytest.mark.parametrize("name", ["vasprun.xml", "OUTCAR", "relax.pwo", "relax.out"])
     def test_a_run_that_did_not_finish_is_refused(self, tmp_path, name):
-        WRITERS[name](tmp_path / name, with_energies(relaxation()))
+        WRITERS[name](tmp_path / name, with_energies(three_frames()))
         whole = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(without_its_end(name, whole))
         with pytest.raises(InvalidPair, match=f"{name}: the run did not finish or the file is cut; let it") as error:
@@ -440,7 +416,7 @@ class TestCutFiles:
     @pytest.mark.parametrize("name", WRITERS)
     def test_no_cut_goes_unseen(self, tmp_path, name):
         path = tmp_path / name
-        frames = with_energies(relaxation())
+        frames = with_energies(three_frames())
         WRITERS[name](path, frames)
         data, whole = path.read_bytes(), read_frames(path)
         ends = np.unique(np.concatenate([np.linspace(0, len(data) - 1, 60).astype(int), len(data) - np.arange(1, 30)]))
@@ -465,14 +441,14 @@ class TestCutFiles:
 
     @pytest.mark.parametrize("name", [*WRITERS, "a.db", "POSCAR"])
     def test_an_empty_file_is_said_to_be_empty(self, tmp_path, name):
-        WRITERS.get(name, WRITERS["CONTCAR"])(tmp_path / name, with_energies(relaxation()))
+        WRITERS.get(name, WRITERS["CONTCAR"])(tmp_path / name, with_energies(three_frames()))
         (tmp_path / name).write_bytes(b"")
         with pytest.raises(InvalidPair, match=f"{name}: it is empty; its run died") as error:
             read_pairs(tmp_path / name)
         assert is_one_sentence(error.value)
 
     def test_a_contcar_cut_within_its_last_number_is_refused(self, tmp_path):
-        write_poscar_and_contcar(tmp_path, relaxation())
+        write_poscar_and_contcar(tmp_path, three_frames())
         text = (tmp_path / "CONTCAR").read_text()
         (tmp_path / "CONTCAR").write_text("".join(text.splitlines(keepends=True)[:16])[:-5])
         with pytest.raises(InvalidPair, match="CONTCAR: it is cut"):
@@ -486,7 +462,7 @@ class TestCutFiles:
         ids=["VASP 5", "VASP 4", "selective dynamics"],
     )
     def test_all_layouts_of_a_poscar_are_counted_alike(self, tmp_path, header, body):
-        frames = relaxation()
+        frames = three_frames()
         write_poscar_and_contcar(tmp_path, frames)
         for name, atoms in (("POSCAR", frames[0]), ("CONTCAR", frames[-1])):
             rows = "\n".join(" ".join(f"{u:.10f}" for u in row) + body for row in atoms.get_scaled_positions())
@@ -498,7 +474,7 @@ class TestCutFiles:
             read_pairs(tmp_path)
 
     def test_an_empty_line_between_structures_is_refused_by_its_number(self, tmp_path):
-        write(tmp_path / "a.extxyz", relaxation())
+        write(tmp_path / "a.extxyz", three_frames())
         lines = (tmp_path / "a.extxyz").read_text().splitlines(keepends=True)
         (tmp_path / "a.extxyz").write_text("".join([*lines[:20], "\n", *lines[20:]]))
         with pytest.raises(InvalidPair, match=r"a\.extxyz: line 21 is empty.*remove the line\."):
@@ -507,7 +483,7 @@ class TestCutFiles:
         assert len(read_pairs(tmp_path)) == 1
 
     def test_a_second_run_that_did_not_finish_is_seen_behind_the_first(self, tmp_path):
-        WRITERS["relax.pwo"](tmp_path / "relax.pwo", with_energies(relaxation()))
+        WRITERS["relax.pwo"](tmp_path / "relax.pwo", with_energies(three_frames()))
         text = (tmp_path / "relax.pwo").read_text()
         (tmp_path / "relax.pwo").write_text(text + text)
         assert len(read_frames(tmp_path / "relax.pwo")) == 6
@@ -516,7 +492,7 @@ class TestCutFiles:
             read_pairs(tmp_path)
 
     def test_a_last_step_without_forces_is_seen_though_the_job_is_done(self, tmp_path):
-        WRITERS["relax.pwo"](tmp_path / "relax.pwo", with_energies(relaxation()))
+        WRITERS["relax.pwo"](tmp_path / "relax.pwo", with_energies(three_frames()))
         text = (tmp_path / "relax.pwo").read_text()
         at = text.rindex("!    total energy")
         text = text[:at] + "     convergence NOT achieved after 100 iterations: stopping\n\n   JOB DONE.\n"
@@ -527,7 +503,7 @@ class TestCutFiles:
     def test_an_unfinished_run_is_left_out_where_one_asks_for_it(self, tmp_path, caplog):
         for k in range(4):
             (tmp_path / str(k)).mkdir()
-            WRITERS["OUTCAR"](tmp_path / str(k) / "OUTCAR", with_energies(relaxation()))
+            WRITERS["OUTCAR"](tmp_path / str(k) / "OUTCAR", with_energies(three_frames()))
         (tmp_path / "2" / "OUTCAR").write_text("vasp")
         (tmp_path / "3" / "OUTCAR").write_text("")
         assert len(read_pairs(tmp_path, skip_invalid=True)) == 2
@@ -549,7 +525,7 @@ class TestDatabases:
         return path
 
     def frames(self, k: int) -> list[Atoms]:
-        frames = relaxation(k)
+        frames = three_frames(k)
         for frame in frames:
             frame.symbols[:k] = "P"
         return frames
@@ -634,5 +610,5 @@ class TestDatabases:
             read_pairs(path)
         assert is_one_sentence(error.value)
         if suffix == "db":
-            write(tmp_path / "good.extxyz", relaxation())
+            write(tmp_path / "good.extxyz", three_frames())
             assert len(read_pairs(tmp_path, skip_invalid=True)) == 1

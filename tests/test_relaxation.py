@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
-from conftest import argon, cluster, lennard_jones, needs_mace, silicon, skewed, tiny_mace
+from helpers.potentials import lennard_jones, needs_mace, tiny_mace
+from helpers.structures import argon, cluster, silicon, skewed
 
 from ase_bptt import Relaxation, Status, Structures, relax
 from ase_bptt.potentials.analytic import LennardJones

@@ -5,9 +5,9 @@ from unittest import mock
 import pytest
 import torch
 from ase.constraints import FixAtoms, FixCom
-from conftest import argon, cluster, lennard_jones, needs_mace, silicon, tiny_mace
-from test_adjoints import LEARNABLE, batch, distance, elsewhere, gradient
-from toys import Bowl, heap, vacancy
+from helpers.gradients import LEARNABLE, batch, gradient, mass_weighted_distance, nearby_positions
+from helpers.potentials import Bowl, lennard_jones, needs_mace, tiny_mace
+from helpers.structures import argon, cluster, pentamer, silicon, vacancy
 
 from ase_bptt import BPTTOptimizer, Structures, TorchCalculator, delta_q, load_potential, relax
 from ase_bptt.adjoints import Replay
@@ -20,7 +20,7 @@ FRAMES = 30
 
 
 def members() -> Structures:
-    structures = batch(argon(), cluster(), heap(), argon(seed=5))
+    structures = batch(argon(), cluster(), pentamer(), argon(seed=5))
     structures.cells.requires_grad_()
     return structures
 
@@ -34,7 +34,9 @@ def everything(potential, stepper, adjoint, frames=FRAMES) -> tuple:
     """Relaxation and its gradient in all that it depends on."""
     relaxation, structures = relaxed(potential, stepper, adjoint, frames)
     inputs = [structures.positions, structures.cells, *potential.parameters(), *stepper.parameters()]
-    return relaxation, gradient(inputs, distance(relaxation, elsewhere(structures)) + relaxation.energies.sum())
+    return relaxation, gradient(
+        inputs, mass_weighted_distance(relaxation, nearby_positions(structures)) + relaxation.energies.sum()
+    )
 
 
 @pytest.mark.parametrize("every", [3, 7, 100])
@@ -77,15 +79,20 @@ def test_memory_and_calls_are_what_the_gap_says():
 @pytest.mark.parametrize("stepper", [FIRE(dt=0.03, dtmax=0.06), GradientDescent(0.002, momentum=0.5)])
 def test_a_run_of_ase_has_the_gradient_of_relax(stepper, every):
     potential = lennard_jones().requires_grad_()
-    atoms = heap()
+    atoms = pentamer()
     atoms.calc = TorchCalculator(potential)
     optimizer = BPTTOptimizer(atoms, logfile=None, stepper=stepper, adjoint=Replay(every))
     for steps in (12, 23):  # gone on with after its first gradient was taken
         optimizer.run(fmax=0.01, steps=steps - optimizer.nsteps)
-        relaxation, expected = optimizer.relaxation, relax(potential, heap(), stepper=stepper, fmax=0.01, steps=steps)
+        relaxation, expected = (
+            optimizer.relaxation,
+            relax(potential, pentamer(), stepper=stepper, fmax=0.01, steps=steps),
+        )
         assert relaxation.nsteps.tolist() == [steps]
-        target = elsewhere(expected.start)
-        grads = [gradient(list(potential.parameters()), distance(r, target)) for r in (relaxation, expected)]
+        target = nearby_positions(expected.start)
+        grads = [
+            gradient(list(potential.parameters()), mass_weighted_distance(r, target)) for r in (relaxation, expected)
+        ]
         torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-10)
         torch.testing.assert_close(relaxation.adjoint_norms, expected.adjoint_norms, rtol=1e-9, atol=0)
 
@@ -107,11 +114,11 @@ def test_adjoint_norms_are_those_of_the_tape_at_each_frame(stepper):
     relaxation, structures = relaxed(potential, stepper, Replay(4))
     assert relaxation.adjoint_norms is None
     assert relaxation[1].adjoint_norms is None
-    target = elsewhere(structures)
+    target = nearby_positions(structures)
     (relaxation.positions - target).square().sum().backward()
     norms, nsteps = relaxation.adjoint_norms, relaxation.nsteps.tolist()
     assert norms.shape == (max(nsteps) + 1, len(structures))
-    for k, (atoms, frames) in enumerate(zip((argon(), cluster(), heap(), argon(seed=5)), nsteps, strict=True)):
+    for k, (atoms, frames) in enumerate(zip((argon(), cluster(), pentamer(), argon(seed=5)), nsteps, strict=True)):
         rows = structures.atoms_of([k])
         expected = by_hand(potential, stepper, atoms, frames, lambda x, rows=rows: (x - target[rows]).square().sum())
         # One that has stopped stands where it stopped.
@@ -136,7 +143,7 @@ def clipped(clip, frames):
     structures = batch(vacancy(0.08), cluster())
     stepper = GradientDescent(0.004, momentum=0.6)
     relaxation = relax(lennard_jones(), structures, stepper=stepper, fmax=0.0, steps=frames, adjoint=Replay(clip=clip))
-    loss = (relaxation.positions - elsewhere(structures)).square().sum()
+    loss = (relaxation.positions - nearby_positions(structures)).square().sum()
     return gradient([structures.positions], loss)[0], relaxation.adjoint_norms, structures
 
 

@@ -6,8 +6,9 @@ import torch
 from ase.constraints import FixAtoms
 from ase.filters import FrechetCellFilter
 from ase.optimize import BFGS
-from conftest import argon, cluster, lennard_jones
-from test_adjoints import gradient
+from helpers.gradients import gradient
+from helpers.potentials import lennard_jones
+from helpers.structures import argon, cluster
 
 from ase_bptt import BPTTOptimizer, TorchCalculator, as_relaxation
 from ase_bptt.steppers import GradientDescent

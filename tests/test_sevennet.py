@@ -6,7 +6,7 @@ import importlib.util
 import numpy as np
 import pytest
 import torch
-from conftest import methanol, skewed
+from helpers.structures import methanol, skewed
 
 from ase_bptt import TorchCalculator, Trainer, load_potential, relax, save_potential
 from ase_bptt import tuning as trainable

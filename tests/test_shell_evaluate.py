@@ -8,7 +8,8 @@ from unittest import mock
 import pytest
 import torch
 from ase.io import read, write
-from shell import is_refused, lennard_jones, run, write_relaxations
+from helpers.potentials import wide_lennard_jones
+from helpers.shell import is_refused, run, write_relaxations
 
 from ase_bptt import evaluate, load_potential, read_pairs, relax, save_potential
 from ase_bptt.evaluation.compare import compare
@@ -19,7 +20,7 @@ from ase_bptt.throughput.journal import Journal
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     write_relaxations(folder)
-    save_potential(lennard_jones(2.52), folder / "better")
+    save_potential(wide_lennard_jones(2.52), folder / "better")
     return folder
 
 
@@ -124,7 +125,7 @@ class TestInfo:
         assert code == 0, err
         assert "Gradient health (structures: 5; gd: step_size 0.05" in out
         assert out.rstrip().endswith("No alarm.")
-        stiff = lennard_jones(2.65)
+        stiff = wide_lennard_jones(2.65)
         with torch.no_grad():
             stiff.epsilon *= 40
         save_potential(stiff, "stiff")

@@ -7,19 +7,20 @@ import pytest
 from ase.constraints import FixAtoms
 from ase.db import connect
 from ase.io import read, write
-from conftest import cluster, needs_mace, silicon
-from shell import is_refused, lennard_jones, relaxation, run
+from helpers.potentials import needs_mace, wide_lennard_jones
+from helpers.shell import cluster_relaxation, is_refused, run
+from helpers.structures import cluster, silicon
 
 from ase_bptt import relax, save_potential
 
 
 @pytest.fixture
 def starts(tmp_path):
-    structures = [relaxation(k)[0] for k in range(4)]
+    structures = [cluster_relaxation(k)[0] for k in range(4)]
     for k, atoms in enumerate(structures):
         atoms.info = {"name": f"start {k}"}
     write("starts.extxyz", structures)
-    save_potential(lennard_jones(2.5), "lj")
+    save_potential(wide_lennard_jones(2.5), "lj")
     return structures
 
 
@@ -34,7 +35,7 @@ def test_all_are_written_in_order_whatever_the_format(starts, tmp_path, out):
     assert "4 of 4 converged" in said
     rows = [row.toatoms() for row in connect(out).select()] if out.endswith(".db") else read(out, index=":")
     for start, end in zip(starts, rows, strict=True):
-        alone = relax(lennard_jones(2.5), start, fmax=0.01, steps=500)
+        alone = relax(wide_lennard_jones(2.5), start, fmax=0.01, steps=500)
         np.testing.assert_allclose(end.positions, alone.to_atoms().positions, atol=1e-6)
         assert end.get_potential_energy() == pytest.approx(alone.energies.item(), abs=1e-6)
     assert not list(tmp_path.rglob("*part*"))
@@ -53,7 +54,7 @@ def test_json_tells_of_each(starts):
     found = json.loads(out)
     assert (code, found["n"], found["converged"], found["left_out"], found["out"]) == (0, 4, 4, 0, "relaxed.extxyz")
     row = found["structures"][2]
-    alone = relax(lennard_jones(2.5), starts[2], fmax=0.01, steps=500)
+    alone = relax(wide_lennard_jones(2.5), starts[2], fmax=0.01, steps=500)
     assert row["name"] == "structure 2 of starts.extxyz"
     assert row["status"] == "converged"
     assert row["nsteps"] == int(alone.nsteps[0])

@@ -10,9 +10,8 @@ from unittest import mock
 import pytest
 import torch
 from ase.io import read, write
-from builds import built_once, quick_mace
-from conftest import needs_mace
-from shell import is_refused, run, write_relaxations
+from helpers.potentials import built_once, needs_mace, quick_mace
+from helpers.shell import is_refused, run, write_relaxations
 
 import ase_bptt
 from ase_bptt import load_potential, save_potential

@@ -5,7 +5,8 @@ import pytest
 import torch
 from ase import Atoms
 from ase.constraints import FixAtoms, FixCom, FixScaled
-from conftest import argon, cluster, lennard_jones, needs_mace, rattled, skewed, tiny_mace
+from helpers.potentials import lennard_jones, needs_mace, tiny_mace
+from helpers.structures import argon, cluster, rattled, skewed
 
 from ase_bptt import relax
 from ase_bptt.neighbors import NeighborList

@@ -13,7 +13,8 @@ from ase.constraints import FixAtoms, FixedPlane
 from ase.optimize import BFGS as AseBFGS
 from ase.optimize import FIRE as AseFIRE
 from ase.optimize import LBFGS as AseLBFGS
-from conftest import argon, cluster, lennard_jones
+from helpers.potentials import lennard_jones
+from helpers.structures import argon, cluster
 from torch import nn
 
 from ase_bptt import BPTTOptimizer, Status, Structures, TorchCalculator, relax

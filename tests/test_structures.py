@@ -6,7 +6,7 @@ import torch
 from ase import Atoms
 from ase.build import bulk, molecule
 from ase.constraints import FixAtoms, FixCom
-from conftest import argon, cluster, methanol, silicon, skewed
+from helpers.structures import argon, cluster, methanol, silicon, skewed
 
 from ase_bptt import Structures
 from ase_bptt.structures import as_structures

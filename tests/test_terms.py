@@ -7,16 +7,16 @@ import json
 import numpy as np
 import pytest
 import torch
-from ase import Atoms
 from ase.build import molecule
 from ase.calculators.lj import LennardJones as AseLennardJones
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms
-from conftest import cluster, rattled
-from toys import Narrow
+from helpers.potentials import Narrow, wide_lennard_jones
+from helpers.structures import rattled, wide_cluster
+from helpers.training import labelled, pair_with_frames
 
 from ase_bptt import RelaxationPair, datasets, read_pairs, relax
-from ase_bptt.potentials.analytic import LennardJones, Morse
+from ase_bptt.potentials.analytic import Morse
 from ase_bptt.potentials.emt import EMT
 from ase_bptt.terms import TERMS, add_gradients, make_term
 from ase_bptt.terms import regularizers as teacher_units
@@ -25,41 +25,13 @@ from ase_bptt.terms.probes import ENERGY, FORCE, KINDS, Points, answer, cost, ma
 from ase_bptt.terms.regularizers import Distillation, WeightAnchor
 
 
-def lennard_jones(sigma: float = 2.5, epsilon: float = 0.3) -> LennardJones:
-    return LennardJones(epsilon=epsilon, sigma=sigma, rc=6.0, ro=4.5, smooth=True)
-
-
-def start(k: int) -> Atoms:
-    atoms = cluster(seed=k)
-    atoms.positions *= 2.5
-    return rattled(atoms, 0.1, k)
-
-
 def mismatch(potential, points: Points, **settings) -> torch.Tensor:
     return cost(points, *answer(potential, points.structures), **settings)
 
 
-def labelled(atoms: Atoms, potential, offset: float = 0.0) -> Atoms:
-    found = Points.of(potential, [atoms])
-    atoms = atoms.copy()
-    energy = found.energies.item() + offset * len(atoms)
-    atoms.calc = SinglePointCalculator(atoms, energy=energy, forces=found.forces.numpy())
-    return atoms
-
-
-def relaxation(k: int, potential, offset: float = 0.0) -> RelaxationPair:
-    """A reference relaxation by this potential, with its frames."""
-    frames = [start(k)]
-    for _ in range(4):
-        with torch.no_grad():
-            frames.append(relax(potential, frames[-1], fmax=1e-3, steps=6).to_atoms())
-    frames = [labelled(a, potential, offset) for a in frames]
-    return RelaxationPair(frames[0], frames[-1], f"pair {k}", f"group {k}", frames=frames)
-
-
 @pytest.fixture(scope="module")
 def pairs():
-    return [relaxation(k, lennard_jones(), offset=7.0) for k in range(3)]
+    return [pair_with_frames(k, wide_lennard_jones(), offset=7.0) for k in range(3)]
 
 
 def every_term():
@@ -78,7 +50,7 @@ def rng():
 @pytest.mark.parametrize("term", every_term(), ids=["pull", "teacher", "reference", "path"])
 class TestEveryTerm:
     def test_its_slope_is_that_of_differences(self, term, pairs):
-        potential = lennard_jones(sigma=2.6)
+        potential = wide_lennard_jones(sigma=2.6)
         term.prepare(potential, pairs)
         with torch.no_grad():
             potential.sigma += 0.01
@@ -101,12 +73,12 @@ class TestEveryTerm:
             assert abs(slope.item()) > 1e-4
 
     def test_a_run_that_goes_on_finds_the_same_bit_for_bit(self, term, pairs, tmp_path):
-        potential = lennard_jones(sigma=2.6)
+        potential = wide_lennard_jones(sigma=2.6)
         term = make_term(term.todict())
         term.prepare(potential, pairs)
         torch.save(term.state(), tmp_path / "state.pt")
         (tmp_path / "settings.json").write_text(json.dumps(term.todict()))
-        moved = lennard_jones(sigma=2.7)
+        moved = wide_lennard_jones(sigma=2.7)
         again = make_term(json.loads((tmp_path / "settings.json").read_text()))
         again.load(torch.load(tmp_path / "state.pt", weights_only=True))
         again.prepare(moved, pairs)
@@ -114,7 +86,7 @@ class TestEveryTerm:
         assert again.todict() == term.todict()
 
     def test_its_gradient_is_added_times_its_weight(self, term, pairs):
-        potential = lennard_jones(sigma=2.6)
+        potential = wide_lennard_jones(sigma=2.6)
         term.prepare(potential, pairs)
         with torch.no_grad():
             potential.sigma += 0.02
@@ -132,7 +104,7 @@ class TestEveryTerm:
 
 @pytest.mark.parametrize("term", [WeightAnchor(), Distillation(size=3, batch=20)], ids=["pull", "teacher"])
 def test_a_guard_is_zero_at_the_pretrained_weights_and_nowhere_else(term, pairs):
-    potential = lennard_jones()
+    potential = wide_lennard_jones()
     term.prepare(potential, pairs)
     assert term.loss(potential, pairs, rng()).item() == pytest.approx(0, abs=1e-20)
     with torch.no_grad():
@@ -141,7 +113,7 @@ def test_a_guard_is_zero_at_the_pretrained_weights_and_nowhere_else(term, pairs)
 
 
 def test_what_a_term_draws_does_not_depend_on_the_others(pairs):
-    potential = lennard_jones(sigma=2.6)
+    potential = wide_lennard_jones(sigma=2.6)
     terms = [Distillation(size=4, batch=2), Labels()]
     for term in terms:
         term.prepare(potential, pairs)
@@ -167,7 +139,7 @@ def test_the_pull_is_the_mean_squared_change_relative_to_each_tensors_size(pairs
 
 
 def test_the_pull_of_weights_that_began_at_zero_is_finite(pairs):
-    potential = lennard_jones()
+    potential = wide_lennard_jones()
     with torch.no_grad():
         potential.epsilon.zero_()
     pull = WeightAnchor()
@@ -179,10 +151,10 @@ def test_the_pull_of_weights_that_began_at_zero_is_finite(pairs):
 
 def test_a_pull_refuses_other_trained_weights_than_before(pairs):
     pull = WeightAnchor()
-    pull.prepare(lennard_jones(), pairs)
+    pull.prepare(wide_lennard_jones(), pairs)
     again = WeightAnchor()
     again.load(pull.state())
-    frozen = lennard_jones()
+    frozen = wide_lennard_jones()
     frozen.sigma.requires_grad_(False)
     with pytest.raises(ValueError, match=r"other trained weights, as sigma: begin a new run"):
         again.prepare(frozen, pairs)
@@ -190,8 +162,8 @@ def test_a_pull_refuses_other_trained_weights_than_before(pairs):
 
 class TestMismatch:
     def test_it_is_hubers_function_in_its_units(self):
-        potential = lennard_jones()
-        points = Points.of(potential, [start(0), start(1)])
+        potential = wide_lennard_jones()
+        points = Points.of(potential, [wide_cluster(0), wide_cluster(1)])
         sizes = torch.tensor([6.0, 6.0], dtype=torch.float64)
         off = dataclasses.replace(points, energies=points.energies + 0.5 * ENERGY * sizes)
         assert mismatch(potential, off).item() == pytest.approx(0.125)
@@ -202,8 +174,8 @@ class TestMismatch:
         )
 
     def test_held_atoms_do_not_count(self):
-        potential = lennard_jones()
-        atoms = start(0)
+        potential = wide_lennard_jones()
+        atoms = wide_cluster(0)
         atoms.set_constraint(FixAtoms([0, 1]))
         points = Points.of(potential, [atoms])
         points.forces[:2] += 100.0
@@ -224,7 +196,9 @@ class TestProbes:
 
     def test_one_seed_gives_one_set_and_another_seed_another(self, pairs):
         one, two, other = (
-            np.concatenate([p.atoms.positions.ravel() for p in make_probes(lennard_jones(), pairs, size=4, seed=s)])
+            np.concatenate(
+                [p.atoms.positions.ravel() for p in make_probes(wide_lennard_jones(), pairs, size=4, seed=s)]
+            )
             for s in (1, 1, 2)
         )
         np.testing.assert_array_equal(one, two)
@@ -233,7 +207,7 @@ class TestProbes:
     def test_structures_lie_between_the_ends_and_are_free(self, pairs):
         held = pairs[0].initial.copy()
         held.set_constraint(FixAtoms([0]))
-        probes = make_probes(lennard_jones(), [dataclasses.replace(pairs[0], initial=held)], size=8)
+        probes = make_probes(wide_lennard_jones(), [dataclasses.replace(pairs[0], initial=held)], size=8)
         near = [p.atoms for p in probes if p.kind == "structures"]
         assert len(near) == 8
         assert not any(a.constraints for a in near)
@@ -250,10 +224,10 @@ class TestProbes:
 class TestTeacher:
     def test_it_lowers_the_drift_in_a_training(self, pairs):
         def drift(terms) -> float:
-            potential = lennard_jones()
+            potential = wide_lennard_jones()
             for term in terms:
                 term.prepare(potential, pairs)
-            goal = Points.of(potential, [start(9)])
+            goal = Points.of(potential, [wide_cluster(9)])
             goal.forces *= 1.5
             optimizer = torch.optim.Adam(potential.parameters(), lr=0.01)
             for step in range(15):
@@ -262,7 +236,7 @@ class TestTeacher:
                 add_gradients(terms, potential, pairs, [0, step])
                 optimizer.step()
             atoms = [p.atoms for p in make_probes(potential, pairs, size=6, seed=5) if p.kind == "structures"]
-            change = Points.of(potential, atoms).forces - Points.of(lennard_jones(), atoms).forces
+            change = Points.of(potential, atoms).forces - Points.of(wide_lennard_jones(), atoms).forces
             return change.square().mean().sqrt().item()
 
         free, guarded, pulled = (drift(terms) for terms in ([], [Distillation(10.0, size=6)], [WeightAnchor(10.0)]))
@@ -270,7 +244,7 @@ class TestTeacher:
         assert pulled < free / 3
 
     def test_it_is_the_mean_of_squares_in_its_units(self, pairs):
-        potential, teacher = lennard_jones(), Distillation(size=5, batch=100)
+        potential, teacher = wide_lennard_jones(), Distillation(size=5, batch=100)
         teacher.prepare(potential, pairs)
         sizes = torch.tensor(teacher.points.structures.counts, dtype=torch.float64)
         teacher.points.energies += 2 * teacher_units.ENERGY * sizes
@@ -281,7 +255,7 @@ class TestTeacher:
 
     def test_where_memory_runs_out_its_parts_have_the_same_value_and_slopes(self, pairs, caplog):
         teacher, found = Distillation(size=5, batch=9), []
-        plain = lennard_jones()
+        plain = wide_lennard_jones()
         teacher.prepare(plain, pairs)
         with torch.no_grad():
             plain.sigma *= 1.02
@@ -294,7 +268,7 @@ class TestTeacher:
 
     def test_probes_that_the_potential_does_not_know_are_left_out(self, pairs):
         teacher = Distillation(size=10)
-        teacher.prepare(lennard_jones(), pairs)
+        teacher.prepare(wide_lennard_jones(), pairs)
         assert 10 < len(teacher.points) < 30
         assert teacher.points.forces.abs().max() < 30
 
@@ -318,11 +292,11 @@ class TestTeacher:
 class TestReference:
     def test_it_is_zero_for_the_potential_that_made_the_frames_whatever_its_zero_of_energy(self, pairs):
         term = Labels(per_pair=5)
-        potential = lennard_jones()
+        potential = wide_lennard_jones()
         term.prepare(potential, pairs)
         assert term.offsets[18] == pytest.approx(7.0, abs=1e-6)
         assert term.loss(potential, pairs, rng()).item() == pytest.approx(0, abs=1e-12)
-        off = lennard_jones(sigma=2.6)
+        off = wide_lennard_jones(sigma=2.6)
         assert term.loss(off, pairs, rng()).item() > 0.01
 
     def test_energies_of_elements_are_told_apart(self):
@@ -336,7 +310,7 @@ class TestReference:
         assert term.offsets == pytest.approx({1: -1.0, 6: 0.0, 8: 2.0}, abs=1e-9)
 
     def test_fitting_it_recovers_the_potential(self, pairs):
-        potential, term = lennard_jones(sigma=2.6, epsilon=0.25), Labels(per_pair=3)
+        potential, term = wide_lennard_jones(sigma=2.6, epsilon=0.25), Labels(per_pair=3)
         term.prepare(potential, pairs)
         optimizer = torch.optim.Adam(potential.parameters(), lr=0.01)
         for step in range(60):
@@ -347,14 +321,14 @@ class TestReference:
         assert potential.epsilon.item() == pytest.approx(0.3, abs=0.03)
 
     def test_the_path_is_passed_by_the_potential_that_took_it(self, pairs):
-        way = [start(0)]
+        way = [wide_cluster(0)]
         for _ in range(4):
             with torch.no_grad():
-                way.append(relax(lennard_jones(), way[-1], stepper="gd", steps=3, fmax=1e-6).to_atoms())
+                way.append(relax(wide_lennard_jones(), way[-1], stepper="gd", steps=3, fmax=1e-6).to_atoms())
         pair = dataclasses.replace(pairs[0], initial=way[0], relaxed=way[-1], frames=way)
         found = {}
         for sigma in (2.4, 2.5, 2.6, 2.8):
-            potential = lennard_jones(sigma=sigma)
+            potential = wide_lennard_jones(sigma=sigma)
             values = []
             for weight in (0.0, 0.5, 1.0):
                 term = Labels(path=weight, legs=4, steps=3)
@@ -368,8 +342,8 @@ class TestReference:
 
     def test_pairs_without_frames_use_their_ends_and_others_count_nothing(self, pairs):
         ends = dataclasses.replace(pairs[0], frames=())
-        bare = dataclasses.replace(pairs[1], initial=start(1), relaxed=start(2), frames=())
-        term, potential = Labels(), lennard_jones(sigma=2.6)
+        bare = dataclasses.replace(pairs[1], initial=wide_cluster(1), relaxed=wide_cluster(2), frames=())
+        term, potential = Labels(), wide_lennard_jones(sigma=2.6)
         term.prepare(potential, [ends, bare])
         assert term.loss(potential, [ends], rng()).item() > 0
         assert term.loss(potential, [bare], rng()).item() == 0
@@ -382,7 +356,7 @@ class TestReference:
         end.get_forces()
         pair = dataclasses.replace(pairs[0], initial=start, relaxed=end, frames=())
         one = dataclasses.replace(pair, initial=start.copy())
-        term, alone, potential = Labels(per_pair=2), Labels(per_pair=2), lennard_jones(sigma=2.6)
+        term, alone, potential = Labels(per_pair=2), Labels(per_pair=2), wide_lennard_jones(sigma=2.6)
         for reference, given in ((term, pair), (alone, one)):
             reference.prepare(potential, [given])
         assert term.loss(potential, [pair], rng()).item() == alone.loss(potential, [one], rng()).item() > 0
@@ -390,9 +364,9 @@ class TestReference:
 
     @pytest.mark.parametrize("lost", ["energy", "forces"])
     def test_labels_that_are_not_finite_are_none(self, pairs, lost):
-        wrong = labelled(start(1), lennard_jones())
+        wrong = labelled(wide_cluster(1), wide_lennard_jones())
         wrong.calc.results[lost] *= np.nan
-        term, potential = Labels(per_pair=5), lennard_jones()
+        term, potential = Labels(per_pair=5), wide_lennard_jones()
         term.prepare(potential, [dataclasses.replace(pairs[0], frames=[*pairs[0].frames, wrong])])
         assert term.offsets[18] == pytest.approx(7.0, abs=1e-6)
         assert term.loss(potential, pairs[:1], rng()).item() == pytest.approx(0, abs=1e-12)
@@ -401,7 +375,7 @@ class TestReference:
         frames = [a.copy() for a in pairs[0].frames]
         for bare, told in zip(frames, pairs[0].frames, strict=True):
             bare.calc = SinglePointCalculator(bare, forces=told.get_forces())
-        pair, potential, found = dataclasses.replace(pairs[0], frames=frames), lennard_jones(sigma=2.6), []
+        pair, potential, found = dataclasses.replace(pairs[0], frames=frames), wide_lennard_jones(sigma=2.6), []
         for given in (pair, pairs[0]):
             term = Labels(energies=False)
             term.prepare(potential, [given])
@@ -412,21 +386,21 @@ class TestReference:
             Labels().prepare(potential, [pair])
 
     def test_what_cannot_be_used_is_said(self, pairs):
-        bare = dataclasses.replace(pairs[1], initial=start(1), relaxed=start(2), frames=())
+        bare = dataclasses.replace(pairs[1], initial=wide_cluster(1), relaxed=wide_cluster(2), frames=())
         with pytest.raises(ValueError, match=r"None of the training pairs has a frame with energy and forces"):
-            Labels().prepare(lennard_jones(), [bare])
+            Labels().prepare(wide_lennard_jones(), [bare])
         wrong = dataclasses.replace(pairs[0], frames=[molecule("H2O")])
         with pytest.raises(ValueError, match=r"pair 0: its frame 0 is OH2 and not Ar6"):
-            Labels().prepare(lennard_jones(), [wrong])
+            Labels().prepare(wide_lennard_jones(), [wrong])
         with pytest.raises(ValueError, match=r"Two training pairs are called 'pair 0'"):
-            Labels().prepare(lennard_jones(), [pairs[0], dataclasses.replace(pairs[1], id="pair 0")])
+            Labels().prepare(wide_lennard_jones(), [pairs[0], dataclasses.replace(pairs[1], id="pair 0")])
 
     def test_only_so_many_frames_are_kept_the_ends_among_them(self, pairs):
         term = Labels(frames=2, per_pair=9, energies=False)
-        term.prepare(lennard_jones(sigma=2.6), pairs)
-        ends = Points.of(lennard_jones(), [pairs[0].initial, pairs[0].relaxed])
-        expected = mismatch(lennard_jones(sigma=2.6), ends, energies=False).item()
-        assert term.loss(lennard_jones(sigma=2.6), pairs[:1], rng()).item() == pytest.approx(expected)
+        term.prepare(wide_lennard_jones(sigma=2.6), pairs)
+        ends = Points.of(wide_lennard_jones(), [pairs[0].initial, pairs[0].relaxed])
+        expected = mismatch(wide_lennard_jones(sigma=2.6), ends, energies=False).item()
+        assert term.loss(wide_lennard_jones(sigma=2.6), pairs[:1], rng()).item() == pytest.approx(expected)
 
 
 def test_files_of_frames_are_read_when_they_are_asked_for():

@@ -4,7 +4,8 @@ import pytest
 import torch
 from ase import Atoms
 from ase.calculators.lj import LennardJones as AseLennardJones
-from conftest import argon, cluster, lennard_jones
+from helpers.potentials import lennard_jones
+from helpers.structures import argon, cluster
 
 from ase_bptt.neighbors.edges import Edges
 from ase_bptt.potential import Prediction

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import lennard_jones, needs_chgnet, needs_mace, skewed
-from test_lora import chgnet, mace
+from helpers.potentials import lennard_jones, mace_of_irreps, needs_chgnet, needs_mace, tiny_chgnet
+from helpers.structures import skewed
 
 from ase_bptt import tuning as trainable
 from ase_bptt.potentials.direct import Direct
@@ -13,10 +13,10 @@ from ase_bptt.tuning import layers
 from ase_bptt.tuning import low_rank as lora
 
 LAST = [
-    pytest.param(mace, 1, "model.readouts.1.", "model.readouts.0.", id="mace", marks=needs_mace),
-    pytest.param(chgnet, 1, "model.mlp.", "model.atom_conv_layers.1.", id="chgnet", marks=needs_chgnet),
+    pytest.param(mace_of_irreps, 1, "model.readouts.1.", "model.readouts.0.", id="mace", marks=needs_mace),
+    pytest.param(tiny_chgnet, 1, "model.mlp.", "model.atom_conv_layers.1.", id="chgnet", marks=needs_chgnet),
     pytest.param(
-        chgnet, 2, "model.atom_conv_layers.1.", "model.atom_conv_layers.0.", id="chgnet-2", marks=needs_chgnet
+        tiny_chgnet, 2, "model.atom_conv_layers.1.", "model.atom_conv_layers.0.", id="chgnet-2", marks=needs_chgnet
     ),
     pytest.param(Direct, 1, "force_head.", "updates.0.", id="direct"),
 ]
@@ -34,7 +34,7 @@ def moving(potential):
 
 @needs_mace
 def test_patterns_choose_and_freeze():
-    potential = mace()
+    potential = mace_of_irreps()
     found = trainable.select(potential, train=["*readouts*", "*products.1.*"], freeze=["*linear_2*"])
     chosen = trained(potential)
     assert all("readouts" in name or "products.1." in name for name in chosen)
@@ -46,7 +46,7 @@ def test_patterns_choose_and_freeze():
 
 @needs_mace
 def test_what_was_chosen_before_does_not_matter():
-    potential = mace()
+    potential = mace_of_irreps()
     trainable.select(potential, train="*readouts*")
     trainable.select(potential, freeze="*node_embedding*")
     everything = {name for name, _ in potential.named_parameters()}
@@ -76,7 +76,7 @@ def test_layers_hold_every_weight_that_forces_depend_on_once(make):
 
 @needs_mace
 def test_last_comes_beside_train():
-    potential = mace()
+    potential = mace_of_irreps()
     trainable.select(potential, train="*node_embedding*", last=1)
     chosen = trained(potential)
     assert "model.node_embedding.linear.weight" in chosen
@@ -109,7 +109,7 @@ def test_a_family_can_say_its_layers():
     ],
 )
 def test_what_cannot_be_is_said_and_nothing_changes(how, match):
-    potential = mace()
+    potential = mace_of_irreps()
     potential.model.node_embedding.requires_grad_(False)
     before = trained(potential)
     with pytest.raises(ValueError, match=match):
@@ -124,7 +124,7 @@ def test_layers_of_a_family_that_has_none():
 
 @needs_mace
 def test_choosing_comes_before_low_rank_updates():
-    potential = mace()
+    potential = mace_of_irreps()
     lora.add(potential)
     with pytest.raises(ValueError, match="before low-rank updates"):
         trainable.select(potential, last=1)
@@ -132,7 +132,7 @@ def test_choosing_comes_before_low_rank_updates():
 
 @needs_mace
 def test_a_person_is_told_what_trains():
-    potential = mace()
+    potential = mace_of_irreps()
     total = sum(p.numel() for p in potential.parameters())
     assert trainable.prepare(potential) == f"trains all {total:,} weights"
     # readouts.1 of the tiny MACE: 8 to 8 and 8 to 1
@@ -145,7 +145,7 @@ def test_a_person_is_told_what_trains():
 
 @needs_mace
 def test_rates_by_pattern_and_for_the_stepper():
-    potential = mace()
+    potential = mace_of_irreps()
     step = torch.nn.Parameter(torch.tensor(0.04, dtype=torch.float64))
     momentum = torch.nn.Parameter(torch.tensor(0.0, dtype=torch.float64))
     made = trainable.groups(
@@ -165,7 +165,7 @@ def test_rates_by_pattern_and_for_the_stepper():
 
 @needs_mace
 def test_rates_hold_for_low_rank_updates_under_the_plain_names():
-    potential = mace()
+    potential = mace_of_irreps()
     lora.add(potential)
     made = trainable.groups(potential, None, {"model.readouts.0.linear.weight": 2.0}, lr=1e-3)
     assert [group["name"] for group in made] == ["weights", "model.readouts.0.linear.weight"]
@@ -183,7 +183,7 @@ def test_rates_hold_for_low_rank_updates_under_the_plain_names():
     ],
 )
 def test_rates_that_mean_nothing(rates, match):
-    potential = mace()
+    potential = mace_of_irreps()
     trainable.select(potential, train="*readouts*")
     with pytest.raises(ValueError, match=match):
         trainable.groups(potential, None, rates, lr=1e-3)
@@ -192,7 +192,7 @@ def test_rates_that_mean_nothing(rates, match):
 @needs_mace
 def test_a_run_trains_what_was_chosen_and_no_more():
     """A step of the optimizer on LoRA's numbers moves the energies, and leaves the pretrained weights."""
-    potential = mace()
+    potential = mace_of_irreps()
     base = {k: v.clone() for k, v in potential.state_dict().items()}
     trainable.prepare(potential, last=1, lora=2)
     optimizer = torch.optim.AdamW(trainable.groups(potential, lr=2e-3), lr=2e-3, weight_decay=0.0)

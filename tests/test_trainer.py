@@ -15,10 +15,24 @@ import pytest
 import torch
 from ase import Atoms
 from ase.constraints import FixAtoms, FixBondLengths
-from conftest import cluster, needs_mace, rattled
+from helpers.potentials import needs_mace, tiny_mace
+from helpers.training import (
+    SETTINGS,
+    Exploding,
+    Killed,
+    Scripted,
+    contents,
+    killed_in,
+    make_pairs,
+    same,
+    trainer,
+    untuned,
+    with_xenon,
+    without_times,
+)
 from torch import nn
 
-from ase_bptt import RelaxationPair, Trainer, load_potential, relax
+from ase_bptt import RelaxationPair, Trainer, load_potential
 from ase_bptt.losses import rmsd
 from ase_bptt.pairs import fingerprint
 from ase_bptt.potentials.analytic import LennardJones
@@ -26,60 +40,12 @@ from ase_bptt.steppers import GradientDescent
 from ase_bptt.training import checkpoint
 from ase_bptt.training.data import VariedStarts
 
-SETTINGS = {
-    "loss": "delta_q", "steps": 6, "fmax": 0.01, "batch_size": 2, "lr": 0.02, "clip": 1.0, "along": 0.5,
-    "rattle": 0.02, "seed": 4, "progress": False,
-}  # fmt: skip
 EPOCHS = 3
-
-
-def lennard_jones(sigma: float = 2.5, **changes) -> LennardJones:
-    """A well about as wide and stiff as a bond of silicon."""
-    return LennardJones(**{"epsilon": 0.3, "sigma": sigma, "rc": 6.0, "ro": 4.5, "smooth": True} | changes)
-
-
-def untuned() -> LennardJones:
-    return lennard_jones(sigma=2.65)
-
-
-def start(k: int) -> Atoms:
-    atoms = cluster(seed=k)
-    atoms.positions *= 2.5
-    return rattled(atoms, 0.1, k)
-
-
-def make_pairs(first: int, n: int) -> list[RelaxationPair]:
-    starts = [start(k) for k in range(first, first + n)]
-    with torch.no_grad():
-        ends = relax(lennard_jones(), starts, fmax=1e-3, steps=500).to_atoms()
-    return [
-        RelaxationPair(a, b, f"pair {k}", f"group {k}")
-        for k, (a, b) in enumerate(zip(starts, ends, strict=True), first)
-    ]
 
 
 @pytest.fixture(scope="module")
 def pairs():
     return {"train": make_pairs(0, 5), "valid": make_pairs(5, 2), "test": make_pairs(7, 3)}
-
-
-def trainer(potential=None, **changes) -> Trainer:
-    return Trainer(potential or untuned(), **SETTINGS | {"stepper": GradientDescent(0.05)} | changes)
-
-
-def same(a, b) -> bool:
-    """Whether two nests of tensors and plain values are one, bit for bit."""
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b or (a != a and b != b)
-
-
-def without_times(history):
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in history]
 
 
 class TestLearning:
@@ -186,19 +152,6 @@ class TestStarts:
         assert np.concatenate(moves).std() == pytest.approx(0.03, rel=0.05)
 
 
-class Scripted(Trainer):
-    """Validation that says what the test wants."""
-
-    def __init__(self, *args, script, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.script, self.sigmas = iter(script), []
-
-    def _validate(self, valid):
-        self.sigmas.append(self.potential.sigma.item())
-        found = next(self.script)
-        return {"valid_score": found, "valid_delta_q": 7.0}
-
-
 class TestChoosing:
     def scripted(self, script, **changes):
         return Scripted(untuned(), script=script, **SETTINGS | changes)
@@ -237,21 +190,6 @@ class TestChoosing:
     def test_it_stops_after_so_many_epochs_without_a_better_validation(self, pairs, script, patience, epochs):
         run = self.scripted(script, patience=patience).fit(pairs["train"], pairs["valid"], epochs=5)
         assert len(run.history) == epochs
-
-
-class Exploding(LennardJones):
-    """Not finite, or with a slope that is not, for structures with xenon."""
-
-    def forward(self, structures, edges):
-        found = super().forward(structures, edges)
-        has_xenon = structures.sum((structures.numbers == 54).to(found.energy)) > 0
-        return dataclasses.replace(found, energy=found.energy * torch.where(has_xenon, self.fault, 1.0))
-
-
-def with_xenon(pair: RelaxationPair) -> RelaxationPair:
-    initial, relaxed = pair.relaxed.copy(), pair.relaxed.copy()
-    initial.symbols[0] = relaxed.symbols[0] = "Xe"
-    return dataclasses.replace(pair, initial=initial, relaxed=relaxed, id="the bad pair")
 
 
 class TestDiverging:
@@ -363,37 +301,6 @@ class TestRefusing:
         ):
             with pytest.raises(ValueError, match="begun with other pairs or epochs"):
                 Trainer.resume(tmp_path / "run").fit(train, valid, epochs=epochs)
-
-
-class Killed(BaseException):
-    """Nothing catches it, as nothing catches a kill."""
-
-
-def killed_in(run: Trainer, step: int) -> Trainer:
-    """A trainer that dies in the given step of the optimizer, counted from one."""
-    real, steps = run.optimizer.step, iter(range(1, 1000))
-
-    def dying(*args, **kwargs):
-        if next(steps) == step:
-            raise Killed
-        return real(*args, **kwargs)
-
-    run.optimizer.step = dying
-    return run
-
-
-def contents(run: Trainer, folder: Path) -> dict:
-    state = torch.load(folder / "checkpoint.pt", weights_only=True)
-    return {
-        "weights": dict(run.potential.state_dict()),
-        "optimizer": state["optimizer"],
-        "last": state["potential"],
-        "best": state["best"],
-        "history": without_times(state["history"]),
-        "metrics": without_times(csv.DictReader((folder / "metrics.csv").read_text().splitlines())),
-        "settings": json.loads((folder / "settings.json").read_text()),
-        "saved": dict(load_potential(folder).state_dict()),
-    }
 
 
 def flip_a_bit(path: Path) -> None:
@@ -651,7 +558,6 @@ class TestFiles:
 
     @needs_mace
     def test_save_writes_our_format_and_the_native_file(self, tmp_path):
-        from conftest import tiny_mace
 
         from ase_bptt.potentials.mace import MACE
 

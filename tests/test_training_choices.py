@@ -5,16 +5,13 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from builds import built_once, quick_mace
-from conftest import needs_mace, rattled, silicon
-from test_terms import relaxation
-from test_trainer import (
+from helpers.potentials import built_once, needs_mace, quick_mace, wide_lennard_jones
+from helpers.structures import rattled, silicon
+from helpers.training import (
     Exploding,
-    Killed,
-    contents,
-    killed_in,
-    lennard_jones,
+    interrupted,
     make_pairs,
+    pair_with_frames,
     same,
     trainer,
     untuned,
@@ -49,7 +46,7 @@ def pairs():
 @pytest.fixture(scope="module")
 def labelled():
     torch.set_num_threads(1)
-    return [relaxation(k, lennard_jones(), 3.0) for k in range(5)]
+    return [pair_with_frames(k, wide_lennard_jones(), 3.0) for k in range(5)]
 
 
 def gradients(run) -> list[float]:
@@ -61,21 +58,6 @@ def by_hand(run, pairs, starts, stepper, adjoint, steps) -> list[float]:
     relaxation = relax(run.potential, starts, stepper=stepper, adjoint=adjoint, steps=steps, fmax=run.fmax)
     loss = delta_q(relaxation, Structures.from_atoms([p.relaxed for p in pairs])).mean()
     return [g.item() for g in torch.autograd.grad(loss, list(run.potential.parameters()))]
-
-
-def interrupted(make, tmp_path, train, valid=(), *, step, epochs, **given):
-    """A run that nothing interrupts, and one of the same that died in a step and went on."""
-    whole = make(tmp_path / "whole").fit(train, valid, epochs=epochs)
-    with pytest.raises(Killed):
-        killed_in(make(tmp_path / "run"), step).fit(train, valid, epochs=epochs)
-    torch.manual_seed(99)
-    resumed = Trainer.resume(tmp_path / "run", progress=False, **given)
-    assert 0 < resumed.epoch < epochs
-    resumed.fit(train, valid, epochs=epochs)
-    assert same(contents(resumed, tmp_path / "run"), contents(whole, tmp_path / "whole"))
-    assert same(dict(resumed.stepper.state_dict()), dict(whole.stepper.state_dict()))
-    assert resumed.begun_with == whole.begun_with
-    return whole, resumed
 
 
 class TestAdjoints:

@@ -5,9 +5,9 @@ from itertools import pairwise
 import pytest
 import torch
 from ase import Atoms
-from conftest import argon, cluster, lennard_jones
-from test_adjoints import LEARNABLE, batch, distance, elsewhere, gradient
-from toys import Bowl, heap
+from helpers.gradients import LEARNABLE, batch, gradient, mass_weighted_distance, nearby_positions
+from helpers.potentials import Bowl, lennard_jones
+from helpers.structures import argon, cluster, pentamer
 
 from ase_bptt import BPTTOptimizer, Structures, TorchCalculator, relax
 from ase_bptt.adjoints import Replay, Truncated
@@ -20,7 +20,7 @@ def dimer() -> Atoms:
     return Atoms("Ar2", positions=[[0, 0, 0], [0, 0.1, 1.08]])
 
 
-MEMBERS = (argon, cluster, dimer, heap)
+MEMBERS = (argon, cluster, dimer, pentamer)
 FRAMES = 25
 
 
@@ -42,7 +42,7 @@ def test_it_is_the_gradient_of_a_tape_that_begins_late(stepper, window):
     structures = batch(*(make() for make in MEMBERS))
     structures.cells.requires_grad_()
     relaxation = relax(potential, structures, stepper=stepper, fmax=0.3, steps=FRAMES, adjoint=Truncated(window))
-    nsteps, target = relaxation.nsteps.tolist(), elsewhere(structures)
+    nsteps, target = relaxation.nsteps.tolist(), nearby_positions(structures)
     weights = [*potential.parameters(), *stepper.parameters()]
     found = gradient([structures.positions, structures.cells, *weights], (relaxation.positions - target).square().sum())
     sums = [torch.zeros_like(p) for p in weights]
@@ -71,7 +71,12 @@ def test_a_window_that_holds_all_frames_is_replay(stepper):
         structures = batch(*(make() for make in MEMBERS))
         relaxation = relax(potential, structures, stepper=stepper, fmax=0.3, steps=FRAMES, adjoint=adjoint)
         inputs = [structures.positions, *potential.parameters(), *stepper.parameters()]
-        found.append([*gradient(inputs, distance(relaxation, elsewhere(structures))), relaxation.adjoint_norms])
+        found.append(
+            [
+                *gradient(inputs, mass_weighted_distance(relaxation, nearby_positions(structures))),
+                relaxation.adjoint_norms,
+            ]
+        )
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
 
 
@@ -106,14 +111,16 @@ def test_only_the_last_states_of_each_structure_are_stored():
 
 
 def test_a_run_of_ase_has_the_gradient_of_relax():
-    potential, atoms = lennard_jones().requires_grad_(), heap()
+    potential, atoms = lennard_jones().requires_grad_(), pentamer()
     atoms.calc = TorchCalculator(potential)
     optimizer = BPTTOptimizer(atoms, logfile=None, dt=0.03, adjoint=Truncated(5))
     for steps in (12, 20):
         optimizer.run(fmax=1e-3, steps=steps - optimizer.nsteps)
-        expected = relax(potential, heap(), stepper=optimizer.stepper, fmax=1e-3, steps=steps, adjoint="truncated:5")
-        target = elsewhere(Structures.from_atoms(heap()))
+        expected = relax(
+            potential, pentamer(), stepper=optimizer.stepper, fmax=1e-3, steps=steps, adjoint="truncated:5"
+        )
+        target = nearby_positions(Structures.from_atoms(pentamer()))
         relaxations = (optimizer.relaxation, expected)
-        grads = [gradient(list(potential.parameters()), distance(r, target)) for r in relaxations]
+        grads = [gradient(list(potential.parameters()), mass_weighted_distance(r, target)) for r in relaxations]
         torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-10)
     assert sum(kept is not None for kept in optimizer.relaxation.trajectory.frames) <= 10

@@ -10,7 +10,7 @@ from ase.calculators.emt import EMT as AseEMT
 from ase.calculators.lj import LennardJones as AseLennardJones
 from ase.calculators.morse import MorsePotential
 from ase.cluster import Icosahedron
-from conftest import rattled
+from helpers.structures import rattled
 
 from ase_bptt import TorchCalculator, load_potential, relax
 from ase_bptt.neighbors import NeighborList

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from test_adjoints import batch, check_slopes, elsewhere, gradient, run
-from test_implicit import SYSTEMS
+from helpers.gradients import SYSTEMS, batch, check_gradient, gradient, loss_and_decisions, nearby_positions
 
 from ase_bptt.steppers import FIRE, GradientDescent
 
@@ -20,18 +19,19 @@ STEPPERS = {
 def test_the_gradient_is_the_slope_of_the_whole_relaxation(name, stepper, adjoint):
     make, members, _ = SYSTEMS[name]
     potential, structures = make().requires_grad_(), batch(*members())
-    reference = elsewhere(structures)
+    reference = nearby_positions(structures)
     settings = {"stepper": STEPPERS[name][stepper], "fmax": 1e-3, "steps": 15}
 
     def evaluate():
-        return run(potential, structures, reference, **settings)
+        return loss_and_decisions(potential, structures, reference, **settings)
 
     usual = evaluate()[1:]
     weights = [p for p in potential.parameters() if p.requires_grad]
     grads = gradient(
-        [*weights, structures.positions], run(potential, structures, reference, **settings, adjoint=adjoint)[0]
+        [*weights, structures.positions],
+        loss_and_decisions(potential, structures, reference, **settings, adjoint=adjoint)[0],
     )
     assert max(usual[0]) > 5
     for inputs, analytic in ((weights, grads[:-1]), ([structures.positions], grads[-1:])):
-        check_slopes(evaluate, list(usual), inputs, analytic, h=1e-5, directions=1)
+        check_gradient(evaluate, list(usual), inputs, analytic, h=1e-5, directions=1)
     assert all(torch.isfinite(g).all() for g in grads)

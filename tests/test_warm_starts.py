@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
-from test_trainer import Killed, contents, killed_in, make_pairs, same, trainer
+from helpers.training import Killed, contents, killed_in, make_pairs, same, trainer
 
 from ase_bptt import RelaxationPair, Trainer
 from ase_bptt.adjoints import Guided

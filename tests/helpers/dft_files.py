@@ -1,4 +1,4 @@
-"""Writes relaxations as VASP, pw.x and ase.db would, as far as readers look at them."""
+"""Relaxations as VASP, pw.x and ase.db write them, as far as readers look at them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,29 @@ from ase import Atoms, units
 from ase.db import connect
 from ase.io import write
 
+from .structures import rattled, silicon
+
 RYDBERG, BOHR = units.create_units("2006")["Ry"], units.create_units("2006")["Bohr"]
+
+
+def three_frames(seed: int = 1, symbol: str = "Si", id: str | None = None) -> list[Atoms]:
+    """A relaxation of silicon with an atom of another element."""
+    last = silicon(seed)
+    last.symbols[0] = symbol
+    if id is not None:
+        last.info["id"] = id
+    return [rattled(last, 0.2, seed), rattled(last, 0.1, seed), last]
+
+
+def spoilt(spoil) -> list[Atoms]:
+    """Three frames with a fault, which this function makes."""
+    frames = three_frames(symbol="P")
+    spoil(frames)
+    return frames
+
+
+def changed_cell(frames):
+    frames[-1].set_cell(frames[-1].cell * 1.01)
 
 
 def write_vasprun(path: Path, frames: list[Atoms]) -> None:
