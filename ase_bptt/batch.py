@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from .iterated_map import IteratedMap
-from .neighbors import NeighborList
-from .neighbors.edges import Edges
+from .neighbors import Edges, NeighborList
 from .result import Status, largest_force
 from .steppers import State
 from .structures import Structures

@@ -20,7 +20,7 @@ from ase import Atoms
 from ase.data import chemical_symbols
 from torch import Tensor, nn
 
-from .neighbors.edges import Edges
+from .neighbors import Edges
 from .structures import Structures
 
 

@@ -8,7 +8,7 @@ import torch
 from conftest import needs_chgnet, needs_mace, silicon, skewed, tiny_mace
 
 from ase_bptt import RelaxationPair, TorchCalculator, Trainer, load_potential, save_potential
-from ase_bptt.neighbors.search import find_edges
+from ase_bptt.neighbors import find_edges
 from ase_bptt.potentials.loading import weights_hash
 from ase_bptt.structures import Structures
 

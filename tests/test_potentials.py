@@ -22,8 +22,7 @@ from conftest import (
 )
 
 from ase_bptt import load_potential
-from ase_bptt.neighbors import NeighborList
-from ase_bptt.neighbors.edges import Edges
+from ase_bptt.neighbors import Edges, NeighborList
 from ase_bptt.potential import Prediction
 from ase_bptt.potentials import require
 from ase_bptt.potentials.analytic import LennardJones, Morse

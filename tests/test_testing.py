@@ -6,7 +6,7 @@ from ase import Atoms
 from ase.calculators.lj import LennardJones as AseLennardJones
 from conftest import argon, cluster, lennard_jones
 
-from ase_bptt.neighbors.edges import Edges
+from ase_bptt.neighbors import Edges
 from ase_bptt.potential import Prediction
 from ase_bptt.potentials.analytic import LennardJones
 from ase_bptt.testing import check_potential

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..neighbors.edges import Edges
+from ..neighbors import Edges
+from ..neighbors.search import edge_codes
 from ..potential import Potential, Prediction
 from ..structures import Structures
 from . import quiet, require
@@ -179,25 +180,12 @@ class Topology:
 
     @classmethod
     def of(cls, edges: Edges, short: Tensor, n_atoms: int) -> Topology:
-        key = torch.minimum(
-            _key(edges.i, edges.j, edges.shifts, n_atoms),
-            _key(edges.j, edges.i, -edges.shifts, n_atoms),
-        )
+        i, j, shifts = edges.i, edges.j, edges.shifts.to(torch.int64)
+        key = torch.minimum(edge_codes(i, j, shifts, n_atoms), edge_codes(j, i, -shifts, n_atoms))
         bonds, undirected = torch.unique(key, return_inverse=True)
         order = torch.arange(len(key), device=key.device)
         representative = order.new_zeros(len(bonds)).scatter_reduce(0, undirected, order, "amin", include_self=False)
         return cls(undirected, representative, _angles(edges.i, short, n_atoms))
-
-
-def _key(i: Tensor, j: Tensor, shifts: Tensor, n_atoms: int) -> Tensor:
-    """A whole number for each (i, j, shifts)."""
-    shifts = shifts.to(torch.int64)
-    reach = int(shifts.abs().max()) if len(shifts) else 0
-    width = 2 * reach + 1
-    key = i * n_atoms + j
-    for axis in range(3):
-        key = key * width + shifts[:, axis] + reach
-    return key
 
 
 def _angles(i: Tensor, short: Tensor, n_atoms: int) -> tuple[Tensor, Tensor]:
