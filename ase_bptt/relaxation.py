@@ -19,7 +19,7 @@ from .batch import Moving, Stopped
 from .constraints import KNOWN, unknown
 from .iterated_map import IteratedMap, Keep, Record
 from .potential import Potential
-from .potentials.loading import as_potential
+from .potentials import as_potential
 from .result import Relaxation, Status
 from .stability import resolve_step_size
 from .steppers import Stepper, make_stepper

@@ -7,7 +7,7 @@ from unittest import mock
 
 from conftest import tiny_mace
 
-from ase_bptt.potentials import loading
+from ase_bptt import potentials
 
 
 @cache
@@ -24,7 +24,7 @@ def quick_mace(*elements: int):
 
 def built_once():
     """A patch under which potentials of one config are copies of one."""
-    real, made = loading._rebuild, {}
+    real, made = potentials._rebuild, {}
 
     def rebuild(adapter, config, dtype):
         key = json.dumps([adapter.family, config, str(dtype)])
@@ -32,4 +32,4 @@ def built_once():
             made[key] = real(adapter, config, dtype)
         return copy.deepcopy(made[key])
 
-    return mock.patch.object(loading, "_rebuild", rebuild)
+    return mock.patch.object(potentials, "_rebuild", rebuild)

@@ -11,8 +11,7 @@ from conftest import lennard_jones, needs_chgnet, needs_mace, rattled, skewed, t
 from ase_bptt.calculator import TorchCalculator
 from ase_bptt.iterated_map import Weights
 from ase_bptt.neighbors import NeighborList
-from ase_bptt.potentials import quiet, require
-from ase_bptt.potentials.loading import load_potential, save_potential
+from ase_bptt.potentials import load_potential, quiet, require, save_potential
 from ase_bptt.relaxation import relax
 from ase_bptt.structures import Structures
 from ase_bptt.tuning import low_rank as lora

@@ -10,8 +10,7 @@ import torch
 from conftest import needs_mace, silicon, skewed, tiny_mace
 
 from ase_bptt import RelaxationPair, TorchCalculator, Trainer, load_potential, save_potential
-from ase_bptt.potentials import require
-from ase_bptt.potentials.loading import weights_hash
+from ase_bptt.potentials import require, weights_hash
 from ase_bptt.testing import check_potential
 
 pytestmark = needs_mace

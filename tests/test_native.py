@@ -9,7 +9,7 @@ from conftest import needs_chgnet, needs_mace, silicon, skewed, tiny_mace
 
 from ase_bptt import RelaxationPair, TorchCalculator, Trainer, load_potential, save_potential
 from ase_bptt.neighbors import find_edges
-from ase_bptt.potentials.loading import weights_hash
+from ase_bptt.potentials import weights_hash
 from ase_bptt.structures import Structures
 
 ENERGY, FORCE = {"float64": 1e-6, "float32": 1e-6}, {"float64": 1e-6, "float32": 1e-4}

@@ -13,6 +13,7 @@ from ..neighbors import Edges
 from ..neighbors.search import edge_codes
 from ..potential import Potential, Prediction
 from ..structures import Structures
+from ..tuning import staged
 from . import quiet, require
 
 VARIANTS = ("0.3.0", "0.2.0", "r2scan")
@@ -34,6 +35,7 @@ class CHGNet(Potential):
 
     family = "chgnet"
     extra = "chgnet"
+    installation = 'for CHGNet by pip install "ase_bptt[chgnet]"'
     native_name = "chgnet.pth.tar"
     atomic_properties = ("energies", "magmoms")
 
@@ -104,6 +106,16 @@ class CHGNet(Potential):
         if len(first) == 0:
             return first.new_zeros(0)
         return self.model.angle_basis_expansion(first, second)
+
+    def layers(self) -> list[list[str]]:
+        """Names of the weights, layer by layer, for `ase_bptt.tuning.select`."""
+        embeddings = ("atom_embedding.", "bond_", "angle_embedding.", "angle_basis_expansion.")
+        return staged(
+            self,
+            before=tuple(f"model.{name}" for name in embeddings),
+            stacks=("model.atom_conv_layers.", "model.bond_conv_layers.", "model.angle_layers."),
+            after=("model.site_wise.", "model.readout_norm.", "model.mlp."),
+        )
 
     @classmethod
     def from_name(cls, variant: str | None) -> CHGNet:
