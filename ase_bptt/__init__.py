@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .pairs.groups import split_by_group, split_into_folds
     from .pairs.reading import read_pairs
     from .potential import Potential, Prediction
-    from .potentials.loading import load_potential, save_potential
+    from .potentials import load_potential, save_potential
     from .relaxation import relax
     from .result import Relaxation, Status
     from .structures import Structures
@@ -73,7 +73,7 @@ _HOMES = {
     "pairs.groups": ("split_by_group", "split_into_folds"),
     "pairs.reading": ("read_pairs",),
     "potential": ("Potential", "Prediction"),
-    "potentials.loading": ("load_potential", "save_potential"),
+    "potentials": ("load_potential", "save_potential"),
     "relaxation": ("relax",),
     "result": ("Relaxation", "Status"),
     "structures": ("Structures",),

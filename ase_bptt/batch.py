@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from .iterated_map import End, IteratedMap, Status
-from .neighbors import NeighborList
-from .neighbors.edges import Edges
+from .neighbors import Edges, NeighborList
 from .steppers import State
 from .structures import Structures
 

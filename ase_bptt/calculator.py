@@ -22,7 +22,7 @@ from torch import nn
 from .iterated_map import Versions, Weights
 from .neighbors import NeighborList
 from .potential import Potential
-from .potentials.loading import as_potential
+from .potentials import as_potential
 from .structures import Structures
 
 BASIC = ["energy", "free_energy", "forces", "stress"]

@@ -20,7 +20,7 @@ from ase import Atoms
 from ase.data import chemical_symbols
 from torch import Tensor, nn
 
-from .neighbors.edges import Edges
+from .neighbors import Edges
 from .structures import Structures
 
 
@@ -54,6 +54,8 @@ class Potential(nn.Module):
     family: ClassVar[str]
     extra: ClassVar[str | None] = None
     """The extra that installs the family, as in ``pip install "ase_bptt[extra]"``."""
+    installation: ClassVar[str] = ""
+    """How it is installed, where messages list the families: 'for MACE by pip install "ase_bptt[mace]"'."""
     native_name: ClassVar[str | None] = None
     """File name under which `save` writes the family's native checkpoint."""
     conservative: ClassVar[bool] = True
@@ -174,6 +176,11 @@ class Potential(nn.Module):
         return (t for t in chain(self.parameters(), self.buffers(), [stand_in]) if t.is_floating_point())
 
     # To be found by name, and to be saved. --------------------------------------------------
+
+    @classmethod
+    def environment(cls) -> str:
+        """What its installation asks of an environment, to be added to the message that its package is missing."""
+        return ""
 
     @classmethod
     def from_name(cls, variant: str | None) -> Potential:

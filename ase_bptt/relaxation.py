@@ -18,7 +18,7 @@ from .batch import Batch
 from .constraints import KNOWN, unknown
 from .iterated_map import Checkpointing, End, IteratedMap, Status, Trajectory
 from .potential import Potential
-from .potentials.loading import as_potential
+from .potentials import as_potential
 from .result import Relaxation
 from .stability import resolve_step_size
 from .steppers import Stepper, make_stepper

@@ -11,8 +11,7 @@ import torch
 from ase import Atoms
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
-from .neighbors import NeighborList
-from .neighbors.edges import Edges
+from .neighbors import Edges, NeighborList
 from .potential import Potential
 from .steppers import Stepper
 from .structures import Structures, as_structures

@@ -15,7 +15,7 @@ from ase_bptt import load_potential
 from ase_bptt.datasets import DEMO_FOLD, FOLDER, FOLDS, si_defects
 from ase_bptt.pairs import RESIDUAL
 from ase_bptt.pairs.structure_matching import same_structure
-from ase_bptt.potentials import loading, require
+from ase_bptt.potentials import EMBEDDED, require
 
 SIDES = ("train", "valid", "test")
 
@@ -98,7 +98,7 @@ def test_an_unknown_fold_is_refused_with_those_there_are(fold):
 
 
 class TestEmbeddedPotential:
-    folder = Path(loading.EMBEDDED["mace-si"])
+    folder = Path(EMBEDDED["mace-si"])
 
     def test_it_is_small_and_holds_tensors_alone(self):
         assert sum(path.stat().st_size for path in self.folder.rglob("*")) <= 10e6

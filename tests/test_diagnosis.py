@@ -17,8 +17,8 @@ from ase_bptt.diagnostics.judgement import CLASSES, RETRAIN, RIGHT_ALREADY, UNLI
 from ase_bptt.diagnostics.landscape import ForceError, force_error, minima, reference_forces, settling
 from ase_bptt.evaluation import Row
 from ase_bptt.neighbors import NeighborList
+from ase_bptt.potentials import as_potential
 from ase_bptt.potentials.analytic import LennardJones
-from ase_bptt.potentials.loading import as_potential
 from ase_bptt.stability import largest_curvature
 from ase_bptt.steppers import GradientDescent
 from ase_bptt.structures import Structures

@@ -9,7 +9,7 @@ from helpers.structures import argon, cluster, rattled, silicon, vacancy
 
 from ase_bptt import RelaxationPair, Structures, TorchCalculator, Trainer, load_potential, relax
 from ase_bptt.adjoints import FullTape, Guided, Implicit, OneStep, Replay, Truncated
-from ase_bptt.neighbors.search import find_edges
+from ase_bptt.neighbors import find_edges
 from ase_bptt.testing import check_potential
 from ase_bptt.throughput import relax_all
 

@@ -18,8 +18,7 @@ from torch import nn
 
 import ase_bptt
 from ase_bptt import RelaxationPair, TorchCalculator, Trainer, load_potential, relax, save_potential
-from ase_bptt.potentials import families, family
-from ase_bptt.potentials.loading import weights_hash
+from ase_bptt.potentials import families, family, weights_hash
 from ase_bptt.utils import replacing
 
 

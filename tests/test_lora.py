@@ -11,7 +11,7 @@ from helpers.structures import rattled, skewed
 from ase_bptt.calculator import TorchCalculator
 from ase_bptt.iterated_map import Weights
 from ase_bptt.neighbors import NeighborList
-from ase_bptt.potentials.loading import load_potential, save_potential
+from ase_bptt.potentials import load_potential, save_potential
 from ase_bptt.relaxation import relax
 from ase_bptt.structures import Structures
 from ase_bptt.tuning import low_rank as lora

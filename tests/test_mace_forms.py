@@ -11,8 +11,7 @@ from helpers.potentials import needs_mace, tiny_mace
 from helpers.structures import silicon, skewed
 
 from ase_bptt import RelaxationPair, TorchCalculator, Trainer, load_potential, save_potential
-from ase_bptt.potentials import require
-from ase_bptt.potentials.loading import weights_hash
+from ase_bptt.potentials import require, weights_hash
 from ase_bptt.testing import check_potential
 
 pytestmark = needs_mace

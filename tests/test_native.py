@@ -9,8 +9,8 @@ from helpers.potentials import needs_chgnet, needs_mace, tiny_mace
 from helpers.structures import silicon, skewed
 
 from ase_bptt import RelaxationPair, TorchCalculator, Trainer, load_potential, save_potential
-from ase_bptt.neighbors.search import find_edges
-from ase_bptt.potentials.loading import weights_hash
+from ase_bptt.neighbors import find_edges
+from ase_bptt.potentials import weights_hash
 from ase_bptt.structures import Structures
 
 ENERGY, FORCE = {"float64": 1e-6, "float32": 1e-6}, {"float64": 1e-6, "float32": 1e-4}

@@ -12,8 +12,7 @@ from helpers.potentials import lennard_jones, needs_chgnet, needs_mace, tiny_mac
 from helpers.structures import argon, cluster, methanol, rattled, silicon, skewed
 
 from ase_bptt import load_potential
-from ase_bptt.neighbors import NeighborList
-from ase_bptt.neighbors.edges import Edges
+from ase_bptt.neighbors import Edges, NeighborList
 from ase_bptt.potential import Prediction
 from ase_bptt.potentials import require
 from ase_bptt.potentials.analytic import LennardJones, Morse

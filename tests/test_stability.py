@@ -10,8 +10,8 @@ from helpers.structures import argon, cluster, rattled, skewed
 
 from ase_bptt import relax
 from ase_bptt.neighbors import NeighborList
+from ase_bptt.potentials import as_potential
 from ase_bptt.potentials.analytic import LennardJones
-from ase_bptt.potentials.loading import as_potential
 from ase_bptt.stability import hessian_product, largest_curvature
 from ase_bptt.steppers import FIRE, GradientDescent
 from ase_bptt.structures import Structures

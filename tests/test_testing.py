@@ -7,7 +7,7 @@ from ase.calculators.lj import LennardJones as AseLennardJones
 from helpers.potentials import lennard_jones
 from helpers.structures import argon, cluster
 
-from ase_bptt.neighbors.edges import Edges
+from ase_bptt.neighbors import Edges
 from ase_bptt.potential import Prediction
 from ase_bptt.potentials.analytic import LennardJones
 from ase_bptt.testing import check_potential

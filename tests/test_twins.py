@@ -14,9 +14,9 @@ from helpers.structures import rattled
 
 from ase_bptt import TorchCalculator, load_potential, relax
 from ase_bptt.neighbors import NeighborList
+from ase_bptt.potentials import save_potential
 from ase_bptt.potentials.analytic import LennardJones, Morse
 from ase_bptt.potentials.emt import EMT
-from ase_bptt.potentials.loading import save_potential
 from ase_bptt.steppers import FIRE
 from ase_bptt.structures import Structures
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..iterated_map import IteratedMap, Trajectory
-from ..neighbors.edges import Edges
+from ..neighbors import Edges
 from ..potential import Potential
 from ..steppers import State
 from ..structures import Structures

@@ -18,7 +18,7 @@ from ..pairs.formats import read_frames
 from ..pairs.groups import check_structure
 from ..pairs.reading import read_pairs
 from ..potential import Potential
-from ..potentials.loading import load_potential
+from ..potentials import load_potential
 from .run_folder import held
 
 WIDTH = 80

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 
 from ..pairs import RelaxationPair, fingerprint
-from ..potentials import families
-from ..potentials.loading import EMBEDDED
+from ..potentials import EMBEDDED, families
 from ..utils import check_writable, replacing
 
 COMMAND = "command.json"

@@ -13,7 +13,7 @@ from ase import Atoms
 from ase.data import chemical_symbols, covalent_radii
 from ase.units import GPa
 
-from ..neighbors.search import find_edges
+from ..neighbors import find_edges
 from ..potential import Potential
 from ..terms.probes import Crystal
 

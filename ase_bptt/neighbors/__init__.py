@@ -1,34 +1,148 @@
-"""Neighbour edges, from a list with a skin."""
+"""Edges between neighbouring atoms: what they are, and a list with a skin that keeps them up to date."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..structures import Structures
-from .edges import Edges, joined_up
-from .search import search_each
+from .search import search_structures
+
+
+@dataclass(eq=False)
+class Edges:
+    """An edge from each atom to each of its neighbours within a cutoff, so that every edge has its reverse.
+
+    Attributes
+    ----------
+    i, j : Tensor of int64, shape (n_edges,)
+        Atom and neighbour, as indices into the batch.
+    shifts : Tensor, shape (n_edges, 3)
+        Whole numbers of cell vectors that lead to the neighbour's image, in the positions' dtype.
+    mirror : Tensor of int64 or None, shape (n_edges,)
+        Index of each edge's reverse; None where there are edges without one.
+    """
+
+    i: Tensor
+    j: Tensor
+    shifts: Tensor
+    mirror: Tensor | None = None
+    _offsets: Tensor | None = None
+
+    def offsets(self, structures: Structures) -> Tensor:
+        """Cartesian translation of each neighbour to its image, shape (n_edges, 3), in Å."""
+        if self._offsets is not None:
+            return self._offsets
+        cells = structures.cells[structures.batch[self.i]]
+        return (self.shifts.unsqueeze(1) @ cells).squeeze(1)
+
+    def vectors(self, structures: Structures) -> Tensor:
+        """Vector from each atom to its neighbour's image, shape (n_edges, 3), in Å."""
+        x = structures.positions
+        return x[self.j] - x[self.i] + self.offsets(structures)
+
+    def near(self, cutoff: float, structures: Structures) -> Tensor:
+        """Whether each edge is shorter than the cutoff (Å) now, shape (n_edges,)."""
+        with torch.no_grad():
+            near = self.vectors(structures).square().sum(1) < cutoff**2
+        # An edge and its reverse may differ in length by the last bit.
+        return near if self.mirror is None else near & near[self.mirror]
+
+    def select(self, keep: Tensor, count: int | None = None) -> Edges:
+        """The edges where keep, bool of shape (n_edges,), is true: of an edge and its reverse both or none.
+
+        With their count, where it is known, nothing has to be read from the device.
+        """
+        place = keep.cumsum(0) - 1
+        rows = keep.nonzero().squeeze(1) if count is None else _rows(keep, place, count)
+        mirror = None if self.mirror is None else place[self.mirror[rows]]
+        return Edges(self.i[rows], self.j[rows], self.shifts[rows], mirror)
+
+    def with_offsets(self, offsets: Tensor) -> Edges:
+        """The same edges with these offsets instead of those that follow from the cells."""
+        new = copy(self)
+        new._offsets = offsets
+        return new
+
+    @cached_property
+    def one_way_first(self) -> Tensor | None:
+        """Order in which one of each edge and its reverse comes first, then the reverses in the same order.
+
+        None where there is no `mirror`.
+        """
+        if self.mirror is None:
+            return None
+        first = self.mirror > torch.arange(len(self.i), device=self.i.device)
+        # No edge is its own reverse.
+        first = _rows(first, first.cumsum(0) - 1, len(self.i) // 2)
+        return torch.cat((first, self.mirror[first]))
+
+
+def search_each(structures: Structures, cutoff: float, members: Sequence[int] | None = None) -> list[Edges]:
+    """The edges closer than the cutoff (Å) of each structure, or of these members, as indices into that structure.
+
+    All in both directions, sorted by i, j and shifts. Any mix of boundary conditions, skewed cells, cells smaller than
+    the cutoff and atoms outside of their cell.
+
+    Raises
+    ------
+    ValueError
+        For a structure that is periodic along a cell vector of length zero.
+    """
+    some = structures if members is None else structures.select(members)
+    return [Edges(*found) for found in search_structures(some, cutoff)]
+
+
+def find_edges(structures: Structures, cutoff: float) -> Edges:
+    """The edges of a batch, as indices into it; otherwise as `search_each`."""
+    return _joined(search_each(structures, cutoff), structures)
+
+
+def _joined(found: Sequence[Edges], structures: Structures) -> Edges:
+    """The edges of all structures, as indices into the batch."""
+    sizes = torch.tensor([len(edges.i) for edges in found])
+    firsts = torch.from_numpy(np.cumsum([0, *structures.counts])[:-1])
+    device = structures.positions.device
+    atoms = torch.repeat_interleave(firsts, sizes).to(device)
+    i, j, shifts = (torch.cat([getattr(edges, name) for edges in found]) for name in ("i", "j", "shifts"))
+    mirrors = [edges.mirror for edges in found if edges.mirror is not None]
+    mirror = None
+    if len(mirrors) == len(found):
+        mirror = torch.cat(mirrors) + torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes).to(device)
+    return Edges(i + atoms, j + atoms, shifts, mirror)
+
+
+def _rows(keep: Tensor, place: Tensor, count: int) -> Tensor:
+    """Indices of the true ones, without reading from the device how many they are."""
+    rows = torch.zeros(count + 1, dtype=torch.int64, device=keep.device)
+    rows.scatter_(0, torch.where(keep, place, count), torch.arange(len(keep), device=keep.device))
+    return rows[:count]
 
 
 class NeighborList:
-    """Edges within a cutoff, sought anew only where an atom moved more than half the skin.
+    """Edges within a cutoff, searched for again only where an atom moved more than half the skin.
 
     Parameters
     ----------
     cutoff : float
         In Å. The edges it returns are closer than this, whatever the skin.
     skin : float
-        In Å: how much farther the stored list looks.
+        In Å, by which the stored list reaches beyond the cutoff.
 
-    The list is exact for every geometry: any change of the cells, the boundary conditions or the atoms builds it
-    again, too. Each structure of a batch has its own: one that moves far, leaves or joins costs the others nothing.
+    The list is exact for every geometry: a change of the cells, the boundary conditions or the atoms rebuilds it, too.
+    Each structure of a batch has a list of its own, so that one that moves far, is removed or is added costs the others
+    nothing.
 
     Attributes
     ----------
     builds : int
-        How often edges were sought.
+        How often edges were searched for.
     """
 
     def __init__(self, cutoff: float, skin: float = 0.5):
@@ -49,10 +163,10 @@ class NeighborList:
         return self.edges(structures, self.question(structures).tolist())
 
     def question(self, structures: Structures) -> Tensor:
-        """What `edges` has to know from the device, shape (n + 2,): to be fetched with other numbers in one transfer.
+        """What `edges` needs to know from the device, shape (n + 2,): to be fetched with other numbers in one transfer.
 
-        Of each structure whether its edges have to be sought; then whether other edges than before are closer than
-        the cutoff, and how many are.
+        For each structure, whether its edges must be searched for again; then whether the edges within the cutoff
+        have changed, and how many there are.
         """
         if self._built_for is None or not self._same_atoms(structures):
             self._members, self._stored, self._built_for = [None] * len(structures), None, None
@@ -68,7 +182,7 @@ class NeighborList:
             return torch.cat((found, torch.stack((other, near.sum())).double()))
 
     def edges(self, structures: Structures, answer: Sequence[float]) -> Edges:
-        """The edges of the batch that the `question` was last asked for, given what it came to."""
+        """The edges of the batch that was last given to `question`, from the values of that tensor."""
         *far, other, count = answer
         wanted = [k for k, found in enumerate(self._members) if found is None or far[k]]
         if wanted or self._stored is None:
@@ -79,7 +193,7 @@ class NeighborList:
         return self._found
 
     def keep(self, members: Sequence[int], structures: Structures) -> None:
-        """The batch goes on as these structures, which are these members of it."""
+        """From now on the batch consists of these structures, which are these members of it."""
         if self._built_for is None:
             return
         self._members = [self._members[k] for k in members]
@@ -88,7 +202,7 @@ class NeighborList:
         self._join_up()
 
     def extend(self, structures: Structures) -> None:
-        """The batch goes on as these structures, of which it was the first ones."""
+        """From now on the batch consists of these structures, the first of which it consisted of before."""
         if self._built_for is None:
             return
         self._members += [None] * (len(structures) - len(self._members))
@@ -112,15 +226,15 @@ class NeighborList:
         return self._found
 
     def _join_up(self) -> None:
-        """The stored edges of all members as one, if all have theirs."""
+        """Put the stored edges of all members together, once each has been searched for."""
         self._stored = self._near = self._found = None
         known = [found for found in self._members if found is not None]
         if self._built_for is not None and len(known) == len(self._members):
-            joined = joined_up(known, self._built_for)
+            joined = _joined(known, self._built_for)
             self._stored = joined.with_offsets(joined.offsets(self._built_for).detach())
 
     def _same_atoms(self, now: Structures) -> bool:
-        """Whether the stored edges are of these atoms, in these cells."""
+        """Whether the stored edges belong to these atoms in these cells."""
         then = self._built_for
         if then is None or then.counts != now.counts or then.positions.dtype != now.positions.dtype:
             return False

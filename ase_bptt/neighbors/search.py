@@ -1,8 +1,9 @@
-"""The search for edges: by vesin on the host, by periodic images on a GPU."""
+"""The search for the edges of each structure: by vesin on the host, by periodic images on a GPU."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,34 +12,25 @@ from torch import Tensor
 from vesin import NeighborList as VesinNeighborList
 
 from ..structures import Structures
-from .edges import Edges, joined_up
+
+Found = tuple[Tensor, Tensor, Tensor, "Tensor | None"]
+"""i, j, shifts and mirror of one structure, as `ase_bptt.neighbors.Edges` has them."""
 
 
-def search_each(structures: Structures, cutoff: float, members: Sequence[int] | None = None) -> list[Edges]:
-    """The edges closer than the cutoff (Å) of each structure, or of these members, as indices into that structure.
-
-    All in both directions, sorted by i, j and shifts. Any mix of boundary conditions, skewed cells, cells smaller than
-    the cutoff and atoms outside of their cell.
-
-    Raises
-    ------
-    ValueError
-        For a structure that is periodic along a cell vector of length zero.
-    """
-    if members is not None:
-        structures = structures.select(members)
+def search_structures(structures: Structures, cutoff: float) -> list[Found]:
+    """The edges closer than the cutoff (Å) of each structure; `ase_bptt.neighbors.search_each` says more."""
     positions = structures.positions.detach().double()
     cells = structures.cells.detach().double().cpu().numpy()
     pbc = structures.pbc.cpu().numpy()
-    if positions.device.type != "cpu" and feasible(structures.counts, cells, pbc, cutoff):
+    like = structures.positions
+    if like.device.type != "cpu" and feasible(structures.counts, cells, pbc, cutoff):
         _check_cells(cells, pbc)
         found = search_on_device(positions, structures.counts, cells, pbc, cutoff)
-        return [Edges(i, j, shifts.to(structures.positions.dtype), mirror) for i, j, shifts, mirror in found]
+        return [(i, j, shifts.to(like.dtype), mirror) for i, j, shifts, mirror in found]
     rows = positions.cpu().split(structures.counts)
     every = [_of_one(x.numpy(), cell, p, cutoff) for x, cell, p in zip(rows, cells, pbc, strict=True)]
-    like = structures.positions
     return [
-        Edges(
+        (
             torch.from_numpy(i).to(like.device),
             torch.from_numpy(j).to(like.device),
             torch.from_numpy(shifts).to(like.device, like.dtype),
@@ -48,11 +40,6 @@ def search_each(structures: Structures, cutoff: float, members: Sequence[int] | 
     ]
 
 
-def find_edges(structures: Structures, cutoff: float) -> Edges:
-    """The edges of a batch, as indices into it; otherwise as `search`."""
-    return joined_up(search_each(structures, cutoff), structures)
-
-
 def _of_one(
     x: np.ndarray, cell: np.ndarray, periodic: np.ndarray, cutoff: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
@@ -60,40 +47,45 @@ def _of_one(
     if not np.isfinite(x).all():
         none = np.zeros(0, np.int64)
         return none, none, np.zeros((0, 3)), none
-    # Where nothing repeats, no pair is longer than the span, and looking farther costs its third power.
+    # Without periodicity no distance exceeds the span, and the cost of a search grows with the cube of its radius.
     reach = cutoff if periodic.any() else min(cutoff, _span(x))
     find = VesinNeighborList(cutoff=reach, full_list=True, n_threads=1)
     i, j, shifts = find.compute(x, _filled(cell, periodic, x), periodic, "ijS")
+    i, j, whole = (column.astype(np.int64) for column in (i, j, shifts))
     # One order for one geometry, whenever the list was built: sums repeat bit for bit.
-    code = _code(i, j, shifts, len(x))
+    code = edge_codes(i, j, whole, len(x))
     order = np.argsort(code)
-    i, j, shifts = i[order].astype(np.int64), j[order].astype(np.int64), shifts[order]
-    mirror = np.searchsorted(code[order], _code(j, i, -shifts, len(x)))
+    i, j, whole, shifts = i[order], j[order], whole[order], shifts[order]
+    mirror = np.searchsorted(code[order], edge_codes(j, i, -whole, len(x)))
     return i, j, shifts, mirror if _is_mirror(i, j, shifts, mirror) else None
 
 
 def _is_mirror(i: np.ndarray, j: np.ndarray, shifts: np.ndarray, mirror: np.ndarray) -> bool:
-    """Whether every pair has its other direction there; right at the cutoff the search may have found only one."""
+    """Whether every edge has its reverse; right at the cutoff the search may have found one of the two only."""
     if mirror.max(initial=-1) >= len(i):
         return False
     return np.array_equal(i[mirror], j) and np.array_equal(j[mirror], i) and np.array_equal(shifts[mirror], -shifts)
 
 
-def _code(i: np.ndarray, j: np.ndarray, shifts: np.ndarray, n_atoms: int) -> np.ndarray:
-    """A whole number for each pair of a structure, which sorts by i, j and shifts."""
-    shifts = shifts.astype(np.int64)
-    reach = np.abs(shifts).max(initial=0)
-    code = i.astype(np.int64) * n_atoms + j.astype(np.int64)
-    for column in shifts.T:
-        code = code * (2 * reach + 1) + column + reach
+def edge_codes(i: Any, j: Any, shifts: Any, n_atoms: Any) -> Any:
+    """A whole number for each edge, which sorts as i, j and shifts do.
+
+    Arrays or tensors of int64: shapes (n_edges,), (n_edges,) and (n_edges, 3) to (n_edges,). All codes that are
+    compared must come from the same edges, in either direction.
+    """
+    # A tensor stays on its device.
+    reach = abs(shifts).max() if len(shifts) else 0
+    code = i * n_atoms + j
+    for axis in range(3):
+        code = code * (2 * reach + 1) + shifts[:, axis] + reach
     return code
 
 
 def _filled(cell: np.ndarray, periodic: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """The cell with every non-periodic or missing vector replaced by one that spans the atoms.
 
-    A search grid needs a volume. Where a direction is not periodic the given vector says nothing
-    about the atoms (it may be zero, or far too short), so a perpendicular one takes its place.
+    A search grid needs a volume. Where a direction is not periodic the given vector is unrelated to the
+    atoms (it may be zero, or far too short), so a perpendicular one takes its place.
     """
     if periodic.all():
         return cell
@@ -114,20 +106,20 @@ def _span(positions: np.ndarray) -> float:
 
 
 CANDIDATES = 2**27
-"""Distances of one structure at most."""
+"""Distances of one structure that are computed on a device at most."""
 BLOCK = 2**20
 """Distances that are computed at once; each takes about 300 bytes."""
 
 
 def feasible(counts: Sequence[int], cells: np.ndarray, pbc: np.ndarray, cutoff: float) -> bool:
-    """Whether none of the structures is too large for it."""
+    """Whether every structure is small enough for `search_on_device`."""
     return bool(_candidates(counts, _reach(cells, pbc, cutoff)).max(initial=0) <= CANDIDATES)
 
 
 def search_on_device(
     positions: Tensor, counts: Sequence[int], cells: np.ndarray, pbc: np.ndarray, cutoff: float
 ) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """i, j, shifts and mirror of each structure, as `ase_bptt.neighbors.edges.Edges` has them.
+    """i, j, shifts and mirror of each structure, as `ase_bptt.neighbors.Edges` has them.
 
     Parameters
     ----------
@@ -144,7 +136,7 @@ def search_on_device(
     full = np.stack([complete_cell(np.where(p[:, None], c, 0.0)) for c, p in zip(cells, pbc, strict=True)])
     vectors, inverses = (torch.from_numpy(x).to(device) for x in (full, np.linalg.inv(full)))
     owner = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(device)
-    # Atoms may be anywhere: each is brought into its cell, and the way is remembered.
+    # Atoms may be anywhere: each is wrapped into its cell, and the lattice vector is kept.
     away = (positions.unsqueeze(1) @ inverses[owner]).squeeze(1).floor() * torch.from_numpy(pbc).to(device)[owner]
     inside = positions - (away.unsqueeze(1) @ vectors[owner]).squeeze(1)
     reach = _reach(cells, pbc, cutoff)
@@ -152,22 +144,22 @@ def search_on_device(
         _near(inside, away, vectors, block, cutoff) for block in _blocks(counts, reach, _candidates(counts, reach))
     ]
     of, i, j, shifts = (torch.cat(column) for column in zip(*blocks, strict=True))
-    # Right at the cutoff rounding may have found one direction only: a pair without its mirror image is none.
+    # Right at the cutoff rounding may have found one direction only: an edge without its reverse is left out.
     mirror, has_mirror = _mirrors(i, j, shifts)
     kept = has_mirror.nonzero().squeeze(1)
     mirror = (has_mirror.cumsum(0) - 1)[mirror[kept]]
     of, i, j, shifts = of[kept], i[kept], j[kept], shifts[kept]
     sizes = torch.bincount(of, minlength=len(counts)).tolist()
-    first_atoms, first_pairs = np.cumsum([0, *counts]), np.cumsum([0, *sizes])
+    first_atoms, first_edges = np.cumsum([0, *counts]), np.cumsum([0, *sizes])
     columns = (x.split(sizes) for x in (i, j, shifts, mirror))
     return [
-        (i - int(atom), j - int(atom), shifts, mirror - int(pair))
-        for i, j, shifts, mirror, atom, pair in zip(*columns, first_atoms, first_pairs, strict=False)
+        (i - int(atom), j - int(atom), shifts, mirror - int(edge))
+        for i, j, shifts, mirror, atom, edge in zip(*columns, first_atoms, first_edges, strict=False)
     ]
 
 
 def _reach(cells: np.ndarray, pbc: np.ndarray, cutoff: float) -> np.ndarray:
-    """How many images to look at on each side of each direction, shape (n, 3)."""
+    """How many periodic images to search on each side of each direction, shape (n, 3)."""
     reach = np.zeros(pbc.shape, np.int64)
     for k, (cell, periodic) in enumerate(zip(cells, pbc, strict=True)):
         heights = 1 / np.linalg.norm(np.linalg.inv(complete_cell(np.where(periodic[:, None], cell, 0.0))), axis=0)
@@ -223,12 +215,8 @@ def _near(
 
 
 def _mirrors(i: Tensor, j: Tensor, shifts: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each pair's other direction is, if it is there; edges are sorted by i, j and shifts."""
-    whole = shifts.to(torch.int64)
-    reach = whole.abs().max() if len(whole) else 0
-    width, n = 2 * reach + 1, (i.max() + 1 if len(i) else 1)
-    code, back = i * n + j, j * n + i
-    for axis in range(3):
-        code, back = code * width + whole[:, axis] + reach, back * width - whole[:, axis] + reach
+    """Index of each edge's reverse, and whether there is one; edges are sorted by i, j and shifts."""
+    n, whole = i.max() + 1 if len(i) else 1, shifts.to(torch.int64)
+    code, back = edge_codes(i, j, whole, n), edge_codes(j, i, -whole, n)
     mirror = torch.searchsorted(code, back).clamp(max=max(len(code) - 1, 0))
     return mirror, code[mirror] == back

@@ -15,7 +15,7 @@ from ase.geometry import complete_cell, find_mic
 from ase.io.jsonio import encode
 from scipy.optimize import linear_sum_assignment
 
-from ..neighbors.search import find_edges
+from ..neighbors import find_edges
 from ..structures import Structures
 
 log = logging.getLogger(__name__)

@@ -1,13 +1,17 @@
-"""Families of potentials, one adapter a file: the registry, and the loading of their own packages and modules.
+"""Families of potentials, one adapter a file: from a name, a file or a module to a Potential, to a folder and back.
 
-No adapter imports the packages of another. A family registers through the entry-point group `ase_bptt.potentials`.
+A family registers through the entry-point group `ase_bptt.potentials`. What is particular to it (its package, its
+layers, its files) stands in its adapter, and no adapter imports the package of another.
 """
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import importlib
-import importlib.util
 import io
+import json
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -17,39 +21,99 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import nn
 
+from .. import __version__
 from ..potential import Potential
-from ..utils import UNREADABLE, in_short
+from ..tuning.low_rank import merged
+from ..utils import UNREADABLE, in_short, replacing
 
-E3NN = {"mace": "sevenn", "sevennet": "mace"}
-"""Extras whose packages pin different releases of e3nn, with the other's package."""
-
-
-def require(module: str, *, extra: str) -> ModuleType:
-    """Import a family's package, or say which extra brings it, and where it cannot go."""
-    try:
-        with quiet():
-            return importlib.import_module(module)
-    except ImportError as error:
-        package = module.split(".", 1)[0]
-        # Nobody who has MACE alone needs to hear of it.
-        apart = extra in E3NN and (extra == "sevennet" or importlib.util.find_spec(E3NN[extra]) is not None)
-        where = ", in an environment of its own: MACE needs e3nn 0.4.4, SevenNet a newer one" if apart else ""
-        raise ImportError(
-            f"This potential needs the package {package!r}, which does not import here ({error}): "
-            f'install it by pip install "ase_bptt[{extra}]"{where}.'
-        ) from error
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep a family's greetings and import warnings from standard output, which belongs to the caller."""
-    with redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
+log = logging.getLogger(__name__)
 
 GROUP = "ase_bptt.potentials"
+E3NN = ", in an environment of its own: MACE needs e3nn 0.4.4, SevenNet a newer one"
+"""What MACE and SevenNet ask of an environment, as `Potential.environment` says it."""
+EMBEDDED = {"mace-si": Path(__file__).parent.parent / "data" / "mace_si"}
+FORMAT = "ase_bptt potential"
+VERSION = 1
+RUN_POTENTIAL = "potential"
+DTYPES = {"float64": torch.float64, "float32": torch.float32}
+
+
+def load_potential(
+    spec: str | Path | nn.Module,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    trust: bool = False,
+) -> Potential:
+    """Load a potential; all its parameters require gradients afterwards.
+
+    Parameters
+    ----------
+    spec : str, Path or nn.Module
+        "mace-si" (embedded); a family with or without a variant ("chgnet", "chgnet:r2scan",
+        "mace:medium", with a head "mace:mh-1:omat_pbe"); a folder written by `save_potential` or a
+        training run; a family's native checkpoint (a pickle: only with trust); a module of a
+        supported family, or a Potential.
+    device, dtype
+        Where to, and in which precision; None keeps what it has. For a module that is given they
+        make a copy: the module itself is never cast.
+    trust : bool
+        Allow unpickling, which can run any code: only for files from people you trust.
+
+    Raises
+    ------
+    ValueError
+        For a spec that is none of the above, with what there is.
+    PermissionError
+        For a pickle without trust; it has not been opened.
+    ImportError
+        Where the family's package is missing, with the extra that brings it.
+    """
+    return as_potential(spec, device=device, dtype=dtype, trust=trust).requires_grad_()
+
+
+def as_potential(
+    spec: str | Path | nn.Module,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    trust: bool = False,
+) -> Potential:
+    """`load_potential`, but a module that is given keeps its ``requires_grad`` flags."""
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise ValueError(f"There is no dtype {dtype!r}; there are {', '.join(DTYPES)}.")
+        dtype = DTYPES[dtype]
+    if isinstance(spec, nn.Module):
+        module = copy.deepcopy(spec) if _differs(spec, device, dtype) else spec
+        potential = module if isinstance(module, Potential) else from_native(module, "this module")
+    else:
+        potential = _from_spec(str(spec), trust).requires_grad_()
+        potential.metadata = dict(potential.metadata) or {"source": str(spec)}
+    return potential.to(device=device, dtype=dtype)
+
+
+def _from_spec(spec: str, trust: bool) -> Potential:
+    if spec in EMBEDDED:
+        return _from_folder(EMBEDDED[spec])
+    name, _, variant = spec.partition(":")
+    known = families()
+    # Names go first: a clone of chgnet in the working directory must not hide the family (./chgnet is the folder).
+    if name in known:
+        if Path(spec).exists():
+            log.warning("%r is taken as the name of a family; say ./%s for the file or folder here.", spec, spec)
+        return family(name).from_name(variant or None)
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return _from_folder(path)
+    if path.is_file():
+        return from_checkpoint(path, trust)
+    raise ValueError(
+        f"There is no potential {spec!r}: it is no file or folder here, and the names are "
+        f"{', '.join([*EMBEDDED, *known])} (a family takes a variant: chgnet:r2scan)."
+    )
 
 
 def families() -> tuple[str, ...]:
@@ -74,12 +138,8 @@ def from_checkpoint(path: Path, trust: bool) -> Potential:
         with quiet():
             native = torch.load(path, weights_only=False, map_location="cpu")
     except ImportError as error:
-        raise ImportError(
-            f"{path} needs a package that is not here ({error}): install its family, "
-            'for MACE by pip install "ase_bptt[mace]" (with cuEquivariance "ase_bptt[cueq]"), '
-            'for CHGNet by pip install "ase_bptt[chgnet]", for SevenNet, which is not to be beside MACE, by '
-            'pip install "ase_bptt[sevennet]".'
-        ) from error
+        every = ", ".join(found for adapter in map(family, families()) if (found := adapter.installation))
+        raise ImportError(f"{path} needs a package that is not here ({error}): install its family, {every}.") from error
     except UNREADABLE as error:
         raise ValueError(f"{path} cannot be unpickled ({in_short(error)}).") from error
     return from_native(native, str(path))
@@ -97,3 +157,132 @@ def from_native(native: Any, name: str) -> Potential:
         f"No family of potentials knows what to do with {name} (a {type(native).__module__}."
         f"{type(native).__name__}); the families are {', '.join(families())}."
     )
+
+
+def _from_folder(folder: Path) -> Potential:
+    # A run folder holds its best potential in "potential".
+    if (folder / RUN_POTENTIAL / "model.json").is_file():
+        folder = folder / RUN_POTENTIAL
+    try:
+        description = json.loads((folder / "model.json").read_text())
+        if (description["format"], description["version"]) != (FORMAT, VERSION):
+            raise ValueError(f"this release reads {FORMAT!r} of version {VERSION} only")
+        if description["family"] not in families():
+            raise ValueError(f"its family {description['family']!r} is none of {', '.join(families())}")
+        with quiet():
+            weights = torch.load(folder / "weights.pt", weights_only=True, map_location="cpu")
+        potential = _rebuild(family(description["family"]), description["config"], DTYPES[description["dtype"]])
+        missing, unexpected = potential.load_state_dict(weights, strict=False)
+    except UNREADABLE as error:
+        raise ValueError(f"The folder {folder} holds no potential that can be read ({in_short(error)}).") from error
+    lost = set(missing) & {name for name, _ in potential.named_parameters()}
+    if lost or unexpected:
+        raise ValueError(
+            f"The weights in {folder} do not fit its model.json: "
+            f"{len(lost)} are missing and {len(unexpected)} are unknown, as {min({*lost, *unexpected})}."
+        )
+    potential.metadata = description.get("metadata") or {}
+    return potential
+
+
+def save_potential(potential: Potential, folder: str | Path) -> None:
+    """Write model.json and weights.pt, which load without unpickling, and the native checkpoint.
+
+    Low-rank updates (`ase_bptt.tuning.low_rank`) are folded into the weights that are written; the potential keeps them
+    apart. Files that are there already are replaced whole, or not at all.
+
+    Raises
+    ------
+    FileExistsError
+        For a training run's folder, whose own potential would be loaded instead.
+    """
+    folder = Path(folder)
+    if (folder / RUN_POTENTIAL / "model.json").is_file():
+        raise FileExistsError(f"{folder} is the folder of a training run, with a potential of its own: take another.")
+    folder.mkdir(parents=True, exist_ok=True)
+    potential = merged(potential).as_stored()
+    config = potential.config()
+    description = {
+        "format": FORMAT,
+        "version": VERSION,
+        "family": potential.family,
+        "dtype": str(potential.dtype).removeprefix("torch."),
+        "written_by": f"ase_bptt {__version__}",
+        "config": config,
+        "metadata": dict(potential.metadata),
+    }
+    blank = _rebuild(type(potential), config, potential.dtype).state_dict()
+    parameters = dict(potential.named_parameters())
+    # Constants that the config rebuilds bit for bit would only make the file larger.
+    weights = {
+        name: value.detach().cpu()
+        for name, value in potential.state_dict().items()
+        if name in parameters or not torch.equal(value.cpu(), blank[name])
+    }
+    with replacing(folder / "weights.pt") as path:
+        torch.save(weights, path)
+    with replacing(folder / "model.json") as path:
+        path.write_text(json.dumps(description, indent=1) + "\n")
+    if potential.native_name:
+        with replacing(folder / potential.native_name) as path:
+            potential.save_native(path)
+
+
+def weights_hash(potential: Potential) -> str:
+    """SHA-256 of all parameters as they are stored, names and dtypes included: the same for the same weights."""
+    found = hashlib.sha256()
+    for name, value in sorted(merged(potential).as_stored().named_parameters()):
+        array = value.detach().cpu().contiguous().numpy()
+        found.update(f"{name} {array.dtype} {array.shape}".encode())
+        found.update(array.tobytes())
+    return found.hexdigest()
+
+
+def _rebuild(adapter: type[Potential], config: dict[str, Any], dtype: torch.dtype) -> Potential:
+    with _default_dtype(dtype), torch.random.fork_rng():
+        return adapter.from_config(config).to(dtype)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _differs(module: nn.Module, device: torch.device | str | None, dtype: torch.dtype | None) -> bool:
+    """Whether anything of the module would have to be cast or moved."""
+    floats = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
+    return any(
+        (dtype is not None and t.dtype != dtype)
+        or (device is not None and t.device != torch.empty(0, device=device).device)
+        for t in floats
+    )
+
+
+def require(module: str, *, extra: str) -> ModuleType:
+    """Import a family's package; where it is missing, the error names the extra that installs it.
+
+    The extra of a family is called as the family is; others, such as "cueq", add to one.
+    """
+    try:
+        with quiet():
+            return importlib.import_module(module)
+    except ImportError as error:
+        package = module.split(".", 1)[0]
+        where = family(extra).environment() if extra in families() else ""
+        raise ImportError(
+            f"This potential needs the package {package!r}, which does not import here ({error}): "
+            f'install it by pip install "ase_bptt[{extra}]"{where}.'
+        ) from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep what a family prints, and its import warnings, from standard output, which belongs to the caller."""
+    with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

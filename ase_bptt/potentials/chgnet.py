@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..neighbors.edges import Edges
+from ..neighbors import Edges
+from ..neighbors.search import edge_codes
 from ..potential import Potential, Prediction
 from ..structures import Structures
+from ..tuning import staged
 from . import quiet, require
 
 VARIANTS = ("0.3.0", "0.2.0", "r2scan")
@@ -33,6 +35,7 @@ class CHGNet(Potential):
 
     family = "chgnet"
     extra = "chgnet"
+    installation = 'for CHGNet by pip install "ase_bptt[chgnet]"'
     native_name = "chgnet.pth.tar"
     atomic_properties = ("energies", "magmoms")
 
@@ -103,6 +106,16 @@ class CHGNet(Potential):
         if len(first) == 0:
             return first.new_zeros(0)
         return self.model.angle_basis_expansion(first, second)
+
+    def layers(self) -> list[list[str]]:
+        """Names of the weights, layer by layer, for `ase_bptt.tuning.select`."""
+        embeddings = ("atom_embedding.", "bond_", "angle_embedding.", "angle_basis_expansion.")
+        return staged(
+            self,
+            before=tuple(f"model.{name}" for name in embeddings),
+            stacks=("model.atom_conv_layers.", "model.bond_conv_layers.", "model.angle_layers."),
+            after=("model.site_wise.", "model.readout_norm.", "model.mlp."),
+        )
 
     @classmethod
     def from_name(cls, variant: str | None) -> CHGNet:
@@ -179,25 +192,12 @@ class Topology:
 
     @classmethod
     def of(cls, edges: Edges, short: Tensor, n_atoms: int) -> Topology:
-        key = torch.minimum(
-            _key(edges.i, edges.j, edges.shifts, n_atoms),
-            _key(edges.j, edges.i, -edges.shifts, n_atoms),
-        )
+        i, j, shifts = edges.i, edges.j, edges.shifts.to(torch.int64)
+        key = torch.minimum(edge_codes(i, j, shifts, n_atoms), edge_codes(j, i, -shifts, n_atoms))
         bonds, undirected = torch.unique(key, return_inverse=True)
         order = torch.arange(len(key), device=key.device)
         representative = order.new_zeros(len(bonds)).scatter_reduce(0, undirected, order, "amin", include_self=False)
         return cls(undirected, representative, _angles(edges.i, short, n_atoms))
-
-
-def _key(i: Tensor, j: Tensor, shifts: Tensor, n_atoms: int) -> Tensor:
-    """A whole number for each (i, j, shifts)."""
-    shifts = shifts.to(torch.int64)
-    reach = int(shifts.abs().max()) if len(shifts) else 0
-    width = 2 * reach + 1
-    key = i * n_atoms + j
-    for axis in range(3):
-        key = key * width + shifts[:, axis] + reach
-    return key
 
 
 def _angles(i: Tensor, short: Tensor, n_atoms: int) -> tuple[Tensor, Tensor]:

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..neighbors.edges import Edges
+from ..neighbors import Edges
 from ..potential import Potential, Prediction
 from ..structures import Structures
+from ..tuning import staged
 
 ELEMENTS = 119
 """Rows of the table of elements, by atomic number."""
@@ -96,6 +97,12 @@ class Direct(Potential):
     def _fade(self, distances: Tensor) -> Tensor:
         """1 at no distance, 0 from the cutoff on, without slope there."""
         return (1 - (distances / self.cutoff).clamp(max=1) ** 2) ** 3
+
+    def layers(self) -> list[list[str]]:
+        """Names of the weights, layer by layer, for `ase_bptt.tuning.select`."""
+        return staged(
+            self, before=("elements.",), stacks=("filters.", "updates."), after=("energy_head.", "force_head.")
+        )
 
     @classmethod
     def from_name(cls, variant: str | None) -> Direct:

@@ -15,7 +15,7 @@ from ase.data import atomic_numbers
 from ase.units import Bohr
 from torch import Tensor, nn
 
-from ..neighbors.edges import Edges
+from ..neighbors import Edges
 from ..potential import Potential, Prediction
 from ..structures import Structures
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..neighbors.edges import Edges
+from ..neighbors import Edges
 from ..potential import Potential, Prediction
 from ..structures import Structures
+from ..tuning import staged
+from . import E3NN
 from .mace_files import (
     LONG_RANGE,
     accelerated,
@@ -54,6 +57,7 @@ class MACE(Potential):
 
     family = "mace"
     extra = "mace"
+    installation = 'for MACE by pip install "ase_bptt[mace]" (with cuEquivariance "ase_bptt[cueq]")'
     native_name = "mace.model"
     atomic_properties = ("energies",)
 
@@ -119,6 +123,19 @@ class MACE(Potential):
             }
             self._made = made_for, {name: value.detach() for name, value in made.items()}
         return self._made[1]
+
+    def layers(self) -> list[list[str]]:
+        """Names of the weights, layer by layer, for `ase_bptt.tuning.select`."""
+        return staged(
+            self,
+            before=("model.node_embedding.",),
+            stacks=("model.interactions.", "model.products.", "model.readouts."),
+        )
+
+    @classmethod
+    def environment(cls) -> str:
+        # It matters only where SevenNet is installed.
+        return E3NN if importlib.util.find_spec("sevenn") else ""
 
     @classmethod
     def from_name(cls, variant: str | None) -> MACE:

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..neighbors.edges import Edges
+from ..neighbors import Edges
 from ..potential import Potential, Prediction
 from ..structures import Structures
-from . import quiet, require
+from ..tuning import staged
+from . import E3NN, quiet, require
 
 VARIANTS = ("7net-0", "7net-l3i5", "7net-mf-0", "7net-0_22may2024")
 """What the package sevenn carries; it would download others."""
@@ -43,6 +44,7 @@ class SevenNet(Potential):
 
     family = "sevennet"
     extra = "sevennet"
+    installation = 'for SevenNet, which is not to be beside MACE, by pip install "ase_bptt[sevennet]"'
     native_name = "sevennet.pth"
     atomic_properties = ("energies",)
 
@@ -88,13 +90,27 @@ class SevenNet(Potential):
 
     @contextmanager
     def _in_batches(self) -> Iterator[None]:
-        """Tell the layers that there may be several structures; sevenn's calculator tells them the opposite."""
+        """Set the layers to batches of structures; sevenn's calculator sets them to single ones."""
         before = self.model.is_batch_data
         self.model.set_is_batch_data(True)
         try:
             yield
         finally:
             self.model.set_is_batch_data(before)
+
+    def layers(self) -> list[list[str]]:
+        """Names of the weights, layer by layer, for `ase_bptt.tuning.select`."""
+        return staged(
+            self,
+            before=("model.edge_embedding.", "model.onehot_to_feature_x."),
+            # The name of a module begins with the number of its layer.
+            stacks=("model.",),
+            after=("model.reduce_", "model.rescale_atomic_energy.scale"),
+        )
+
+    @classmethod
+    def environment(cls) -> str:
+        return E3NN
 
     @classmethod
     def from_name(cls, variant: str | None) -> SevenNet:

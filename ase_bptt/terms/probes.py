@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import huber_loss
 
 from ..losses import displacements
-from ..neighbors.search import find_edges
+from ..neighbors import find_edges
 from ..pairs import RelaxationPair
 from ..potential import Potential
 from ..structures import Structures

@@ -11,8 +11,7 @@ import torch
 from ase import Atoms
 from torch import Tensor
 
-from ..neighbors import NeighborList
-from ..neighbors.edges import Edges
+from ..neighbors import Edges, NeighborList
 from ..potential import Potential
 from ..structures import Structures
 

@@ -17,7 +17,7 @@ from scipy.optimize import nnls
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..neighbors.search import search_each
+from ..neighbors import search_each
 from ..potential import Potential
 
 Item = TypeVar("Item")

@@ -22,8 +22,7 @@ from .. import __version__
 from ..adjoints import ADJOINTS
 from ..losses import LOSSES
 from ..potential import Potential
-from ..potentials import quiet
-from ..potentials.loading import load_potential, weights_hash
+from ..potentials import load_potential, quiet, weights_hash
 from ..steppers import STEPPERS, make_stepper
 from ..terms import TERMS
 from ..tuning import describe

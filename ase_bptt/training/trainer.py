@@ -15,7 +15,7 @@ from ..adjoints import Adjoint
 from ..evaluation import Evaluation, evaluate
 from ..pairs import RelaxationPair, fingerprint
 from ..potential import Potential
-from ..potentials.loading import as_potential, save_potential
+from ..potentials import as_potential, save_potential
 from ..steppers import Stepper
 from ..terms import Term, make_terms
 from ..utils import check_positive

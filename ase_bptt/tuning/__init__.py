@@ -172,68 +172,55 @@ def _group(name: str, params: list[nn.Parameter], lr: float) -> dict[str, Any]:
     return {"name": name, "params": params, "lr": lr}
 
 
-class Stages(NamedTuple):
-    """Prefixes of a family's weights, from those at the input to those at the output."""
-
-    before: tuple[str, ...]
-    stacks: tuple[str, ...]
-    """Each is a list of modules, a number following the prefix; the last of all of them lie side by side."""
-    after: tuple[str, ...]
-
-
-STAGES = {
-    "mace": Stages(("model.node_embedding.",), ("model.interactions.", "model.products.", "model.readouts."), ()),
-    "chgnet": Stages(
-        ("model.atom_embedding.", "model.bond_", "model.angle_embedding.", "model.angle_basis_expansion."),
-        ("model.atom_conv_layers.", "model.bond_conv_layers.", "model.angle_layers."),
-        ("model.site_wise.", "model.readout_norm.", "model.mlp."),
-    ),
-    # Its layers are told apart by the numbers that their names begin with.
-    "sevennet": Stages(
-        ("model.edge_embedding.", "model.onehot_to_feature_x."),
-        ("model.",),
-        ("model.reduce_", "model.rescale_atomic_energy.scale"),
-    ),
-    "direct": Stages(("elements.",), ("filters.", "updates."), ("energy_head.", "force_head.")),
-}
-
-
 def layers(potential: Potential) -> list[list[str]]:
     """Names of the weights from the first layer to the last, the readout with the last.
 
-    A family may say it itself, by a method ``layers`` that returns the same.
+    An adapter knows them: it has a method ``layers`` that returns them, most simply by `staged`.
 
     Raises
     ------
     NotImplementedError
         For a family whose layers are not known.
     """
+    # Of the class: a module may call its own list of modules so.
     own = getattr(type(potential), "layers", None)
-    if own is not None:
-        return own(potential)
-    if potential.family not in STAGES:
+    if own is None:
         raise NotImplementedError(
             f"The layers of the family {potential.family!r} are not known: choose weights by patterns of their names."
         )
-    return staged([name for name, _ in potential.named_parameters()], STAGES[potential.family])
+    return own(potential)
 
 
-def staged(names: Sequence[str], stages: Stages) -> list[list[str]]:
-    """Layers from the prefixes of names: the stacks are counted from their ends, what comes after is in the last."""
+def staged(
+    potential: Potential, *, before: tuple[str, ...] = (), stacks: tuple[str, ...], after: tuple[str, ...] = ()
+) -> list[list[str]]:
+    """Names of the weights by layer, told apart by what their names begin with.
+
+    Parameters
+    ----------
+    potential : Potential
+    before : tuple of str
+        Prefixes of what comes before the layers; it belongs to the first one.
+    stacks : tuple of str
+        Prefixes of lists of modules, each followed by a number. Stacks are counted from their ends, for their last
+        modules are side by side.
+    after : tuple of str
+        Prefixes of what comes after the layers; it belongs to the last one.
+    """
+    names = [name for name, _ in potential.named_parameters()]
     depth = {
-        stack: 1 + max((k for name in names if (k := _index(name, stack)) is not None), default=-1)
-        for stack in stages.stacks
+        stack: 1 + max((k for name in names if (k := _index(name, stack)) is not None), default=-1) for stack in stacks
     }
     deepest = max(depth.values())
     found: list[list[str]] = [[] for _ in range(deepest + 1)]
     for name in names:
-        place = next(((s, k) for s in stages.stacks if (k := _index(name, s)) is not None), None)
+        place = next(((s, k) for s in stacks if (k := _index(name, s)) is not None), None)
         if place is not None:
             stack, index = place
             found[deepest - depth[stack] + index + 1].append(name)
-        elif name.startswith(stages.after):
+        elif name.startswith(after):
             found[-1].append(name)
-        elif name.startswith(stages.before):
+        elif name.startswith(before):
             found[0].append(name)
     return [layer for layer in found if layer]
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ase_bptt import TorchCalculator
-from ase_bptt.neighbors.edges import Edges
+from ase_bptt.neighbors import Edges
 from ase_bptt.potentials.analytic import LennardJones, Morse
 from ase_bptt.potentials.emt import EMT
 from ase_bptt.structures import Structures

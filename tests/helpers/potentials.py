@@ -14,8 +14,8 @@ import torch
 from ase import Atoms
 from torch import nn
 
-from ase_bptt import Potential, Prediction
-from ase_bptt.potentials import loading, quiet, require
+from ase_bptt import Potential, Prediction, potentials
+from ase_bptt.potentials import quiet, require
 from ase_bptt.potentials.analytic import LennardJones
 
 needs_mace = pytest.mark.skipif(importlib.util.find_spec("mace") is None, reason='needs pip install "ase_bptt[mace]"')
@@ -112,7 +112,7 @@ def tiny_chgnet() -> Potential:
 
 def built_once():
     """A patch under which potentials of one config are copies of one."""
-    real, made = loading._rebuild, {}
+    real, made = potentials._rebuild, {}
 
     def rebuild(adapter, config, dtype):
         key = json.dumps([adapter.family, config, str(dtype)])
@@ -120,7 +120,7 @@ def built_once():
             made[key] = real(adapter, config, dtype)
         return copy.deepcopy(made[key])
 
-    return mock.patch.object(loading, "_rebuild", rebuild)
+    return mock.patch.object(potentials, "_rebuild", rebuild)
 
 
 class Bowl(Potential):

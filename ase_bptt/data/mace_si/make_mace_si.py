@@ -350,7 +350,7 @@ def check(args):
 
 def pack(args):
     """Write the trained model as the package holds it: rebuilt in float64, the weights as they were trained."""
-    from ase_bptt.potentials.loading import load_potential, save_potential
+    from ase_bptt.potentials import load_potential, save_potential
     from ase_bptt.potentials.mace import MACE
 
     trained = load_potential(args.folder / "mace_si.model", trust=True)
