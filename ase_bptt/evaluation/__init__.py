@@ -16,7 +16,7 @@ from ase import Atoms
 from ..losses import SAME_END, delta_q, displacements, max_displacement, rmsd
 from ..pairs import RelaxationPair
 from ..potential import Potential
-from ..result import largest_force
+from ..result import Status, largest_force
 from ..steppers import Stepper
 from ..throughput import TOGETHER, End, single_points
 from ..throughput.journal import Journal, relax_kept
@@ -68,6 +68,11 @@ class Row:
     status: str
     nsteps: int
     displacements: tuple[float, ...]
+
+    @property
+    def converged(self) -> bool:
+        """Whether the forces fell below fmax within the steps that were allowed."""
+        return self.status == Status.CONVERGED.value
 
     @property
     def symmetry_kept(self) -> bool:

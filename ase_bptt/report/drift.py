@@ -12,10 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..drift.changes import Drift, DriftReport, FoldDriftReports
-from . import LABELS, change, number
+from . import LABELS, Column, change, grid, number
 from .page import Section, picture_of
 from .plots import BLUE, GREY, ORANGE, new_figure
-from .tables import NUMBER, Cell, Column, Table, grid
+from .tables import NUMBER, Cell, Table
 
 TITLE = "What else has changed"
 WIDTH = 80
