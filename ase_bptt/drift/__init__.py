@@ -1,4 +1,4 @@
-"""What a potential says of probes, crystals and dimers: one side of the before-and-after card."""
+"""Snapshots of a potential: its answers on probes, crystals and dimers, of which a drift report compares two."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..utils import replacing
 from .curves import Curve, Elastic, chosen_dimers, dimer_curves, elastic
 
 SEED = 1
-"""Of the card's probes: other draws than the teacher's, whose seed is 0."""
+"""Of the probes of a snapshot: other draws than those of the distillation term, whose seed is 0."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a potential says.
+    """What a potential finds on probes, crystals and dimers.
 
     Attributes
     ----------
@@ -46,13 +46,13 @@ class Snapshot:
     dimers: dict[str, Curve]
 
     def write(self, path: str | Path) -> None:
-        """Keep it, exactly: NaN stays NaN, which Python's own JSON reads."""
+        """Write it as JSON, exactly: NaN stays NaN, which Python's own JSON reads."""
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(asdict(self)) + "\n")
 
     @classmethod
     def read(cls, path: str | Path) -> Snapshot:
-        """What `write` kept."""
+        """The snapshot that `write` wrote."""
         found: dict[str, Any] = json.loads(Path(path).read_text())
         return cls(
             tuple(Answer(**row | {"forces": tuple(map(tuple, row["forces"]))}) for row in found["probes"]),
@@ -65,14 +65,14 @@ class Snapshot:
 def take_snapshot(
     potential: Potential, pairs: Sequence[RelaxationPair] = (), *, size: int = 24, seed: int = SEED
 ) -> Snapshot:
-    """Ask a potential.
+    """Evaluate a potential on probes, crystals and dimers.
 
     Parameters
     ----------
     potential : Potential
     pairs : sequence of RelaxationPair
-        Whose rattled structures are probes, and whose elements make the dimers; without pairs there are
-        dimers of silicon, oxygen, carbon, ..., of the elements of the crystals.
+        Their rattled structures are probes, and their elements make the dimers. Without pairs the dimers are of the
+        elements of the crystals.
     size, seed : int
         Of the probe set, as for `make_probes`.
     """
