@@ -20,7 +20,7 @@ from . import Answer, Snapshot, take_snapshot
 from .curves import ShortRangeInstability, short_range_instability
 
 NEARER, DEEPER = 0.05, 0.5
-"""Å and eV: an instability has grown where it begins so much farther out, or is so much deeper, or its barrier lower."""
+"""Å and eV: an instability has grown if it begins so much farther out, is so much deeper, or its barrier is lower."""
 
 
 @dataclass(frozen=True)
