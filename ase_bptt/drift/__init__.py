@@ -12,7 +12,7 @@ import numpy as np
 
 from ..pairs import RelaxationPair
 from ..potential import Potential
-from ..terms.probes import Points, chosen_crystals, make_probes
+from ..terms.probes import Targets, chosen_crystals, make_probes
 from ..utils import replacing
 from .curves import Curve, Elastic, chosen_dimers, dimer_curves, elastic
 
@@ -21,7 +21,7 @@ SEED = 1
 
 
 @dataclass(frozen=True)
-class Answer:
+class ProbeResult:
     """A probe's kind and name, the potential's energy there in eV, and its forces in eV/Å, a row for each atom."""
 
     kind: str
@@ -36,12 +36,12 @@ class Snapshot:
 
     Attributes
     ----------
-    probes : tuple of Answer
+    probes : tuple of ProbeResult
     crystals : dict of str to Elastic
     dimers : dict of str to Curve
     """
 
-    probes: tuple[Answer, ...]
+    probes: tuple[ProbeResult, ...]
     crystals: dict[str, Elastic]
     dimers: dict[str, Curve]
 
@@ -55,7 +55,7 @@ class Snapshot:
         """The snapshot that `write` wrote."""
         found: dict[str, Any] = json.loads(Path(path).read_text())
         return cls(
-            tuple(Answer(**row | {"forces": tuple(map(tuple, row["forces"]))}) for row in found["probes"]),
+            tuple(ProbeResult(**row | {"forces": tuple(map(tuple, row["forces"]))}) for row in found["probes"]),
             {name: Elastic(**row) for name, row in found["crystals"].items()},
             {name: Curve(*(tuple(row[key]) for key in ("distances", "energies")))
              for name, row in found["dimers"].items()},
@@ -81,11 +81,11 @@ def take_snapshot(
     dimers = chosen_dimers([p.initial for p in pairs] or [c.atoms() for c in crystals])
     answers = []
     if probes:
-        points = Points.of(potential, [probe.atoms for probe in probes])
-        forces = points.forces.double().cpu().split(points.structures.counts)
-        energies = points.energies.double().cpu().tolist()
+        targets = Targets.of(potential, [probe.atoms for probe in probes])
+        forces = targets.forces.double().cpu().split(targets.structures.counts)
+        energies = targets.energies.double().cpu().tolist()
         answers = [
-            Answer(probe.kind, probe.name, energy, tuple(map(tuple, np.asarray(f).tolist())))
+            ProbeResult(probe.kind, probe.name, energy, tuple(map(tuple, np.asarray(f).tolist())))
             for probe, energy, f in zip(probes, energies, forces, strict=True)
         ]
     return Snapshot(tuple(answers), elastic(potential, crystals), dimer_curves(potential, dimers))

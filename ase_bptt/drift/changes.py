@@ -14,9 +14,9 @@ import numpy as np
 from ..evaluation import Evaluation
 from ..pairs import RelaxationPair
 from ..potential import Potential
-from ..terms.probes import KINDS, SOUND
+from ..terms.probes import KINDS, LARGEST_FORCE
 from ..utils import without_nan, write_json
-from . import Answer, Snapshot, take_snapshot
+from . import ProbeResult, Snapshot, take_snapshot
 from .curves import ShortRangeInstability, short_range_instability
 
 NEARER, DEEPER = 0.05, 0.5
@@ -30,7 +30,7 @@ class Drift:
     Attributes
     ----------
     n : int
-        Probes on which the first finds no force above `SOUND`, and the second finite forces.
+        Probes on which the first finds no force above `LARGEST_FORCE`, and the second finite forces.
     force, energy : float
         Root mean square of the change of a force's component in eV/Å, and of an energy in eV per atom.
     largest : float
@@ -136,12 +136,12 @@ class DriftReport:
         return {name: (b, self.after.crystals[name]) for name, b in self.before.crystals.items()}
 
 
-def _finite(answer: Answer) -> bool:
+def _finite(answer: ProbeResult) -> bool:
     return math.isfinite(answer.energy) and bool(np.isfinite(answer.forces).all())
 
 
-def _sound(answer: Answer) -> bool:
-    return _finite(answer) and float(np.linalg.norm(answer.forces, axis=1).max()) < SOUND
+def _sound(answer: ProbeResult) -> bool:
+    return _finite(answer) and float(np.linalg.norm(answer.forces, axis=1).max()) < LARGEST_FORCE
 
 
 def _rms(values: np.ndarray) -> float:
