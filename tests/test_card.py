@@ -1,4 +1,4 @@
-"""The before-and-after card: right figures, holes found, and shown in text, JSON, picture and page."""
+"""The drift report: right figures, short-range instabilities found, and shown in text, JSON, picture and page."""
 
 import copy
 import json
@@ -18,7 +18,14 @@ from helpers.structures import rattled
 from ase_bptt import RelaxationPair, evaluate
 from ase_bptt.drift import Snapshot, take_snapshot
 from ase_bptt.drift.changes import DriftReport, FoldDriftReports, drift_report
-from ase_bptt.drift.curves import Curve, birch_murnaghan, chosen_dimers, dimer_curves, elastic, hole
+from ase_bptt.drift.curves import (
+    Curve,
+    birch_murnaghan,
+    chosen_dimers,
+    dimer_curves,
+    elastic,
+    short_range_instability,
+)
 from ase_bptt.potential import Prediction
 from ase_bptt.potentials.analytic import LennardJones
 from ase_bptt.potentials.emt import EMT
@@ -39,7 +46,7 @@ def by_ase(name: str, structure: str, a: float, calculator) -> tuple[float, floa
     return (4 * volume) ** (1 / 3), modulus / GPa
 
 
-class Hollow(LennardJones):
+class Unstable(LennardJones):
     """Lennard-Jones whose repulsion gives way below a distance."""
 
     within = 1.8
@@ -99,9 +106,9 @@ class TestCrystals:
         assert math.isnan(found.bulk_modulus)
 
     def test_the_equation_of_state_is_recovered(self):
-        v, v0, b0, slope = np.linspace(90, 110, 7), 101.0, 0.7, 4.6
+        v, v0, b0, derivative = np.linspace(90, 110, 7), 101.0, 0.7, 4.6
         eta = (v0 / v) ** (2 / 3)
-        e = -3 + 9 * v0 * b0 / 16 * ((eta - 1) ** 3 * slope + (eta - 1) ** 2 * (6 - 4 * eta))
+        e = -3 + 9 * v0 * b0 / 16 * ((eta - 1) ** 3 * derivative + (eta - 1) ** 2 * (6 - 4 * eta))
         assert birch_murnaghan(v, e) == pytest.approx((v0, b0), rel=1e-8)
 
     def test_ten_are_chosen_whose_elements_are_known(self):
@@ -113,39 +120,39 @@ class TestCrystals:
 
 class TestDimers:
     @pytest.mark.parametrize("inner", ["rises", "falls", "breaks"])
-    def test_holes_are_found(self, inner):
+    def test_instabilities_are_found(self, inner):
         distances = tuple(np.linspace(1, 3, 21))
         energies = 5 * (np.array(distances) - 2.2) ** 2
         if inner == "falls":
             energies[:4] = energies[4] - np.arange(4, 0, -1)
         if inner == "breaks":
             energies[:3] = np.inf
-        found = hole(Curve(distances, tuple(energies)))
+        found = short_range_instability(Curve(distances, tuple(energies)))
         if inner == "falls":
             assert (found.distance, found.depth) == (pytest.approx(1.4), pytest.approx(4.0))
             assert found.barrier == pytest.approx(5 * 0.8**2)
         else:
             assert found is None
 
-    def test_a_hole_deeper_than_the_well_is_seen_beside_the_curve_before(self):
+    def test_an_instability_deeper_than_the_minimum_is_seen_beside_the_curve_before(self):
         distances = tuple(np.linspace(1, 3, 21))
         energies = 5 * (np.array(distances) - 2.2) ** 2
         deep = np.where(np.array(distances) < 1.75, -3.0, energies)
-        found = hole(Curve(distances, tuple(deep)), Curve(distances, tuple(energies)))
+        found = short_range_instability(Curve(distances, tuple(deep)), Curve(distances, tuple(energies)))
         assert found.distance == pytest.approx(1.8)
         assert found.depth == pytest.approx(3.8)
 
-    def test_a_well_that_moved_is_no_hole(self):
+    def test_a_minimum_that_moved_is_no_instability(self):
         distances = tuple(np.linspace(1, 3, 21))
         before, after = (tuple(5 * (np.array(distances) - d) ** 2) for d in (2.2, 1.9))
-        assert hole(Curve(distances, after), Curve(distances, before)) is None
+        assert short_range_instability(Curve(distances, after), Curve(distances, before)) is None
 
-    def test_a_ripple_and_a_curve_of_nothing_finite_are_no_holes(self):
+    def test_a_ripple_and_a_curve_of_nothing_finite_are_no_instabilities(self):
         distances = tuple(np.linspace(1, 3, 21))
         energies = 5 * (np.array(distances) - 2.2) ** 2
         energies[2] = energies[3] - 0.05
-        assert hole(Curve(distances, tuple(energies))) is None
-        assert hole(Curve(distances, (math.inf,) * 21)) is None
+        assert short_range_instability(Curve(distances, tuple(energies))) is None
+        assert short_range_instability(Curve(distances, (math.inf,) * 21)) is None
 
     def test_curves_are_those_of_two_atoms(self):
         curve = dimer_curves(lennard_jones(), [(14, 8)])["Si-O"]
@@ -160,7 +167,7 @@ class TestDimers:
         assert chosen_dimers(structures, most=3) == [(1, 1), (6, 6), (1, 6)]
 
 
-class TestCard:
+class TestDriftReport:
     def test_nothing_has_changed_between_a_potential_and_itself(self):
         potential = soft()
         found = drift_report(potential, copy.deepcopy(potential), silicon_pairs(), size=3)
@@ -168,7 +175,7 @@ class TestCard:
         assert found.drift().n == 9
         assert found.drift().size > 0
         assert found.warnings() == []
-        assert "no hole has opened" in drift_text(found)
+        assert "no short-range instability has appeared" in " ".join(drift_text(found).split())
 
     def test_drift_is_the_root_mean_square_by_kind(self):
         before, after = soft(), soft()
@@ -197,36 +204,37 @@ class TestCard:
         before, after = both().crystals["Al"]
         assert after.lattice_constant / before.lattice_constant == pytest.approx(1.01, abs=0.005)
 
-    def test_a_hole_that_opens_is_told_in_words_and_one_that_was_there_is_not(self):
-        hollow = lennard_jones(Hollow)
-        opened = drift_report(lennard_jones(), hollow, silicon_pairs(), size=2)
+    def test_a_new_instability_is_reported_and_one_that_was_there_is_not(self):
+        unstable = lennard_jones(Unstable)
+        opened = drift_report(lennard_jones(), unstable, silicon_pairs(), size=2)
         said = [w for w in opened.warnings() if w.startswith("Si-Si")]
         assert len(said) == 1
-        assert "a hole has opened: nearer than 1.8" in said[0]
-        assert "Warning: Si-Si: a hole has opened" in " ".join(drift_text(opened).split())
-        there = drift_report(hollow, copy.deepcopy(hollow), silicon_pairs(), size=2)
+        assert "a short-range instability has appeared: below 1.8" in said[0]
+        assert "Warning: Si-Si: a short-range instability has appeared" in " ".join(drift_text(opened).split())
+        there = drift_report(unstable, copy.deepcopy(unstable), silicon_pairs(), size=2)
         assert there.warnings() == []
-        assert "Holes before already: Si-Si, H-Si." in " ".join(drift_text(there).split())
-        wider = lennard_jones(Hollow)
+        assert "Unstable before already: Si-Si, H-Si." in " ".join(drift_text(there).split())
+        wider = lennard_jones(Unstable)
         wider.within = 2.0
         assert any(
-            "Si-Si: a hole has grown" in w for w in drift_report(hollow, wider, silicon_pairs(), size=2).warnings()
+            "Si-Si: a short-range instability has grown" in w
+            for w in drift_report(unstable, wider, silicon_pairs(), size=2).warnings()
         )
 
-    def test_probes_and_crystals_that_are_lost_are_told(self):
+    def test_probes_and_crystals_that_are_lost_are_reported(self):
         class Broken(LennardJones):
             def forward(self, structures, edges):
                 return Prediction(super().forward(structures, edges).energy * torch.nan)
 
         found = drift_report(lennard_jones(), lennard_jones(Broken), silicon_pairs(), size=2)
         said = " ".join(found.warnings())
-        assert "On 2 of 6 probes energies or forces are not finite any more." in said
-        assert "the crystal has no minimum of energy any more" in said
+        assert "On 2 of 6 probes energies or forces are no longer finite." in said
+        assert "the crystal no longer has a minimum of the energy" in said
         json.dumps(found.to_json(), allow_nan=False)
         assert drift_text(found)
         assert drift_figure(found).axes
 
-    def test_text_is_at_most_80_columns_wide_and_tells_all(self):
+    def test_text_is_at_most_80_columns_wide_and_complete(self):
         text = drift_text(both())
         assert max(map(len, text.splitlines())) <= 80
         for said in ("rattled structures", "molecules", "Pt", "Cu-Cu", "Held out: mean Delta-Q"):
@@ -251,19 +259,21 @@ class TestCard:
         (picture,) = section.pictures
         assert "molecules" in picture.alt
 
-    def test_a_portrait_is_kept_exactly(self, tmp_path):
+    def test_a_snapshot_is_kept_exactly(self, tmp_path):
         found = take_snapshot(EMT(), size=2)
-        found.write(tmp_path / "portrait.json")
-        again = Snapshot.read(tmp_path / "portrait.json")
+        found.write(tmp_path / "snapshot.json")
+        again = Snapshot.read(tmp_path / "snapshot.json")
         assert again == found
         assert DriftReport(again, found).drift().force == 0
 
-    def test_only_what_was_asked_the_same_can_be_compared(self):
-        with pytest.raises(ValueError, match=r"asked the same can be compared: ask both with the same pairs"):
+    def test_only_snapshots_of_the_same_probes_can_be_compared(self):
+        with pytest.raises(
+            ValueError, match=r"of the same probes can be compared: take both with the same pairs, size and seed"
+        ):
             DriftReport(take_snapshot(EMT(), size=1), take_snapshot(EMT(), size=2))
 
 
-def test_folds_tell_their_lattice_constants_in_the_mean_and_at_worst():
+def test_folds_report_their_lattice_constants_on_average_and_at_worst():
     tuned = both()
     kept = DriftReport(tuned.before, tuned.before)
     section = drift_section(FoldDriftReports((kept, tuned)))
@@ -271,7 +281,7 @@ def test_folds_tell_their_lattice_constants_in_the_mean_and_at_worst():
     worst = max(changes, key=lambda name: abs(changes[name]))
     mean = np.mean([*map(abs, changes.values()), *[0.0] * len(changes)])
     assert (
-        f"Lattice constants have changed by {100 * mean:.2f} % in the mean, and most by {100 * changes[worst]:+.2f} % "
+        f"Lattice constants have changed by {100 * mean:.2f} % on average, and most by {100 * changes[worst]:+.2f} % "
         f"({worst}, fold 1)."
     ) in section.sentences
     assert section.name == TITLE

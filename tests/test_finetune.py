@@ -106,7 +106,7 @@ class TestCrossValidation:
         spoilt = dataclasses.replace(folds[1].after, dimers={dimer: falling})
         card = FoldDriftReports((folds[0], dataclasses.replace(folds[1], after=spoilt), folds[2]))
         (said,) = card.warnings()
-        assert said.startswith(f"Fold 1: {dimer}: a hole has opened")
+        assert said.startswith(f"Fold 1: {dimer}: a short-range instability has appeared")
         assert f"Warning: {said}" in drift_section(card).sentences
 
     def test_a_finished_one_is_read_with_its_card_and_without_its_folds_none(self, validated, tmp_path):

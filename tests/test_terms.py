@@ -1,4 +1,4 @@
-"""Further terms of the loss: zero where nothing changed, right slopes, less forgetting, the same when resumed."""
+"""Further terms of the loss: zero where nothing changed, right gradients, less forgetting, the same when resumed."""
 
 import copy
 import dataclasses
@@ -18,15 +18,14 @@ from helpers.training import labelled, pair_with_frames
 from ase_bptt import RelaxationPair, datasets, read_pairs, relax
 from ase_bptt.potentials.analytic import Morse
 from ase_bptt.potentials.emt import EMT
-from ase_bptt.terms import TERMS, add_gradients, make_term
-from ase_bptt.terms import regularizers as teacher_units
+from ase_bptt.terms import TERMS, add_gradients, make_term, regularizers
 from ase_bptt.terms.labels import Labels
-from ase_bptt.terms.probes import ENERGY, FORCE, KINDS, Points, answer, cost, make_probes
+from ase_bptt.terms.probes import ENERGY, FORCE, KINDS, Targets, energies_and_forces, label_loss, make_probes
 from ase_bptt.terms.regularizers import Distillation, WeightAnchor
 
 
-def mismatch(potential, points: Points, **settings) -> torch.Tensor:
-    return cost(points, *answer(potential, points.structures), **settings)
+def mismatch(potential, targets: Targets, **settings) -> torch.Tensor:
+    return label_loss(targets, *energies_and_forces(potential, targets.structures), **settings)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +48,7 @@ def rng():
 
 @pytest.mark.parametrize("term", every_term(), ids=["pull", "teacher", "reference", "path"])
 class TestEveryTerm:
-    def test_its_slope_is_that_of_differences(self, term, pairs):
+    def test_its_gradient_is_that_of_differences(self, term, pairs):
         potential = wide_lennard_jones(sigma=2.6)
         term.prepare(potential, pairs)
         with torch.no_grad():
@@ -57,7 +56,7 @@ class TestEveryTerm:
             potential.epsilon -= 0.02
         term.loss(potential, pairs, rng())
         found = torch.autograd.grad(copy.deepcopy(term).loss(potential, pairs, rng()), list(potential.parameters()))
-        for weight, slope in zip(potential.parameters(), found, strict=True):
+        for weight, gradient in zip(potential.parameters(), found, strict=True):
             values = []
             for step in (1e-6, -1e-6):
                 with torch.no_grad():
@@ -69,10 +68,10 @@ class TestEveryTerm:
                 values.append(fixed.loss(potential, pairs, rng()).item())
                 with torch.no_grad():
                     weight -= step
-            assert slope.item() == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-5, abs=1e-7)
-            assert abs(slope.item()) > 1e-4
+            assert gradient.item() == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-5, abs=1e-7)
+            assert abs(gradient.item()) > 1e-4
 
-    def test_a_run_that_goes_on_finds_the_same_bit_for_bit(self, term, pairs, tmp_path):
+    def test_a_resumed_run_finds_the_same_bit_for_bit(self, term, pairs, tmp_path):
         potential = wide_lennard_jones(sigma=2.6)
         term = make_term(term.todict())
         term.prepare(potential, pairs)
@@ -92,18 +91,18 @@ class TestEveryTerm:
             potential.sigma += 0.02
         potential.sigma.grad = torch.tensor(5.0, dtype=torch.float64)
         found = add_gradients([term], potential, pairs, [0, 1])
-        slope = potential.sigma.grad.item() - 5.0
+        gradient = potential.sigma.grad.item() - 5.0
         term.weight *= 3
         potential.sigma.grad = None
         # The energies of the elements are those of the last step.
         thrice = add_gradients([term], potential, pairs, [0, 1])
-        assert potential.sigma.grad.item() == pytest.approx(3 * slope)
+        assert potential.sigma.grad.item() == pytest.approx(3 * gradient)
         assert thrice[term.name] == pytest.approx(3 * found[term.name])
         term.weight /= 3
 
 
 @pytest.mark.parametrize("term", [WeightAnchor(), Distillation(size=3, batch=20)], ids=["pull", "teacher"])
-def test_a_guard_is_zero_at_the_pretrained_weights_and_nowhere_else(term, pairs):
+def test_a_regularizer_is_zero_at_the_pretrained_weights_and_nowhere_else(term, pairs):
     potential = wide_lennard_jones()
     term.prepare(potential, pairs)
     assert term.loss(potential, pairs, rng()).item() == pytest.approx(0, abs=1e-20)
@@ -126,62 +125,62 @@ def test_what_a_term_draws_does_not_depend_on_the_others(pairs):
     )
 
 
-def test_the_pull_is_the_mean_squared_change_relative_to_each_tensors_size(pairs):
+def test_the_weight_anchor_is_the_mean_squared_change_relative_to_each_tensors_size(pairs):
     potential = Morse()
     potential.epsilon.requires_grad_(False)
-    pull = WeightAnchor()
-    pull.prepare(potential, pairs)
+    anchor = WeightAnchor()
+    anchor.prepare(potential, pairs)
     trained = [p for p in potential.parameters() if p.requires_grad]
     with torch.no_grad():
         trained[0] *= 1.1
         potential.epsilon *= 2
-    assert pull.loss(potential, pairs, rng()).item() == pytest.approx(100 / len(trained))
+    assert anchor.loss(potential, pairs, rng()).item() == pytest.approx(100 / len(trained))
 
 
-def test_the_pull_of_weights_that_began_at_zero_is_finite(pairs):
+def test_the_weight_anchor_of_weights_that_started_at_zero_is_finite(pairs):
     potential = wide_lennard_jones()
     with torch.no_grad():
         potential.epsilon.zero_()
-    pull = WeightAnchor()
-    pull.prepare(potential, pairs)
+    anchor = WeightAnchor()
+    anchor.prepare(potential, pairs)
     with torch.no_grad():
         potential.epsilon += 0.5
-    assert pull.loss(potential, pairs, rng()).item() == pytest.approx(1e4 * 0.25 / (2.5**2 / 2) / 2)
+    assert anchor.loss(potential, pairs, rng()).item() == pytest.approx(1e4 * 0.25 / (2.5**2 / 2) / 2)
 
 
-def test_a_pull_refuses_other_trained_weights_than_before(pairs):
-    pull = WeightAnchor()
-    pull.prepare(wide_lennard_jones(), pairs)
+def test_a_weight_anchor_refuses_other_trained_weights_than_before(pairs):
+    anchor = WeightAnchor()
+    anchor.prepare(wide_lennard_jones(), pairs)
     again = WeightAnchor()
-    again.load(pull.state())
+    again.load(anchor.state())
     frozen = wide_lennard_jones()
     frozen.sigma.requires_grad_(False)
-    with pytest.raises(ValueError, match=r"other trained weights, as sigma: begin a new run"):
+    with pytest.raises(ValueError, match=r"other trained weights, such as sigma: start a new run"):
         again.prepare(frozen, pairs)
 
 
 class TestMismatch:
     def test_it_is_hubers_function_in_its_units(self):
         potential = wide_lennard_jones()
-        points = Points.of(potential, [wide_cluster(0), wide_cluster(1)])
+        targets = Targets.of(potential, [wide_cluster(0), wide_cluster(1)])
         sizes = torch.tensor([6.0, 6.0], dtype=torch.float64)
-        off = dataclasses.replace(points, energies=points.energies + 0.5 * ENERGY * sizes)
+        off = dataclasses.replace(targets, energies=targets.energies + 0.5 * ENERGY * sizes)
         assert mismatch(potential, off).item() == pytest.approx(0.125)
-        far = dataclasses.replace(points, forces=points.forces + 3 * FORCE)
+        far = dataclasses.replace(targets, forces=targets.forces + 3 * FORCE)
         assert mismatch(potential, far).item() == pytest.approx(2.5)
         assert mismatch(potential, dataclasses.replace(far, energies=far.energies + 9), energies=False).item() == (
             pytest.approx(2.5)
         )
 
-    def test_held_atoms_do_not_count(self):
+    def test_fixed_atoms_do_not_count(self):
         potential = wide_lennard_jones()
         atoms = wide_cluster(0)
         atoms.set_constraint(FixAtoms([0, 1]))
-        points = Points.of(potential, [atoms])
-        points.forces[:2] += 100.0
-        assert mismatch(potential, points).item() == pytest.approx(0, abs=1e-20)
-        points.forces[2:] += FORCE
-        assert mismatch(potential, points).item() == pytest.approx(0.5)
+        targets = Targets.of(potential, [atoms])
+        targets.forces[:2] += 100.0
+        assert mismatch(potential, targets).item() == pytest.approx(0, abs=1e-20)
+        targets.forces[2:] += FORCE
+        assert mismatch(potential, targets).item() == pytest.approx(0.5)
 
 
 class TestProbes:
@@ -205,20 +204,20 @@ class TestProbes:
         assert one.shape != other.shape or not np.allclose(one, other)
 
     def test_structures_lie_between_the_ends_and_are_free(self, pairs):
-        held = pairs[0].initial.copy()
-        held.set_constraint(FixAtoms([0]))
-        probes = make_probes(wide_lennard_jones(), [dataclasses.replace(pairs[0], initial=held)], size=8)
+        fixed = pairs[0].initial.copy()
+        fixed.set_constraint(FixAtoms([0]))
+        probes = make_probes(wide_lennard_jones(), [dataclasses.replace(pairs[0], initial=fixed)], size=8)
         near = [p.atoms for p in probes if p.kind == "structures"]
         assert len(near) == 8
         assert not any(a.constraints for a in near)
-        length = np.linalg.norm(pairs[0].relaxed.positions - held.positions)
-        assert all(np.linalg.norm(a.positions - held.positions) < length + 5 * 0.12 * np.sqrt(18) for a in near)
+        length = np.linalg.norm(pairs[0].relaxed.positions - fixed.positions)
+        assert all(np.linalg.norm(a.positions - fixed.positions) < length + 5 * 0.12 * np.sqrt(18) for a in near)
 
     def test_atoms_of_crystals_feel_forces(self):
         found = [p for p in make_probes(EMT(), size=20) if p.kind == "crystals"]
-        points = Points.of(EMT(), [p.atoms for p in found])
+        targets = Targets.of(EMT(), [p.atoms for p in found])
         assert len(found) >= 8
-        assert points.structures.max(points.forces.norm(dim=1)).min() > 0.01
+        assert targets.structures.max(targets.forces.norm(dim=1)).min() > 0.01
 
 
 class TestTeacher:
@@ -227,7 +226,7 @@ class TestTeacher:
             potential = wide_lennard_jones()
             for term in terms:
                 term.prepare(potential, pairs)
-            goal = Points.of(potential, [wide_cluster(9)])
+            goal = Targets.of(potential, [wide_cluster(9)])
             goal.forces *= 1.5
             optimizer = torch.optim.Adam(potential.parameters(), lr=0.01)
             for step in range(15):
@@ -236,7 +235,7 @@ class TestTeacher:
                 add_gradients(terms, potential, pairs, [0, step])
                 optimizer.step()
             atoms = [p.atoms for p in make_probes(potential, pairs, size=6, seed=5) if p.kind == "structures"]
-            change = Points.of(potential, atoms).forces - Points.of(wide_lennard_jones(), atoms).forces
+            change = Targets.of(potential, atoms).forces - Targets.of(wide_lennard_jones(), atoms).forces
             return change.square().mean().sqrt().item()
 
         free, guarded, pulled = (drift(terms) for terms in ([], [Distillation(10.0, size=6)], [WeightAnchor(10.0)]))
@@ -244,39 +243,39 @@ class TestTeacher:
         assert pulled < free / 3
 
     def test_it_is_the_mean_of_squares_in_its_units(self, pairs):
-        potential, teacher = wide_lennard_jones(), Distillation(size=5, batch=100)
-        teacher.prepare(potential, pairs)
-        sizes = torch.tensor(teacher.points.structures.counts, dtype=torch.float64)
-        teacher.points.energies += 2 * teacher_units.ENERGY * sizes
-        assert teacher.loss(potential, pairs, rng()).item() == pytest.approx(4)
-        teacher.points.forces[::2] += 3 * teacher_units.FORCE
-        share = len(teacher.points.forces[::2]) / len(teacher.points.forces)
-        assert teacher.loss(potential, pairs, rng()).item() == pytest.approx(4 + 9 * share)
+        potential, distillation = wide_lennard_jones(), Distillation(size=5, batch=100)
+        distillation.prepare(potential, pairs)
+        sizes = torch.tensor(distillation.targets.structures.counts, dtype=torch.float64)
+        distillation.targets.energies += 2 * regularizers.ENERGY * sizes
+        assert distillation.loss(potential, pairs, rng()).item() == pytest.approx(4)
+        distillation.targets.forces[::2] += 3 * regularizers.FORCE
+        share = len(distillation.targets.forces[::2]) / len(distillation.targets.forces)
+        assert distillation.loss(potential, pairs, rng()).item() == pytest.approx(4 + 9 * share)
 
-    def test_where_memory_runs_out_its_parts_have_the_same_value_and_slopes(self, pairs, caplog):
-        teacher, found = Distillation(size=5, batch=9), []
+    def test_where_memory_runs_out_its_parts_have_the_same_value_and_gradients(self, pairs, caplog):
+        distillation, found = Distillation(size=5, batch=9), []
         plain = wide_lennard_jones()
-        teacher.prepare(plain, pairs)
+        distillation.prepare(plain, pairs)
         with torch.no_grad():
             plain.sigma *= 1.02
         for potential in (plain, Narrow(plain, most=24)):
-            value = teacher.loss(potential, pairs, rng())
-            slopes = torch.autograd.grad(value, [plain.sigma, plain.epsilon])
-            found.append([value.item(), *(slope.item() for slope in slopes)])
+            value = distillation.loss(potential, pairs, rng())
+            gradients = torch.autograd.grad(value, [plain.sigma, plain.epsilon])
+            found.append([value.item(), *(gradient.item() for gradient in gradients)])
         assert found[1] == pytest.approx(found[0], rel=1e-12)
         assert "going on with half as many" in caplog.text
 
     def test_probes_that_the_potential_does_not_know_are_left_out(self, pairs):
-        teacher = Distillation(size=10)
-        teacher.prepare(wide_lennard_jones(), pairs)
-        assert 10 < len(teacher.points) < 30
-        assert teacher.points.forces.abs().max() < 30
+        distillation = Distillation(size=10)
+        distillation.prepare(wide_lennard_jones(), pairs)
+        assert 10 < len(distillation.targets) < 30
+        assert distillation.targets.forces.abs().max() < 30
 
     def test_kinds_can_be_left_out(self, pairs):
-        teacher = Distillation(size=4, kinds=["crystals"])
-        teacher.prepare(EMT(), pairs)
-        assert len(teacher.points) == 4
-        assert bool(teacher.points.structures.pbc.all())
+        distillation = Distillation(size=4, kinds=["crystals"])
+        distillation.prepare(EMT(), pairs)
+        assert len(distillation.targets) == 4
+        assert bool(distillation.targets.structures.pbc.all())
 
     def test_one_kind_may_be_a_word(self):
         assert Distillation(kinds="crystals").todict() == Distillation(kinds=["crystals"]).todict()
@@ -385,7 +384,7 @@ class TestReference:
         with pytest.raises(ValueError, match="frame with energy and forces"):
             Labels().prepare(potential, [pair])
 
-    def test_what_cannot_be_used_is_said(self, pairs):
+    def test_what_cannot_be_used_is_reported(self, pairs):
         bare = dataclasses.replace(pairs[1], initial=wide_cluster(1), relaxed=wide_cluster(2), frames=())
         with pytest.raises(ValueError, match=r"None of the training pairs has a frame with energy and forces"):
             Labels().prepare(wide_lennard_jones(), [bare])
@@ -398,7 +397,7 @@ class TestReference:
     def test_only_so_many_frames_are_kept_the_ends_among_them(self, pairs):
         term = Labels(frames=2, per_pair=9, energies=False)
         term.prepare(wide_lennard_jones(sigma=2.6), pairs)
-        ends = Points.of(wide_lennard_jones(), [pairs[0].initial, pairs[0].relaxed])
+        ends = Targets.of(wide_lennard_jones(), [pairs[0].initial, pairs[0].relaxed])
         expected = mismatch(wide_lennard_jones(sigma=2.6), ends, energies=False).item()
         assert term.loss(wide_lennard_jones(sigma=2.6), pairs[:1], rng()).item() == pytest.approx(expected)
 

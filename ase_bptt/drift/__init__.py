@@ -1,4 +1,4 @@
-"""What a potential says of probes, crystals and dimers: one side of the before-and-after card."""
+"""Snapshots of a potential: its answers on probes, crystals and dimers, of which a drift report compares two."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import numpy as np
 
 from ..pairs import RelaxationPair
 from ..potential import Potential
-from ..terms.probes import Points, chosen_crystals, make_probes
+from ..terms.probes import Targets, chosen_crystals, make_probes
 from ..utils import replacing
 from .curves import Curve, Elastic, chosen_dimers, dimer_curves, elastic
 
 SEED = 1
-"""Of the card's probes: other draws than the teacher's, whose seed is 0."""
+"""Of the probes of a snapshot: other draws than those of the distillation term, whose seed is 0."""
 
 
 @dataclass(frozen=True)
-class Answer:
+class ProbeResult:
     """A probe's kind and name, the potential's energy there in eV, and its forces in eV/Å, a row for each atom."""
 
     kind: str
@@ -32,30 +32,30 @@ class Answer:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a potential says.
+    """What a potential finds on probes, crystals and dimers.
 
     Attributes
     ----------
-    probes : tuple of Answer
+    probes : tuple of ProbeResult
     crystals : dict of str to Elastic
     dimers : dict of str to Curve
     """
 
-    probes: tuple[Answer, ...]
+    probes: tuple[ProbeResult, ...]
     crystals: dict[str, Elastic]
     dimers: dict[str, Curve]
 
     def write(self, path: str | Path) -> None:
-        """Keep it, exactly: NaN stays NaN, which Python's own JSON reads."""
+        """Write it as JSON, exactly: NaN stays NaN, which Python's own JSON reads."""
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(asdict(self)) + "\n")
 
     @classmethod
     def read(cls, path: str | Path) -> Snapshot:
-        """What `write` kept."""
+        """The snapshot that `write` wrote."""
         found: dict[str, Any] = json.loads(Path(path).read_text())
         return cls(
-            tuple(Answer(**row | {"forces": tuple(map(tuple, row["forces"]))}) for row in found["probes"]),
+            tuple(ProbeResult(**row | {"forces": tuple(map(tuple, row["forces"]))}) for row in found["probes"]),
             {name: Elastic(**row) for name, row in found["crystals"].items()},
             {name: Curve(*(tuple(row[key]) for key in ("distances", "energies")))
              for name, row in found["dimers"].items()},
@@ -65,14 +65,14 @@ class Snapshot:
 def take_snapshot(
     potential: Potential, pairs: Sequence[RelaxationPair] = (), *, size: int = 24, seed: int = SEED
 ) -> Snapshot:
-    """Ask a potential.
+    """Evaluate a potential on probes, crystals and dimers.
 
     Parameters
     ----------
     potential : Potential
     pairs : sequence of RelaxationPair
-        Whose rattled structures are probes, and whose elements make the dimers; without pairs there are
-        dimers of silicon, oxygen, carbon, ..., of the elements of the crystals.
+        Their rattled structures are probes, and their elements make the dimers. Without pairs the dimers are of the
+        elements of the crystals.
     size, seed : int
         Of the probe set, as for `make_probes`.
     """
@@ -81,11 +81,11 @@ def take_snapshot(
     dimers = chosen_dimers([p.initial for p in pairs] or [c.atoms() for c in crystals])
     answers = []
     if probes:
-        points = Points.of(potential, [probe.atoms for probe in probes])
-        forces = points.forces.double().cpu().split(points.structures.counts)
-        energies = points.energies.double().cpu().tolist()
+        targets = Targets.of(potential, [probe.atoms for probe in probes])
+        forces = targets.forces.double().cpu().split(targets.structures.counts)
+        energies = targets.energies.double().cpu().tolist()
         answers = [
-            Answer(probe.kind, probe.name, energy, tuple(map(tuple, np.asarray(f).tolist())))
+            ProbeResult(probe.kind, probe.name, energy, tuple(map(tuple, np.asarray(f).tolist())))
             for probe, energy, f in zip(probes, energies, forces, strict=True)
         ]
     return Snapshot(tuple(answers), elastic(potential, crystals), dimer_curves(potential, dimers))

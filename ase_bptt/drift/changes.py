@@ -1,4 +1,4 @@
-"""What has changed between two snapshots of a potential, for one run and for the folds of a cross-validation."""
+"""The drift report: two snapshots of a potential compared, for one run and for the folds of a cross-validation."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ import numpy as np
 from ..evaluation import Evaluation
 from ..pairs import RelaxationPair
 from ..potential import Potential
-from ..terms.probes import KINDS, SOUND
+from ..terms.probes import KINDS, LARGEST_FORCE
 from ..utils import without_nan, write_json
-from . import Answer, Snapshot, take_snapshot
-from .curves import Hole, hole
+from . import ProbeResult, Snapshot, take_snapshot
+from .curves import ShortRangeInstability, short_range_instability
 
 NEARER, DEEPER = 0.05, 0.5
-"""Å and eV: a hole that begins so much farther out, is so much deeper or behind a barrier so much lower, has grown."""
+"""Å and eV: an instability has grown if it begins so much farther out, is so much deeper, or its barrier is lower."""
 
 
 @dataclass(frozen=True)
 class Drift:
-    """How far the answers of two potentials on some probes are apart.
+    """How far two potentials are apart on some probes.
 
     Attributes
     ----------
     n : int
-        Probes on which the first finds no force above `SOUND`, and the second finite ones.
+        Probes on which the first finds no force above `LARGEST_FORCE`, and the second finite forces.
     force, energy : float
         Root mean square of the change of a force's component in eV/Å, and of an energy in eV per atom.
     largest : float
@@ -48,7 +48,7 @@ class Drift:
 
 @dataclass(frozen=True, eq=False)
 class DriftReport:
-    """Two portraits beside each other; `held_out` are the evaluations of held-out pairs, where there are any."""
+    """Two snapshots compared; `held_out` are the evaluations of held-out pairs, where there are any."""
 
     before: Snapshot
     after: Snapshot
@@ -57,7 +57,9 @@ class DriftReport:
     def __post_init__(self) -> None:
         names = [[(a.kind, a.name) for a in side.probes] for side in (self.before, self.after)]
         if names[0] != names[1] or self.before.crystals.keys() != self.after.crystals.keys():
-            raise ValueError("Only potentials that were asked the same can be compared: ask both with the same pairs.")
+            raise ValueError(
+                "Only snapshots of the same probes can be compared: take both with the same pairs, size and seed."
+            )
 
     def drift(self, kind: str | None = None) -> Drift:
         """Over all probes, or those of a kind; NaN where there are none."""
@@ -79,19 +81,23 @@ class DriftReport:
         found = {kind: self.drift(kind) for kind in KINDS}
         return {kind: drift for kind, drift in found.items() if drift.n} | {"all": self.drift()}
 
-    def holes(self) -> dict[str, tuple[Hole | None, Hole | None]]:
-        """Of each dimer, before and after."""
-        return {name: (hole(curve), hole(self.after.dimers[name], curve)) for name, curve in self.before.dimers.items()}
+    @property
+    def instabilities(self) -> dict[str, tuple[ShortRangeInstability | None, ShortRangeInstability | None]]:
+        """The short-range instability of each dimer, before and after; None where there is none."""
+        return {
+            name: (short_range_instability(curve), short_range_instability(self.after.dimers[name], curve))
+            for name, curve in self.before.dimers.items()
+        }
 
     def warnings(self) -> list[str]:
-        """A sentence for each hole that has opened or grown, and for each crystal that has lost its minimum."""
-        found = [_said(name, b, a) for name, (b, a) in self.holes().items() if a and _worse(b, a)]
+        """A sentence for each instability that has appeared or grown, and each crystal that has lost its minimum."""
+        found = [_sentence(name, b, a) for name, (b, a) in self.instabilities.items() if a and _worse(b, a)]
         for name, b in self.before.crystals.items():
             if math.isfinite(b.lattice_constant) and not math.isfinite(self.after.crystals[name].lattice_constant):
-                found.append(f"{name}: the crystal has no minimum of energy any more where it was before.")
+                found.append(f"{name}: the crystal no longer has a minimum of the energy where it had one before.")
         lost = sum(_sound(b) and not _finite(a) for b, a in zip(self.before.probes, self.after.probes, strict=True))
         if lost:
-            found.append(f"On {lost} of {len(self.before.probes)} probes energies or forces are not finite any more.")
+            found.append(f"On {lost} of {len(self.before.probes)} probes energies or forces are no longer finite.")
         return found
 
     def to_json(self) -> dict[str, Any]:
@@ -101,10 +107,11 @@ class DriftReport:
                    "bulk_modulus": [b.bulk_modulus, a.bulk_modulus]}
             for name, (b, a) in self.crystals.items()
         }  # fmt: skip
+        instabilities = self.instabilities
         dimers = {
             name: {"distances": list(curve.distances), "before": list(curve.energies),
                    "after": list(self.after.dimers[name].energies),
-                   "holes": [None if h is None else vars(h) for h in self.holes()[name]]}
+                   "holes": [None if found is None else vars(found) for found in instabilities[name]]}
             for name, curve in self.before.dimers.items()
         }  # fmt: skip
         held_out = None if self.held_out is None else {
@@ -129,47 +136,47 @@ class DriftReport:
         return {name: (b, self.after.crystals[name]) for name, b in self.before.crystals.items()}
 
 
-def _finite(answer: Answer) -> bool:
+def _finite(answer: ProbeResult) -> bool:
     return math.isfinite(answer.energy) and bool(np.isfinite(answer.forces).all())
 
 
-def _sound(answer: Answer) -> bool:
-    return _finite(answer) and float(np.linalg.norm(answer.forces, axis=1).max()) < SOUND
+def _sound(answer: ProbeResult) -> bool:
+    return _finite(answer) and float(np.linalg.norm(answer.forces, axis=1).max()) < LARGEST_FORCE
 
 
 def _rms(values: np.ndarray) -> float:
     return float(np.sqrt(np.mean(values**2)))
 
 
-def _worse(before: Hole | None, after: Hole) -> bool:
+def _worse(before: ShortRangeInstability | None, after: ShortRangeInstability) -> bool:
     if before is None:
         return True
     lower = after.barrier < before.barrier - DEEPER
     return lower or after.distance > before.distance + NEARER or after.depth > before.depth + DEEPER
 
 
-def _said(name: str, before: Hole | None, after: Hole) -> str:
+def _sentence(name: str, before: ShortRangeInstability | None, after: ShortRangeInstability) -> str:
     how = (
-        f"nearer than {after.distance:.2f} Å the energy falls, by {after.depth:.1f} eV, behind a barrier of "
+        f"below {after.distance:.2f} Å the energy falls by {after.depth:.1f} eV, behind a barrier of "
         f"{after.barrier:.1f} eV"
     )
     if before is None:
-        return f"{name}: a hole has opened: {how}; before, it rose all the way."
+        return f"{name}: a short-range instability has appeared: {how}; before, it rose all the way."
     return (
-        f"{name}: a hole has grown: {how} (before: {before.distance:.2f} Å, {before.depth:.1f} eV "
+        f"{name}: a short-range instability has grown: {how} (before: {before.distance:.2f} Å, {before.depth:.1f} eV "
         f"and {before.barrier:.1f} eV)."
     )
 
 
 @dataclass(frozen=True, eq=False)
 class FoldDriftReports:
-    """The changes of each fold, all of which began with one potential."""
+    """The drift reports of the folds, all of which started from one potential."""
 
     folds: tuple[DriftReport, ...]
 
     def of_folds(self, kind: str) -> dict[int, Drift]:
         """By fold, where it has probes of this kind; "all" for all of them."""
-        found = {k: changes.drifts.get(kind) for k, changes in enumerate(self.folds)}
+        found = {k: report.drifts.get(kind) for k, report in enumerate(self.folds)}
         return {k: drift for k, drift in found.items() if drift is not None and drift.n}
 
     def drift(self, kind: str = "all") -> Drift:
@@ -183,35 +190,35 @@ class FoldDriftReports:
     @property
     def drifts(self) -> dict[str, Drift]:
         """By kind of probe, those that there are, and "all"."""
-        kinds = dict.fromkeys(kind for changes in self.folds for kind in changes.drifts)
+        kinds = dict.fromkeys(kind for report in self.folds for kind in report.drifts)
         found = {kind: self.drift(kind) for kind in sorted(kinds, key="all".__eq__)}
         return {kind: drift for kind, drift in found.items() if drift.n or kind == "all"}
 
     def worst(self, kind: str = "all") -> tuple[int, Drift] | None:
-        """The fold whose forces have moved farthest, counted from 0; None without probes."""
+        """The fold whose forces have changed most, counted from 0; None without probes."""
         return max(self.of_folds(kind).items(), key=lambda found: found[1].force, default=None)
 
     def stretches(self) -> Iterator[tuple[float, str, int]]:
         """Relative change of each lattice constant, with the crystal's name and the fold."""
-        for k, changes in enumerate(self.folds):
-            for name, (before, after) in changes.crystals.items():
+        for k, report in enumerate(self.folds):
+            for name, (before, after) in report.crystals.items():
                 share = after.lattice_constant / before.lattice_constant - 1
                 if math.isfinite(share):
                     yield share, name, k
 
     def warnings(self) -> list[str]:
         """Those of each fold, with its number."""
-        return [f"Fold {k}: {said}" for k, changes in enumerate(self.folds) for said in changes.warnings()]
+        return [f"Fold {k}: {warning}" for k, report in enumerate(self.folds) for warning in report.warnings()]
 
     def to_json(self) -> dict[str, Any]:
-        """Means, the worst fold of each kind, and all that is known of each fold; null where a number is not finite."""
+        """Means, the worst fold of each kind, and the report of each fold; null where a number is not finite."""
         worst = {kind: self.worst(kind) for kind in self.drifts}
         return without_nan(
             {
                 "drift": {kind: vars(drift) for kind, drift in self.drifts.items()},
                 "worst_fold": {kind: found and found[0] for kind, found in worst.items()},
                 "warnings": self.warnings(),
-                "folds": [changes.to_json() for changes in self.folds],
+                "folds": [report.to_json() for report in self.folds],
             }
         )
 
@@ -228,14 +235,14 @@ def drift_report(
     held_out: tuple[Evaluation, Evaluation] | None = None,
     size: int = 24,
 ) -> DriftReport:
-    """Compare two potentials.
+    """Compare two potentials by snapshots of both.
 
     Parameters
     ----------
     before, after : Potential
         Of the same elements, the pretrained one first.
     pairs : sequence of RelaxationPair
-        As for `take_snapshot`; best held-out ones.
+        As for `take_snapshot`; best those that were not trained on.
     held_out : two Evaluations, optional
         Of the same held-out pairs by each.
     size : int

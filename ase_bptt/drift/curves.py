@@ -1,25 +1,28 @@
-"""Energies along a stretch: of known crystals (lattice constant, bulk modulus) and of dimers."""
+"""Energy curves of a potential: of crystals against volume (lattice constant, bulk modulus), and of dimers."""
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
-import torch
 from ase import Atoms
 from ase.data import chemical_symbols, covalent_radii
+from ase.eos import EquationOfState
 from ase.units import GPa
 
-from ..neighbors import find_edges
 from ..potential import Potential
 from ..terms.probes import Crystal
+from ..throughput import single_points
 
 STEP, FINE, ROUNDS = 0.02, 0.008, 8
-"""Spacing of the seven lattice constants in the search and in the fit, and how often the search moves on."""
+"""Spacing of the seven lattice constants in the search and in the fit, and the most rounds of the search."""
 VOLUMES = np.arange(-3, 4)
+TOGETHER = 32
+"""Structures evaluated in one batch: these are small."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +36,8 @@ class Elastic:
 def elastic(potential: Potential, crystals: Sequence[Crystal]) -> dict[str, Elastic]:
     """Lattice constants and bulk moduli of cubic crystals, from energies at seven volumes each.
 
-    The seven lattice constants move until the lowest energy is inside, then close in on it. The fit is
-    Birch and Murnaghan's equation of state of third order (Phys. Rev. 71, 809 (1947)): the energy is a
-    polynomial of third degree in V^(-2/3).
+    The seven lattice constants move until the lowest energy is inside, then close in on it, and the equation of
+    state is fitted to their energies (`birch_murnaghan`).
     """
     cells = [crystal.atoms() for crystal in crystals]
     centre = np.ones(len(cells))
@@ -45,11 +47,11 @@ def elastic(potential: Potential, crystals: Sequence[Crystal]) -> dict[str, Elas
         if not len(searching):
             break
         scales = centre[searching, None] * (1 + STEP * VOLUMES)
-        lowest = _energies(potential, [cells[k] for k in searching], scales).argmin(axis=1)
+        lowest = _energies_at(potential, [cells[k] for k in searching], scales).argmin(axis=1)
         centre[searching] = scales[np.arange(len(searching)), lowest]
         inside[searching] = (lowest > 0) & (lowest < len(VOLUMES) - 1)
     scales = centre[:, None] * (1 + FINE * VOLUMES)
-    energies = _energies(potential, cells, scales) if len(cells) else np.zeros((0, len(VOLUMES)))
+    energies = _energies_at(potential, cells, scales)
     found = {}
     for crystal, cell, s, e, good in zip(crystals, cells, scales, energies, inside, strict=True):
         volume, modulus = birch_murnaghan(s**3 * cell.get_volume(), e) if good else (np.nan, np.nan)
@@ -58,67 +60,73 @@ def elastic(potential: Potential, crystals: Sequence[Crystal]) -> dict[str, Elas
     return found
 
 
-def _energies(potential: Potential, cells: Sequence[Atoms], scales: np.ndarray) -> np.ndarray:
+def _energies_at(potential: Potential, cells: Sequence[Atoms], scales: np.ndarray) -> np.ndarray:
     """Energies in eV of each cell at each scale of its lattice constant, the shape of the scales."""
     atoms = []
     for cell, row in zip(cells, scales, strict=True):
         for scale in row:
             atoms.append(cell.copy())
             atoms[-1].set_cell(cell.cell.array * scale, scale_atoms=True)
-    return energies_of(potential, atoms).reshape(scales.shape)
+    return _energies(potential, atoms).reshape(scales.shape)
 
 
-def energies_of(potential: Potential, atoms: Sequence[Atoms], together: int = 32) -> np.ndarray:
-    """Energies in eV of structures, so many in one batch; infinite where they are not finite."""
-    found = []
-    for first in range(0, len(atoms), together):
-        batch = potential.batch(atoms[first : first + together])
-        with torch.no_grad():
-            energy = potential(batch, find_edges(batch, potential.cutoff)).energy
-        found.append(energy.double().cpu().numpy())
-    energies = np.concatenate(found) if found else np.zeros(0)
+def _energies(potential: Potential, atoms: Sequence[Atoms]) -> np.ndarray:
+    """Energies in eV of structures, shape (n,); infinite where they are not finite."""
+    batches = single_points(potential, atoms, TOGETHER, forces=False)
+    energies = np.concatenate([np.zeros(0), *(energy.double().cpu().numpy() for _, energy, _ in batches)])
     return np.where(np.isfinite(energies), energies, np.inf)
 
 
 def birch_murnaghan(volumes: np.ndarray, energies: np.ndarray) -> tuple[float, float]:
-    """Volume and bulk modulus (in energy per volume) at the minimum of a fit; NaN where it has none inside."""
+    """Volume and bulk modulus (in energy per volume) at the minimum of a fit; NaN where it has none inside.
+
+    The third-order equation of state of Birch and Murnaghan (Phys. Rev. 71, 809 (1947)), fitted by `ase.eos`.
+    """
     if not np.isfinite(energies).all():
         return np.nan, np.nan
-    # Centred and scaled, or the fit would lose digits.
-    scale = volumes.mean()
-    x = (volumes / scale) ** (-2 / 3)
-    fit = np.polynomial.Polynomial(np.linalg.lstsq(np.vander(x - 1, 4, increasing=True), energies, rcond=None)[0])
-    slope, curvature = fit.deriv(), fit.deriv(2)
-    roots = [root.real for root in slope.roots() if abs(root.imag) < 1e-9 and curvature(root.real) > 0]
-    inside = [root for root in roots if x.min() <= 1 + root <= x.max()]
-    if not inside:
+    # Energies from the lowest one, or a large total energy would cost the fit digits.
+    equation = EquationOfState(volumes, energies - energies.min(), eos="birchmurnaghan")
+    with warnings.catch_warnings():
+        # Where there is no minimum the fit runs into negative volumes, and says so.
+        warnings.simplefilter("ignore")
+        try:
+            volume, _, modulus = equation.fit(warn=False)
+        except RuntimeError:
+            return np.nan, np.nan
+    if not (volumes.min() <= volume <= volumes.max() and modulus > 0):
         return np.nan, np.nan
-    volume = (1 + inside[0]) ** (-1.5)
-    return float(volume * scale), float(4 / 9 * curvature(inside[0]) * volume ** (-7 / 3) / scale)
+    return float(volume), float(modulus)
 
 
 NEAREST, FARTHEST, DISTANCES = 0.5, 1.6, 45
-"""In sums of the covalent radii: where a curve begins and ends; and its distances."""
-WELL = 0.7
-"""In sums of the covalent radii: the well is sought from here on, and everything nearer must repel."""
+"""In sums of the covalent radii: the shortest and the longest distance of a curve; and the number of distances."""
+BONDED = 0.7
+"""In sums of the covalent radii: the minimum is sought from here outwards, and everything nearer must repel."""
 LEAST = 0.1
-"""eV: a smaller fall is none."""
+"""eV: a smaller fall of the energy does not count."""
 MOST = 10
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Energies in eV of two atoms at distances in Å, rising; infinite where they are not finite."""
+    """Energies in eV of two atoms at distances in Å, in rising order; infinite where they are not finite."""
 
     distances: tuple[float, ...]
     energies: tuple[float, ...]
 
 
 @dataclass(frozen=True)
-class Hole:
-    """From which distance on, in Å, the energy falls as two atoms come nearer, and by how much, in eV.
+class ShortRangeInstability:
+    """Where the energy falls although two atoms come nearer to each other.
 
-    `barrier` is the energy there above the well, in eV: the lower, the sooner two atoms fall in.
+    Attributes
+    ----------
+    distance : float
+        Å, below which the energy falls.
+    depth : float
+        eV, by how much it falls.
+    barrier : float
+        eV, the energy at that distance above the minimum of the curve: the lower, the sooner two atoms collapse.
     """
 
     distance: float
@@ -127,7 +135,7 @@ class Hole:
 
 
 def dimer_curves(potential: Potential, elements: Sequence[tuple[int, int]]) -> dict[str, Curve]:
-    """Curves of two isolated atoms of these elements, by name, as "Si-O"."""
+    """Curves of two isolated atoms of these elements (atomic numbers), by name, as "Si-O"."""
     shares = np.linspace(NEAREST, FARTHEST, DISTANCES)
     grid = [shares * (covalent_radii[a] + covalent_radii[b]) for a, b in elements]
     atoms = [
@@ -135,7 +143,7 @@ def dimer_curves(potential: Potential, elements: Sequence[tuple[int, int]]) -> d
         for (a, b), distances in zip(elements, grid, strict=True)
         for d in distances
     ]
-    energies = energies_of(potential, atoms).reshape(len(grid), DISTANCES)
+    energies = _energies(potential, atoms).reshape(len(grid), DISTANCES)
     return {
         f"{chemical_symbols[a]}-{chemical_symbols[b]}": Curve(tuple(d.tolist()), tuple(e.tolist()))
         for (a, b), d, e in zip(elements, grid, energies, strict=True)
@@ -154,33 +162,33 @@ def chosen_dimers(structures: Sequence[Atoms], most: int = MOST) -> list[tuple[i
     return [*alike, *mixed[: most - len(alike)]]
 
 
-def hole(curve: Curve, before: Curve | None = None) -> Hole | None:
-    """The deepest fall on the way from the well inwards; None where the energy rises all the way.
+def short_range_instability(curve: Curve, before: Curve | None = None) -> ShortRangeInstability | None:
+    """The deepest fall of the energy from the minimum inwards; None where it rises all the way.
 
-    The well is the lowest point that is not too near; or, with the curve of another potential before, the
-    minimum that leads down from where its well was: a hole may be deeper than the well.
+    The minimum is the lowest point from `BONDED` outwards. With the curve of another potential before, it is the
+    minimum that is reached downhill from where that curve has its own: an instability may be deeper than the minimum.
     """
     distances, energies = np.array(curve.distances), np.array(curve.energies)
     if not np.isfinite(energies).any():
         return None
-    well = _lowest(curve) if before is None else _downhill(energies, _lowest(before))
-    inwards = energies[well::-1]
-    # What is not finite breaks off the curve, and is no wall.
+    minimum = _lowest(curve) if before is None else _downhill(energies, _lowest(before))
+    inwards = energies[minimum::-1]
+    # An energy that is not finite ends the curve; it is no repulsion.
     inwards = inwards[: int(np.argmax(~np.isfinite(inwards)))] if not np.isfinite(inwards).all() else inwards
     if len(inwards) < 2:
         return None
-    top = np.maximum.accumulate(inwards)
-    fall = top - inwards
+    fall = np.maximum.accumulate(inwards) - inwards
     lowest = int(fall.argmax())
     if fall[lowest] < LEAST:
         return None
-    summit = int(inwards[: lowest + 1].argmax())
-    return Hole(float(distances[well - summit]), float(fall[lowest]), float(inwards[summit] - inwards[0]))
+    top = int(inwards[: lowest + 1].argmax())
+    barrier = float(inwards[top] - inwards[0])
+    return ShortRangeInstability(float(distances[minimum - top]), float(fall[lowest]), barrier)
 
 
 def _lowest(curve: Curve) -> int:
     distances, energies = np.array(curve.distances), np.array(curve.energies)
-    outer = distances >= WELL / FARTHEST * distances[-1]
+    outer = distances >= BONDED / FARTHEST * distances[-1]
     return int(np.flatnonzero(outer)[energies[outer].argmin()])
 
 

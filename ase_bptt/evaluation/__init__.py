@@ -13,6 +13,7 @@ import numpy as np
 import spglib
 from ase import Atoms
 
+from ..iterated_map import Status
 from ..losses import SAME_END, delta_q, displacements, max_displacement, rmsd
 from ..pairs import RelaxationPair
 from ..potential import Potential
@@ -67,6 +68,11 @@ class Row:
     status: str
     nsteps: int
     displacements: tuple[float, ...]
+
+    @property
+    def converged(self) -> bool:
+        """Whether the forces fell below fmax within the steps that were allowed."""
+        return self.status == Status.CONVERGED.value
 
     @property
     def symmetry_kept(self) -> bool:

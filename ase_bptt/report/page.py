@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from base64 import b64encode
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from statistics import fmean
 
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup, escape
@@ -16,9 +17,18 @@ from matplotlib.figure import Figure
 from ..evaluation import BASIN_RULE, Evaluation
 from ..evaluation.compare import Comparison
 from ..utils import replacing
-from . import LABELS, check_same, comparison_sentences, headline, plural
+from . import LABELS, change, check_same, comparison_sentences, count, headline, median, number, plural
 from .plots import MOST_ATOMS, atom_displacements, before_after, by_group, learning_curve, png, save
-from .tables import UNIT, Table, facts_table, groups_table, sorted_groups, structures_table, summary_table
+from .tables import (
+    NUMBER,
+    UNIT,
+    Cell,
+    Table,
+    both_of,
+    groups_table,
+    sorted_groups,
+    structures_table,
+)
 
 RULE = BASIN_RULE.removeprefix("right basin: ")
 TERMS = (
@@ -135,6 +145,40 @@ def _results(
         Section("By group", tables=groups, pictures=[dots(evaluation, after, labels)]),
         Section("Each structure", tables=structures, pictures=[bars(evaluation, after, labels)]),
     ]
+
+
+def facts_table(facts: Iterable[tuple[str, str]]) -> Table:
+    """Names and values."""
+    return Table("Potential, settings, versions", [], [[Cell(name), Cell(value)] for name, value in facts], "facts")
+
+
+def summary_table(evaluation: Evaluation, after: Evaluation | None, labels: tuple[str, str]) -> Table:
+    """A measure a row; the values of one or two evaluations and the change."""
+    both = both_of(evaluation, after)
+    measures: list[tuple[str, Callable[[Evaluation], float], int]] = [
+        (f"Mean Delta-Q ({UNIT})", lambda e: e.mean, 2),
+        (f"Median Delta-Q ({UNIT})", median, 2),
+        ("Mean force at the reference (eV/Å)", lambda e: fmean(row.residual_force for row in e.rows), 3),
+    ]
+    rows = [[Cell(f"Mean Delta-Q of the starts ({UNIT})"),
+             *(Cell(number(e.mean_unrelaxed, 2), NUMBER) for e in both), Cell("")]]  # fmt: skip
+    for name, measure, digits in measures:
+        values = [measure(e) for e in both]
+        said = change(values[0], values[1]) if after is not None else ""
+        rows.append([Cell(name), *(Cell(number(v, digits), NUMBER) for v in values), Cell(said)])
+    counts: list[tuple[str, Callable[[Evaluation], str]]] = [
+        ("In the right basin", lambda e: count(e, "basin")),
+        ("Space group of the reference kept", lambda e: count(e, "symmetry")),
+        ("Converged", lambda e: f"{sum(row.converged for row in e.rows)} of {len(e.rows)}"),
+    ]
+    rows += [[Cell(name), *(Cell(said(e), NUMBER) for e in both), Cell("")] for name, said in counts]
+    if after is None:
+        heads = [Cell("Measure"), Cell("Value", NUMBER)]
+        rows = [row[:-1] for row in rows]
+    else:
+        heads = [Cell("Measure"), *(Cell(label, NUMBER) for label in labels), Cell("Change")]
+    sizes = f"{plural(len(evaluation.rows), 'structure')} in {plural(len(evaluation.by_group()), 'group')}"
+    return Table(sizes, [heads], rows)
 
 
 CSS_WIDTH = 480

@@ -1,4 +1,4 @@
-"""What a potential keeps while it learns: further terms of the loss, and the before-and-after card."""
+"""Terms that are added to the loss: weight anchor (L2-SP), distillation, and energy and force labels."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class Term(Protocol):
     name: ClassVar[str]
 
     def check(self, pairs: Sequence[RelaxationPair]) -> None:
-        """Raise for training pairs that the term cannot use, before any work; a term may be without it."""
+        """Raise for training pairs that the term cannot use, before any work; the method is optional."""
 
     def prepare(self, potential: Potential, pairs: Sequence[RelaxationPair]) -> None:
-        """Before the first epoch, and again where a run goes on: remember the potential.
+        """Remember the pretrained potential; called before the first epoch, and again when a run is resumed.
 
-        In a run that goes on `load` has been called before, and what it gave is kept: the potential is no
-        longer the pretrained one.
+        In a resumed run `load` has been called before, and the state that it was given is kept: the potential is
+        no longer the pretrained one.
         """
 
     def loss(self, potential: Potential, pairs: Sequence[RelaxationPair], rng: np.random.Generator) -> Tensor:
@@ -47,14 +47,14 @@ class Term(Protocol):
         raise NotImplementedError
 
     def state(self) -> dict[str, Any]:
-        """What a run that goes on needs, as tensors on the CPU and plain values."""
+        """What a resumed run needs, as tensors on the CPU and plain values."""
         raise NotImplementedError
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take up what `state` gave; call it before `prepare`."""
+        """Restore what `state` returned; call it before `prepare`."""
 
     def todict(self) -> dict[str, Any]:
-        """Name, weight and settings, as JSON, of which `make_term` makes the same term."""
+        """Name, weight and settings, as JSON, from which `make_term` makes the same term."""
         raise NotImplementedError
 
 
@@ -64,7 +64,7 @@ TERMS: dict[str, type[WeightAnchor] | type[Distillation] | type[Labels]] = {
 
 
 def make_term(settings: dict[str, Any] | str) -> Term:
-    """A term by name, with its defaults, or of what its `todict` gave; ValueError for names not in `TERMS`."""
+    """A term by name, with its defaults, or from what its `todict` returned; ValueError for names not in `TERMS`."""
     settings = {"name": settings} if isinstance(settings, str) else dict(settings)
     name = settings.pop("name", None)
     if name not in TERMS:
@@ -75,7 +75,7 @@ def make_term(settings: dict[str, Any] | str) -> Term:
 def make_terms(terms: Sequence[Term | dict[str, Any] | str] | str) -> list[Term]:
     """Copies of terms, or as `make_term` makes them; ValueError for two of one name.
 
-    Copies, since a term remembers the potential that its training began with.
+    Copies, since a term remembers the potential that its training started from.
     """
     given = [terms] if isinstance(terms, str) else terms
     made = [make_term(term) if isinstance(term, (dict, str)) else copy.deepcopy(term) for term in given]
@@ -85,9 +85,9 @@ def make_terms(terms: Sequence[Term | dict[str, Any] | str] | str) -> list[Term]
 
 
 def check_terms(terms: Sequence[Term], pairs: Sequence[RelaxationPair]) -> None:
-    """Raise what a term has to say against these training pairs."""
+    """Raise where a term cannot use these training pairs."""
     for term in terms:
-        # A term of a person's own may have none.
+        # A user's own term may lack the method.
         if hasattr(term, "check"):
             term.check(pairs)
 
@@ -95,7 +95,7 @@ def check_terms(terms: Sequence[Term], pairs: Sequence[RelaxationPair]) -> None:
 def add_gradients(
     terms: Sequence[Term], potential: Potential, pairs: Sequence[RelaxationPair], key: Sequence[int]
 ) -> dict[str, float]:
-    """Add the gradients of each term, times its weight, to ``.grad``; gives each term, times its weight.
+    """Add the gradient of each term, times its weight, to ``.grad``; return the value of each, times its weight.
 
     Parameters
     ----------
@@ -104,10 +104,11 @@ def add_gradients(
     pairs : sequence of RelaxationPair
         The batch of the step.
     key : sequence of int
-        Of the step, as (seed, epoch, batch): what a term draws depends on nothing else, so a run that goes
-        on draws the same, and a further term changes nothing for the others.
+        Of the step, as (seed, epoch, batch): what a term draws depends on nothing else, so a resumed run draws
+        the same, and a further term changes nothing for the others.
 
-    A term that is not finite, or does not depend on a weight, adds nothing; the first is reported.
+    A term that is not finite adds nothing, and a warning is logged; neither does one that depends on no trained
+    weight.
     """
     found = {}
     for term in terms:

@@ -1,4 +1,4 @@
-"""Energies and forces of reference frames as a term of the loss, and the frames that carry them."""
+"""Energy and force labels of the reference relaxations as a term of the loss, and the frames that carry them."""
 
 from __future__ import annotations
 
@@ -18,36 +18,35 @@ from ..potential import Potential
 from ..relaxation import relax
 from ..steppers import GradientDescent
 from ..utils import check_count, check_positive
-from .probes import Points, answer, cost
+from .probes import Targets, energies_and_forces, label_loss
 
 log = logging.getLogger(__name__)
 
 
 class Labels:
-    """Energies and forces of the frames of the reference relaxations, and their path.
+    """Energy and force labels of the frames of the reference relaxations, and the distance from their path.
 
-    Frames without energies and forces, or with those of other positions, are passed by; a pair without any
-    counts nothing. Where a pair has
-    no ``frames``, its initial and relaxed structures are asked for theirs.
+    Frames without labels, or with labels of other positions, are skipped; a pair without any labelled frame
+    contributes nothing. For a pair without ``frames`` the labels of its initial and relaxed structures are used.
 
     Parameters
     ----------
     weight : float
     energies : bool
-        Match energies, too: per atom, less an energy for each element, since each method has its own
-        zero. Those are fitted by least squares to the differences from the potential, each as it was when its
-        frame was drawn last: fitted once, they would tie the potential to the zero it began with. Without,
-        frames with forces alone are taken, too.
+        Match energies, too: per atom, less an energy for each element, since each method has its own zero of energy.
+        The element energies are fitted by least squares to the differences from the potential, each as it was when
+        its frame was last drawn: fitted once, they would tie the potential to the zero it started with. With False,
+        frames with forces alone are used, too.
     per_pair : int
-        Frames of each pair of a batch that are matched, drawn anew in each step.
+        Labelled frames of each pair of a batch that are matched, drawn at random in each step.
     frames : int
         Frames that are kept of each relaxation, evenly spaced from the first to the last.
     path : float
-        Weight of the path: from the start of each pair of a batch the relaxation goes on for some legs, and
-        of each reference frame from there on, the end included, the least distance (`root_delta_q`) to the
-        end of a leg is taken; the mean over the frames counts. Zero leaves it out.
+        Weight of the path. From the initial structure of each pair of a batch a relaxation of several legs is run;
+        for each reference frame that is still ahead, the last included, the smallest distance (`root_delta_q`) to
+        the end of a leg is taken, and the mean over the frames is added. Zero leaves it out.
     legs, steps : int
-        Legs of the path, and frames of each: of plain gradient descent.
+        Legs of the path, and frames of each, by plain gradient descent.
     """
 
     name: ClassVar[str] = "reference"
@@ -72,7 +71,7 @@ class Labels:
         self._elements: list[int] = []
         self._counts = np.zeros((0, 0))
         self._differences = np.zeros(0)
-        self._points: Points | None = None
+        self._targets: Targets | None = None
         self._rows: dict[str, range] = {}
         self._kept = LabelledFrames([], frames)
         self._loaded: np.ndarray | None = None
@@ -85,23 +84,23 @@ class Labels:
         ValueError
             Where no pair has a frame with energy and forces, or a frame holds other atoms than its pair.
         """
-        # Frames are read from files, and the same pairs are checked more than once before a training.
+        # Reading frames from files is slow, and the same pairs are checked more than once before a training.
         if self._kept.pairs != list(pairs):
             self._kept = LabelledFrames(pairs, self.frames, self.energies)
         if not self._kept.labelled:
             wanted = "energy and forces" if self.energies else "forces"
             raise ValueError(
                 f"None of the training pairs has a frame with {wanted}: read them from files that hold "
-                "those (vasprun.xml, OUTCAR, .pwo, extxyz, .traj), or leave the reference term out."
+                "those (vasprun.xml, OUTCAR, .pwo, extxyz, .traj), or leave the labels (reference) out."
             )
 
     def prepare(self, potential: Potential, pairs: Sequence[RelaxationPair]) -> None:
-        """Take the frames, and ask the potential for its energies there, unless `load` gave those.
+        """Read the frames, and evaluate the potential there, unless `load` restored the differences of energy.
 
         Raises
         ------
         ValueError
-            As `check` does, and where a run goes on with other frames.
+            As `check` does, and where a run is resumed with other frames.
         """
         self.check(pairs)
         found = self._kept.labelled
@@ -110,76 +109,78 @@ class Labels:
         for name, frames in found.items():
             self._rows[name] = range(first, first := first + len(frames))
         every = [a for frames in found.values() for a in frames]
-        self._points = _points(potential, every)
+        self._targets = _targets(potential, every)
         self._elements = sorted({int(z) for a in every for z in a.numbers})
         self._counts = np.array([[np.count_nonzero(a.numbers == z) for z in self._elements] for a in every], float)
         if not self.energies:
             return
         if self._loaded is None:
-            self._differences = (self._points.energies - Points.of(potential, every).energies).double().cpu().numpy()
+            self._differences = (self._targets.energies - Targets.of(potential, every).energies).double().cpu().numpy()
         elif len(self._loaded) != len(every):
-            raise ValueError("The reference term was begun with other frames: give those again, or begin a new run.")
+            raise ValueError(
+                "The labels were read from other frames when the run started: give those, or start a new run."
+            )
         else:
             self._differences = self._loaded.copy()
 
     @property
     def offsets(self) -> dict[int, float]:
-        """Energy in eV of an atom of each element (by atomic number) that is taken off the reference's."""
+        """Energy in eV per atom of each element (by atomic number) that is subtracted from the labels."""
         return dict(zip(self._elements, self._fitted().tolist(), strict=True)) if len(self._differences) else {}
 
     def _fitted(self) -> np.ndarray:
-        # Per atom, for that is how energies are compared.
+        # Energies are compared per atom, so they are fitted per atom.
         sizes = self._counts.sum(axis=1)
         return np.linalg.lstsq(self._counts / sizes[:, None], self._differences / sizes, rcond=None)[0]
 
     def loss(self, potential: Potential, pairs: Sequence[RelaxationPair], rng: np.random.Generator) -> Tensor:
-        """The `cost` at frames of those pairs of the batch that have any, and the path; without a unit."""
+        """`label_loss` at labelled frames of the batch's pairs, and the distance from the path; without a unit."""
         chosen: list[int] = []
         for pair in pairs:
             rows = self._rows.get(pair.id, range(0))
             chosen += sorted(rng.choice(rows, min(self.per_pair, len(rows)), replace=False).tolist() if rows else [])
         total = torch.zeros((), dtype=potential.dtype, device=potential.device)
-        if chosen and self._points is not None:
-            total = self._matched(potential, self._points.select(chosen), chosen)
+        if chosen and self._targets is not None:
+            total = self._matched(potential, self._targets.select(chosen), chosen)
         if self.path:
-            total = total + self.path * self._off_the_path(potential, pairs)
+            total = total + self.path * self._path_distance(potential, pairs)
         return total
 
-    def _matched(self, potential: Potential, points: Points, chosen: list[int]) -> Tensor:
-        energy, forces = answer(potential, points.structures)
+    def _matched(self, potential: Potential, targets: Targets, chosen: list[int]) -> Tensor:
+        energy, forces = energies_and_forces(potential, targets.structures)
         if not self.energies:
-            return cost(points, energy, forces, energies=False)
-        now = (points.energies - energy.detach()).double().cpu().numpy()
+            return label_loss(targets, energy, forces, energies=False)
+        now = (targets.energies - energy.detach()).double().cpu().numpy()
         if np.isfinite(now).all():
             self._differences[chosen] = now
-        offsets = points.energies.new_tensor(self._counts[chosen] @ self._fitted())
-        return cost(replace(points, energies=points.energies - offsets), energy, forces)
+        offsets = targets.energies.new_tensor(self._counts[chosen] @ self._fitted())
+        return label_loss(replace(targets, energies=targets.energies - offsets), energy, forces)
 
-    def _off_the_path(self, potential: Potential, pairs: Sequence[RelaxationPair]) -> Tensor:
-        here = potential.batch([p.initial for p in pairs])
-        visited = []
+    def _path_distance(self, potential: Potential, pairs: Sequence[RelaxationPair]) -> Tensor:
+        """Mean distance (`root_delta_q`) of the reference frames that are ahead from the nearest end of a leg."""
+        structures = potential.batch([p.initial for p in pairs])
+        ends = []
         for _ in range(self.legs):
-            run = relax(potential, here, stepper=GradientDescent(), fmax=0.0, steps=self.steps)
-            here = here.replace(positions=run.positions)
-            visited.append(here)
-        off = []
+            run = relax(potential, structures, stepper=GradientDescent(), fmax=0.0, steps=self.steps)
+            structures = structures.replace(positions=run.positions)
+            ends.append(structures)
+        means = []
         for k, pair in enumerate(pairs):
-            # What lies behind the start, which may be anywhere on the way, is not to be passed again.
+            # The initial structure may lie anywhere on the path: frames before it need not be passed again.
             ahead = _ahead(pair, self._kept.every[pair.id])
             reference = potential.batch(ahead)
-            ends = [v.select([k] * len(ahead)) for v in visited]
-            distances = torch.stack([root_delta_q(end, reference) for end in ends])
-            off.append(distances.amin(0).mean())
-        found = torch.stack(off)
+            distances = torch.stack([root_delta_q(end.select([k] * len(ahead)), reference) for end in ends])
+            means.append(distances.amin(0).mean())
+        found = torch.stack(means)
         found = found[torch.isfinite(found.detach())]
-        return found.mean() if len(found) else here.positions.new_zeros(())
+        return found.mean() if len(found) else structures.positions.new_zeros(())
 
     def state(self) -> dict[str, Any]:
-        """Differences of energy from the potential, as they were last; the frames are read again."""
+        """The latest differences of energy from the potential; the frames are read again."""
         return {"differences": torch.from_numpy(self._differences.copy())}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take up what `state` gave; call it before `prepare`."""
+        """Restore what `state` returned; call it before `prepare`."""
         self._loaded = state["differences"].numpy()
 
     def todict(self) -> dict[str, Any]:
@@ -187,30 +188,29 @@ class Labels:
         return {name: getattr(self, name) for name in names}
 
 
-def _points(potential: Potential, frames: Sequence[Atoms]) -> Points:
+def _targets(potential: Potential, frames: Sequence[Atoms]) -> Targets:
     """The frames with the reference's own energies and forces."""
     structures = potential.batch(frames)
     like = structures.positions
     forces = np.concatenate([a.calc.results["forces"] for a in frames])
-    # A float32 has too few digits for DFT's total energies: only differences of them may lose some.
-    return Points(
+    # float32 has too few digits for DFT's total energies; their differences may be rounded.
+    return Targets(
         structures, like.new_tensor([energy_of(a) for a in frames], dtype=torch.float64), like.new_tensor(forces)
     )
 
 
-def _ahead(pair: RelaxationPair, way: Sequence[Atoms]) -> list[Atoms]:
-    """The frames that are nearer to the end than the start is, and the end."""
-    starts, ends = [pair.initial, *way], [pair.relaxed] * (len(way) + 1)
-    left, *distances = root_delta_q(starts, ends).tolist()
-    return [a for a, d in zip(way, distances, strict=True) if d < left and d > 0] + [pair.relaxed]
+def _ahead(pair: RelaxationPair, frames: Sequence[Atoms]) -> list[Atoms]:
+    """The frames that are nearer to the relaxed structure than the initial one is, and the relaxed one."""
+    start, *distances = root_delta_q([pair.initial, *frames], [pair.relaxed] * (len(frames) + 1)).tolist()
+    return [a for a, d in zip(frames, distances, strict=True) if 0 < d < start] + [pair.relaxed]
 
 
 MOVED = {"positions", "numbers", "cell"}
-"""Changes of a structure, as ASE names them, after which the results of its calculator are another's."""
+"""Changes of a structure, as ASE names them, after which its calculator's results no longer belong to it."""
 
 
 class LabelledFrames:
-    """Frames that are kept of some pairs, evenly spaced from the first to the last, by the pair's id.
+    """Frames of reference relaxations, evenly spaced from the first to the last, by the pair's id.
 
     Parameters
     ----------
@@ -218,15 +218,14 @@ class LabelledFrames:
     most : int
         Frames of each.
     energies : bool
-        Whether only frames with an energy, too, count as labelled, and not those with forces alone.
+        Whether a labelled frame needs an energy, or forces alone suffice.
 
     Attributes
     ----------
     pairs : list of RelaxationPair
     every : dict of str to list of Atoms
     labelled : dict of str to list of Atoms
-        Of those alone that have energy and forces, finite and of where the atoms are; pairs without any are
-        not in it.
+        Frames with finite labels that belong to their positions; pairs without any are not in it.
 
     Raises
     ------
@@ -247,7 +246,7 @@ class LabelledFrames:
 
 
 def energy_of(atoms: Atoms) -> float:
-    """The energy in eV that the forces are the slope of, where the file tells it, else NaN."""
+    """The energy in eV of which the forces are the negative gradient, if the file holds one, else NaN."""
     results = atoms.calc.results
     return float(results.get("free_energy", results.get("energy", np.nan)))
 
@@ -275,7 +274,7 @@ def _has_labels(atoms: Atoms, energies: bool) -> bool:
     results = getattr(atoms.calc, "results", {})
     if "forces" not in results or not np.isfinite(results["forces"]).all():
         return False
-    # A calculator that several structures share holds what it found for the last of them.
+    # A calculator shared by several structures holds the results of the last one.
     moved = MOVED & {*atoms.calc.check_state(atoms)} if hasattr(atoms.calc, "check_state") else ()
     return not moved and (not energies or bool(np.isfinite(energy_of(atoms))))
 

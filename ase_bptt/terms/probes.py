@@ -1,4 +1,4 @@
-"""Structures on which potentials are compared, and the comparison of energies and forces there."""
+"""Probes, structures on which two potentials are compared, and the loss between energies and forces there."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ..throughput import single_points
 
 KINDS = ("structures", "crystals", "molecules")
 RATTLE = {"structures": (0.02, 0.12), "crystals": (0.02, 0.12), "molecules": (0.02, 0.06)}
-"""Å: between which the standard deviation of a probe's rattling is drawn."""
+"""Å: the range from which the standard deviation of a probe's rattling is drawn."""
 STRAIN = 0.03
 """Largest component of a crystal's strain."""
 COMPOUNDS: tuple[tuple[str, str, float], ...] = (
@@ -38,10 +38,10 @@ COMPOUNDS: tuple[tuple[str, str, float], ...] = (
     ("CsCl", "cesiumchloride", 4.12), ("NiAl", "cesiumchloride", 2.89),
     ("CaF2", "fluorite", 5.46), ("ZrO2", "fluorite", 5.09), ("CeO2", "fluorite", 5.41),
 )  # fmt: skip
-"""Formula, structure, and lattice constant in Å, near what is measured."""
+"""Formula, structure, and lattice constant in Å, near the experimental one."""
 CHOICE = ("Si", "Cu", "MgO", "Al", "NaCl", "GaAs", "W", "C", "CaF2", "TiN", "Ge", "AlP", "InSb", "Pt", "Au", "Ag", "Pd",
           "Ni", "SiC", "GaP", "AlSb", "InAs")  # fmt: skip
-"""Of different bonding; the first ten that a potential knows stand on its card."""
+"""Of different bonding; the drift report shows the first ten whose elements the potential knows."""
 CUBIC = ("fcc", "bcc", "diamond")
 
 
@@ -110,8 +110,8 @@ def make_probes(
         Probes begin anywhere on the straight line from their initial to their relaxed structures.
     size : int
         Probes of each kind at most: rattled structures of the pairs, rattled and strained crystals, and
-        rattled molecules of the G2 set. Of structures there are always so many, if there are pairs; of
-        crystals and molecules there may be fewer that the potential knows, each of which is taken once.
+        rattled molecules of the G2 set. A pair may serve several times, so that there are always this many
+        structures, if there are pairs; each crystal and molecule that the potential knows is used once.
     seed : int
 
     Returns
@@ -141,7 +141,7 @@ def known_molecules(potential: Potential) -> list[str]:
 
 
 def _drawn(n: int, size: int, rng: np.random.Generator, *, again: bool) -> list[int]:
-    """Indices of so many out of n, each as often as the others, and once only unless they may come again."""
+    """Indices of so many out of n, each as often as the others, and only once without ``again``."""
     rounds = -(-size // n) if again and n else 1
     return [int(k) for _ in range(rounds) for k in rng.permutation(n)][:size]
 
@@ -159,7 +159,7 @@ def _between(pair: RelaxationPair, rng: np.random.Generator) -> tuple[str, Atoms
 
 def _strained(crystal: Crystal, rng: np.random.Generator) -> tuple[str, Atoms]:
     atoms = crystal.atoms(cubic=crystal.a is not None)
-    # One atom a cell would feel no force, however it is rattled.
+    # With one atom in the cell there would be no force, however it is rattled.
     while len(atoms) < 4:
         atoms = atoms.repeat((2, 1, 1) if len(atoms) > 1 else (2, 2, 1))
     strain = rng.uniform(-STRAIN, STRAIN, (3, 3))
@@ -168,14 +168,14 @@ def _strained(crystal: Crystal, rng: np.random.Generator) -> tuple[str, Atoms]:
 
 
 FORCE, ENERGY = 0.1, 0.05
-"""eV/Å and eV an atom: a deviation of this size costs 1/2, smaller ones go by their square, larger ones linearly."""
-SOUND = 30.0
-"""eV/Å: where a potential finds a larger force, it was asked for what it does not know."""
+"""eV/Å and eV per atom: below, a deviation counts by its square, above linearly (Huber); it contributes 1/2 here."""
+LARGEST_FORCE = 30.0
+"""eV/Å: where a potential finds a larger force, the structure is outside what it was trained on."""
 
 
 @dataclass(eq=False)
-class Points:
-    """Structures and what a potential shall give there.
+class Targets:
+    """Structures with target energies and forces.
 
     Attributes
     ----------
@@ -191,8 +191,8 @@ class Points:
     forces: Tensor
 
     @classmethod
-    def of(cls, potential: Potential, atoms: Sequence[Atoms]) -> Points:
-        """What this potential gives for these structures as it is now."""
+    def of(cls, potential: Potential, atoms: Sequence[Atoms]) -> Targets:
+        """The energies and forces of this potential, as it is now, as targets."""
         structures = potential.batch(atoms)
         _, *found = zip(*single_points(potential, atoms), strict=True)
         energies, forces = (torch.cat(column) for column in found)
@@ -201,26 +201,26 @@ class Points:
     def __len__(self) -> int:
         return len(self.structures)
 
-    def sound(self) -> list[int]:
-        """Which of them have a finite energy, and no force above `SOUND`."""
+    def valid(self) -> list[int]:
+        """Indices of those with a finite energy and no force above `LARGEST_FORCE`."""
         largest = self.structures.max(self.forces.norm(dim=1).nan_to_num(nan=torch.inf))
-        return (torch.isfinite(self.energies) & (largest < SOUND)).nonzero().squeeze(1).tolist()
+        return (torch.isfinite(self.energies) & (largest < LARGEST_FORCE)).nonzero().squeeze(1).tolist()
 
-    def select(self, keep: Sequence[int]) -> Points:
+    def select(self, keep: Sequence[int]) -> Targets:
         """Those with these indices, in this order."""
         index = torch.as_tensor(list(keep), dtype=torch.int64, device=self.energies.device)
-        return Points(self.structures.select(keep), self.energies[index], self.forces[self.structures.atoms_of(keep)])
+        return Targets(self.structures.select(keep), self.energies[index], self.forces[self.structures.atoms_of(keep)])
 
     def state(self) -> dict[str, Any]:
-        """Tensors and plain values that `from_state` makes the same of; constraints are not among them."""
+        """Tensors and plain values from which `from_state` restores them; constraints are not among them."""
         names = ("positions", "cells", "pbc", "numbers", "masses")
         tensors = {name: getattr(self.structures, name).detach().cpu() for name in names}
         labels = {"energies": self.energies.cpu(), "forces": self.forces.cpu()}
         return {**tensors, **labels, "counts": list(self.structures.counts)}
 
     @classmethod
-    def from_state(cls, state: dict[str, Any], potential: Potential) -> Points:
-        """What `state` gave, where and in the dtype this potential computes."""
+    def from_state(cls, state: dict[str, Any], potential: Potential) -> Targets:
+        """From what `state` returned, on the device and in the dtype of this potential."""
         tensors = {name: value for name, value in state.items() if name not in ("counts", "energies", "forces")}
         counts = tuple(state["counts"])
         structures = Structures(**tensors, counts=counts, constraints=((),) * len(counts))
@@ -228,24 +228,24 @@ class Points:
         return cls(structures, *(state[name].to(structures.positions) for name in ("energies", "forces")))
 
 
-def answer(potential: Potential, structures: Structures) -> tuple[Tensor, Tensor]:
-    """Energies and forces as the potential gives them now, with a graph."""
+def energies_and_forces(potential: Potential, structures: Structures) -> tuple[Tensor, Tensor]:
+    """Energies (n,) in eV and forces (n_atoms, 3) in eV/Å of the potential, with a graph."""
     return potential.energy_and_forces(structures, find_edges(structures, potential.cutoff), create_graph=True)
 
 
-def cost(points: Points, energy: Tensor, forces: Tensor, *, energies: bool = True) -> Tensor:
-    """What deviations of energies (n,) in eV and forces (n_atoms, 3) in eV/Å cost, without a unit.
+def label_loss(targets: Targets, energy: Tensor, forces: Tensor, *, energies: bool = True) -> Tensor:
+    """Loss between energies (n,) in eV and forces (n_atoms, 3) in eV/Å and their targets, without a unit.
 
-    The mean over the components of the forces of Huber's function of their deviation in units of
-    `FORCE`, and likewise that over the structures of the deviation of the energy per atom in units of
-    `ENERGY`. Forces are compared as the constraints let them act; held atoms do not count.
+    The mean over the components of the forces of Huber's function of their deviation in units of `FORCE`, plus the
+    mean over the structures of the same function of the deviation of the energy per atom in units of `ENERGY`.
+    Forces are compared after projection on the constraints; fixed atoms do not count.
     """
-    structures = points.structures
-    off = structures.project_forces(forces - points.forces) / FORCE
+    structures = targets.structures
+    off = structures.project_forces(forces - targets.forces) / FORCE
     moving = (3 * structures.movable.sum()).clamp(min=1)
     found = huber_loss(off, torch.zeros_like(off), reduction="sum") / moving
     if energies:
         sizes = torch.tensor(structures.counts, device=energy.device)
-        off = (energy - points.energies) / sizes / ENERGY
+        off = (energy - targets.energies) / sizes / ENERGY
         found = found + huber_loss(off, torch.zeros_like(off))
     return found

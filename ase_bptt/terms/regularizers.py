@@ -16,17 +16,19 @@ from ..potential import Potential
 from ..throughput.memory import in_parts
 from ..tuning.low_rank import weights
 from ..utils import Gradients, added, check_count, check_positive, vjp
-from .probes import KINDS, SOUND, Points, answer, make_probes
+from .probes import KINDS, LARGEST_FORCE, Targets, energies_and_forces, make_probes
+
+log = logging.getLogger(__name__)
 
 CHANGE = 0.01
-"""Of its size: a weight that changes so much costs 1. A default fine-tuning changes them about as much."""
+"""Relative change of a weight that contributes 1. A default fine-tuning changes weights by about as much."""
 
 
 class WeightAnchor:
-    """A pull to the pretrained weights.
+    """A weight anchor: squared distance from the pretrained weights (L2-SP, Li et al., arXiv 1802.01483).
 
-    The mean over all trained numbers of their squared change, each in units of `CHANGE` times the root mean
-    square that its tensor had before training (of all trained numbers, for a tensor of zeros): 4 means that
+    The mean over all trained parameters of their squared change, each in units of `CHANGE` times the root mean
+    square that its tensor had before training (that of all trained parameters, for a tensor of zeros): 4 means that
     weights have changed by 2 % of their size.
 
     Parameters
@@ -47,13 +49,15 @@ class WeightAnchor:
         """Any pairs will do."""
 
     def prepare(self, potential: Potential, pairs: Sequence[RelaxationPair]) -> None:
-        """Remember the weights that are trained, unless `load` gave them."""
+        """Remember the weights that are trained, unless `load` restored them."""
         trained = {name: weight for name, weight in weights(potential).items() if weight.requires_grad}
         if not self._start:
             self._start = {name: p.detach().clone() for name, p in trained.items()}
         lost = trained.keys() ^ self._start.keys()
         if lost:
-            raise ValueError(f"The pull was begun with other trained weights, as {min(lost)}: begin a new run.")
+            raise ValueError(
+                f"The weight anchor was started with other trained weights, such as {min(lost)}: start a new run."
+            )
         self._start = {name: value.to(trained[name]) for name, value in self._start.items()}
         self._count = sum(value.numel() for value in self._start.values())
         whole = float(sum(value.double().square().sum() for value in self._start.values())) / max(self._count, 1)
@@ -69,11 +73,11 @@ class WeightAnchor:
         return torch.stack(off).sum() if off else torch.zeros((), dtype=potential.dtype, device=potential.device)
 
     def state(self) -> dict[str, Any]:
-        """The pretrained weights: the run folder's own potential is soon another."""
+        """The pretrained weights: those of the potential in the run folder change with the training."""
         return {"start": {name: value.cpu() for name, value in self._start.items()}}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take up what `state` gave; call it before `prepare`."""
+        """Restore what `state` returned; call it before `prepare`."""
         self._start = dict(state["start"])
 
     def todict(self) -> dict[str, Any]:
@@ -85,29 +89,28 @@ def _scale(start: Tensor, whole: float) -> float:
     return float(start.double().square().mean()) or whole or 1.0
 
 
-log = logging.getLogger(__name__)
 FORCE, ENERGY = 0.5, 0.25
-"""eV/Å and eV an atom: where all forces, or all energies, have changed by so much, they cost 1."""
+"""eV/Å and eV per atom: root-mean-square changes of all forces, and of all energies, that contribute 1."""
 
 
 class Distillation:
-    """Energies and forces of the pretrained potential on a probe set (`ase_bptt.terms.probes`).
+    """Distillation: energies and forces of the pretrained potential on a probe set (`ase_bptt.terms.probes`).
 
-    The mean over the components of the forces of their squared change in units of `FORCE`, and over the
-    structures that of the energy per atom in units of `ENERGY`. Squares, since a few large changes are most
-    of a drift, and are not what the relaxations ask for: they arise where atoms are close.
+    The mean over the components of the forces of their squared change in units of `FORCE`, plus the mean over the
+    structures of the squared change of the energy per atom in units of `ENERGY`. Squares, since a few large changes
+    make up most of a drift, and these are not needed for the relaxations: they arise where atoms are close.
 
     Parameters
     ----------
     weight : float
     batch : int
-        Probes in one step, drawn anew.
+        Probes in one step, drawn at random in each.
     size : int
         Probes of each kind at most: rattled training structures, crystals, molecules.
     seed : int
         Of the probe set.
     kinds : str or sequence of str
-        Which of `probes.KINDS` are taken. Without "structures" it does not pull against what is to be learnt.
+        Which of `probes.KINDS` are taken. Without "structures" it does not oppose what is to be learnt.
     """
 
     name: ClassVar[str] = "teacher"
@@ -128,18 +131,18 @@ class Distillation:
         if unknown or not kinds:
             raise ValueError(f"The kinds of probes are {', '.join(KINDS)}; got {', '.join(kinds) or 'none'}.")
         self.weight, self.batch, self.size, self.seed, self.kinds = weight, batch, size, seed, kinds
-        self.points: Points | None = None
-        """The probes and what the pretrained potential gives there, once prepared."""
+        self.targets: Targets | None = None
+        """The probes with the energies and forces of the pretrained potential, once prepared."""
         self._state: dict[str, Any] | None = None
 
     def check(self, pairs: Sequence[RelaxationPair]) -> None:
         """Any pairs will do."""
 
     def prepare(self, potential: Potential, pairs: Sequence[RelaxationPair]) -> None:
-        """Make the probes and ask the potential what it gives there, unless `load` gave both."""
+        """Make the probes and evaluate the potential on them, unless `load` restored both."""
         if self._state is not None:
-            self.points = Points.from_state(self._state, potential)
-            # They are kept once, on the potential's device.
+            self.targets = Targets.from_state(self._state, potential)
+            # One copy is enough: that on the potential's device.
             self._state = None
             return
         probes = [
@@ -147,55 +150,57 @@ class Distillation:
         ]
         if not probes:
             raise ValueError(f"The potential knows no probes of the kinds {', '.join(self.kinds)}: take others.")
-        points = Points.of(potential, probes)
-        good = points.sound()
-        if not good:
+        targets = Targets.of(potential, probes)
+        valid = targets.valid()
+        if not valid:
             raise ValueError(
-                f"On no probe are the pretrained potential's forces below {SOUND:g} eV/Å: leave the teacher out."
+                f"On no probe are the pretrained potential's forces below {LARGEST_FORCE:g} eV/Å: leave the "
+                "distillation (teacher) out."
             )
-        if len(good) < len(points):
-            log.info("left out %d of %d probes, with forces above %g eV/Å", len(points) - len(good), len(points), SOUND)
-        self.points = points.select(good)
+        n, left = len(targets), len(targets) - len(valid)
+        if left:
+            log.info("left out %d of %d probes, with forces above %g eV/Å", left, n, LARGEST_FORCE)
+        self.targets = targets.select(valid)
 
     def loss(self, potential: Potential, pairs: Sequence[RelaxationPair], rng: np.random.Generator) -> Tensor:
-        """How far the potential is from the pretrained one on some probes; without a unit.
+        """Distance of the potential from the pretrained one on some probes; without a unit.
 
-        The gradient is computed at once, in parts that fit into the memory, and the graph holds only that.
+        The gradient is computed at once, in parts that fit into the memory, and is all that the graph holds.
         """
-        assert self.points is not None, "call prepare first"
-        n = min(self.batch, len(self.points))
-        chosen = sorted(int(k) for k in rng.choice(len(self.points), n, replace=False))
-        points = self.points.select(chosen)
-        weights = [p for p in potential.parameters() if p.requires_grad]
-        value = points.energies.new_zeros(())
-        slopes: list[Tensor | None] = [None] * len(weights)
-        for _, (cost, slope) in in_parts(partial(_costs, potential, points, weights), range(n)):
-            value, slopes = value + cost, added(slopes, slope)
-        for weight, total in zip(weights, slopes, strict=True):
-            if total is not None:
-                # Adds nothing but its slope.
-                value = value + ((weight - weight.detach()) * total).sum()
+        assert self.targets is not None, "call prepare first"
+        n = min(self.batch, len(self.targets))
+        chosen = sorted(int(k) for k in rng.choice(len(self.targets), n, replace=False))
+        targets = self.targets.select(chosen)
+        trained = [p for p in potential.parameters() if p.requires_grad]
+        value = targets.energies.new_zeros(())
+        gradients: list[Tensor | None] = [None] * len(trained)
+        for _, (part, of_part) in in_parts(partial(_value_and_gradients, potential, targets, trained), range(n)):
+            value, gradients = value + part, added(gradients, of_part)
+        for parameter, gradient in zip(trained, gradients, strict=True):
+            if gradient is not None:
+                # Zero, with this gradient.
+                value = value + ((parameter - parameter.detach()) * gradient).sum()
         return value
 
     def state(self) -> dict[str, Any]:
-        """Probes, energies and forces: a potential that has been trained cannot tell them any more."""
-        return self.points.state() if self.points is not None else {}
+        """Probes, energies and forces: a potential that has been trained no longer gives them."""
+        return self.targets.state() if self.targets is not None else {}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take up what `state` gave; call it before `prepare`."""
+        """Restore what `state` returned; call it before `prepare`."""
         self._state = state or None
 
     def todict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("name", "weight", "batch", "size", "seed", "kinds")}
 
 
-def _costs(
-    potential: Potential, points: Points, weights: Sequence[Tensor], some: list[int]
+def _value_and_gradients(
+    potential: Potential, targets: Targets, parameters: Sequence[Tensor], some: list[int]
 ) -> tuple[Tensor, Gradients]:
-    """What some of the points add to the cost of all, and its gradient by the weights."""
-    part = points.select(some)
-    energies, forces = answer(potential, part.structures)
+    """What some of the targets contribute to the value of all, and its gradients with respect to the parameters."""
+    part = targets.select(some)
+    energies, forces = energies_and_forces(potential, part.structures)
     sizes = torch.tensor(part.structures.counts, device=energies.device)
     off = (energies - part.energies) / sizes / ENERGY
-    cost = off.square().sum() / len(points) + ((forces - part.forces) / FORCE).square().sum() / points.forces.numel()
-    return cost.detach(), vjp([cost], [torch.ones_like(cost)], weights)
+    value = off.square().sum() / len(targets) + ((forces - part.forces) / FORCE).square().sum() / targets.forces.numel()
+    return value.detach(), vjp([value], [torch.ones_like(value)], parameters)

@@ -250,16 +250,29 @@ TOGETHER = 16
 
 
 def single_points(
-    potential: Potential, atoms: Sequence[Atoms], size: int = TOGETHER
+    potential: Potential, atoms: Sequence[Atoms], size: int = TOGETHER, *, forces: bool = True
 ) -> Iterator[tuple[Structures, Tensor, Tensor]]:
-    """Each batch of so many structures, its energies (n,) in eV and its forces (n_atoms, 3) in eV/Å, detached.
+    """Evaluate structures as they stand: each batch, its energies (n,) in eV and forces (n_atoms, 3) in eV/Å, detached.
 
     Where memory runs out a batch is halved.
+
+    Parameters
+    ----------
+    potential : Potential
+    atoms : sequence of Atoms
+    size : int
+        Structures in one batch.
+    forces : bool
+        False leaves out the differentiation; the forces are then of shape (0, 3).
     """
 
     def run(some: Sequence[Atoms]) -> tuple[Structures, Tensor, Tensor]:
         batch = potential.batch(some)
-        return batch, *potential.energy_and_forces(batch, NeighborList(potential.cutoff, skin=0.0)(batch))
+        edges = NeighborList(potential.cutoff, skin=0.0)(batch)
+        if forces:
+            return batch, *potential.energy_and_forces(batch, edges)
+        with torch.no_grad():
+            return batch, potential(batch, edges).energy, batch.positions.new_zeros(0, 3)
 
     for first in range(0, len(atoms), size):
         for _, found in in_parts(run, atoms[first : first + size]):

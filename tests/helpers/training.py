@@ -15,7 +15,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase_bptt import RelaxationPair, Trainer, load_potential, relax
 from ase_bptt.potentials.analytic import LennardJones
 from ase_bptt.steppers import GradientDescent
-from ase_bptt.terms.probes import Points
+from ase_bptt.terms.probes import Targets
 
 from .potentials import wide_lennard_jones
 from .structures import wide_cluster
@@ -62,7 +62,7 @@ def make_pairs(first: int, n: int) -> list[RelaxationPair]:
 
 def labelled(atoms: Atoms, potential, offset: float = 0.0) -> Atoms:
     """With energy and forces of this potential; its energies are offset by so much an atom."""
-    found = Points.of(potential, [atoms])
+    found = Targets.of(potential, [atoms])
     atoms = atoms.copy()
     energy = found.energies.item() + offset * len(atoms)
     atoms.calc = SinglePointCalculator(atoms, energy=energy, forces=found.forces.numpy())
