@@ -46,7 +46,7 @@ class Loop:
     ):
         self.start, self.fmax, self.steps = start, fmax, steps
         self.map = self._map = _iterated_map(potential, stepper, start)
-        self._batch: Batch | None = None
+        self._batch = Batch(self.map, start, fmax, steps)
         self._ends: dict[int, End] = {}
 
     def run(
@@ -63,17 +63,14 @@ class Loop:
         on_tape : bool
             Have autograd record every frame.
         """
-        last = self.steps if frames is None else min(frames, self.steps)
+        batch, last = self._batch, self.steps if frames is None else min(frames, self.steps)
         trajectory = Trajectory(self.map, self.start, checkpointing or Checkpointing())
         trajectory.end(self._ends)
         with torch.set_grad_enabled(on_tape):
-            if self._batch is None:
-                self._batch = Batch(self._map, self.start, self.fmax, self.steps)
-            batch = self._batch
             for t in range(min(batch.frames, default=last + 1), last + 1):
-                forces = batch.evaluate()
-                following = self._map.advance(batch.structures, batch.state, forces)
-                stopped = batch.stopped(following)
+                forces = batch.evaluate()  # F(X(t))
+                following = self._map.advance(batch.structures, batch.state, forces)  # X(t+1) = step(X(t), F(X(t)))
+                stopped = batch.stopped(following)  # forces below fmax, out of steps, or not finite
                 trajectory.end(batch.remove(stopped))
                 if not len(batch) or t == last:
                     break
@@ -90,8 +87,7 @@ class Loop:
         """Have another stepper take the frames to come, from its first state; None changes nothing."""
         if stepper is not None:
             self._map = _iterated_map(self.map.potential, stepper, self.start)
-            if self._batch is not None:
-                self._batch.restart(self._map)
+            self._batch.restart(self._map)
 
 
 def relax(
