@@ -97,7 +97,7 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-# ASE is told of the calculator in this process; it cannot be told once and for all.
+# ASE knows the calculator by name in this process; it offers no registration that lasts.
 from .calculator import register  # noqa: E402
 
 register()

@@ -130,7 +130,7 @@ class Batch:
         self.energies, self.forces = self.energies[places], self.forces[atoms]
         self._keep(stay)
         if Status.DIVERGED in stopped.values() and torch.is_grad_enabled():
-            # A tape must not hold an evaluation that was not finite: 0 * inf is NaN.
+            # A tape must not contain an evaluation that was not finite: 0 * inf is NaN.
             self.evaluate()
         return found
 

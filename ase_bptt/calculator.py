@@ -41,7 +41,7 @@ class TorchCalculator(Calculator):
     device, dtype
         Where to compute and in which precision; None keeps the potential's.
     skin : float
-        In Å: the neighbour list is found anew after an atom moved more than half of it.
+        In Å: the neighbour list is rebuilt after an atom moved more than half of it.
     trust : bool
         Allow a native checkpoint, which is a pickle and can run any code.
     **kwargs
@@ -122,7 +122,7 @@ class TorchCalculator(Calculator):
             raise CalculationFailed(
                 f"The potential gives the energy {energy} for {atoms.symbols}: are two atoms on one spot?"
             )
-        # A well without a hard core has an energy where two atoms meet, but no slope.
+        # A well without a hard core has an energy where two atoms meet, but no gradient.
         if not np.isfinite(arrays["forces"]).all():
             raise CalculationFailed(
                 f"The potential gives forces that are no numbers for {atoms.symbols}: are two atoms on one spot?"
@@ -179,6 +179,6 @@ NAME = "torchcalculator"
 
 
 def register() -> None:
-    """Make TorchCalculator known to ASE by name, in this process; ASE has no way to be told once and for all."""
+    """Make TorchCalculator known to ASE by name, in this process; ASE offers no registration that lasts."""
     if NAME not in external_calculators:
         register_calculator_class(NAME, TorchCalculator)

@@ -41,7 +41,7 @@ class IteratedMap:
 
     def start(self, structures: Structures) -> State:
         """The stepper's state before the first frame."""
-        return self.stepper.begin(structures.positions, len(structures), structures.numbers)
+        return self.stepper.start(structures.positions, len(structures), structures.numbers)
 
     def neighbor_list(self) -> NeighborList:
         return NeighborList(self.potential.cutoff)

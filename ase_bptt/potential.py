@@ -59,7 +59,7 @@ class Potential(nn.Module):
     native_name: ClassVar[str | None] = None
     """File name under which `save` writes the family's native checkpoint."""
     conservative: ClassVar[bool] = True
-    """Whether its forces are the slope of its energy."""
+    """Whether its forces are the negative gradient of its energy."""
     atomic_properties: ClassVar[tuple[str, ...]] = ()
     """Which of ASE's 'energies', 'stresses', 'magmoms' the family has."""
 
@@ -103,7 +103,7 @@ class Potential(nn.Module):
 
         stress is (1/V) dE/dstrain in eV/Å^3, positive under tension; NaN where the cell has no
         volume. atomic_energies and magmoms are added where the family has them. Where forces are
-        no slope of the energy there are energy and forces only.
+        no gradient of the energy there are energy and forces only.
         """
         if not self.conservative:
             energy, forces = self.energy_and_forces(structures, edges)
@@ -118,12 +118,12 @@ class Potential(nn.Module):
             gradients: tuple[Tensor | None, ...] = (None, None, None)
             if total.requires_grad:
                 gradients = torch.autograd.grad(total, inputs, allow_unused=True)
-        slopes = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, gradients, strict=True)]
+        derivatives = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, gradients, strict=True)]
         with torch.no_grad():
-            virial = _strain_slope(structures, edges, inputs, slopes)
+            virial = _virial(structures, edges, inputs, derivatives)
         found = {
             "energy": prediction.energy,
-            "forces": -slopes[0],
+            "forces": -derivatives[0],
             "stress": virial / structures.volumes.where(structures.volumes > 0, torch.nan)[:, None, None],
             "atomic_energies": prediction.atomic_energies,
             "magmoms": prediction.magmoms,
@@ -224,15 +224,15 @@ class Potential(nn.Module):
         raise NotImplementedError
 
 
-def _strain_slope(structures: Structures, edges: Edges, inputs: list[Tensor], slopes: list[Tensor]) -> Tensor:
+def _virial(structures: Structures, edges: Edges, inputs: list[Tensor], derivatives: list[Tensor]) -> Tensor:
     """dE/dstrain, shape (n, 3, 3), from positions, cells and offsets, which a strain stretches, and dE/d(each)."""
     positions, cells, offsets = inputs
-    slope = cells.mT @ slopes[1]
+    virial = cells.mT @ derivatives[1]
     owners = (structures.batch, structures.batch[edges.i])
-    for owner, x, dx in zip(owners, (positions, offsets), (slopes[0], slopes[2]), strict=True):
+    for owner, x, dx in zip(owners, (positions, offsets), (derivatives[0], derivatives[2]), strict=True):
         outer = x.unsqueeze(2) * dx.unsqueeze(1)
-        slope.scatter_add_(0, owner[:, None, None].expand_as(outer), outer)
-    return (slope + slope.mT) / 2
+        virial.scatter_add_(0, owner[:, None, None].expand_as(outer), outer)
+    return (virial + virial.mT) / 2
 
 
 def symbols(numbers: Iterable[int]) -> str:

@@ -131,7 +131,8 @@ class Relaxation:
     @property
     def adjoint_norms(self) -> Tensor | None:
         """|dL/dX(t)| of each structure before each frame and at the end, shape (n_frames + 1, n), after a backward pass
-        through the frames; None before. How it grows or fades on the way back says what the gradient knows.
+        through the frames; None before. Whether it grows or vanishes towards the first frames shows what the gradient
+        can know.
         """
         norms = self.trajectory.adjoint_norms
         return None if norms is None else norms[:, list(self.members)]

@@ -70,7 +70,7 @@ def stability_limit(potential: Potential, structures: Structures | Sequence[Atom
     structures : Structures or sequence of Atoms
         Not changed.
     seed : int
-        Of the vectors to begin with.
+        Of the vectors to start with.
 
     Returns
     -------
@@ -92,14 +92,14 @@ def largest_curvature(potential: Potential, atoms: Atoms | Structures, *, seed: 
     """Largest eigenvalue of the Hessian of the energy in eV/Å^2, by Lanczos' method.
 
     Gradient descent is stable below a step of 2 divided by it. With momentum m (heavy ball) the
-    bound is 1 + m times as far. Directions that constraints hold do not count.
+    bound is 1 + m times as far. Constrained degrees of freedom do not count.
 
     Parameters
     ----------
     atoms : Atoms or Structures
         The one structure, in whose positions the Hessian is taken; not changed.
     seed : int
-        Of the vector to begin with.
+        Of the vector to start with.
 
     Returns
     -------
@@ -112,7 +112,7 @@ def largest_curvature(potential: Potential, atoms: Atoms | Structures, *, seed: 
     change = product(first / np.linalg.norm(first))
     if not np.isfinite(change).all():
         return float("nan")
-    # Lanczos cannot begin from nothing.
+    # Lanczos' method cannot start from zero.
     if not change.any():
         return 0.0
     operator = LinearOperator((len(first), len(first)), matvec=product, dtype=np.float64)
@@ -151,10 +151,10 @@ def _free(product: Product, structures: Structures) -> Product:
         return product
     exact = structures.to(torch.device("cpu"), torch.float64)
 
-    def held(v: np.ndarray) -> np.ndarray:
+    def constrained(v: np.ndarray) -> np.ndarray:
         return exact.project_forces(torch.from_numpy(v.reshape(-1, 3))).numpy().ravel()
 
-    return lambda vector: held(product(held(np.ravel(vector))))
+    return lambda vector: constrained(product(constrained(np.ravel(vector))))
 
 
 def _by_gradient(potential: Potential, structures: Structures, edges: Edges) -> Product:

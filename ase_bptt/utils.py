@@ -92,7 +92,7 @@ def without_nan(value: Any) -> Any:
 
 
 def in_short(error: Exception) -> str:
-    """The error's name and first line; torch's go on for many."""
+    """The error's name and first line; those of torch have many."""
     first = next(iter(str(error).splitlines()), "")
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
@@ -164,7 +164,7 @@ class Weights:
 
     def versions(self) -> Versions:
         """Changes whenever a weight is changed in place or replaced."""
-        # A weight that was given a low-rank update lies elsewhere since, beside the update's numbers.
+        # A weight that was given a low-rank update lies elsewhere since, beside the parameters of the update.
         if not all(name in held for held, name in self._slots):
             self._find()
         found = (held.get(name) for held, name in self._slots)

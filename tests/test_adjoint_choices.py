@@ -64,7 +64,7 @@ def test_bad_names_in_json_are_told_the_same(bad, said):
         (lambda n: Replay(every=n), "every"),
         (Truncated, "window"),
         (Guided, "first"),
-        (lambda n: Implicit(cap=n), "cap"),
+        (lambda n: Implicit(max_iterations=n), "max_iterations"),
     ],
     ids=["replay", "truncated", "guided", "implicit"],
 )
@@ -85,7 +85,7 @@ BAD = [
     lambda: Implicit(damping=-1.0),
     lambda: Implicit(damping=float("nan")),
     lambda: Implicit(tolerance=0.0),
-    lambda: Implicit(cap=0),
+    lambda: Implicit(max_iterations=0),
     lambda: OneStep(step_size=0.0),
 ]
 
@@ -98,7 +98,7 @@ def test_numbers_that_make_no_sense_are_refused(make):
 
 OTHERS = [
     Replay(every=3, clip=2.0),
-    Implicit(fmax=1e-3, damping=0.1, tolerance=1e-5, cap=7),
+    Implicit(fmax=1e-3, damping=0.1, tolerance=1e-5, max_iterations=7),
     OneStep(fmax=1e-3, step_size=0.02),
     Guided(7, weight=0.3, tail=None, solve=Implicit(damping=0.2)),
     Guided(7, tail=GradientDescent(0.01, momentum=0.3)),

@@ -264,8 +264,8 @@ def test_a_saddle_is_told_by_the_radius_and_by_the_solve():
 
 
 def test_an_implicit_gradient_that_is_not_solved_is_told():
-    run = differentiated(Bowl(), bowl_start(), stepper="bfgs", adjoint=Implicit(cap=1))
-    assert "raise cap" in alarm_of(health(run))
+    run = differentiated(Bowl(), bowl_start(), stepper="bfgs", adjoint=Implicit(max_iterations=1))
+    assert "raise max_iterations" in alarm_of(health(run))
     run = differentiated(Bowl(), bowl_start(0.3), stepper="bfgs", adjoint="implicit", steps=1)
     assert "more steps" in alarm_of(health(run))
     assert health(run).structures[0].solve.iterations == 0

@@ -55,7 +55,9 @@ def test_the_cap_is_told_with_the_residual_that_is_left():
     pull = pull - pull.view(4, 3).mean(0).repeat(4)
     found = {}
     for cap in (1, 3, 50):
-        relaxation = relax(potential, batch(potential.atoms(0.1)), stepper=NEWTON, adjoint=Implicit(cap=cap), steps=400)
+        relaxation = relax(
+            potential, batch(potential.atoms(0.1)), stepper=NEWTON, adjoint=Implicit(max_iterations=cap), steps=400
+        )
         (w,) = gradient([potential.load], relaxation.positions.flatten() @ pull)
         (solve,) = relaxation.solves
         left = (potential.hessian.detach() @ w - pull).norm() / pull.norm()
@@ -142,7 +144,7 @@ EVERY = pytest.mark.parametrize("adjoint", ["implicit", "one-step", "guided:3"])
 @EVERY
 def test_forces_that_are_no_slope_are_refused(adjoint):
     potential = Direct(smooth=True, rc=2.4, ro=1.8)
-    with pytest.raises(NotImplementedError, match=r"not the slope of an energy.*take 'replay'"):
+    with pytest.raises(NotImplementedError, match=r"not the negative gradient of an energy.*take 'replay'"):
         relax(potential, pentamer(), adjoint=adjoint)
     # Without a gradient there is nothing to refuse.
     with torch.no_grad():
@@ -153,7 +155,7 @@ def test_forces_that_are_no_slope_are_refused(adjoint):
 @EVERY
 def test_constraints_without_a_minimum_are_refused_by_name(adjoint):
     members = [cluster(), constrained(skewed(), FixScaled([0], [True, False, True]))]
-    with pytest.raises(NotImplementedError, match="FixScaled hold forces and steps along different directions"):
+    with pytest.raises(NotImplementedError, match="FixScaled constrain forces and steps along different directions"):
         relax(lennard_jones(), members, adjoint=adjoint)
 
 

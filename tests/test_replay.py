@@ -217,7 +217,7 @@ def test_an_optimizer_of_ase_refuses_them_likewise():
     ("make", "sentence"),
     [
         (lambda: lennard_jones().float(), "Differences of energies need float64"),
-        (lambda: Direct().double(), "not the slope of an energy"),
+        (lambda: Direct().double(), "not the negative gradient of an energy"),
     ],
     ids=["float32", "direct"],
 )

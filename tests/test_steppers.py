@@ -379,7 +379,7 @@ def test_each_element_and_each_frame_has_its_own_step_size():
     for sizes, expected in ((ELEMENTS, [[3, 2, 2]] * 4), (FRAMES, [[3] * 3, [2] * 3, [1] * 3, [1] * 3])):
         stepper = GradientDescent(sizes, anneal=0.5)
         positions = torch.zeros_like(forces)
-        state = stepper.begin(positions, 2, numbers)
+        state = stepper.start(positions, 2, numbers)
         for t, size in enumerate(expected):
             moved, state = stepper.step(positions, forces, state, batch)
             expected_moves = torch.tensor(size, dtype=torch.float64) * 1e-3 * 0.5**t

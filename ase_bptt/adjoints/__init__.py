@@ -1,7 +1,7 @@
 """How a relaxation is differentiated, apart from how it steps.
 
-A way to the gradient for every purse: `FullTape` and `Replay` are exact, `Truncated` leaves out the beginning,
-`Implicit` and `OneStep` need the end only, `Guided` takes the beginning and the end.
+They differ in cost and in what the gradient knows: `FullTape` and `Replay` are exact, `Truncated` leaves out the first
+frames, `Implicit` and `OneStep` need the end only, `Guided` takes the beginning and the end.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ class BackwardSweep:
         self.neighbors = trajectory.map.neighbor_list()
         self.norms = [self._norm()]
 
-    def through_frames(self, window: int | None) -> None:
+    def run(self, window: int | None) -> None:
         """All frames, or the last ones of each structure."""
         nsteps, start = self.trajectory.nsteps, self.trajectory.start
         first = [0 if window is None else max(0, n - window) for n in nsteps]
@@ -80,7 +80,7 @@ class BackwardSweep:
         structures, state = members.replace(positions=x, cells=cells), state.with_floats(carried)
         if self.differences:
             forces = self.trajectory.forces_before(t, now)
-            back = through_frame(iterated, structures, state, self.neighbors(structures), forces, gradients, inputs)
+            back = frame_vjp(iterated, structures, state, self.neighbors(structures), forces, gradients, inputs)
         else:
             with torch.enable_grad():
                 ends = iterated.frame(structures, state, self.neighbors)
@@ -175,8 +175,8 @@ def check_smooth(potential: Potential) -> None:
     """Raise for a potential of which no differences can be taken."""
     if not potential.conservative:
         raise NotImplementedError(
-            f"The forces of this {potential.family} potential are not the slope of an energy, so that there are no "
-            "differences of it: take Replay() without them."
+            f"The forces of this {potential.family} potential are not the negative gradient of an energy, so that "
+            "there are no differences of it: take Replay() without them."
         )
     if potential.dtype is not torch.float64:
         raise ValueError(
@@ -184,7 +184,7 @@ def check_smooth(potential: Potential) -> None:
         )
 
 
-def through_frame(
+def frame_vjp(
     iterated: IteratedMap,
     structures: Structures,
     state: State,
@@ -195,7 +195,7 @@ def through_frame(
 ) -> list[Tensor | None]:
     """From the gradients by a frame's positions and state to those by the inputs.
 
-    The step is differentiated exactly, and gives dL/dF; what the forces add is `slopes`.
+    The step is differentiated exactly, and gives dL/dF; what the forces add is `force_vjp`.
 
     Parameters
     ----------
@@ -219,16 +219,16 @@ def through_frame(
     *direct, to_forces = vjp((after.positions, *new.floats()), gradients, [*inputs, forces])
     if to_forces is None:
         return direct
-    bent = slopes(potential, structures, edges, to_forces, inputs)
-    return added(direct, bent)
+    by_forces = force_vjp(potential, structures, edges, to_forces, inputs)
+    return added(direct, by_forces)
 
 
-def slopes(
+def force_vjp(
     potential: Potential, structures: Structures, edges: Edges, vector: Tensor, inputs: Sequence[Tensor]
 ) -> list[Tensor | None]:
     """vector . dF/d(input) for each input, with F = -dE/dX: by central differences of dE/d(input) along the vector.
 
-    Since vector . F is the slope of -E along the vector, its own slopes are those of E at two places, apart. Each
+    Since vector . F is the derivative of -E along the vector, its derivatives are differences of those of E. Each
     structure is moved by a length of its own, and divided by it, in one evaluation for all.
     """
     longest = structures.max(vector.square().sum(1)).sqrt()

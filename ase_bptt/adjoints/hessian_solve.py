@@ -27,8 +27,8 @@ class SolveStatus(enum.Enum):
             SolveStatus.SOLVED: "The equation of the gradient was solved to its tolerance.",
             SolveStatus.SADDLE: "The energy falls along some direction, so that this is a saddle and no minimum: the "
             "gradient holds what was found before that direction appeared.",
-            SolveStatus.CAPPED: "The equation of the gradient was not solved to its tolerance: raise cap, or add "
-            "damping.",
+            SolveStatus.CAPPED: "The equation of the gradient was not solved to its tolerance: raise max_iterations, "
+            "or add damping.",
             SolveStatus.UNRELAXED: "Its relaxation did not converge, so that there is no minimum to take a gradient "
             "at, and it gives none: give it more steps.",
         }[self]
@@ -36,7 +36,7 @@ class SolveStatus(enum.Enum):
 
 @dataclass(frozen=True)
 class Solve:
-    """How one structure's equation was solved: status, iterations, and the residual relative to the right side."""
+    """How one structure's equation was solved: status, iterations, and the residual relative to rhs."""
 
     status: SolveStatus
     iterations: int
@@ -44,9 +44,9 @@ class Solve:
 
 
 def conjugate_gradients(
-    product: Callable[[Tensor], Tensor], right: Tensor, structures: Structures, *, tolerance: float, cap: int
+    product: Callable[[Tensor], Tensor], rhs: Tensor, structures: Structures, *, tolerance: float, max_iterations: int
 ) -> tuple[Tensor, list[Solve]]:
-    """Solve H w = right for a symmetric H of independent structures (Hestenes and Stiefel, 1952).
+    """Solve H w = rhs for a symmetric H of independent structures (Hestenes and Stiefel, 1952).
 
     A structure whose residual falls below the tolerance stops there; one that meets a direction of no positive
     curvature stops before it, as in truncated Newton methods (Steihaug, 1983).
@@ -55,12 +55,12 @@ def conjugate_gradients(
     ----------
     product : callable
         v -> H v, both of shape (n_atoms, 3).
-    right : Tensor, shape (n_atoms, 3)
+    rhs : Tensor, shape (n_atoms, 3)
     structures : Structures
         Which atoms belong together.
     tolerance : float
-        Of the residual's norm, relative to the right side's.
-    cap : int
+        Of the residual's norm, relative to rhs's.
+    max_iterations : int
         Iterations at most.
 
     Returns
@@ -76,12 +76,12 @@ def conjugate_gradients(
     def ratio(a: Tensor, b: Tensor, where: Tensor) -> Tensor:
         return torch.where(where, a / torch.where(where, b, 1.0), 0.0)
 
-    w, residual, direction = torch.zeros_like(right), right, right
-    first = square = dot(right, right)
+    w, residual, direction = torch.zeros_like(rhs), rhs, rhs
+    first = square = dot(rhs, rhs)
     live = square > 0
     saddle, counts = torch.zeros_like(live), torch.zeros_like(live, dtype=torch.int64)
-    # One small transfer an iteration asks whether any structure goes on.
-    for _ in range(cap):
+    # One small transfer an iteration asks whether any structure continues.
+    for _ in range(max_iterations):
         if not bool(live.any()):
             break
         image = product(torch.where(live[batch, None], direction, 0.0))
@@ -155,7 +155,7 @@ def _basis(structure: Structures, forces: Tensor) -> np.ndarray:
     exact = structure.to(torch.device("cpu"), torch.float64)
     turns = (right[sound, 3:] / lengths[sound, None]) @ axes
     # Those combinations that the constraints let pass unchanged, and that turn no force into a free direction:
-    # where constraints hold a structure under strain, a turn that they allow at first costs energy all the same.
+    # where constraints keep a structure under strain, a turn that they allow at first costs energy all the same.
     passed = [exact.project_forces(torch.from_numpy(column.reshape(-1, 3))).numpy().ravel() for column in basis.T]
     acting = exact.project_forces(forces)
     turned = [np.cross(turn, (forces - acting).numpy()) for turn in turns]

@@ -27,7 +27,7 @@ class AtMinimum(Adjoint):
     """Base class: dL/dweights = w . dF/dweights at the relaxed structure, with a vector w that the subclass finds.
 
     No frame is stored, and any stepper may have led there. Nothing flows to the initial positions nor to the stepper:
-    their gradients are exact zeros, for a minimum does not know where the path to it began. A structure that did not
+    their gradients are exact zeros, for a minimum does not know where the path to it started. A structure that did not
     relax below fmax gives no gradient.
 
     Parameters
@@ -45,12 +45,12 @@ class AtMinimum(Adjoint):
         check_positive(fmax=self.fmax)
 
     def check(self, iterated: IteratedMap, structures: Structures) -> None:
-        """Refuse constraints by whose maps no minimum can be defined, and forces that are no energy's slope."""
+        """Refuse constraints by whose maps no minimum can be defined, and forces that are no energy's gradient."""
         super().check(iterated, structures)
         if not iterated.potential.conservative:
             raise NotImplementedError(
-                f"The forces of this {iterated.potential.family} potential are not the slope of an energy, so that it "
-                f"has no Hessian for the adjoint {self.name!r}: take 'replay'."
+                f"The forces of this {iterated.potential.family} potential are not the negative gradient of an energy, "
+                f"so that it has no Hessian for the adjoint {self.name!r}: take 'replay'."
             )
         _check_projectors(structures)
 
@@ -67,7 +67,7 @@ class AtMinimum(Adjoint):
         start, final = trajectory.start, trajectory.final.detach()
         return _AtMinimum.apply(self, trajectory, final, start.positions, start.cells, *trajectory.map.parameters())
 
-    def solve(self, product: Product, right: Tensor, structures: Structures) -> tuple[Tensor, list[Solve]]:
+    def solve(self, product: Product, rhs: Tensor, structures: Structures) -> tuple[Tensor, list[Solve]]:
         """The vector w (n_atoms, 3) in Å^2/eV times the gradient's unit, and how it was found."""
         raise NotImplementedError
 
@@ -78,7 +78,7 @@ class Implicit(AtMinimum):
 
     F(X*, weights) = 0 gives dX*/dweights = H^-1 dF/dweights. H is never built: conjugate gradients ask for its products
     with vectors, each a second differentiation of the energy. Rigid motions are projected out, and so are the
-    directions that constraints hold.
+    constrained degrees of freedom.
 
     Parameters
     ----------
@@ -86,7 +86,7 @@ class Implicit(AtMinimum):
         eV/Å^2, added to all of H: soft directions count less. 0 leaves the gradient exact.
     tolerance : float
         Of the residual, relative to the norm of dL/dX.
-    cap : int
+    max_iterations : int
         Conjugate gradient iterations at most.
     fmax : float
         eV/Å. Structures are relaxed to this at least, whatever `relax` is asked for.
@@ -95,20 +95,24 @@ class Implicit(AtMinimum):
     fmax: float = 0.01
     damping: float = 0.0
     tolerance: float = 1e-3
-    cap: int = 200
+    max_iterations: int = 200
 
     name = "implicit"
 
     def __post_init__(self) -> None:
         check_positive(fmax=self.fmax, tolerance=self.tolerance)
-        check_count(cap=self.cap)
+        check_count(max_iterations=self.max_iterations)
         if not self.damping >= 0:
             raise ValueError(f"damping must not be negative, got {self.damping} eV/Å^2.")
 
-    def solve(self, product: Product, right: Tensor, structures: Structures) -> tuple[Tensor, list[Solve]]:
+    def solve(self, product: Product, rhs: Tensor, structures: Structures) -> tuple[Tensor, list[Solve]]:
         """By conjugate gradients."""
         return conjugate_gradients(
-            lambda v: product(v) + self.damping * v, right, structures, tolerance=self.tolerance, cap=self.cap
+            lambda v: product(v) + self.damping * v,
+            rhs,
+            structures,
+            tolerance=self.tolerance,
+            max_iterations=self.max_iterations,
         )
 
 
@@ -136,9 +140,9 @@ class OneStep(AtMinimum):
     def __post_init__(self) -> None:
         check_positive(fmax=self.fmax, step_size=self.step_size)
 
-    def solve(self, product: Product, right: Tensor, structures: Structures) -> tuple[Tensor, list[Solve]]:
+    def solve(self, product: Product, rhs: Tensor, structures: Structures) -> tuple[Tensor, list[Solve]]:
         """Without any product."""
-        return self.step_size * right, [Solve(SolveStatus.SOLVED, 0, 0.0)] * len(structures)
+        return self.step_size * rhs, [Solve(SolveStatus.SOLVED, 0, 0.0)] * len(structures)
 
 
 class _AtMinimum(torch.autograd.Function):
@@ -214,7 +218,7 @@ def _vjp_at_minimum(
 
 
 def _check_projectors(structures: Structures) -> None:
-    """A minimum under constraints needs forces and steps to be held along the same directions."""
+    """A minimum under constraints needs forces and steps that are constrained along the same directions."""
     if not structures.maps:
         return
     v = torch.randn(structures.positions.shape, generator=torch.Generator().manual_seed(0)).to(structures.positions)
@@ -229,6 +233,6 @@ def _check_projectors(structures: Structures) -> None:
     names = {name for k in apart for name in structures.constraints[k]}
     if names:
         raise NotImplementedError(
-            f"The constraints {', '.join(sorted(names))} hold forces and steps along different directions here, so "
-            "that the implicit gradient does not exist: take the adjoint 'replay'."
+            f"The constraints {', '.join(sorted(names))} constrain forces and steps along different directions here, "
+            "so that the implicit gradient does not exist: take the adjoint 'replay'."
         )

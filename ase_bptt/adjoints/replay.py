@@ -20,7 +20,7 @@ from .backward_sweep import BackwardSweep, check_smooth
 
 @dataclass(frozen=True)
 class Replay(Adjoint):
-    """Store the stepper's states only and run each frame again on the way back: exact, flat in memory.
+    """Keep the stepper's states only, and recompute each frame in the backward sweep: exact, flat in memory.
 
     The adjoint equations of the iterated map (arXiv 2512.01067): lambda(t) = (dX(t+1)/dX(t))^T lambda(t+1) with the
     stepper's state beside X, and dL/dweights the sum of (dX(t+1)/dweights)^T lambda(t+1).
@@ -34,7 +34,7 @@ class Replay(Adjoint):
         Largest norm of a structure's lambda(t), as a multiple of its norm at the relaxed positions; longer ones are
         shortened. None leaves the gradient exact.
     differences : bool
-        Take the slopes of the forces from gradients of the energy a little ahead and a little behind, instead of from
+        Take derivatives of the forces by central differences of gradients of the energy, instead of from
         second derivatives: faster, and right to about 1e-6 of the gradient, in float64, which it needs.
     """
 
@@ -54,7 +54,7 @@ class Replay(Adjoint):
         return Checkpointing(every=self.every, forces=self.differences)
 
     def check(self, iterated: IteratedMap, structures: Structures) -> None:
-        """Refuse differences of what is no energy's slope, or too coarse for them."""
+        """Refuse differences of forces that are no energy's gradient, or too coarse for them."""
         super().check(iterated, structures)
         if self.differences:
             check_smooth(iterated.potential)
@@ -117,7 +117,7 @@ class _Replayed(torch.autograd.Function):
     ) -> Tensor:
         ctx.back, ctx.window, ctx.trajectory, ctx.weights = back, window, trajectory, weights
         ctx.with_cells = cells.requires_grad
-        # The frames begin from these very tensors: let torch notice when they change in place.
+        # The frames start from these very tensors: let torch notice when they change in place.
         ctx.save_for_backward(positions, cells)
         return final.clone()
 
@@ -129,7 +129,7 @@ class _Replayed(torch.autograd.Function):
         # Some may have been frozen since.
         weights = [p for p in ctx.weights if p.requires_grad]
         back = ctx.back(gradient=gradient, weights=weights, with_cells=ctx.with_cells)
-        back.through_frames(ctx.window)
+        back.run(ctx.window)
         found = iter(back.to_weights)
         to_weights = [next(found) if p.requires_grad else None for p in ctx.weights]
         return None, None, None, None, back.adjoint, back.to_cells, *to_weights

@@ -33,7 +33,7 @@ class FIRE(BPTTOptimizer):
     maxmove : float or None
         The old name of maxstep; ASE warns of it, too.
     downhill_check : bool
-        After a step that raised the energy, go back to where it began and start from rest. Such a run has no
+        After a step that raised the energy, return to where it started and continue from rest. Such a run has no
         `relaxation`.
     position_reset_callback : callable, optional
         Called with (optimizable, positions to go back to, energy, energy before) whenever that happens.
@@ -150,14 +150,14 @@ class BFGS(BPTTOptimizer):
 
     @property
     def alpha(self) -> float:
-        """The curvature that the Hessian begins with, in eV/Å^2."""
+        """The curvature of the first Hessian, in eV/Å^2."""
         return self.stepper.alpha  # type: ignore[return-value]
 
     @property
     def H0(self) -> np.ndarray:
         """The first Hessian, in eV/Å^2; may be set before the first step."""
-        begun = self._state
-        return np.eye(self.optimizable.ndofs()) * self.alpha if begun is None else begun.lists["hessian"][0].numpy()
+        state = self._state
+        return np.eye(self.optimizable.ndofs()) * self.alpha if state is None else state.lists["hessian"][0].numpy()
 
     @H0.setter
     def H0(self, hessian: np.ndarray) -> None:

@@ -98,7 +98,7 @@ class BPTTOptimizer(Optimizer):
         self.stepper.maxstep = maxstep  # type: ignore[assignment]
 
     def initialize(self) -> None:
-        """Begin without velocities."""
+        """Start without velocities."""
         self._state = None
 
     def read(self) -> None:
@@ -151,7 +151,7 @@ class BPTTOptimizer(Optimizer):
     def _first_state(self) -> State:
         rows = self._rows(self.optimizable.get_x())
         atoms = isinstance(self.atoms, Atoms) and len(rows) == len(self.atoms)
-        return self.stepper.begin(rows, 1, torch.tensor(self.atoms.numbers, dtype=torch.int64) if atoms else None)
+        return self.stepper.start(rows, 1, torch.tensor(self.atoms.numbers, dtype=torch.int64) if atoms else None)
 
     def _rows(self, flat: np.ndarray) -> Tensor:
         """Atoms as rows of three; variables with a norm of their own, or not three an atom, are one row."""
@@ -172,7 +172,7 @@ class BPTTOptimizer(Optimizer):
         }
 
     def _take(self, saved: dict[str, Any]) -> None:
-        """Go on from what `_saved` gave."""
+        """Continue from what `_saved` gave."""
         if saved["stepper"] != self.stepper.name:
             raise ValueError(f"it belongs to the stepper {saved['stepper']!r}, not {self.stepper.name!r}")
         if self.stepper.todict().get("step_size") == "auto":
@@ -209,7 +209,7 @@ class BPTTOptimizer(Optimizer):
             self._state = stepper.observe(positions, forces, self._state, _one(positions))
 
     def todict(self) -> dict[str, Any]:
-        """ASE's description of the run, with the stepper's name and numbers."""
+        """ASE's description of the run, with the stepper's name and hyperparameters."""
         return super().todict() | {"stepper": self.stepper.todict()}
 
     @property
@@ -225,10 +225,12 @@ class BPTTOptimizer(Optimizer):
             For constraints that `relax` does not know, by name.
         """
         if not self.adjoint.through_frames:
-            begun = self._started
+            initial = self._started
             # Somebody may have changed the atoms between two runs.
-            same = begun is not None and not compare_atoms(begun, self.atoms, excluded_properties=PASSING)
-            return as_relaxation(self.atoms, initial=begun if same else None, adjoint=self.adjoint, nsteps=self.nsteps)
+            same = initial is not None and not compare_atoms(initial, self.atoms, excluded_properties=PASSING)
+            return as_relaxation(
+                self.atoms, initial=initial if same else None, adjoint=self.adjoint, nsteps=self.nsteps
+            )
         if not self.stepper.differentiable:
             raise RuntimeError(not_differentiable(type(self).__name__, self.stepper.name))
         fmax: Any = self.fmax
@@ -236,7 +238,7 @@ class BPTTOptimizer(Optimizer):
 
 
 def _fields_of(stepper: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Take the stepper's own numbers out of the keywords."""
+    """Take the stepper's own hyperparameters out of the keywords."""
     if stepper not in STEPPERS:
         make_stepper(stepper)
     return {name: kwargs.pop(name) for name in STEPPERS[stepper].fields if name in kwargs}

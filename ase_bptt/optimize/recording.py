@@ -88,7 +88,7 @@ class Recording:
         return _as_left(own, atoms, adjoint, fmax)
 
     def _continues(self, trajectory: Trajectory, atoms: Atoms) -> bool:
-        """Whether these atoms, constraints, weights and numbers are what the last frame that was kept left."""
+        """Whether these atoms, constraints, weights and hyperparameters are what the last frame that was kept left."""
         changed = not same_but_positions(self._started, atoms)
         changed = changed and bool(compare_atoms(self._started, atoms, excluded_properties={"positions"}))
         as_left = self._expected is not None and np.array_equal(self._expected, atoms.positions.ravel())
@@ -107,7 +107,7 @@ def as_relaxation(
     atoms : Atoms
         Relaxed, with a TorchCalculator.
     initial : Atoms, optional
-        Where the relaxation began, to be carried along; nothing flows there.
+        Where the relaxation started, for the result; no gradient flows there.
     adjoint : Implicit or OneStep
         Those that need no frames.
     nsteps : int

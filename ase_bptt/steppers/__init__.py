@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import stepper as arithmetic
 from .fire import FIRE
 from .gradient_descent import GradientDescent
 from .hyperparameters import gathered
@@ -24,28 +23,27 @@ __all__ = [
     "Learner",
     "State",
     "Stepper",
-    "arithmetic",
     "make_stepper",
 ]
 
 STEPPERS: dict[str, type[Stepper]] = {cls.name: cls for cls in (GradientDescent, FIRE, BFGS, LBFGS)}
 
 
-def make_stepper(stepper: str | Stepper | None, **numbers: Any) -> Stepper:
-    """A stepper by name ("gd", "fire", "bfgs", "lbfgs") with its numbers, or the object itself; None is FIRE.
+def make_stepper(stepper: str | Stepper | None, **hyperparameters: Any) -> Stepper:
+    """A stepper by name ("gd", "fire", "bfgs", "lbfgs") with its hyperparameters, or the object itself; None is FIRE.
 
-    Numbers of a stepper that was learnt may be those of its `todict` beside those of its ``state_dict``.
-    Raises TypeError for numbers that the stepper does not have, ValueError for unknown names.
+    Those of a stepper that was learnt may be those of its `todict` beside those of its ``state_dict``.
+    Raises TypeError for hyperparameters that the stepper does not have, ValueError for unknown names.
     """
     if isinstance(stepper, Stepper):
-        if numbers:
-            raise TypeError(f"Set {', '.join(numbers)} on the stepper object itself, not beside it.")
+        if hyperparameters:
+            raise TypeError(f"Set {', '.join(hyperparameters)} on the stepper object itself, not beside it.")
         return stepper
     name = stepper or "fire"
     if name not in STEPPERS:
         raise ValueError(f"There is no stepper {name!r}; there are {', '.join(STEPPERS)}.")
-    numbers = gathered(numbers)
-    unknown = set(numbers) - set(STEPPERS[name].fields)
+    hyperparameters = gathered(hyperparameters)
+    unknown = set(hyperparameters) - set(STEPPERS[name].fields)
     if unknown:
         raise TypeError(f"The stepper {name!r} has no {', '.join(sorted(unknown))}.")
-    return STEPPERS[name](**numbers)
+    return STEPPERS[name](**hyperparameters)

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..utils import check_positive
-from . import stepper as arithmetic
 from .hyperparameters import SMALLEST, Ranges
-from .stepper import State, Stepper, spread
+from .stepper import State, Stepper, cap, dot, spread
 
 
 class FIRE(Stepper):
@@ -75,11 +74,11 @@ class FIRE(Stepper):
     def step(self, positions: Tensor, forces: Tensor, state: State, batch: Tensor) -> tuple[Tensor, State]:
         v = state.atoms["velocities"]
         dt, a, downhill, started = (state.structures[k] for k in ("dt", "a", "downhill", "started"))
-        power, f2, v2 = (arithmetic.dot(x, y, batch, len(dt)) for x, y in ((forces, v), (forces, forces), (v, v)))
+        power, f2, v2 = (dot(x, y, batch, len(dt)) for x, y in ((forces, v), (forces, forces), (v, v)))
         down = started & (power > 0)
         up = started & ~down
 
-        # Guarded inside as well as outside: sqrt has no finite slope at zero.
+        # Guarded inside as well as outside: sqrt has no finite derivative at zero.
         ratio = a * torch.where(down, v2, 1.0).sqrt() / torch.where(down, f2, 1.0).sqrt()
         mixed = spread(1 - a, batch) * v + spread(ratio, batch) * forces
         v = torch.where(spread(down, batch), mixed, 0.0)
@@ -91,6 +90,6 @@ class FIRE(Stepper):
 
         v = v + spread(dt, batch) * forces
         moves = spread(dt, batch) * v
-        moves = moves * spread(arithmetic.cap(arithmetic.dot(moves, moves, batch, len(dt)), self.maxstep), batch)
+        moves = moves * spread(cap(dot(moves, moves, batch, len(dt)), self.maxstep), batch)
         structures = {"dt": dt, "a": a, "downhill": downhill, "started": torch.ones_like(started)}
         return positions + moves, State({"velocities": v}, structures)

@@ -11,9 +11,8 @@ from ase.data import atomic_numbers, chemical_symbols
 from torch import Tensor, nn
 
 from ..utils import check_positive
-from . import stepper as arithmetic
 from .hyperparameters import SMALLEST, Ranges, hold, labelled, table
-from .stepper import UNRESOLVED, State, Stepper
+from .stepper import UNRESOLVED, State, Stepper, shortened
 
 Number = float | nn.Parameter
 
@@ -79,7 +78,7 @@ class GradientDescent(Stepper):
             state.atoms["velocities"] = torch.zeros_like(positions)
         return state
 
-    def begin(self, positions: Tensor, n: int, numbers: Tensor | None = None) -> State:
+    def start(self, positions: Tensor, n: int, numbers: Tensor | None = None) -> State:
         """The state before the first frame, with the atomic numbers where each element has its own step size.
 
         Raises
@@ -100,11 +99,11 @@ class GradientDescent(Stepper):
             velocities = self.momentum * state.atoms["velocities"] + forces
             atoms["velocities"] = velocities
         moves = self._step_sizes(state, batch, positions)[:, None] * velocities
-        moves = arithmetic.shortened(moves, batch, len(frame), self.maxstep)
+        moves = shortened(moves, batch, len(frame), self.maxstep)
         return positions + moves, State(atoms, {"frame": frame + 1})
 
     def resolve_step_size(self, limit: float) -> GradientDescent:
-        """One whose step size is half of limit, where this one's is "auto"; they share their other numbers."""
+        """One whose step size is half of limit, where this one's is "auto"; they share the other hyperparameters."""
         if not isinstance(self.step_size, str):
             return self
         check_positive(limit=limit)

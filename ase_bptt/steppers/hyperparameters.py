@@ -1,4 +1,4 @@
-"""The numbers of a stepper: one, or one for each element or frame; each is fixed, or a Parameter that is learnt."""
+"""The hyperparameters of a stepper: one number, or one for each element or frame; each is fixed, or a Parameter."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 Ranges = dict[str, tuple[float, float | str]]
 
 SMALLEST = 1e-6
-"""What stands for more than zero where a number is learnt: it must stay where it still has a slope."""
+"""What stands for more than zero where a number is learnt: it must stay where it still has a gradient."""
 
 
 def hold(name: str, given: Any) -> Any:
@@ -78,7 +78,7 @@ def learnt(held: Any) -> Any:
 
 
 def plain(held: Any) -> Any:
-    """The numbers as JSON: a number, a dict or a list."""
+    """Hyperparameters as JSON: a number, a dict or a list."""
     if isinstance(held, nn.ParameterDict):
         return {key: plain(number) for key, number in held.items()}
     if isinstance(held, nn.ParameterList):

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from ..utils import check_positive
-from . import stepper as arithmetic
-from .stepper import Learner, State
+from .stepper import Learner, State, dot, shortened
 
 SAME = 1e-7
 """Å (ASE's number). Where no coordinate moved farther, there is nothing to learn from."""
@@ -62,7 +61,7 @@ class BFGS(Learner):
         x, f, hessians = state.atoms["positions"][:, 0], state.atoms["forces"][:, 0], state.lists["hessian"]
         counts = _counts(batch, len(hessians))
         moves = torch.cat([_newton(h, part.flatten()).view_as(part) for h, part in zip(hessians, f.split(counts))])
-        moves = arithmetic.shortened(moves, batch, len(hessians), self.maxstep)
+        moves = shortened(moves, batch, len(hessians), self.maxstep)
         return (x + moves).to(positions.dtype), state
 
 
@@ -138,7 +137,7 @@ class LBFGS(Learner):
         state = self.observe(positions, forces, state, batch)
         n = len(state.structures["frame"])
         moves = self._newton(state, batch, n)
-        moves = arithmetic.shortened(moves, batch, n, self.maxstep) * self.damping
+        moves = shortened(moves, batch, n, self.maxstep) * self.damping
         return (state.atoms["positions"][:, -1] + moves).to(positions.dtype), state
 
     def _newton(self, state: State, batch: Tensor, n: int) -> Tensor:
@@ -149,14 +148,14 @@ class LBFGS(Learner):
         taken = (age < frame[:, None])[batch][:, :, None]
         moved = torch.where(taken, positions.diff(dim=1), 0.0).unbind(1)
         change = torch.where(taken, -forces.diff(dim=1), 0.0).unbind(1)
-        curvatures = [arithmetic.dot(s, y, batch, n) for s, y in zip(moved, change)]
+        curvatures = [dot(s, y, batch, n) for s, y in zip(moved, change)]
         # A frame without a move (forces of zero) says nothing; ASE's rule divides by zero there.
         inverse = [torch.where(c == 0, 0.0, 1 / torch.where(c == 0, 1.0, c)) for c in curvatures]
         step, weights = forces[:, -1], []
         for s, y, rho in reversed(list(zip(moved, change, inverse))):
-            weights.append(rho * arithmetic.dot(s, step, batch, n))
+            weights.append(rho * dot(s, step, batch, n))
             step = step - weights[-1][batch, None] * y
         step = step * (1 / self.alpha)
         for s, y, rho, weight in zip(moved, change, inverse, reversed(weights)):
-            step = step + (weight - rho * arithmetic.dot(y, step, batch, n))[batch, None] * s
+            step = step + (weight - rho * dot(y, step, batch, n))[batch, None] * s
         return step

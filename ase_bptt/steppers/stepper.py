@@ -77,11 +77,11 @@ def _joined(a: Tensor, b: Tensor) -> Tensor:
 
 
 class Stepper(nn.Module):
-    """Base class of the update rules. Their numbers may be nn.Parameters where they are differentiable."""
+    """Base class of the update rules. Their hyperparameters may be nn.Parameters where they are differentiable."""
 
     name: ClassVar[str]
     fields: ClassVar[tuple[str, ...]]
-    """Names of the numbers, as in the constructor."""
+    """Names of the hyperparameters, as in the constructor."""
     learnable: ClassVar[Ranges] = {}
     """Fields that may be Parameters, in the order in which they are Parameters of the module, each with the lowest
     and the highest value that it may learn; a name stands for the value of that field."""
@@ -92,7 +92,7 @@ class Stepper(nn.Module):
         """The state before the first frame of n structures."""
         raise NotImplementedError
 
-    def begin(self, positions: Tensor, n: int, numbers: Tensor | None = None) -> State:
+    def start(self, positions: Tensor, n: int, numbers: Tensor | None = None) -> State:
         """The state before the first frame: `init`, and what the rule must know of the atoms.
 
         Parameters
@@ -120,7 +120,7 @@ class Stepper(nn.Module):
     # Learning ---------------------------------------------------------------------------------
 
     def learn(self: Self, *names: str) -> Self:
-        """Make Parameters of numbers, in float64, so that a Trainer learns them; those that are some already stay so.
+        """Make hyperparameters Parameters, in float64, so that a Trainer learns them; those that are some stay so.
 
         Parameters
         ----------
@@ -135,7 +135,7 @@ class Stepper(nn.Module):
         Raises
         ------
         ValueError
-            For names that cannot be learnt, for numbers out of their range, for "auto" before it is resolved.
+            For names that cannot be learnt, for hyperparameters out of their range, for "auto" before it is resolved.
         """
         unknown = [name for name in names if name not in self.learnable]
         if unknown or not self.learnable:
@@ -162,7 +162,7 @@ class Stepper(nn.Module):
                     number.clamp_(low, high)
 
     def hyperparameters(self) -> dict[str, float]:
-        """What the learnable numbers are now, learnt or not; each of several by a label such as "step_size[Si]"."""
+        """The learnable hyperparameters, learnt or not; each of several by a label such as "step_size[Si]"."""
         every = [labelled(name, getattr(self, name)) for name in self.learnable]
         return {label: float(plain(number)) for found in every for label, number in found.items()}
 
@@ -191,7 +191,7 @@ class Stepper(nn.Module):
     # Description ------------------------------------------------------------------------------
 
     def todict(self) -> dict[str, Any]:
-        """Name and numbers, as JSON."""
+        """Name and hyperparameters, as JSON."""
         return {"name": self.name} | {k: plain(getattr(self, k)) for k in self.fields}
 
     def extra_repr(self) -> str:

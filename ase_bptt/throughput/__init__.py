@@ -31,7 +31,7 @@ from .packing import Planner
 LARGE = 400
 """Atoms above which structures are given to BFGS one by one."""
 ATOMS = 256
-"""Atoms relaxed together where nothing is said."""
+"""Atoms relaxed together by default on a processor."""
 SAMPLED = 8
 """Structures on which a step size that is "auto" is found."""
 

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from ase_bptt import Structures, relax, steppers
+from ase_bptt import Structures, relax
 from ase_bptt.neighbors import NeighborList
 from ase_bptt.potentials.analytic import Morse
 from ase_bptt.potentials.emt import EMT
-from ase_bptt.steppers import FIRE, GradientDescent
+from ase_bptt.steppers import FIRE, GradientDescent, fire, stepper
 
 from .potentials import Bowl, lennard_jones, stiff_mace
 from .structures import alloy, cluster, copper, pentamer, skewed, trimer, vacancy
@@ -58,7 +58,7 @@ def sum_of_distances(positions, structures) -> torch.Tensor:
 def recorded_decisions():
     """Everything of a run that its gradient takes as given: neighbours, capped steps, FIRE's branches."""
     trace = []
-    find, cap = NeighborList.__call__, steppers.arithmetic.cap
+    find, cap = NeighborList.__call__, stepper.cap
     steps = {cls: cls.step for cls in (FIRE, GradientDescent)}
 
     def spied_find(self, structures):
@@ -84,7 +84,8 @@ def recorded_decisions():
 
     with (
         mock.patch.object(NeighborList, "__call__", spied_find),
-        mock.patch.object(steppers.arithmetic, "cap", spied_cap),
+        mock.patch.object(stepper, "cap", spied_cap),  # of each atom
+        mock.patch.object(fire, "cap", spied_cap),  # of the whole step
         mock.patch.object(FIRE, "step", spied_step),
         mock.patch.object(GradientDescent, "step", spied_step),
     ):
