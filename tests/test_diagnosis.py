@@ -249,14 +249,14 @@ class TestJudgement:
             (judged(["right"] * 8 + ["shifted"] * 2), "few kinds (g8, g9)"),
             (judged(["right"] * 8, distance=0.01), "8 of 8 starts are within 0.05 Å"),
             (judged(["right"] * 8 + ["wrong path"] * 8), "summed Delta-Q is in other minima"),
-            (judged(["shifted"] * 8, status="out of steps"), "8 of 8 relaxations had not converged"),
+            (judged(["shifted"] * 8, status="out of steps"), "8 of 8 relaxations have not converged"),
         ],
         ids=lambda x: x if isinstance(x, str) else "",
     )
-    def test_what_would_mislead_is_said(self, found, word):
+    def test_what_would_mislead_is_a_caution(self, found, word):
         assert any(word in text for text in found.cautions)
 
-    def test_nothing_is_said_without_cause(self):
+    def test_there_is_no_caution_without_cause(self):
         assert judged(["shifted"] * 8, errors(0.9)).cautions == ()
 
     @pytest.mark.parametrize(("residual", "allowed"), [(None, 0.05), (0.01, 0.05), (0.08, 0.08), (0.4, 0.1)])

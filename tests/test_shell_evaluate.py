@@ -120,10 +120,10 @@ class TestInfo:
     def test_bad_pairs_are_refused(self, data):
         is_refused(run("info", data / "lj", "--pairs", "nowhere"), "nowhere")
 
-    def test_the_health_of_gradients_through_relaxations(self, data):
+    def test_diagnostics_of_gradients_through_relaxations(self, data):
         code, out, err = run("info", data / "lj", "--relax", data / "initial.extxyz", "--steps", 12)
         assert code == 0, err
-        assert "Gradient health (structures: 5; gd: step_size 0.05" in out
+        assert "Gradient diagnostics (structures: 5; gd: step_size 0.05" in out
         assert out.rstrip().endswith("No alarm.")
         stiff = wide_lennard_jones(2.65)
         with torch.no_grad():

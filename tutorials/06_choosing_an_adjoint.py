@@ -6,7 +6,7 @@ Two embedded silicon defects are relaxed with the embedded potential, and the sq
 them is differentiated by the weights, once by each adjoint. Prints seconds, the cosine between each gradient and the
 exact one of the whole relaxation, and what each needs; then the same defect in two minima; the double well, in which
 only a gradient through few frames knows how the basin was chosen; an ordinary ASE run differentiated
-afterwards; and two reports on the health of a gradient.
+afterwards; and two reports of gradient diagnostics.
 
 docs/adjoints.rst says in words what is seen here. Memory is measured by 03_what_a_tape_costs.py.
 """
@@ -20,7 +20,7 @@ from ase.optimize import BFGS
 from ase_bptt import Structures, TorchCalculator, as_relaxation, load_potential, losses, relax
 from ase_bptt.adjoints import FullTape, Guided, Implicit, OneStep, Replay, Truncated
 from ase_bptt.datasets import si_defects
-from ase_bptt.diagnostics.gradient_report import health
+from ase_bptt.diagnostics.gradient_report import diagnose_gradients
 from ase_bptt.potentials.analytic import DoubleWell
 from ase_bptt.steppers import GradientDescent
 
@@ -143,11 +143,11 @@ print(f"SV_01 by ase.optimize.BFGS, cosine to the exact gradient: {cosine(by_ase
 sound = relax(potential, [pairs[name].initial for name in DEFECTS], stepper=descent, steps=75, fmax=0.01)
 references = Structures.from_atoms([pairs[name].relaxed for name in DEFECTS])
 flat(losses.squared_delta_q(sound, references).mean())
-report = health(sound)
+report = diagnose_gradients(sound)
 print(report.text())
 assert not report.alarms
 hasty = relax(potential, [pairs["V_00"].relaxed], stepper=GradientDescent(step_size=0.15), steps=12, fmax=0.01)
 flat(loss_of(hasty, pairs["V_00"].relaxed))
-report = health(hasty)
+report = diagnose_gradients(hasty)
 print(report.text())
 assert any("step size" in alarm for alarm in report.alarms)

@@ -1,4 +1,4 @@
-"""ase-bptt evaluate: where a potential's relaxations end, alone or beside another's."""
+"""ase-bptt evaluate: where a potential's relaxations end, alone or compared with another's."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ DESCRIPTION = """\
 Relax from each initial structure, and measure how far from the reference it
 ends: Delta-Q, RMSD, largest displacement, right basins, residual force at the
 reference, space group kept or lost. With --against a second potential is
-measured beside it, with intervals and a paired test.
+evaluated as well, and the two are compared with intervals and a paired test.
 
 examples:
   ase-bptt evaluate held_out/ --potential tuned --against chgnet
   ase-bptt evaluate runs/ --potential mace-si --group kind --out base
   ase-bptt evaluate --out base --resume
-      go on with the structures that were not finished
+      continue with the structures that were not finished
 """
 ENDS = "relaxed.extxyz"
 JOURNALS = ("potential.part.traj", "against.part.traj")
@@ -121,12 +121,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def stopped(arguments: argparse.Namespace) -> str:
-    """What is left after an interrupt."""
+    """The last words after an interrupt."""
     if not any((arguments.out / name).is_file() for name in JOURNALS):
-        return "Nothing was relaxed yet, and nothing is lost."
+        return "No structure has finished yet, and nothing is lost."
     return (
         f"The structures that have finished are kept in {arguments.out}; ase-bptt evaluate --out {arguments.out} "
-        "--resume goes on with the others."
+        "--resume continues with the others."
     )
 
 

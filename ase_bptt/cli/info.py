@@ -1,4 +1,4 @@
-"""ase-bptt info: what a potential is, whether fine-tuning would help, and whether gradients are to be trusted."""
+"""ase-bptt info: what a potential is, whether fine-tuning would help, and whether gradients can be trusted."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ..diagnostics import diagnose
-from ..diagnostics.gradient_report import Health, health
+from ..diagnostics.gradient_report import GradientReport, diagnose_gradients
 from ..losses import delta_q
 from ..pairs.groups import usable
 from ..potential import Potential, symbols
@@ -21,12 +21,12 @@ from ..utils import without_nan
 from .flags import add_pairs, add_potential, command, count, flag, potential_of, read_grouped, read_structures, seed
 
 FRAMES, FMAX = 40, 0.01
-"""As many frames as a training unrolls at most, and where it stops."""
+"""The most frames that a training unrolls, and eV/Å at which it stops."""
 
 DESCRIPTION = """\
-Tell what a potential is; with --pairs, whether fine-tuning it on these
-relaxations is likely to help, and why; with --relax, whether gradients through
-relaxations of these structures are to be trusted. Nothing is written.
+Describe a potential; with --pairs, estimate whether fine-tuning it on these
+relaxations is likely to help, and why; with --relax, diagnose the gradients
+through relaxations of these structures. Nothing is written.
 
 examples:
   ase-bptt info chgnet:r2scan
@@ -47,9 +47,9 @@ def add(commands: Any) -> None:
     add_potential(parser, positional=True)
     add_pairs(parser, option="--pairs")
     group = parser.add_argument_group("diagnosis")
-    flag(group, parser, "--sample", "pairs whose surroundings are explored", 8, type=count, metavar="N")
-    flag(group, parser, "--seed", "of the sample and of the noise", 0, type=seed, metavar="N")
-    group = parser.add_argument_group("health of a gradient")
+    flag(group, parser, "--sample", "pairs whose neighbourhood is explored", 8, type=count, metavar="N")
+    flag(group, parser, "--seed", "of the sample and of the rattling", 0, type=seed, metavar="N")
+    group = parser.add_argument_group("gradient diagnostics")
     flag(group, parser, "--relax", "relax every frame of these files as in training, without references", nargs="+",
          metavar="FILE", type=Path)  # fmt: skip
     flag(group, parser, "--steps", "frames of it", FRAMES, type=count, metavar="N")
@@ -71,32 +71,32 @@ def run(arguments: argparse.Namespace) -> int:
                 bar.set_description_str(what)
 
             diagnosis = diagnose(potential, pairs, seed=arguments.seed, sample=arguments.sample, progress=progress)
-    found = _health(arguments, potential) if arguments.relax else None
+    report = _gradients(arguments, potential) if arguments.relax else None
     if arguments.json:
-        parts = {"diagnosis": diagnosis and diagnosis.todict(), "health": found and found.todict()}
+        parts = {"diagnosis": diagnosis and diagnosis.todict(), "health": report and report.todict()}
         print(json.dumps(without_nan(facts | parts)))
         return 0
     for name, value in facts.items():
         print(f"{name.replace('_', ' '):20} {value}")
     if diagnosis:
         print(f"\n{diagnosis.text()}")
-    if found:
-        print(f"\n{found.text()}")
+    if report:
+        print(f"\n{report.text()}")
     return 0
 
 
 def stopped(arguments: argparse.Namespace) -> str:
-    """What is left after an interrupt."""
-    return "Nothing was to be written."
+    """The last words after an interrupt."""
+    return "This command writes nothing."
 
 
-def _health(arguments: argparse.Namespace, potential: Potential) -> Health:
-    """Of the paper's map, and of the gradient of how far the structures move."""
+def _gradients(arguments: argparse.Namespace, potential: Potential) -> GradientReport:
+    """Diagnostics of the paper's map, for the gradient of the distance that the structures move."""
     _, structures, _ = read_structures(arguments.relax, potential, skip_invalid=arguments.skip_invalid)
     relaxation = relax(potential, structures, stepper=GradientDescent(momentum=MOMENTUM), fmax=FMAX,
                        steps=arguments.steps)  # fmt: skip
     delta_q(relaxation, structures).sum().backward()
-    return health(relaxation)
+    return diagnose_gradients(relaxation)
 
 
 def _facts(arguments: argparse.Namespace, potential: Potential) -> dict[str, Any]:

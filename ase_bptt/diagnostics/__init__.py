@@ -12,21 +12,13 @@ from ..potential import Potential
 from ..stability import largest_curvature
 from ..steppers import GradientDescent
 from ..training.settings import MOMENTUM
-from .findings import Findings, diagnosis_text
 from .judgement import classify, judge
 from .landscape import force_error, minima, settling
+from .suitability import Diagnosis
 
 AT_ONCE = 8
 """Pairs evaluated between two reports of progress."""
 Progress = Callable[[int, int, str], None]
-
-
-class Diagnosis(Findings):
-    """What `diagnose` found; its attributes are those of `Findings`."""
-
-    def text(self) -> str:
-        """For people, at 80 columns; the verdict first."""
-        return diagnosis_text(self)
 
 
 def diagnose(
@@ -46,15 +38,15 @@ def diagnose(
     ----------
     potential : Potential
     pairs : list of RelaxationPair
-        All there are: nothing is held out here.
+        All pairs: nothing is held out here.
     seed : int
         Of the sample and of the rattling.
     sample : int
-        Pairs, of as many groups as there are, on which the slower measurements are done.
+        Pairs, of as many groups as possible, on which the slower measurements are made.
     rattles : int
         Rattled starts of each pair of the sample.
     progress : callable, optional
-        ``progress(done, total, what)``, called as the work goes on; each piece of work counts on its own.
+        ``progress(done, total, what)``, called after each part of a task; every task is counted by itself.
 
     Raises
     ------
@@ -65,7 +57,7 @@ def diagnose(
     """
     if not pairs:
         raise ValueError("There are no pairs to diagnose the potential on.")
-    progress = progress or _nothing
+    progress = progress or (lambda done, total, what: None)
     evaluation = _evaluate(potential, pairs, progress)
     classes = tuple(classify(row, pair) for row, pair in zip(evaluation.rows, pairs, strict=True))
     forces = force_error(potential, pairs, report=_about(progress, "comparing forces"))
@@ -85,10 +77,6 @@ def diagnose(
         step_size=float(stepper.step_size),
         momentum=float(stepper.momentum),
     )
-
-
-def _nothing(done: int, total: int, what: str) -> None:
-    pass
 
 
 def _about(progress: Progress, what: str) -> Callable[[int, int], None]:
@@ -112,7 +100,7 @@ def _curvatures(
 
 
 def spread(pairs: Sequence[RelaxationPair], size: int, seed: int) -> list[RelaxationPair]:
-    """Some pairs at random, one of each group before a second of any, in the order in which they were given."""
+    """Some pairs at random, one of each group before a second of any, in their original order."""
     order = np.random.default_rng(seed).permutation(len(pairs)).tolist()
     seen: dict[str, int] = {}
     rank = {}

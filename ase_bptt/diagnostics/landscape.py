@@ -1,4 +1,4 @@
-"""What the energy surface says: minima around the ends, settling of forces, and errors against labels."""
+"""The potential-energy surface around some pairs: its minima, the settling of a descent, and errors of forces."""
 
 from __future__ import annotations
 
@@ -21,20 +21,23 @@ from ..structures import Structures
 from ..throughput import single_points
 
 RATTLE = 0.1
-"""Å, standard deviation of each coordinate: a start as good as the one that was given."""
+"""Å, standard deviation of each coordinate: a start as plausible as the one that was given."""
 SAME_ENERGY = 0.005
 """eV per atom: ends that differ by more are two minima, however near."""
 LEFT = 0.3
-"""Å: where the potential moves an atom farther from the reference, it has no minimum there."""
+"""Å: where the potential moves an atom of the reference farther than this, it has no minimum there."""
 SETTLED = 0.1
 """Delta-Q within this share of its last value has settled."""
 SETTLED_AT_LEAST = 0.05
-"""amu^1/2 Å: Delta-Q this near to its last value has settled, however small that is."""
+"""amu^1/2 Å: Delta-Q has also settled within this distance of its last value, however small that value is."""
+STRONG = 0.1
+"""eV/Å: the direction of forces is compared on structures whose largest reference force is above."""
 MOST_FRAMES = 200
-"""Frames after which the wait for it to settle is given up."""
+"""Frames of the descent whose settling is measured."""
 TOGETHER = 16
 """Structures relaxed in one batch, as in `evaluate`."""
-Report = Callable[[int, int], None]
+Progress = Callable[[int, int], None]
+"""Called with the number of items done and their total."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,12 @@ class Minima:
     ----------
     id : str
     ends : int
-        Distinct ends, that of the start as it was given among them.
+        Distinct ends, including that of the unrattled start.
     energies : int
-        Distinct energies of these ends; fewer where some are the same but for symmetry.
+        Distinct energies of these ends; fewer where some differ by a symmetry only.
     reference : bool or None
-        Whether one of them is where the relaxation from the reference ends; None where that leaves
-        the reference by more than `LEFT`.
+        Whether one of them is the end of the relaxation from the reference; None where that relaxation moves by
+        more than `LEFT`.
     """
 
     id: str
@@ -67,11 +70,11 @@ def minima(
     seed: int,
     fmax: float = 0.02,
     steps: int = 500,
-    report: Report = lambda done, total: None,
+    report: Progress = lambda done, total: None,
 ) -> list[Minima]:
-    """Relax from rattled starts by FIRE and count where they end, for each pair.
+    """Relax from rattled starts by FIRE and count the distinct ends, for each pair.
 
-    Only relaxations that converged count. Nothing is found without rattling.
+    Only converged relaxations count. The list is empty for ``rattles=0``.
     """
     if not rattles:
         return []
@@ -120,13 +123,13 @@ def _same(a: Atoms, b: Atoms) -> bool:
 
 
 def _distance(a: Atoms, b: Atoms) -> float:
-    # A rattled molecule ends rotated, which is no other minimum.
+    # A rattled molecule may end rotated; that is the same minimum.
     return float(max_displacement(a, b, align=True))
 
 
 @dataclass(frozen=True)
 class Settling:
-    """After how many frames one relaxation has settled.
+    """The number of frames after which one relaxation has settled.
 
     Attributes
     ----------
@@ -148,9 +151,9 @@ def settling(
     stepper: Stepper,
     *,
     fmax: float = 0.01,
-    report: Report = lambda done, total: None,
+    report: Progress = lambda done, total: None,
 ) -> list[Settling]:
-    """Relax by the stepper, and find the frame from which on Delta-Q changes little, for each pair."""
+    """Relax by the stepper, and find the frame after which Delta-Q changes little, for each pair."""
     found: list[Settling] = []
     for first in range(0, len(pairs), TOGETHER):
         found += _settling(potential, pairs[first : first + TOGETHER], stepper, fmax)
@@ -191,13 +194,9 @@ def _settled(path: Sequence[float]) -> int:
     return 1 + max((t for t, distance in enumerate(path) if not abs(distance - path[-1]) <= near), default=-1)
 
 
-STRONG = 0.1
-"""eV/Å: a structure whose largest reference force is below says nothing of the direction of forces."""
-
-
 @dataclass(frozen=True)
 class ForceError:
-    """The potential's forces against the reference's, over all components.
+    """Errors of the potential's forces against the reference's, over all components.
 
     Attributes
     ----------
@@ -206,11 +205,11 @@ class ForceError:
     error, reference : float
         Mean absolute error and mean absolute reference force, eV/Å.
     strong : int
-        How many of the structures have a reference force above `STRONG`. The rest is of these alone.
+        How many of the structures have a reference force above `STRONG`; what follows is of these alone.
     strong_error, strong_reference : float or None
         The same means; None where there is no such structure.
     cosine : float or None
-        Of the angle between all forces of the potential and all forces of the reference.
+        Between the vectors of all forces of the potential and all forces of the reference.
     """
 
     frames: int
@@ -223,7 +222,7 @@ class ForceError:
 
 
 def reference_forces(atoms: Atoms) -> np.ndarray | None:
-    """The forces (n_atoms, 3) in eV/Å that were read with the structure; None without, or if it moved since."""
+    """Forces (n_atoms, 3) in eV/Å that were read with the structure; None without, or if it has moved since."""
     calculator = atoms.calc
     if not isinstance(calculator, SinglePointCalculator):
         return None
@@ -235,9 +234,9 @@ def force_error(
     potential: Potential,
     pairs: Sequence[RelaxationPair],
     *,
-    report: Callable[[int, int], None] = lambda done, total: None,
+    report: Progress = lambda done, total: None,
 ) -> ForceError | None:
-    """Compare the forces at all initial and relaxed structures that carry forces; None where none does."""
+    """Compare forces at all initial and relaxed structures that carry forces; None where none does."""
     labelled = [
         (atoms, forces)
         for pair in pairs

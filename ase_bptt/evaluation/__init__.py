@@ -1,4 +1,4 @@
-"""Where a potential's relaxations end, beside where the reference's end."""
+"""Evaluation of a potential: where its relaxations end, compared with the reference."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Row:
     ----------
     id, group : str
     unrelaxed : float
-        Delta-Q of the start to the reference, amu^1/2 Å: what no relaxation at all would give.
+        Delta-Q of the initial structure to the reference, amu^1/2 Å: what no relaxation at all would give.
     delta_q : float
         Delta-Q of the end to the reference, amu^1/2 Å.
     rmsd, max_displacement : float
@@ -43,7 +43,7 @@ class Row:
     right_basin : bool
         By `BASIN_RULE`.
     reference_moves : float
-        Å by which the farthest atom of the reference moves where the potential relaxes it.
+        Å, largest displacement of an atom where the potential relaxes the reference itself.
     residual_force : float
         The potential's largest force on an atom at the reference, eV/Å.
     space_group, reference_space_group : str
@@ -82,7 +82,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Rows of `evaluate`, and their summary; `ends` are the relaxed structures, if they were kept."""
+    """Rows of `evaluate` with their summary; `ends` are the relaxed structures, if they were kept."""
 
     rows: tuple[Row, ...]
     ends: tuple[Atoms, ...] = field(default=(), compare=False, repr=False)
@@ -100,7 +100,7 @@ class Evaluation:
     @property
     def median(self) -> float:
         """Median Delta-Q, amu^1/2 Å."""
-        # Sorting has no place for NaN: without a mean there is no median.
+        # NaN cannot be sorted: without a mean there is no median.
         return median(row.delta_q for row in self.rows) if math.isfinite(self.mean) else math.nan
 
     @property
@@ -120,7 +120,7 @@ class Evaluation:
         return fmean(crystals) if crystals else math.nan
 
     def by_group(self) -> dict[str, Evaluation]:
-        """An evaluation for each group, in the order in which they come."""
+        """An evaluation for each group, in the order of their first rows."""
         groups: dict[str, list[Row]] = {}
         for row in self.rows:
             groups.setdefault(row.group, []).append(row)
@@ -165,9 +165,9 @@ def evaluate(
     batch_size, memory : int or None, float or None
         As for `relax_all`: structures relaxed together, and GiB that they may take.
     journal : Journal, optional
-        Keeps the ends as they are found; those in it already are not sought again.
+        Keeps the ends as they are found; structures that are in it already are not relaxed again.
     progress : bool or None
-        A bar on standard error; None asks whether that is a terminal.
+        A progress bar on standard error; None shows it only on a terminal.
     """
     starts = [p.initial for p in pairs] + [p.relaxed for p in pairs]
     ends = relax_kept(
@@ -186,7 +186,7 @@ def _row(pair: RelaxationPair, found: Relaxed, control: Atoms, residual: float) 
     return Row(
         id=pair.id,
         group=pair.group,
-        # Nothing holds an isolated molecule's orientation: its ends may be rotated.
+        # The orientation of an isolated molecule is arbitrary: its ends may be rotated.
         unrelaxed=delta_q(pair.initial, reference, align=True),
         delta_q=delta_q(end, reference, align=True),
         rmsd=rmsd(end, reference, align=True),
@@ -208,7 +208,7 @@ def _residual_forces(potential: Potential, structures: Sequence[Atoms], size: in
 
 
 SYMPREC = 0.05
-"""Å: displacements below this do not break a symmetry. Relaxations end with less noise."""
+"""Å: displacements below this do not break a symmetry; the noise of relaxed positions is smaller."""
 
 
 def space_group(atoms: Atoms, symprec: float = SYMPREC) -> str:
@@ -220,7 +220,7 @@ def space_group(atoms: Atoms, symprec: float = SYMPREC) -> str:
         return ""
     crystal = (atoms.cell.array, atoms.get_scaled_positions(), atoms.numbers)
     with warnings.catch_warnings():
-        # spglib is between two ways of saying "none found": None with a DeprecationWarning, and an exception.
+        # By its version, spglib returns None with a DeprecationWarning where it finds none, or raises.
         warnings.simplefilter("ignore", DeprecationWarning)
         try:
             return spglib.get_spacegroup(crystal, symprec=symprec) or ""

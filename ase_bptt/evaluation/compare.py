@@ -1,4 +1,4 @@
-"""Two evaluations of the same structures side by side: what changed, and whether that could be chance.
+"""Two evaluations of the same structures compared: what changed, and whether that could be chance.
 
 Structures of one group are not independent, so intervals and the test are over groups.
 """
@@ -15,14 +15,14 @@ from scipy import stats
 from . import Evaluation
 
 FLOOR = 1e-3
-"""amu^1/2 Å: nearer than this counts as this near where logarithms are taken."""
+"""amu^1/2 Å: the least Delta-Q of which a logarithm is taken; smaller values count as this."""
 RESAMPLES = 5000
 LEVEL = 0.95
 
 
 @dataclass(frozen=True)
 class Change:
-    """A relative change (-0.32 is 32 % lower) and its bootstrap interval; NaN for fewer than two groups."""
+    """A relative change (-0.32 is 32 % lower) and its bootstrap interval, which is NaN for fewer than two groups."""
 
     value: float
     low: float
@@ -44,15 +44,15 @@ class Comparison:
     n, groups : int
         Structures and groups.
     mean, geometric_mean : Change
-        Of the mean and of the geometric mean of Delta-Q, with 95 % intervals, groups drawn with replacement.
+        Of the mean and of the geometric mean of Delta-Q, with 95 % intervals from a bootstrap over groups.
     p_value : float
         Of Wilcoxon's signed-rank test (two-sided) on the mean logarithm of the ratio in each group.
     nearer, farther : int
-        Structures whose Delta-Q fell and rose by more than a tenth; one that diverged rose.
+        Structures whose Delta-Q fell and rose by more than a tenth; one that diverged counts as risen.
     left_out : int
-        Structures that diverged before or after, which means, intervals and test leave out.
+        Structures that diverged before or after; they are not part of means, intervals and test.
     basins_won, basins_lost : int
-        Structures that came into the right basin and that left it.
+        Structures that ended in the right basin only after, and only before.
     """
 
     n: int
@@ -67,8 +67,14 @@ class Comparison:
     left_out: int = 0
 
     def todict(self) -> dict[str, Any]:
-        """As JSON, but for numbers that are not finite."""
+        """As JSON, except for numbers that are not finite."""
         return asdict(self)
+
+
+def check_same(before: Evaluation, after: Evaluation) -> None:
+    """ValueError where the two are not of the same structures in the same order."""
+    if [row.id for row in before.rows] != [row.id for row in after.rows]:
+        raise ValueError("Only evaluations of the same structures in the same order can be compared.")
 
 
 def compare(before: Evaluation, after: Evaluation, *, seed: int = 0) -> Comparison:
@@ -86,8 +92,7 @@ def compare(before: Evaluation, after: Evaluation, *, seed: int = 0) -> Comparis
     ValueError
         Where the two are not of the same structures.
     """
-    if [row.id for row in before.rows] != [row.id for row in after.rows]:
-        raise ValueError("Only evaluations of the same structures in the same order can be compared.")
+    check_same(before, after)
     first, last = (np.array([row.delta_q for row in e.rows]) for e in (before, after))
     sound = np.isfinite(first) & np.isfinite(last)
     right = [np.array([row.right_basin for row in e.rows]) for e in (before, after)]
@@ -130,7 +135,7 @@ def _change(after: np.ndarray, before: np.ndarray, counts: np.ndarray, ratio: Ra
         return Change(value, float("nan"), float("nan"))
     drawn = np.random.default_rng(seed).integers(len(counts), size=(RESAMPLES, len(counts)))
     found = statistic(after[drawn], before[drawn], counts[drawn])
-    # A draw of none but exact matches has no ratio.
+    # A draw of exact matches only has no ratio.
     if not np.isfinite(found).all():
         return Change(value, float("nan"), float("nan"))
     low, high = np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])

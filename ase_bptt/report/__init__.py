@@ -1,4 +1,4 @@
-"""How results are shown: the words and numbers that text, tables, plots and pages share."""
+"""How results are shown: the words, numbers and text columns that tables, plots and pages share."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from ..evaluation.compare import LEVEL, Change, Comparison
 LABELS = ("before", "after")
 NONE = "-"
 MANY = 10
-"""From so many times on, per cent are no longer read."""
+"""A value that has grown by this factor is given as a multiple, not in per cent."""
 
 
 def number(value: float, digits: int) -> str:
-    """With so many digits behind the point; a dash where it is not finite."""
+    """With so many decimals; a dash where it is not finite."""
     return f"{value:.{digits}f}" if math.isfinite(value) else NONE
 
 
 def yes(value: bool) -> str:
-    """The truth in a word."""
+    """As "yes" or "no"."""
     return "yes" if value else "no"
 
 
 def change(before: float, after: float) -> str:
-    """The change in per cent, in words; empty where there is none to tell."""
+    """The change in per cent, in words; empty where it is not defined."""
     if before == 0 or not math.isfinite(before) or not math.isfinite(after):
         return ""
     return _percent((after - before) / before)
@@ -48,7 +48,7 @@ def _percent(value: float) -> str:
 
 
 def symmetry(row: Row) -> str:
-    """What became of the reference's space group, as "kept", "lost: P1" or "other: P-43m".
+    """Whether the end has the reference's space group, as "kept", "lost: P1" or "other: P-43m".
 
     "lost" where the end has fewer rotations and reflections than the reference; a dash where the
     reference is not a crystal.
@@ -71,11 +71,6 @@ def _order(space_group: str) -> int:
     return len({rotation.tobytes() for rotation in rotations})
 
 
-def median(evaluation: Evaluation) -> float:
-    """Median Delta-Q; NaN where one is not finite, for then there is no order."""
-    return evaluation.median if math.isfinite(evaluation.mean) else math.nan
-
-
 def count(evaluation: Evaluation, what: str) -> str:
     """As "9 of 10": how many are in the right "basin", or keep the "symmetry" of their reference."""
     if what == "basin":
@@ -85,10 +80,10 @@ def count(evaluation: Evaluation, what: str) -> str:
 
 
 def shorten(names: Sequence[str], width: int) -> list[str]:
-    """Without a leading folder that all have, and cut to a width.
+    """Without a leading folder that is common to all, and cut to a width.
 
-    Cut on the left; where they would not stay distinct, on the right or in the middle; where that
-    does not do either, they stay wider.
+    Cut on the left or, where they would not stay distinct, on the right or in the middle; where that is not enough
+    either, they stay wider.
     """
     parts = [PurePosixPath(name).parts[:-1] for name in names]
     common = 0
@@ -105,12 +100,6 @@ def shorten(names: Sequence[str], width: int) -> list[str]:
 
 def _cut(name: str, width: int, left: int) -> str:
     return name if len(name) <= width else name[:left] + "…" + name[len(name) - (width - left - 1) :]
-
-
-def check_same(before: Evaluation, after: Evaluation) -> None:
-    """ValueError where the two are not of the same structures."""
-    if [row.id for row in before.rows] != [row.id for row in after.rows]:
-        raise ValueError("Only evaluations of the same structures in the same order can stand side by side.")
 
 
 def plural(n: int, noun: str) -> str:
@@ -137,7 +126,7 @@ def headline(evaluation: Evaluation, after: Evaluation | None, labels: tuple[str
 
 
 def comparison_sentences(comparison: Comparison, labels: tuple[str, str] = LABELS) -> list[str]:
-    """What a comparison found, a line each."""
+    """The findings of a comparison, a line each."""
     c = comparison
     return [
         f"From {labels[0]} to {labels[1]}, over {plural(c.n, 'structure')} in {plural(c.groups, 'group')}:",
@@ -153,7 +142,7 @@ def comparison_sentences(comparison: Comparison, labels: tuple[str, str] = LABEL
 
 def _interval(found: Change, groups: int) -> str:
     if not math.isfinite(found.value):
-        return "no change can be told"
+        return "no change can be computed"
     said = _percent(found.value)
     if not (math.isfinite(found.low) and math.isfinite(found.high)):
         return f"{said} ({'one group, so there is' if groups == 1 else 'there is'} no interval)"

@@ -57,7 +57,10 @@ def drift_text(report: DriftReport) -> str:
         first, *others = CRYSTAL_COLUMNS
         columns = [first, *(Column(head, column.name) for column in others for head in (*LABELS, "change"))]
         lines += ["", *grid(columns, [_crystal_row(report, name) for name in report.crystals])]
-    lines += ["", *(fill(sentence, WIDTH, subsequent_indent="  ") for sentence in sentences(report))]
+    lines += [
+        "",
+        *(fill(sentence, WIDTH, subsequent_indent="  ", break_on_hyphens=False) for sentence in sentences(report)),
+    ]
     return "\n".join(lines)
 
 

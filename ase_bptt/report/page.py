@@ -15,9 +15,9 @@ from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from ..evaluation import BASIN_RULE, Evaluation
-from ..evaluation.compare import Comparison
+from ..evaluation.compare import Comparison, check_same
 from ..utils import replacing
-from . import LABELS, change, check_same, comparison_sentences, count, headline, median, number, plural
+from . import LABELS, change, comparison_sentences, count, headline, number, plural
 from .plots import MOST_ATOMS, atom_displacements, before_after, by_group, learning_curve, png, save
 from .tables import (
     NUMBER,
@@ -34,30 +34,32 @@ RULE = BASIN_RULE.removeprefix("right basin: ")
 TERMS = (
     ("Delta-Q", "The distance of a relaxed structure from its reference, with each atom's displacement weighted by its "
      "mass: the square root of the sum of m |displacement|² over the atoms, in amu^1/2 Å. Zero where the two are the "
-     "same. Drift of the whole structure is left out and periodic images are minimal."),
-    ("Start", "Delta-Q of the structure before it is relaxed: what doing nothing would give."),
+     "same. Drift of the whole structure is removed, and minimum images are used."),
+    ("Start", "Delta-Q of the structure before it is relaxed: what no relaxation at all would give."),
     ("RMSD, largest displacement", "Root of the mean squared displacement of the atoms from the reference, and that of "
      "the atom that is farthest from it, in Å."),
-    ("Right basin", RULE[0].upper() + RULE[1:] + ". It asks whether the relaxation fell into the hollow "
-     "where the reference lies, not how well the potential knows the bottom of that hollow."),
+    ("Right basin", RULE[0].upper() + RULE[1:] + ". It says whether the relaxation ended in the basin "
+     "in which the potential puts the reference, not how accurate the minimum of that basin is."),
     ("Force at the reference", "The largest force that the potential finds on an atom of the reference structure, in "
-     "eV/Å. A potential that agreed with the reference calculation would find nearly none."),
+     "eV/Å. For a potential that agreed with the reference calculation it would nearly vanish."),
     ("Space group", "Whether the relaxed structure has the space group of its reference. “lost” and its new "
      "space group: fewer rotations and reflections than the reference; “other”: a different group, but not fewer."),
-    ("Frames", "Steps of the relaxation. Where it did not converge, how it ended is said below: out of steps, or "
+    ("Frames", "Steps of the relaxation. Where it did not converge, its status stands below: out of steps, or "
      "diverged."),
-    ("Group", "Structures that are alike, as those of one kind of defect. They are not independent, so intervals and "
+    ("Group", "Similar structures, such as those of one kind of defect. They are not independent, so intervals and "
      "the test are over groups."),
-    ("Change of forces", "Of each component of the force on each atom, root mean square; beside it, in per cent of the "
-     "root mean square of the components themselves. Energies change by a constant, too."),
-    ("Hole", "Two atoms must repel each other the more the nearer they come. Where the energy falls instead, atoms "
-     "that come so near in a hot or a bad structure fall into each other."),
+    ("Change of forces", "Root mean square of the change of a force component; beside it, in per cent of the root mean "
+     "square of the components before. The change of the energies includes constant shifts."),
+    ("Short-range instability", "Two atoms must repel each other more strongly the nearer they come. Where the energy "
+     "falls instead, atoms that come this close, in a hot or a poor structure, collapse onto each other."),
 )  # fmt: skip
+CSS_WIDTH = 480
+"""Pixels: the width of a picture on the page."""
 
 
 @dataclass(frozen=True)
 class Section:
-    """What stands below one heading."""
+    """What stands below one heading of the page."""
 
     name: str
     sentences: Sequence[str] = ()
@@ -78,7 +80,7 @@ def write_page(
     best_epoch: int | None = None,
     extra: Sequence[Section] = (),
 ) -> None:
-    """Write a page that opens in any browser, whole or not at all.
+    """Write a self-contained page that opens in any browser, whole or not at all.
 
     Parameters
     ----------
@@ -97,7 +99,7 @@ def write_page(
     facts : pairs of str
         Names and values: potential, settings, versions, command, date, ...
     extra : sequence of Section
-        What stands last, as the section of a `Card`.
+        Further sections at the end, such as `report.drift.drift_section`.
 
     Raises
     ------
@@ -125,7 +127,7 @@ def _template() -> Template:
 
 
 def _typeset(text: str) -> Markup:
-    """Escaped; the exponent of the unit raised, and units not parted from their numbers."""
+    """Escaped; the exponent of the unit raised, and no line break between a number and its unit."""
     text = text.replace(" %", "\N{NO-BREAK SPACE}%").replace(" Å", "\N{NO-BREAK SPACE}Å")
     text = text.replace("eV/Å", "eV/\N{WORD JOINER}Å")
     return Markup(escape(text).replace("amu^1/2", Markup("amu<sup>1/2</sup>")))
@@ -157,7 +159,7 @@ def summary_table(evaluation: Evaluation, after: Evaluation | None, labels: tupl
     both = both_of(evaluation, after)
     measures: list[tuple[str, Callable[[Evaluation], float], int]] = [
         (f"Mean Delta-Q ({UNIT})", lambda e: e.mean, 2),
-        (f"Median Delta-Q ({UNIT})", median, 2),
+        (f"Median Delta-Q ({UNIT})", lambda e: e.median, 2),
         ("Mean force at the reference (eV/Å)", lambda e: fmean(row.residual_force for row in e.rows), 3),
     ]
     rows = [[Cell(f"Mean Delta-Q of the starts ({UNIT})"),
@@ -181,12 +183,9 @@ def summary_table(evaluation: Evaluation, after: Evaluation | None, labels: tupl
     return Table(sizes, [heads], rows)
 
 
-CSS_WIDTH = 480
-
-
 @dataclass(frozen=True)
 class Picture:
-    """A PNG in base64, its size in pixels of the page, and what it says in words."""
+    """A PNG in base64, its size in pixels of the page, its alternative text and its caption."""
 
     data: str
     width: int
@@ -196,7 +195,7 @@ class Picture:
 
 
 def picture_of(figure: Figure, alt: str, caption: str) -> Picture:
-    """A figure for the page, with what is said where it is not seen, and below it."""
+    """A figure for the page, with its alternative text and caption."""
     height = round(CSS_WIDTH * figure.get_figheight() / figure.get_figwidth())
     return Picture(b64encode(png(figure)).decode(), CSS_WIDTH, height, alt, caption)
 
@@ -206,7 +205,7 @@ def scatter(before: Evaluation, after: Evaluation, labels: tuple[str, str]) -> P
     pairs = list(zip(before.rows, after.rows, strict=True))
     nearer = sum(a.delta_q < b.delta_q for b, a in pairs)
     alt = (
-        f"Delta-Q {labels[1]} against Delta-Q {labels[0]}, both on axes of logarithms: {nearer} of "
+        f"Delta-Q {labels[1]} against Delta-Q {labels[0]}, both on logarithmic axes: {nearer} of "
         f"{plural(len(pairs), 'point')} below the diagonal."
     )
     caption = (
@@ -219,7 +218,7 @@ def scatter(before: Evaluation, after: Evaluation, labels: tuple[str, str]) -> P
 def dots(evaluation: Evaluation, after: Evaluation | None, labels: tuple[str, str]) -> Picture:
     """Delta-Q by group."""
     worst = next(iter(sorted_groups(evaluation, after)))
-    alt = f"Delta-Q of each structure by group, on an axis of logarithms; the farthest group is {worst}."
+    alt = f"Delta-Q of each structure by group, on a logarithmic axis; the farthest group is {worst}."
     colours = f" Grey squares: {labels[0]}; blue dots: {labels[1]}." if after is not None else ""
     caption = (
         f"A line is a group, the farthest on top; a point is a structure, a bar the mean of the group. Left is "
@@ -233,9 +232,9 @@ def bars(evaluation: Evaluation, after: Evaluation | None, labels: tuple[str, st
     figure = atom_displacements(evaluation, after, labels)
     names = "; ".join(axes.get_title(loc="left") for axes in figure.axes)
     caption = (
-        f"How far each atom ends from its place in the reference, for the structures that are farthest from theirs. "
-        f"One high bar: one atom sits elsewhere; bars alike: all are off a little. Of more than {MOST_ATOMS} atoms "
-        "the farthest are shown. Each structure has its own scale."
+        "How far each atom ends from its place in the reference, for the structures that are farthest from theirs. "
+        "One high bar: a single atom is misplaced; equal bars: all atoms are slightly off. Of more than "
+        f"{MOST_ATOMS} atoms the farthest are shown. Each structure has its own scale."
     )
     return picture_of(figure, f"Bars of the displacement of each atom: {names}.", caption)
 

@@ -15,14 +15,43 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from ..evaluation import Evaluation
+from ..evaluation.compare import FLOOR, check_same
 from ..utils import replacing
-from . import LABELS, change, check_same, plural, shorten
+from . import LABELS, change, plural, shorten
 from .tables import sorted_groups
 
+BLUE, ORANGE, GREY = "#1f5f99", "#d9762b", "#949494"
+"""Distinct also to colour-blind readers and in grey print; shape or place always carries the meaning, too."""
+WIDTH = 4.8
+"""Inches; for a width of 480 pixels on the page."""
+DPI = 200
+UNIT = "amu$^{1/2}$ Å"
+"""Of Delta-Q."""
 NAME_WIDTH, LABEL_WIDTH = 18, 24
-LEAST = 1e-3
-"""amu^1/2 Å: where points that lie nearer are drawn on an axis of logarithms."""
 MOST_GROUPS, MOST_ATOMS = 40, 24
+
+
+def new_figure(height: float) -> Figure:
+    """An empty figure, so many inches high."""
+    # Not pyplot: no window, no global state, no backend to choose.
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def plain_logarithms(axis: Axis, low: float, high: float) -> None:
+    """Plain numbers, which do not overlap, on a logarithmic axis from low to high."""
+    steps = (1.0, 2.0, 5.0) if high / low < 500 else (1.0,)
+    axis.set_major_locator(LogLocator(subs=steps))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def limits(values: Sequence[float]) -> tuple[float, float]:
+    """Limits of a logarithmic axis around these values, at least a factor of four apart."""
+    low, high = (min(values), max(values)) if values else (1.0, 1.0)
+    margin = max(1.4, 2 * (low / high) ** 0.5)
+    return low / margin, high * margin
 
 
 def before_after(before: Evaluation, after: Evaluation, labels: tuple[str, str] = LABELS) -> Figure:
@@ -60,7 +89,7 @@ def before_after(before: Evaluation, after: Evaluation, labels: tuple[str, str] 
     said = change(before.mean, after.mean)
     axes.set_title(f"{plural(len(shown), 'structure')}{f', mean {said}' if said else ''}", fontsize=10)
     if shown:
-        # Outside, for a point may lie anywhere.
+        # Outside the axes, for a point may lie anywhere.
         _legend(figure, axes)
     return figure
 
@@ -170,7 +199,7 @@ def _short(labels: tuple[str, str]) -> tuple[str, str]:
 
 
 def _drawn(value: float) -> float:
-    return max(value, LEAST)
+    return max(value, FLOOR)
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
@@ -193,51 +222,6 @@ def _name_the_worst(axes: Axes, points: Sequence[tuple[float, float, str]], most
         offset, align = ((-8, -3), "right") if right > 0.5 else ((8, -3), "left")
         axes.annotate(short[name], (x, y), offset, textcoords="offset points", fontsize=8, ha=align, zorder=4,
                       path_effects=[withStroke(linewidth=2, foreground="white")])  # fmt: skip
-
-
-BLUE, ORANGE, GREY = "#1f5f99", "#d9762b", "#949494"
-"""Told apart by eyes of all kinds and in grey print; what they mean is also said by shape or place."""
-WIDTH = 4.8
-"""Inches: at 480 pixels the type is as large as it is meant to be."""
-DPI = 200
-UNIT = "amu$^{1/2}$ Å"
-"""Of Delta-Q."""
-
-
-def new_figure(height: float) -> Figure:
-    """An empty figure, so many inches high."""
-    # Not pyplot: no window, no global state, no backend to choose.
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def plain_logarithms(axis: Axis, low: float, high: float) -> None:
-    """Plain numbers, which do not run into each other, on an axis of logarithms from low to high."""
-    steps = (1.0, 2.0, 5.0) if high / low < 500 else (1.0,)
-    axis.set_major_locator(LogLocator(subs=steps))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
-
-
-def limits(values: Sequence[float]) -> tuple[float, float]:
-    """Where an axis of logarithms begins and ends around these values, at least a factor of four apart."""
-    low, high = (min(values), max(values)) if values else (1.0, 1.0)
-    margin = max(1.4, 2 * (low / high) ** 0.5)
-    return low / margin, high * margin
-
-
-def save(figure: Figure, path: str | Path) -> None:
-    """Write a picture, whole or not at all, in the format that its name ends in (.png, .svg, .pdf)."""
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=DPI, format=Path(path).suffix.removeprefix(".") or "png")
-
-
-def png(figure: Figure) -> bytes:
-    """The picture as a PNG."""
-    buffer = BytesIO()
-    figure.savefig(buffer, dpi=DPI, format="png")
-    return buffer.getvalue()
 
 
 def learning_curve(history: Sequence[dict[str, float]], best_epoch: int | None = None) -> Figure:
@@ -278,3 +262,16 @@ def _mark(panels: Sequence[Axes], best: float, found: dict[float, float]) -> Non
         axes.axvline(best, color=ORANGE, linewidth=1, linestyle="--", zorder=0)
     panels[1].plot([best], [found[best]], "*", color=ORANGE, markersize=14, zorder=3)
     panels[0].set_title(f"best: epoch {best:.0f}", fontsize=10)
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """Write a picture, whole or not at all, in the format that its name ends in (.png, .svg, .pdf)."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=DPI, format=Path(path).suffix.removeprefix(".") or "png")
+
+
+def png(figure: Figure) -> bytes:
+    """The picture as a PNG."""
+    buffer = BytesIO()
+    figure.savefig(buffer, dpi=DPI, format="png")
+    return buffer.getvalue()

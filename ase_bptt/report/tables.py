@@ -12,17 +12,15 @@ from pathlib import Path
 from textwrap import fill
 
 from ..evaluation import Evaluation, Row
-from ..evaluation.compare import Comparison
+from ..evaluation.compare import Comparison, check_same
 from ..utils import replacing
 from . import (
     LABELS,
     Column,
     change,
-    check_same,
     comparison_sentences,
     count,
     grid,
-    median,
     number,
     shorten,
     symmetry,
@@ -120,7 +118,7 @@ def evaluation_table(evaluation: Evaluation) -> str:
     rows = [[name, *(m.text(row) for m in measures)] for name, row in zip(names, evaluation.rows, strict=True)]
     foot = [
         ["mean", number(evaluation.mean_unrelaxed, 2), number(evaluation.mean, 2)],
-        ["median", "", number(median(evaluation), 2)],
+        ["median", "", number(evaluation.median, 2)],
     ]
     last = f"right basin: {count(evaluation, 'basin')}; space group kept: {count(evaluation, 'symmetry')}"
     return "\n".join([f"{UNITS}; force in eV/Å", *grid(columns, rows, foot), last])
@@ -148,9 +146,9 @@ def table(before: Evaluation, after: Evaluation, labels: tuple[str, str] = LABEL
     ]
     foot = [
         ["mean", number(before.mean_unrelaxed, 2), number(before.mean, 2), number(after.mean, 2)],
-        ["median", "", number(median(before), 2), number(median(after), 2)],
+        ["median", "", number(before.median, 2), number(after.median, 2)],
     ]
-    changes = [change(before.mean, after.mean), change(median(before), median(after))]
+    changes = [change(before.mean, after.mean), change(before.median, after.median)]
     last = f"right basin: {count(before, 'basin')} {labels[0]}, {count(after, 'basin')} {labels[1]}"
     return "\n".join([UNITS, *legend, *grid(columns, rows, foot, changes), last])
 
@@ -251,7 +249,7 @@ def sorted_groups(
 
 
 def comparison_text(comparison: Comparison, labels: tuple[str, str] = LABELS) -> str:
-    """A comparison in a few lines of plain words."""
+    """A comparison in a few lines, at most 96 columns wide."""
     first, *others = comparison_sentences(comparison, labels)
     lines = [fill(text, 96, initial_indent="  ", subsequent_indent="    ") for text in others]
     return "\n".join([first, *lines])

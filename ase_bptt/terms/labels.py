@@ -118,7 +118,7 @@ class Labels:
             self._differences = (self._targets.energies - Targets.of(potential, every).energies).double().cpu().numpy()
         elif len(self._loaded) != len(every):
             raise ValueError(
-                "The labels were read from other frames when the run started: give those, or start a new run."
+                "When the run started its labels were read from other frames: give those again, or start a new run."
             )
         else:
             self._differences = self._loaded.copy()

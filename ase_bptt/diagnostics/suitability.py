@@ -1,4 +1,4 @@
-"""What the diagnosis of a potential on pairs found, as data and as text."""
+"""Whether training through the relaxation suits a potential and its pairs: the diagnosis, as data and as text."""
 
 from __future__ import annotations
 
@@ -16,10 +16,18 @@ from ..utils import without_nan
 from .judgement import CLASSES, RETRAIN, Judgement, failed, some, went_farther
 from .landscape import MOST_FRAMES, RATTLE, STRONG, ForceError, Minima, Settling
 
+WIDTH = 80
+NAMED = ("wrong path", "no minimum", "failed")
+"""Classes whose structures are named; the shifted ones are often too many."""
+CAREFUL = 0.7
+"""Share of the largest stable step that is advised: along the path bonds can be stiffer than at the end."""
+MOST_UNROLLED = 40
+"""Frames: through more, the gradient says little about which basin is selected."""
+
 
 @dataclass(frozen=True)
-class Findings:
-    """What `diagnose` found.
+class Diagnosis:
+    """The result of `ase_bptt.diagnose`.
 
     Attributes
     ----------
@@ -31,7 +39,7 @@ class Findings:
     forces : ForceError or None
         None where no structure carries forces.
     sample : tuple of str
-        Ids of the pairs that what follows was measured on.
+        Ids of the pairs on which the following was measured.
     settling : tuple of Settling
         By the Trainer's gradient descent.
     minima : tuple of Minima
@@ -84,11 +92,11 @@ class Findings:
 
     @property
     def sound(self) -> list[Row]:
-        """The rows of those that did not fail, over which means and medians are."""
+        """Rows of the relaxations that did not fail: means and medians are over these."""
         return [row for row in self.evaluation.rows if not failed(row)]
 
     def todict(self) -> dict[str, Any]:
-        """All of it, as JSON; None for what is missing or not finite."""
+        """As JSON; None for what is missing or not finite."""
         delta_q, unrelaxed = [r.delta_q for r in self.sound], [r.unrelaxed for r in self.evaluation.rows]
         rows = zip(self.evaluation.todict()["rows"], self.classes, strict=True)
         found = {
@@ -118,27 +126,17 @@ class Findings:
         }
         return without_nan(found)
 
+    def text(self) -> str:
+        """At most 80 columns wide; the verdict first, then what it rests on."""
+        sections = (_verdict(self), _ends(self), _forces(self), _training(self))
+        return "\n\n".join("\n".join(lines) for lines in map(list, sections) if lines)
+
 
 def _median(values: list[Any]) -> float | None:
     return median(values) if values else None
 
 
-WIDTH = 80
-NAMED = ("wrong path", "no minimum", "failed")
-"""Classes whose structures are named: what is shifted is often most of them."""
-CAREFUL = 0.7
-"""Share of the largest stable step that is advised: elsewhere on the way bonds can be stiffer."""
-MOST_UNROLLED = 40
-"""Frames: beyond, the gradient tells little of which basin is chosen."""
-
-
-def diagnosis_text(found: Findings) -> str:
-    """The verdict first, then what it rests on; 80 columns."""
-    sections = (_verdict(found), _ends(found), _forces(found), _training(found))
-    return "\n\n".join("\n".join(lines) for lines in map(list, sections) if lines)
-
-
-def _verdict(d: Findings) -> Iterator[str]:
+def _verdict(d: Diagnosis) -> Iterator[str]:
     yield f"Will training through the relaxation help? {d.verdict}"
     yield _wrapped(d.judgement.reason)
     for caution in d.judgement.cautions:
@@ -146,7 +144,7 @@ def _verdict(d: Findings) -> Iterator[str]:
     yield _wrapped("An estimate, not a promise; this measures it: ase-bptt train ... --folds 5")
 
 
-def _ends(d: Findings) -> Iterator[str]:
+def _ends(d: Diagnosis) -> Iterator[str]:
     rows = d.evaluation.rows
     kinds = len(d.evaluation.by_group())
     yield f"Where its relaxations end (structures: {len(rows)}, kinds: {kinds}; FIRE to 0.02 eV/Å)"
@@ -161,10 +159,10 @@ def _ends(d: Findings) -> Iterator[str]:
         yield f"    before relaxing                   {fmean(unrelaxed):6.2f}  {median(unrelaxed):6.2f}"
         yield f"    after                             {fmean(delta_q):6.2f}  {median(delta_q):6.2f}"
     yield f"  in another basin than the reference's: {100 * d.wrong_basins:.0f} %"
-    yield f"  farther from the reference than they began: {sum(map(went_farther, rows))} of {len(rows)}"
+    yield f"  farther from the reference than they started: {sum(map(went_farther, rows))} of {len(rows)}"
 
 
-def _forces(d: Findings) -> Iterator[str]:
+def _forces(d: Diagnosis) -> Iterator[str]:
     f = d.forces
     if f is None:
         yield "Forces: the structures carry none to compare with"
@@ -175,12 +173,12 @@ def _forces(d: Findings) -> Iterator[str]:
         label = f"of these, with one above {STRONG:g}"
         yield f"  {label:38} {f.strong:11} {f.strong_error:7.3f} {f.strong_reference:6.3f} {f.cosine:7.2f}"
     else:
-        yield f"  none is above {STRONG:g}: their direction tells nothing"
+        yield f"  none is above {STRONG:g}: their directions cannot be compared"
     yield "  (mean absolute error; mean absolute force of the reference)"
 
 
-def _training(d: Findings) -> Iterator[str]:
-    # Settings are of no use to who should not train yet.
+def _training(d: Diagnosis) -> Iterator[str]:
+    # Advice on settings is of no use where the potential must first be retrained.
     if not d.sample or d.verdict == RETRAIN:
         return
     yield f"For training, from {len(d.sample)} of the structures"
@@ -189,7 +187,7 @@ def _training(d: Findings) -> Iterator[str]:
     yield from _basins(d)
 
 
-def _frames(d: Findings) -> Iterator[str]:
+def _frames(d: Diagnosis) -> Iterator[str]:
     found = [s.frames for s in d.settling if s.frames is not None]
     diverged = len(d.settling) - len(found)
     slow = sum(s.frames is not None and not s.finished for s in d.settling)
@@ -212,7 +210,7 @@ def _frames(d: Findings) -> Iterator[str]:
         )
 
 
-def _step(d: Findings) -> Iterator[str]:
+def _step(d: Diagnosis) -> Iterator[str]:
     limit = d.step_limit
     if limit is None:
         return
@@ -226,7 +224,7 @@ def _step(d: Findings) -> Iterator[str]:
         yield _item("--step-size", f"{bound}: the default of {d.step_size:g} is too long, {advice}.", "! ")
 
 
-def _basins(d: Findings) -> Iterator[str]:
+def _basins(d: Diagnosis) -> Iterator[str]:
     if not d.minima:
         return
     ends = [m.ends for m in d.minima]

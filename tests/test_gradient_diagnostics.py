@@ -1,4 +1,4 @@
-"""The health of gradients: numbers against theory and dense Jacobians, and alarms where they belong."""
+"""Gradient diagnostics: figures against theory and dense Jacobians, and alarms where they belong."""
 
 import json
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from ase_bptt import Potential, Prediction, Status, Structures, relax
 from ase_bptt.adjoints import Guided, Implicit, Replay, Truncated
-from ase_bptt.diagnostics.gradient_report import health
+from ase_bptt.diagnostics.gradient_report import diagnose_gradients
 from ase_bptt.diagnostics.gradients import spectral_radius
 from ase_bptt.stability import resolve_step_size, stability_limit
 from ase_bptt.steppers import FIRE, GradientDescent
@@ -79,8 +79,8 @@ def test_of_gradient_descent_in_a_bowl_it_is_that_of_theory(step_size, momentum,
     assert spectral_radius(run)[0] == pytest.approx(np.abs(roots).max(), rel=3e-3)
 
 
-def dense_radius(run, motions: np.ndarray, held=()) -> float:
-    """From all eigenvalues of the last frame's Jacobian, without rigid motions and coordinates that are held."""
+def dense_radius(run, motions: np.ndarray, fixed=()) -> float:
+    """From all eigenvalues of the last frame's Jacobian, without rigid motions and fixed coordinates."""
     record = run.trajectory
     x, state = record.before(run.nsteps.item() - 1)
     n = x.numel()
@@ -97,7 +97,7 @@ def dense_radius(run, motions: np.ndarray, held=()) -> float:
     jacobian = torch.autograd.functional.jacobian(frame, start).numpy()
     keep = np.eye(len(start))
     keep[:n, :n] -= motions @ motions.T
-    keep[list(held)] = 0
+    keep[list(fixed)] = 0
     return float(np.abs(np.linalg.eigvals(keep @ jacobian @ keep)).max())
 
 
@@ -118,11 +118,11 @@ def test_it_is_that_of_the_dense_jacobian(name, make):
     assert spectral_radius(run, iterations=300)[0] == pytest.approx(dense_radius(run, motions), rel=0.003)
 
 
-def test_atoms_that_are_held_do_not_count():
+def test_fixed_atoms_do_not_count():
     atoms = cluster()
     atoms.set_constraint(FixAtoms([0, 2, 4]))
     run = relax(lennard_jones().requires_grad_(), atoms, stepper=STEPPERS["momentum"], fmax=0.01, steps=200)
-    expected = dense_radius(run, np.zeros((18, 0)), held=[0, 1, 2, 6, 7, 8, 12, 13, 14])
+    expected = dense_radius(run, np.zeros((18, 0)), fixed=[0, 1, 2, 6, 7, 8, 12, 13, 14])
     assert spectral_radius(run)[0] == pytest.approx(expected, rel=0.01)
     assert expected < 0.99
 
@@ -147,12 +147,12 @@ def test_each_structure_of_a_batch_has_its_own():
     assert spectral_radius(together[1])[0] == pytest.approx(found[1], rel=1e-6)
 
 
-def test_it_is_not_asked_of_a_rule_without_a_gradient():
+def test_a_stepper_without_a_gradient_has_none():
     with torch.no_grad():
         run = relax(lennard_jones(), cluster(), stepper="bfgs")
     with pytest.raises(TypeError, match="bfgs"):
         spectral_radius(run)
-    assert health(run).structures[0].radius is None
+    assert diagnose_gradients(run).structures[0].radius is None
 
 
 # The step size ---------------------------------------------------------------------------------
@@ -194,131 +194,132 @@ def alarm_of(found) -> str:
     return alarm
 
 
-def test_a_healthy_gradient_raises_no_alarm():
+def test_a_sound_gradient_raises_no_alarm():
     stepper = GradientDescent(step_size=0.05)
-    found = health(differentiated(Bowl(), bowl_start(), stepper=stepper, fmax=0.005))
+    found = diagnose_gradients(differentiated(Bowl(), bowl_start(), stepper=stepper, fmax=0.005))
     assert found.alarms == ()
     assert "No alarm." in found.text()
     assert found.step_limit == pytest.approx(0.1, rel=1e-5)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5])
-def test_a_step_above_the_limit_is_told_with_the_number_to_take(momentum):
+def test_a_step_above_the_limit_is_reported_with_the_step_to_use(momentum):
     stepper = GradientDescent(step_size=0.11 * (1 + momentum), momentum=momentum)
     run = differentiated(Bowl(), bowl_start(), stepper=stepper, steps=5)
-    alarm = health(run).alarms[-1]
+    alarm = diagnose_gradients(run).alarms[-1]
     assert f"limit of {0.1 * (1 + momentum):.3g} Å^2/eV" in alarm
-    assert "take 0.05" in alarm
+    assert "use 0.05" in alarm
     again = GradientDescent(step_size=0.05, momentum=momentum)
-    assert health(differentiated(Bowl(), bowl_start(), stepper=again, fmax=0.005)).alarms == ()
+    assert diagnose_gradients(differentiated(Bowl(), bowl_start(), stepper=again, fmax=0.005)).alarms == ()
 
 
 def test_step_sizes_of_elements_are_judged_by_what_they_do():
-    def told(**step_size):
+    def alarms(**step_size):
         stepper = GradientDescent(step_size=step_size, maxstep=1e6)
         atoms = bowl_start(0.0)
         atoms.symbols[0] = "Ne"
-        return health(relax(Bowl(), atoms, stepper=stepper, steps=1)).alarms
+        return diagnose_gradients(relax(Bowl(), atoms, stepper=stepper, steps=1)).alarms
 
     limit = 0.1
-    assert told(He=0.5 * limit, Ne=1.1 * limit) == ()
-    assert "above the stability limit of 0.1" in told(He=0.5 * limit, Ne=9 * limit)[0]
+    assert alarms(He=0.5 * limit, Ne=1.1 * limit) == ()
+    assert "above the stability limit of 0.1" in alarms(He=0.5 * limit, Ne=9 * limit)[0]
 
 
 def test_an_annealed_step_is_that_of_the_last_frame():
     stepper = GradientDescent(step_size=0.11, anneal=0.95)
-    found = health(differentiated(Bowl(), bowl_start(), stepper=stepper, fmax=0.005))
-    (vitals,) = found.structures
-    assert vitals.step_size == pytest.approx(0.11 * 0.95 ** (vitals.frames - 1))
+    found = diagnose_gradients(differentiated(Bowl(), bowl_start(), stepper=stepper, fmax=0.005))
+    (one,) = found.structures
+    assert one.step_size == pytest.approx(0.11 * 0.95 ** (one.frames - 1))
     assert found.alarms == ()
 
 
-def test_an_exploding_gradient_is_told_with_the_frame():
+def test_an_exploding_gradient_is_reported_with_the_frame():
     stiffest = Bowl().directions[:, -1]
     run = differentiated(
         Bowl(), bowl_start(1e-9), stiffest, stepper=GradientDescent(step_size=0.2), fmax=1e-12, steps=8
     )
-    (vitals,) = health(run).structures
-    assert vitals.growth == vitals.peak == pytest.approx(3.0**8, rel=1e-6)
-    assert (vitals.peak_frame, vitals.back_to) == (0, 0)
-    assert any("explodes, up to 6.6e+03 times on the way back to frame 0" in alarm for alarm in health(run).alarms)
+    (one,) = diagnose_gradients(run).structures
+    assert one.growth == one.peak == pytest.approx(3.0**8, rel=1e-6)
+    assert (one.peak_frame, one.back_to) == (0, 0)
+    assert any("explodes, by a factor of up to 6.6e+03 at frame 0" in alarm for alarm in diagnose_gradients(run).alarms)
 
 
-def test_a_fading_gradient_is_told():
+def test_a_vanishing_gradient_is_reported():
     loss = Bowl().directions[:, 3]
     run = differentiated(Bowl(), bowl_start(), loss, stepper=GradientDescent(step_size=0.08), fmax=1e-4)
-    (vitals,) = health(run).structures
-    assert vitals.growth == pytest.approx(0.36**vitals.frames, rel=1e-5)
-    assert (vitals.peak, vitals.peak_frame) == (1, vitals.frames)
-    assert "hardly heard" in alarm_of(health(run))
+    (one,) = diagnose_gradients(run).structures
+    assert one.growth == pytest.approx(0.36**one.frames, rel=1e-5)
+    assert (one.peak, one.peak_frame) == (1, one.frames)
+    assert "the gradient vanishes" in alarm_of(diagnose_gradients(run))
 
 
-def test_a_saddle_is_told_by_the_radius_and_by_the_solve():
+def test_a_saddle_is_reported_by_the_radius_and_by_the_solve():
     bowl = Bowl((-2.0, *EIGENVALUES[1:]))
     run = differentiated(bowl, bowl_start(0.0), stepper=GradientDescent(step_size=0.05), adjoint="replay")
     assert run.status == (Status.CONVERGED,)
     assert spectral_radius(run)[0] == pytest.approx(1.1, rel=1e-3)
-    assert "no minimum but a saddle" in alarm_of(health(run))
+    assert "no minimum but a saddle" in alarm_of(diagnose_gradients(run))
     implicit = differentiated(bowl, bowl_start(0.0), stepper="bfgs", adjoint="implicit")
-    assert "unsolved (saddle)" in alarm_of(health(implicit))
+    assert "unsolved (saddle)" in alarm_of(diagnose_gradients(implicit))
 
 
-def test_an_implicit_gradient_that_is_not_solved_is_told():
+def test_an_implicit_gradient_that_is_not_solved_is_reported():
     run = differentiated(Bowl(), bowl_start(), stepper="bfgs", adjoint=Implicit(max_iterations=1))
-    assert "raise max_iterations" in alarm_of(health(run))
+    assert "raise max_iterations" in alarm_of(diagnose_gradients(run))
     run = differentiated(Bowl(), bowl_start(0.3), stepper="bfgs", adjoint="implicit", steps=1)
-    assert "more steps" in alarm_of(health(run))
-    assert health(run).structures[0].solve.iterations == 0
+    assert "more steps" in alarm_of(diagnose_gradients(run))
+    assert diagnose_gradients(run).structures[0].solve.iterations == 0
 
 
-def test_what_did_not_relax_is_told():
+def test_what_did_not_relax_is_reported():
     with torch.no_grad():
         run = relax(Bowl(), bowl_start(0.3), stepper=GradientDescent(step_size=0.05), steps=3)
-    assert alarm_of(health(run)).startswith("Structure 0: not relaxed (out of steps)")
+    assert alarm_of(diagnose_gradients(run)).startswith("Structure 0: not relaxed (out of steps)")
     # An unroll is meant to be short.
     run = differentiated(Bowl(), bowl_start(0.3), stepper=GradientDescent(step_size=0.05), steps=3)
-    assert not health(run).alarms
+    assert not diagnose_gradients(run).alarms
     clash = Atoms("Ar2", positions=np.zeros((2, 3)))
     run = differentiated(lennard_jones(), [clash, cluster()], stepper=STEPPERS["gd"], steps=200)
-    assert alarm_of(health(run)).startswith("Structure 0: not relaxed (diverged)")
-    assert np.isnan(health(run).structures[0].radius)
+    assert alarm_of(diagnose_gradients(run)).startswith("Structure 0: not relaxed (diverged)")
+    assert np.isnan(diagnose_gradients(run).structures[0].radius)
 
 
 # What was measured ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("adjoint", "back_to"), [(Replay(every=3), 0), (Truncated(4), 26), (Guided(first=5), 0)])
-def test_the_way_back_is_that_of_the_adjoint(adjoint, back_to):
+def test_the_frames_that_the_gradient_reaches_are_those_of_the_adjoint(adjoint, back_to):
     run = differentiated(
         Bowl(), bowl_start(), stepper=GradientDescent(step_size=0.05), adjoint=adjoint, steps=30, fmax=1e-9
     )
-    (vitals,) = health(run).structures
-    assert vitals.back_to == back_to
-    assert 0 < vitals.growth < vitals.peak == 1
-    assert (vitals.solve is not None) is isinstance(adjoint, Guided)
+    (one,) = diagnose_gradients(run).structures
+    assert one.back_to == back_to
+    assert 0 < one.growth < one.peak == 1
+    assert (one.solve is not None) is isinstance(adjoint, Guided)
 
 
 def test_before_a_backward_pass_there_are_limits_and_radii_only():
-    (vitals,) = health(relax(Bowl(), bowl_start(), stepper=GradientDescent(step_size=0.05), fmax=0.005)).structures
-    assert vitals.radius == pytest.approx(0.95, rel=1e-3)
-    assert vitals.growth is vitals.peak is vitals.back_to is vitals.solve is None
+    run = relax(Bowl(), bowl_start(), stepper=GradientDescent(step_size=0.05), fmax=0.005)
+    (one,) = diagnose_gradients(run).structures
+    assert one.radius == pytest.approx(0.95, rel=1e-3)
+    assert one.growth is one.peak is one.back_to is one.solve is None
 
 
 def test_structures_of_a_batch_that_stop_at_different_frames():
     stepper, starts = GradientDescent(step_size=0.002), [cluster(), argon(), cluster(seed=2)]
     together = differentiated(lennard_jones(), starts, stepper=stepper, fmax=0.05, steps=100)
-    found = health(together)
+    found = diagnose_gradients(together)
     assert len({v.frames for v in found.structures}) == 3
-    for k, vitals in enumerate(found.structures):
-        assert vitals.peak_frame <= vitals.frames
-        (alone,) = health(together[k]).structures
-        assert (alone.frames, alone.growth, alone.peak_frame) == (vitals.frames, vitals.growth, vitals.peak_frame)
+    for k, one in enumerate(found.structures):
+        assert one.peak_frame <= one.frames
+        (alone,) = diagnose_gradients(together[k]).structures
+        assert (alone.frames, alone.growth, alone.peak_frame) == (one.frames, one.growth, one.peak_frame)
 
 
 def test_text_fits_and_json_is_json():
     clash = Atoms("Ar2", positions=np.zeros((2, 3)))
     run = differentiated(lennard_jones(), [cluster(), clash, Atoms("Ar")] * 8, stepper=STEPPERS["momentum"], steps=3)
-    found = health(run, iterations=10)
+    found = diagnose_gradients(run, iterations=10)
     lines = found.text().splitlines()
     assert max(map(len, lines)) <= 80
     assert "  and 4 more" in lines
@@ -329,9 +330,9 @@ def test_text_fits_and_json_is_json():
     assert read["alarms"] == list(found.alarms)
 
 
-def test_of_another_model_there_is_nothing_to_tell():
+def test_after_the_weights_have_changed_it_is_refused():
     run = differentiated(Bowl(), bowl_start(), stepper=GradientDescent(step_size=0.05))
     with torch.no_grad():
         run.trajectory.map.potential.stiffness += 1
     with pytest.raises(RuntimeError, match="weights"):
-        health(run)
+        diagnose_gradients(run)
