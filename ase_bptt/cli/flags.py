@@ -21,7 +21,9 @@ from ..potential import Potential
 from ..potentials import load_potential
 from .run_folder import held
 
+log = logging.getLogger(__name__)
 WIDTH = 80
+Actions = tuple[Callable[[argparse.Namespace], int], Callable[[argparse.Namespace], str]]
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
@@ -30,9 +32,6 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str):
         width = min(WIDTH, shutil.get_terminal_size().columns)
         super().__init__(prog, max_help_position=24, width=width)
-
-
-Actions = tuple[Callable[[argparse.Namespace], int], Callable[[argparse.Namespace], str]]
 
 
 def command(commands: Any, usage: str, actions: Actions, summary: str, description: str) -> argparse.ArgumentParser:
@@ -182,9 +181,6 @@ def device(text: str) -> torch.device:
 def best_device() -> torch.device:
     """The GPU where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-log = logging.getLogger(__name__)
 
 
 def read_grouped(arguments: argparse.Namespace) -> list[RelaxationPair]:

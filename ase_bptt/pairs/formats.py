@@ -17,6 +17,7 @@ from ase.io import read
 
 from . import InvalidPair
 
+log = logging.getLogger(__name__)
 NAMES = {
     "vasprun.xml": "vasp-xml",
     "vasprun.xml.gz": "vasp-xml",
@@ -40,6 +41,10 @@ ENDS = {
 CUT = "the run did not finish or the file is cut; let it run to its end, copy it again, or leave it out"
 KEPT = ("energy", "free_energy", "forces", "stress", "magmom", "magmoms")
 """Results that stay with a frame: eigenvalues of thousands of frames would fill the memory."""
+VASP = ("vasprun.xml", "vasprun.xml.gz", "OUTCAR", "OUTCAR.gz", "CONTCAR")
+"""Files of one VASP run, the preferred first; a CONTCAR counts where a POSCAR is beside it."""
+SUFFIXES = (*VASP[:-1], "POSCAR and CONTCAR", ".pwo", ".espresso", ".out", ".extxyz", ".xyz", ".traj", ".db")
+"""What a folder is searched for; of the .out files only those of pw.x."""
 
 
 def read_frames(path: Path) -> list[Atoms]:
@@ -166,14 +171,6 @@ def _is_cut(lines: list[str]) -> bool:
 
 WHOLE: dict[str, Callable[[Path], None]] = {"extxyz": _check_xyz, "vasp": _check_poscar}
 """Formats in which ASE would not notice each cut."""
-
-
-log = logging.getLogger(__name__)
-
-VASP = ("vasprun.xml", "vasprun.xml.gz", "OUTCAR", "OUTCAR.gz", "CONTCAR")
-"""Files of one VASP run, the preferred first; a CONTCAR counts where a POSCAR is beside it."""
-SUFFIXES = (*VASP[:-1], "POSCAR and CONTCAR", ".pwo", ".espresso", ".out", ".extxyz", ".xyz", ".traj", ".db")
-"""What a folder is searched for; of the .out files only those of pw.x."""
 
 
 def relaxation_files(path: Path) -> list[Path]:

@@ -14,12 +14,14 @@ from ..constraints import KNOWN, unknown
 from ..potential import Potential
 from ..structures import Structures
 from . import InvalidPair, RelaxationPair, check_distances
-from .structure_matching import alike, composition, joined
+from .structure_matching import composition, find_duplicates, first_connected
+
+log = logging.getLogger(__name__)
 
 
 def with_groups(pairs: Sequence[RelaxationPair]) -> list[RelaxationPair]:
     """Give every pair without a group one: same composition and same final structure, by `same_structure`."""
-    together = alike([composition(pair.relaxed) for pair in pairs], lambda k: pairs[k].relaxed)
+    together = find_duplicates([composition(pair.relaxed) for pair in pairs], lambda k: pairs[k].relaxed)
     names: dict[int, str] = {}
     for pair, first in zip(pairs, together, strict=True):
         names[first] = names.get(first) or pair.group
@@ -30,8 +32,8 @@ def with_groups(pairs: Sequence[RelaxationPair]) -> list[RelaxationPair]:
 
 
 def classes(n: int, related: Callable[[int, int], bool]) -> list[int]:
-    """For each of n items the first item that it is related to, in one or more steps."""
-    return joined(n, ((a, b) for b in range(n) for a in range(b) if related(a, b)))
+    """For each of n items the first item that it is related to, directly or by way of others."""
+    return first_connected(n, ((a, b) for b in range(n) for a in range(b) if related(a, b)))
 
 
 def split_by_group(
@@ -104,9 +106,6 @@ def _shuffled(pairs: Sequence[RelaxationPair], least: int, purpose: str, seed: i
             "yourself (--group KEY or --group folder in the shell, RelaxationPair(group=...) in Python)."
         )
     return [groups[k] for k in np.random.default_rng(seed).permutation(len(groups))]
-
-
-log = logging.getLogger(__name__)
 
 
 def check_structure(potential: Potential, atoms: Atoms, name: str) -> None:

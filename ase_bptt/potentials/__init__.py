@@ -29,7 +29,6 @@ from ..tuning.low_rank import merged
 from ..utils import UNREADABLE, in_short, replacing
 
 log = logging.getLogger(__name__)
-
 GROUP = "ase_bptt.potentials"
 E3NN = ", in an environment of its own: MACE needs e3nn 0.4.4, SevenNet a newer one"
 """What MACE and SevenNet ask of an environment, as `Potential.environment` says it."""

@@ -19,6 +19,29 @@ Results = dict[str, np.ndarray]
 STEP = 1e-5
 """Of differences, in Å, of strain or relative to a weight: short, since some functions of angles are sharp."""
 
+UNITS = {
+    "energy": "eV/atom",
+    "forces": "eV/Å",
+    "stress": "eV/Å^3",
+    "atomic_energies": "eV",
+    "magmoms": "Bohr magnetons",
+    "slope": "eV/Å",
+    "strain": "eV/Å^3",
+    "gradient": "of the gradient's length",
+    "parity energy": "eV/atom",
+    "parity forces": "eV/Å",
+    "parity stress": "eV/Å^3",
+    "parity magmoms": "Bohr magnetons",
+    "parity atomic_energies": "eV",
+}
+"""Each kind of quantity that is compared, with the unit of its error."""
+TOLERANCES = {
+    torch.float64: dict.fromkeys(UNITS, 1e-6) | {"gradient": 1e-5},
+    torch.float32: dict.fromkeys(UNITS, 1e-4)
+    | {"energy": 5e-6, "stress": 1e-5, "strain": 1e-5, "gradient": 1e-3, "parity energy": 5e-6, "parity stress": 1e-5},
+}
+"""Largest error of each kind by dtype; where a force, stress or moment is larger than 1, relative to the largest."""
+
 
 class Failed(AssertionError):
     """What a check has found."""
@@ -116,30 +139,6 @@ def slope(function: Callable[[float], float]) -> float:
     """Derivative at zero by the central difference of fourth order."""
     before, left, right, after = (function(k * STEP) for k in (-2, -1, 1, 2))
     return (before - 8 * left + 8 * right - after) / (12 * STEP)
-
-
-UNITS = {
-    "energy": "eV/atom",
-    "forces": "eV/Å",
-    "stress": "eV/Å^3",
-    "atomic_energies": "eV",
-    "magmoms": "Bohr magnetons",
-    "slope": "eV/Å",
-    "strain": "eV/Å^3",
-    "gradient": "of the gradient's length",
-    "parity energy": "eV/atom",
-    "parity forces": "eV/Å",
-    "parity stress": "eV/Å^3",
-    "parity magmoms": "Bohr magnetons",
-    "parity atomic_energies": "eV",
-}
-"""Each kind of quantity that is compared, with the unit of its error."""
-TOLERANCES = {
-    torch.float64: dict.fromkeys(UNITS, 1e-6) | {"gradient": 1e-5},
-    torch.float32: dict.fromkeys(UNITS, 1e-4)
-    | {"energy": 5e-6, "stress": 1e-5, "strain": 1e-5, "gradient": 1e-3, "parity energy": 5e-6, "parity stress": 1e-5},
-}
-"""Largest error of each kind by dtype; where a force, stress or moment is larger than 1, relative to the largest."""
 
 
 @dataclass(frozen=True)

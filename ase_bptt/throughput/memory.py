@@ -20,11 +20,14 @@ from torch.utils._pytree import tree_leaves
 from ..neighbors import search_each
 from ..potential import Potential
 
+log = logging.getLogger(__name__)
 Item = TypeVar("Item")
 SHARE = 0.8
 """Of the memory that is free; the rest is for what allocators round up."""
 COUNTED = 64
 """Structures whose edges are held at once while they are counted."""
+SIGNS = ("can't allocate memory", "out of memory", "OutOfMemoryError", "ALLOC_FAILED")
+Found = TypeVar("Found")
 
 
 class Size(NamedTuple):
@@ -150,11 +153,6 @@ class _Live(TorchDispatchMode):
 
     def _gone(self, place: int) -> None:
         self._live -= self._sizes.pop(place, 0)
-
-
-log = logging.getLogger(__name__)
-SIGNS = ("can't allocate memory", "out of memory", "OutOfMemoryError", "ALLOC_FAILED")
-Found = TypeVar("Found")
 
 
 def in_parts(run: Callable[[list[Item]], Found], items: Sequence[Item]) -> Iterator[tuple[list[Item], Found]]:

@@ -13,6 +13,10 @@ from ase import Atoms
 from ..potential import Potential
 from .memory import Footprint, free_bytes, in_parts, measure, sizes
 
+log = logging.getLogger(__name__)
+Item = TypeVar("Item")
+Found = TypeVar("Found")
+
 
 def share(costs: Sequence[float], parts: int) -> list[list[int]]:
     """Items dealt out to so many parts, so that none has much more to do than the others.
@@ -74,11 +78,6 @@ def pack(costs: Sequence[float], capacity: float, most: int | None = None) -> li
 
 def _expensive_first(costs: Sequence[float]) -> list[int]:
     return sorted(range(len(costs)), key=lambda k: (-costs[k], k))
-
-
-log = logging.getLogger(__name__)
-Item = TypeVar("Item")
-Found = TypeVar("Found")
 
 
 class Planner(Generic[Item]):

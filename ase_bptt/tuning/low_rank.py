@@ -23,6 +23,8 @@ from ..utils import check_positive
 
 TRAINED = "_trained_before_lora"
 """Attribute of a potential with updates: the names of the weights that trained before."""
+PARAMETRISED = re.compile(r"parametrizations\.(\w+)\.(?:original|\d+\..*)$")
+SHOWN = 3
 
 
 class LowRank(nn.Module):
@@ -213,10 +215,6 @@ def _fold(module: nn.Module) -> None:
     others = dict(module._parameters)
     module._parameters.clear()
     module._parameters.update({"weight": weight} | others)
-
-
-PARAMETRISED = re.compile(r"parametrizations\.(\w+)\.(?:original|\d+\..*)$")
-SHOWN = 3
 
 
 def plain(name: str) -> str:
