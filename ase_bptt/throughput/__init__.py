@@ -25,7 +25,7 @@ from ..result import Status
 from ..stability import resolve_step_size
 from ..steppers import Stepper, make_stepper
 from ..structures import Structures
-from .memory import fits, in_parts, tell
+from .memory import fits, in_parts, report_out_of_memory
 from .packing import Planner
 
 LARGE = 400
@@ -239,7 +239,7 @@ class Stream:
 
     def _halve(self, moving: Moving) -> None:
         """Set half of those that move aside."""
-        tell(len(moving))
+        report_out_of_memory(len(moving))
         other = moving.split()
         self._aside.append((other, self._members[len(moving) :]))
         self._members = self._members[: len(moving)]
