@@ -27,7 +27,7 @@ RESIDUAL = 0.05
 CLASH = 0.5
 """Å: atoms nearer than this are a mistake."""
 FAR = 1.5
-"""Å: below this nobody asks whether the order of the atoms has changed."""
+"""Å: root mean square displacement above which the order of the atoms is checked."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,12 +39,12 @@ class RelaxationPair:
     initial, relaxed : Atoms
         The same atoms in the same order and the same cell.
     id : str
-        Names it in tables and messages.
+        Its name in tables and messages.
     group : str
         Pairs of one group never stand on both sides of a split.
     frames : sequence of Atoms
-        All frames of the relaxation, the ends among them, with energies and forces where the reference tells
-        them; empty where there are none. `read_pairs` gives them for files of frames, read when they are asked for.
+        All frames of the relaxation, first and last included, with energies and forces where the reference has
+        them; empty where there are none. `read_pairs` provides them for files of frames, and reads them on access.
     """
 
     initial: Atoms
@@ -59,7 +59,7 @@ class RelaxationPair:
 
     @property
     def kind(self) -> str:
-        """Elements and constraints of both ends, by which a potential can treat it or not."""
+        """Elements and constraints of both ends, on which it depends whether a potential can treat the pair."""
         numbers = np.union1d(self.initial.numbers, self.relaxed.numbers)
         constraints = {type(c).__name__ for atoms in (self.initial, self.relaxed) for c in atoms.constraints}
         return " ".join(map(str, [*numbers, *sorted(constraints)]))
@@ -73,7 +73,7 @@ class RelaxationPair:
 
 
 class InvalidPair(ValueError):
-    """A pair that cannot be used, said in one sentence."""
+    """A pair that cannot be used; its message says why and what to do."""
 
 
 def check_pair(initial: Atoms, relaxed: Atoms, name: str) -> None:
@@ -127,10 +127,10 @@ def check_distances(atoms: Atoms, where: str) -> None:
 
 
 def unwrapped(initial: Atoms, relaxed: Atoms) -> Atoms:
-    """The relaxed structure with each atom at the periodic image nearest to where it began.
+    """The relaxed structure with each atom at the periodic image nearest to its initial position.
 
-    A drift of the whole structure does not count. Positions change by whole cell vectors only, so
-    none changes where no atom was wrapped; results stay with the structure.
+    Nearest is measured after the drift of the whole structure is removed. Positions change by lattice vectors only, so
+    none changes where no atom was wrapped; the results of the calculator stay with the structure.
     """
     difference = relaxed.positions - initial.positions
     # So it is for nearly all of the many thousands of pairs that may be read: each displacement is within a quarter of
@@ -157,7 +157,7 @@ def unwrapped(initial: Atoms, relaxed: Atoms) -> Atoms:
 
 
 def warn_of_order(initial: Atoms, relaxed: Atoms, name: str) -> None:
-    """Warn where the atoms of an element seem to be stored in another order at the end."""
+    """Warn where the atoms of an element seem to be in another order in the relaxed structure."""
     moves = relaxed.positions - initial.positions
     lengths = np.linalg.norm(moves - moves.mean(axis=0), axis=1)
     if lengths.max() <= FAR:
@@ -171,7 +171,7 @@ def warn_of_order(initial: Atoms, relaxed: Atoms, name: str) -> None:
 
 
 def _matched(initial: Atoms, relaxed: Atoms) -> float:
-    """Root mean square displacement, in Å, if each atom ended at the best place that its element has at the end."""
+    """Root mean square displacement in Å with the atoms of each element assigned to its final sites at least cost."""
     total = 0.0
     for z in np.unique(initial.numbers):
         of = initial.numbers == z
@@ -190,7 +190,7 @@ def fingerprint(pairs: Sequence[RelaxationPair]) -> str:
 
 
 def add_to_hash(digest: Any, atoms: Atoms) -> None:
-    """Everything of a structure that a relaxation depends on."""
+    """Add everything of a structure that a relaxation depends on."""
     for array in (atoms.numbers, atoms.get_masses(), atoms.positions, atoms.cell.array, atoms.pbc):
         digest.update(array.tobytes())
     if atoms.constraints:

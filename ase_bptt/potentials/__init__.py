@@ -149,8 +149,8 @@ def from_native(native: Any, name: str) -> Potential:
     for candidate in map(family, families()):
         if candidate.owns(native):
             potential = candidate.from_native(native)
-            told = native.get("metadata") if isinstance(native, dict) else getattr(native, "metadata", None)
-            potential.metadata = told if isinstance(told, dict) else {}
+            found = native.get("metadata") if isinstance(native, dict) else getattr(native, "metadata", None)
+            potential.metadata = found if isinstance(found, dict) else {}
             return potential
     raise ValueError(
         f"No family of potentials knows what to do with {name} (a {type(native).__module__}."

@@ -2,7 +2,7 @@
 
 Formulas and parameters: Jacobsen, Stoltze, Nørskov, Surf. Sci. 366, 394 (1996). The neutral-sphere
 radius s of an atom follows from the density that its neighbours lend it (sigma_1); its energy is
-that of an atom in an fcc crystal of this radius, and a pair sum (sigma_2) that is zero in that crystal.
+that of an atom in an fcc crystal of this radius, and a sum over neighbours (sigma_2) that is zero in that crystal.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class EMT(Potential):
         sigma1 = _sum(lent * torch.exp(-eta2[j] * (r - BETA * s0[j])), i, structures.n_atoms)
         shares = -V0[i] / (4 * gamma2[i]) * lent * torch.exp(-kappa[j] * (r / BETA - s0[j]))
 
-        # An atom on its own has no radius (log 0), and neither cohesion nor slope.
+        # An isolated atom has no radius (log 0): neither cohesion nor a gradient.
         bound = sigma1 > 0
         wider = -torch.log(torch.where(bound, sigma1, 1.0) / (12 * gamma1)) / (BETA * eta2)
         cohesion = torch.where(bound, E0 * (1 + lambda_ * wider) * torch.exp(-lambda_ * wider), 0.0) - E0

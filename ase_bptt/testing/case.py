@@ -1,4 +1,4 @@
-"""One potential on one structure: how it is asked, and how its answers are compared."""
+"""One potential on one structure: how it is evaluated, and how its results are compared."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..structures import Structures
 
 Results = dict[str, np.ndarray]
 STEP = 1e-5
-"""Of differences, in Å, of strain or relative to a weight: short, since some functions of angles are sharp."""
+"""Of finite differences, in Å, of strain or relative to a weight: short, since some functions of angles are sharp."""
 
 UNITS = {
     "energy": "eV/atom",
@@ -25,7 +25,7 @@ UNITS = {
     "stress": "eV/Å^3",
     "atomic_energies": "eV",
     "magmoms": "Bohr magnetons",
-    "slope": "eV/Å",
+    "derivative": "eV/Å",
     "strain": "eV/Å^3",
     "gradient": "of the gradient's length",
     "parity energy": "eV/atom",
@@ -44,7 +44,7 @@ TOLERANCES = {
 
 
 class Failed(AssertionError):
-    """What a check has found."""
+    """Raised by a check that fails."""
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Case:
     potential : Potential
         A copy, all its weights requiring gradients.
     exact : Potential
-        The same in float64, of which differences are taken: those in float32 are noise.
+        The same in float64, for finite differences: those in float32 are noise.
     atoms : Atoms
     random : numpy.random.Generator
     tolerances : mapping of str to float
@@ -135,7 +135,7 @@ def _batch(potential: Potential, atoms: Atoms | Sequence[Atoms]) -> tuple[Struct
     return structures, NeighborList(potential.cutoff, skin=0.0)(structures)
 
 
-def slope(function: Callable[[float], float]) -> float:
+def derivative(function: Callable[[float], float]) -> float:
     """Derivative at zero by the central difference of fourth order."""
     before, left, right, after = (function(k * STEP) for k in (-2, -1, 1, 2))
     return (before - 8 * left + 8 * right - after) / (12 * STEP)

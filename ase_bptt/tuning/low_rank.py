@@ -1,4 +1,4 @@
-"""Low-rank updates: few numbers are trained beside frozen weights, and folded into them afterwards.
+"""Low-rank updates: few parameters are trained beside frozen weights, and merged into them afterwards.
 
 LoRA (Hu et al., arXiv 2106.09685): W + (alpha / rank) B A, with B zero at the start. A linear map
 that keeps the symmetry (e3nn's o3.Linear) has a matrix for each of its paths from irreps to irreps,
