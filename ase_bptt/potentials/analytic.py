@@ -12,7 +12,23 @@ from ..potential import Potential, Prediction
 from ..structures import Structures
 
 
-class LennardJones(Potential):
+class Parametrised(Potential):
+    """A potential that is defined by the arguments of its class, and has no pretrained variants."""
+
+    @classmethod
+    def from_name(cls, variant: str | None) -> Any:
+        if variant is not None:
+            raise ValueError(
+                f"The family {cls.family!r} has no variant {variant!r}; build {cls.__name__}(...) in Python."
+            )
+        return cls()
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Any:
+        return cls(**config)
+
+
+class LennardJones(Parametrised):
     """4 epsilon [(sigma/r)^12 - (sigma/r)^6], with ASE's two ways to end it at the cutoff.
 
     Parameters
@@ -80,12 +96,6 @@ class LennardJones(Potential):
         between = (rc2 - r2) ** 2 * (rc2 + 2 * r2 - 3 * ro2) / (rc2 - ro2) ** 3
         return torch.where(r2 < ro2, 1.0, torch.where(r2 < rc2, between, 0.0))
 
-    @classmethod
-    def from_name(cls, variant: str | None) -> LennardJones:
-        if variant is not None:
-            raise ValueError(f"The family 'lj' has no variant {variant!r}; build LennardJones(...) in Python.")
-        return cls()
-
     def config(self) -> dict[str, Any]:
         return {
             "epsilon": self.epsilon.item(),
@@ -95,12 +105,8 @@ class LennardJones(Potential):
             "smooth": self.smooth,
         }
 
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> LennardJones:
-        return cls(**config)
 
-
-class Morse(Potential):
+class Morse(Parametrised):
     """epsilon [exp(-2 rho0 (r/r0 - 1)) - 2 exp(-rho0 (r/r0 - 1))], faded out between two radii.
 
     Parameters
@@ -151,12 +157,6 @@ class Morse(Potential):
         left = ((self.cutoff - r) / (self.cutoff - self.onset)).clamp(0, 1)
         return left**3 * (10 - 15 * left + 6 * left**2)
 
-    @classmethod
-    def from_name(cls, variant: str | None) -> Morse:
-        if variant is not None:
-            raise ValueError(f"The family 'morse' has no variant {variant!r}; build Morse(...) in Python.")
-        return cls()
-
     def config(self) -> dict[str, Any]:
         return {
             "epsilon": self.epsilon.item(),
@@ -167,7 +167,7 @@ class Morse(Potential):
         }
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Morse:
+    def from_config(cls, config: dict[str, Any]) -> Any:
         weights = {name: config[name] for name in ("epsilon", "rho0", "r0")}
         potential = cls(**weights)
         # In Å, since r0 may have moved from where it stood when rcut1 and rcut2 were chosen.

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from ..neighbors import Edges
-from ..potential import Potential, Prediction
+from ..potential import Prediction
 from ..structures import Structures
 from ..tuning import staged
+from .analytic import Parametrised
 
 ELEMENTS = 119
 """Rows of the table of elements, by atomic number."""
 
 
-class Direct(Potential):
+class Direct(Parametrised):
     """Message passing with one head for the energy and another for the forces.
 
     Forces are sums of learned scalars times unit vectors to the neighbours, so they turn with the
@@ -104,18 +105,8 @@ class Direct(Potential):
             self, before=("elements.",), stacks=("filters.", "updates."), after=("energy_head.", "force_head.")
         )
 
-    @classmethod
-    def from_name(cls, variant: str | None) -> Direct:
-        if variant is not None:
-            raise ValueError(f"The family 'direct' has no variant {variant!r}; build Direct(...) in Python.")
-        return cls()
-
     def config(self) -> dict[str, Any]:
         return {"cutoff": self.cutoff, **self.settings}
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Direct:
-        return cls(**config)
 
 
 def _geometry(structures: Structures, edges: Edges) -> tuple[Tensor, Tensor]:

@@ -16,8 +16,9 @@ from ase.units import Bohr
 from torch import Tensor, nn
 
 from ..neighbors import Edges
-from ..potential import Potential, Prediction
+from ..potential import Prediction
 from ..structures import Structures
+from .analytic import Parametrised
 
 # Units of the table; a column becomes a weight, in eV and Å.
 COLUMNS = {"E0": 1.0, "s0": Bohr, "V0": 1.0, "eta2": 1 / Bohr, "kappa": 1 / Bohr, "lambda_": 1 / Bohr, "n0": Bohr**-3}
@@ -41,7 +42,7 @@ SHELLS = ((1, 12), (2, 6), (3, 24))
 """Squared distance, in nearest-neighbour distances, and number of the neighbours in fcc that count."""
 
 
-class EMT(Potential):
+class EMT(Parametrised):
     """Effective medium theory for Al, Ni, Cu, Pd, Ag, Pt, Au, and (not for serious use) H, C, N, O.
 
     Parameters
@@ -139,18 +140,8 @@ class EMT(Potential):
             gamma2 = gamma2 + part * torch.exp(-self.kappa / BETA * farther)
         return gamma1, gamma2
 
-    @classmethod
-    def from_name(cls, variant: str | None) -> EMT:
-        if variant is not None:
-            raise ValueError(f"The family 'emt' has no variant {variant!r}; build EMT(...) in Python.")
-        return cls()
-
     def config(self) -> dict[str, Any]:
         return {"asap_cutoff": self.asap_cutoff}
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> EMT:
-        return cls(**config)
 
 
 def _sum(values: Tensor, index: Tensor, n: int) -> Tensor:
