@@ -27,7 +27,7 @@ RESIDUAL = 0.05
 CLASH = 0.5
 """Å: atoms nearer than this are a mistake."""
 FAR = 1.5
-"""Å: root mean square displacement above which the order of the atoms is checked."""
+"""Å: the largest displacement, beyond the drift, above which the order of the atoms is checked."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,15 +162,15 @@ def warn_of_order(initial: Atoms, relaxed: Atoms, name: str) -> None:
     lengths = np.linalg.norm(moves - moves.mean(axis=0), axis=1)
     if lengths.max() <= FAR:
         return
-    matched, direct = _matched(initial, relaxed), np.sqrt(np.mean(lengths**2))
-    if matched < direct / 2:
+    reassigned, direct = _reassigned(initial, relaxed), np.sqrt(np.mean(lengths**2))
+    if reassigned < direct / 2:
         log.warning(
             "%s: its atoms seem to be stored in another order at the end, for they move by %.2f Å (root mean square) "
-            "and by %.2f Å if matched anew; write both structures in the same order.", name, direct, matched,
+            "and by %.2f Å if reassigned; write both structures in the same order.", name, direct, reassigned,
         )  # fmt: skip
 
 
-def _matched(initial: Atoms, relaxed: Atoms) -> float:
+def _reassigned(initial: Atoms, relaxed: Atoms) -> float:
     """Root mean square displacement in Å with the atoms of each element assigned to its final sites at least cost."""
     total = 0.0
     for z in np.unique(initial.numbers):

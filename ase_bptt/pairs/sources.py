@@ -213,7 +213,7 @@ def relaxations_in(path: Path) -> Iterator[Rows | InvalidPair]:
             )
 
 
-Class = tuple[list[int], list[int]]
+RowIds = tuple[list[int], list[int]]
 """Ids of the rows with relaxed=False, and of those with True."""
 
 
@@ -236,11 +236,11 @@ def _matched(rows: Callable[[], Iterable[AtomsRow]], path: Path) -> Iterator[tup
         log.info("%s: left out %d rows, which have no key relaxed.", path, total - marked)
     given = next((key for key in ("pair", "name") if having[key] == marked), None)
     if given is not None:
-        for value, (begin, end) in _alike(rows(), lambda row: row.key_value_pairs[given]).items():
+        for value, (begin, end) in _by_key(rows(), lambda row: row.key_value_pairs[given]).items():
             yield str(value), True, begin, end
         return
-    for tell in (_other_keys, lambda row: row.formula):
-        classes = _alike(rows(), tell).values()
+    for key in (_other_keys, lambda row: row.formula):
+        classes = _by_key(rows(), key).values()
         if all(len(begin) == len(end) == 1 for begin, end in classes):
             for begin, end in classes:
                 yield f"row {max(*begin, *end)}", False, begin, end
@@ -251,11 +251,11 @@ def _matched(rows: Callable[[], Iterable[AtomsRow]], path: Path) -> Iterator[tup
     )
 
 
-def _alike(rows: Iterable[AtomsRow], tell: Callable[[AtomsRow], object]) -> dict[object, Class]:
-    found: dict[object, Class] = {}
+def _by_key(rows: Iterable[AtomsRow], key: Callable[[AtomsRow], object]) -> dict[object, RowIds]:
+    found: dict[object, RowIds] = {}
     for row in rows:
         if "relaxed" in row.key_value_pairs:
-            found.setdefault(tell(row), ([], []))[bool(row.key_value_pairs["relaxed"])].append(row.id)
+            found.setdefault(key(row), ([], []))[bool(row.key_value_pairs["relaxed"])].append(row.id)
     return found
 
 

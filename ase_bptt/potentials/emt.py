@@ -92,8 +92,8 @@ class EMT(Parametrised):
     def forward(self, structures: Structures, edges: Edges) -> Prediction:
         kind = self.kinds[structures.numbers]
         size = self._largest(structures, kind)
-        middle, slope, end = self._ends(size)
-        gamma1, gamma2 = (g[structures.batch, kind] for g in self._gammas(middle, slope))
+        middle, steepness, end = self._ends(size)
+        gamma1, gamma2 = (g[structures.batch, kind] for g in self._gammas(middle, steepness))
         E0, s0, V0, eta2, kappa, lambda_, n0 = (getattr(self, name)[kind] for name in COLUMNS)
 
         i, j, r = edges.i, edges.j, edges.vectors(structures).square().sum(1).sqrt()
@@ -101,7 +101,7 @@ class EMT(Parametrised):
             near = r < end[structures.batch[i]]
             i, j, r = i[near], j[near], r[near]
         of = structures.batch[i]
-        lent = torch.sigmoid(slope[of] * (middle[of] - r)) * n0[j] / n0[i]
+        lent = torch.sigmoid(steepness[of] * (middle[of] - r)) * n0[j] / n0[i]
         sigma1 = _sum(lent * torch.exp(-eta2[j] * (r - BETA * s0[j])), i, structures.n_atoms)
         shares = -V0[i] / (4 * gamma2[i]) * lent * torch.exp(-kappa[j] * (r / BETA - s0[j]))
 
@@ -120,21 +120,21 @@ class EMT(Parametrised):
         return self.sizes.new_zeros(len(structures)).scatter_reduce(0, structures.batch, self.sizes[kind], "amax")
 
     def _ends(self, size: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Middle (Å) and slope (1/Å) of the function that ends the interaction, and where edges are cut (Å).
+        """Middle (Å) and steepness (1/Å) of the function that ends the interaction, and where edges are cut (Å).
 
         The middle lies between the third and the fourth shell of fcc, and at the fourth 1e-4 is left.
         """
         nearest = BETA * size
         middle = nearest * (math.sqrt(3) + 2) / 2
-        slope = math.log(1 / 1e-4 - 1) / (2 * nearest - middle)
-        return middle, slope, middle * 1.045 if self.asap_cutoff else middle + 0.5
+        steepness = math.log(1 / 1e-4 - 1) / (2 * nearest - middle)
+        return middle, steepness, middle * 1.045 if self.asap_cutoff else middle + 0.5
 
-    def _gammas(self, middle: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+    def _gammas(self, middle: Tensor, steepness: Tensor) -> tuple[Tensor, Tensor]:
         """sigma_1 / 12 and sigma_2 / 12 of each element's own fcc crystal, shape (n, n_elements)."""
         gamma1 = gamma2 = torch.zeros_like(middle).unsqueeze(1)
         for square, count in SHELLS:
             r = BETA * self.s0 * math.sqrt(square)
-            part = count / 12 * torch.sigmoid(slope.unsqueeze(1) * (middle.unsqueeze(1) - r))
+            part = count / 12 * torch.sigmoid(steepness.unsqueeze(1) * (middle.unsqueeze(1) - r))
             farther = r - BETA * self.s0
             gamma1 = gamma1 + part * torch.exp(-self.eta2 * farther)
             gamma2 = gamma2 + part * torch.exp(-self.kappa / BETA * farther)

@@ -73,11 +73,11 @@ def check_potential(
     exact = twin if twin.dtype is torch.float64 else copy.deepcopy(twin).double()
     case = Case(twin, exact, bare, np.random.default_rng(seed), tolerances or {}, report)
     twin.check(case.batch(bare)[0])
-    for name, (check, mend) in CHECKS.items():
+    for name, (check, remedy) in CHECKS.items():
         if name in skip:
             report.skipped[name] = "as asked"
             continue
-        case.check, case.mend = name, mend
+        case.check, case.remedy = name, remedy
         try:
             check(case)
         except Failed:
@@ -89,7 +89,7 @@ def check_potential(
     if calculator is None:
         report.skipped["parity"] = "no calculator was given"
     else:
-        case.check, case.mend = "parity", "compare units, reference energies, cutoff and dtype with the calculator's"
+        case.check, case.remedy = "parity", "compare units, reference energies, cutoff and dtype with the calculator's"
         parity(case, calculator)
     return report
 

@@ -62,7 +62,7 @@ class Case:
     tolerances : mapping of str to float
         The caller's own.
     report : Report
-    check, mend : str
+    check, remedy : str
         The check that runs now, and what to do where it fails.
     """
 
@@ -73,7 +73,7 @@ class Case:
     tolerances: Mapping[str, float]
     report: Report
     check: str = ""
-    mend: str = ""
+    remedy: str = ""
 
     def batch(self, atoms: Atoms | Sequence[Atoms]) -> tuple[Structures, Edges]:
         """A batch and its edges, where the potential computes."""
@@ -121,7 +121,7 @@ class Case:
         """Raise `Failed` with the one sentence."""
         raise Failed(
             f"The check {self.check!r} of the {self.potential.family} potential on {self.report.structure} failed, "
-            f"for {what}: {self.mend}."
+            f"for {what}: {self.remedy}."
         )
 
 

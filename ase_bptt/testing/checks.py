@@ -118,7 +118,7 @@ class Check(NamedTuple):
     """A check, and what to do where it fails."""
 
     run: Callable[[Case], None]
-    mend: str
+    remedy: str
 
 
 def shapes(case: Case) -> None:
