@@ -15,7 +15,6 @@ from ..neighbors import Edges
 from ..potential import Potential, Prediction
 from ..structures import Structures
 from ..tuning import staged
-from . import E3NN
 from .mace_files import (
     LONG_RANGE,
     accelerated,
@@ -135,7 +134,7 @@ class MACE(Potential):
     @classmethod
     def environment(cls) -> str:
         # It matters only where SevenNet is installed.
-        return E3NN if importlib.util.find_spec("sevenn") else ""
+        return "MACE needs e3nn 0.4.4, SevenNet a newer one" if importlib.util.find_spec("sevenn") else ""
 
     @classmethod
     def from_name(cls, variant: str | None) -> MACE:
