@@ -1,8 +1,8 @@
 """ASE's constraints as linear maps on the device.
 
-ASE adjusts forces and positions by two maps, which differ: the centre of mass, for example, is taken
-out of forces with other weights than out of steps. Both are linear here, X <- X + B (X' - X) and
-F <- A F, and act out of place, so that autograd finds their transposes.
+ASE adjusts forces and positions by two maps, which differ: FixCom, for example, projects forces with other weights than
+steps. Both are linear here, X <- X + B (X' - X) and F <- A F, and act out of place, so that autograd finds their
+transposes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Blocks:
 
 @dataclass(frozen=True, eq=False)
 class Shift:
-    """x <- x - u (v . x), one component like the other: shapes (n,), (n,)."""
+    """x <- x - u (v . x), for each Cartesian component: shapes (n,), (n,)."""
 
     u: np.ndarray
     v: np.ndarray
@@ -39,13 +39,13 @@ Map = Blocks | Shift
 
 
 def maps_of(atoms: Atoms) -> tuple[tuple[Map, ...], tuple[Map, ...]]:
-    """The maps of forces and of steps, one for each constraint that is known, in order."""
+    """The maps of forces and of steps, one for each constraint among `KNOWN`, in order."""
     found = [KNOWN[type(c).__name__](c, atoms) for c in atoms.constraints if type(c).__name__ in KNOWN]
     return tuple(forces for forces, _ in found), tuple(steps for _, steps in found)
 
 
 def unknown(names: Sequence[str]) -> list[str]:
-    """Those of these constraints that only ASE's own drivers can obey."""
+    """Those of these constraints that only ASE's own optimizers can apply."""
     return [name for name in names if name not in KNOWN]
 
 
@@ -63,13 +63,13 @@ def _local(atoms: Atoms, index: Any, matrix: np.ndarray) -> Blocks:
 
 
 def _fix_atoms(constraint: Any, atoms: Atoms) -> tuple[Map, Map]:
-    held = _local(atoms, constraint.index, np.zeros((3, 3)))
-    return held, held
+    free = _local(atoms, constraint.index, np.zeros((3, 3)))
+    return free, free
 
 
 def _fix_cartesian(constraint: Any, atoms: Atoms) -> tuple[Map, Map]:
-    held = _local(atoms, constraint.index, np.diag(~constraint.mask).astype(float))
-    return held, held
+    free = _local(atoms, constraint.index, np.diag(~constraint.mask).astype(float))
+    return free, free
 
 
 def _fix_scaled(constraint: Any, atoms: Atoms) -> tuple[Map, Map]:
@@ -82,19 +82,19 @@ def _fix_scaled(constraint: Any, atoms: Atoms) -> tuple[Map, Map]:
 
 
 def _fixed_line(constraint: Any, atoms: Atoms) -> tuple[Map, Map]:
-    held = _local(atoms, constraint.index, np.outer(constraint.dir, constraint.dir))
-    return held, held
+    free = _local(atoms, constraint.index, np.outer(constraint.dir, constraint.dir))
+    return free, free
 
 
 def _fixed_plane(constraint: Any, atoms: Atoms) -> tuple[Map, Map]:
-    held = _local(atoms, constraint.index, np.eye(3) - np.outer(constraint.dir, constraint.dir))
-    return held, held
+    free = _local(atoms, constraint.index, np.eye(3) - np.outer(constraint.dir, constraint.dir))
+    return free, free
 
 
 def _fix_com(constraint: Any, atoms: Atoms) -> tuple[Map, Map]:
     masses = np.zeros(len(atoms))
     masses[constraint.index] = atoms.get_masses()[constraint.index]
-    # A subset's centre is held by moving all atoms, but by forces on the subset alone.
+    # The centre of a subset is fixed by shifting all atoms, but by forces on the subset alone.
     steps = Shift(np.ones(len(atoms)), masses / masses.sum())
     return Shift(masses, masses / (masses**2).sum()), steps
 
@@ -135,7 +135,7 @@ class Projection:
     counts : sequence of int, length n
         Atoms of each structure.
     like : Tensor
-        Where to, and in which precision.
+        Whose device and dtype the maps take.
     """
 
     def __init__(self, maps: Sequence[tuple[Map, ...]], counts: Sequence[int], like: Tensor):
@@ -178,8 +178,8 @@ def _layer(maps: Sequence[Map | None], counts: Sequence[int], like: Tensor) -> C
     return apply
 
 
-def held(maps: tuple[Map, ...], n: int) -> np.ndarray:
-    """Which of n atoms cannot move at all, as bools."""
+def fixed(maps: tuple[Map, ...], n: int) -> np.ndarray:
+    """Which of n atoms cannot move at all, bool of shape (n,)."""
     stuck = np.zeros(n, dtype=bool)
     for map_ in maps:
         if isinstance(map_, Blocks) and len(map_.target) == n:
@@ -190,13 +190,13 @@ def held(maps: tuple[Map, ...], n: int) -> np.ndarray:
 
 
 def drift(maps: tuple[Map, ...], n: int) -> np.ndarray:
-    """Projector on the translations of the whole structure that its constraints let pass, shape (3, 3)."""
+    """Projector onto the translations of the whole structure that its constraints allow, shape (3, 3)."""
     if not maps:
         return np.eye(3)
     like = torch.empty(0, dtype=torch.float64)
-    pass_on = Projection([maps], [n], like)
+    project = Projection([maps], [n], like)
     units = torch.eye(3, dtype=torch.float64)
-    lost = torch.stack([(pass_on(e.expand(n, 3)) - e).reshape(-1) for e in units], dim=1).numpy()
+    lost = torch.stack([(project(e.expand(n, 3)) - e).reshape(-1) for e in units], dim=1).numpy()
     _, lengths, axes = np.linalg.svd(lost, full_matrices=False)
     free = axes[lengths < 1e-8 * n]
     return free.T @ free

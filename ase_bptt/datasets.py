@@ -14,7 +14,7 @@ from .pairs.structure_matching import same_structure
 FOLDER = Path(__file__).parent / "data" / "si_defects"
 FOLDS = 5
 DEMO_FOLD = 2
-"""The demo's. One fold is one draw: benchmarks/cross_validation.py measures all five."""
+"""The fold of the demo. Results vary between folds: benchmarks/cross_validation.py measures all five."""
 SPLITS = ("train", "valid", "test", "all")
 
 
@@ -24,7 +24,7 @@ def si_defects(split: str = "all", *, fold: int = DEMO_FOLD) -> list[RelaxationP
     44 relaxations of 6 to 9 atoms, in the 8-site cubic cell; data/si_defects/README.md says how
     they were made. Kinds of defect are never split: all relaxations of a kind, and all that end in
     the same structure, are one group. The groups are sorted by family (native, substituted,
-    interstitial, vacancy complex, pair) and name and dealt out to five folds in turn; fold k is
+    interstitial, vacancy complex, pair) and name and assigned to five folds in turn; fold k is
     "test", fold k+1 "valid", the others "train".
 
     Parameters

@@ -29,7 +29,7 @@ TINY = 1e-3
 SAME_END = 0.1
 """Å: ends of two relaxations that differ by less, at the farthest atom, are in one basin."""
 ANCHORS = 8
-"""Atoms tried as fixed points when the drift is sought."""
+"""Atoms whose displacement is tried as the drift."""
 
 
 def delta_q(a: Comparable, b: Comparable, *, align: bool = False) -> Any:
@@ -74,7 +74,7 @@ def root_delta_q(a: Comparable, b: Comparable, *, align: bool = False) -> Any:
     Each structure pulls by 1/(2 sqrt(Delta-Q)): the far ones less than those that are nearly right,
     but enough to bring some of them over. The Trainer's default.
     """
-    # The small constant keeps the slope finite near the match.
+    # The small constant keeps the gradient finite near the match.
     return _distance(a, b, align, lambda d, of: (_root_sum_square(d, of) + TINY).sqrt() - TINY**0.5, by_mass=True)
 
 
@@ -100,7 +100,7 @@ def displacements(a: Comparable, b: Comparable, *, align: bool = False, by_mass:
     now, then = _pair(a, b)
     weights = then.movable * then.masses if by_mass else then.movable
     d = now.positions - then.positions
-    d = d - _lattice_translation(d.detach(), then, weights)
+    d = d - lattice_translations(d.detach(), then, weights)
     d = (d - _mean(d, then, weights)[then.batch]) * then.movable[:, None]
     return _aligned(now, then, d, weights) if align and not then.maps else d
 
@@ -131,7 +131,7 @@ def _largest(d: Tensor, of: Structures) -> Tensor:
 
 
 def safe_sqrt(square: Tensor) -> Tensor:
-    """sqrt with slope zero at zero."""
+    """sqrt with gradient zero at zero."""
     positive = square > 0
     return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), torch.zeros_like(square))
 
@@ -164,7 +164,7 @@ def _formulas(structures: Structures) -> str:
 
 def _mean(d: Tensor, of: Structures, weights: Tensor) -> Tensor:
     """The drift of each structure, as far as its constraints let it drift, shape (n, 3)."""
-    # Where all atoms are held there is no weight, and no drift.
+    # Where all atoms are fixed there is no weight, and no drift.
     return _passing(of.sum(weights[:, None] * d) / of.sum(weights).clamp(min=1e-30)[:, None], of)
 
 
@@ -172,13 +172,28 @@ def _passing(drift: Tensor, of: Structures) -> Tensor:
     return drift if of.drift is None else (of.drift @ drift[:, :, None]).squeeze(2)
 
 
-def _lattice_translation(d: Tensor, of: Structures, weights: Tensor) -> Tensor:
-    """The lattice vector to take off each displacement, so that the sum of squares is least.
+def lattice_translations(d: Tensor, of: Structures, weights: Tensor) -> Tensor:
+    """The lattice vector to subtract from each displacement, so that their sum of squares about the drift is least.
 
-    Which image is nearest depends on the drift and the drift on the images. From the displacement
-    of a few atoms, and from none, images and drift are improved in turn; the best end counts. For
-    displacements near half a lattice vector, in cells of two or three atoms, that missed the least
-    sum by up to 7 % in 3 of 720 random cases.
+    Which image is nearest depends on the drift, and the drift on the images. Starting from no drift and from the
+    displacements of a few atoms, images and drift are improved in turn, and the best result counts. It is the least
+    sum where all displacements about the drift are shorter than a quarter of the shortest lattice vector, for then no
+    two of them differ by more than half of it. For displacements near half a lattice vector, in cells of two or three
+    atoms, the sum was up to 7 % above the least in 3 of 720 random cases.
+
+    Parameters
+    ----------
+    d : Tensor, shape (n_atoms, 3)
+        Displacements in Å.
+    of : Structures
+        The batch that they belong to; its constraints decide how it can drift.
+    weights : Tensor, shape (n_atoms,)
+        Of the atoms, in the sum of squares.
+
+    Returns
+    -------
+    Tensor, shape (n_atoms, 3)
+        In Å.
     """
     if not bool(of.pbc.any()):
         return torch.zeros_like(d)
@@ -186,8 +201,8 @@ def _lattice_translation(d: Tensor, of: Structures, weights: Tensor) -> Tensor:
         _reduced(c.tobytes(), p.tobytes())
         for c, p in zip(of.cells.detach().double().cpu().numpy(), of.pbc.cpu().numpy(), strict=True)
     ]
-    cells, inverses, periodic = (torch.from_numpy(np.stack(x)).to(d) for x in zip(*reduced, strict=True))
-    ends = np.cumsum(of.counts)
+    cells, inverses, periodic, shortest = (torch.from_numpy(np.stack(x)).to(d) for x in zip(*reduced, strict=True))
+    ends, certain = np.cumsum(of.counts), torch.zeros_like(shortest, dtype=torch.bool)
     best, best_score = torch.zeros_like(d), torch.full_like(of.volumes.detach(), torch.inf)
     for anchor in range(-1, min(ANCHORS, max(of.counts))):
         rows = [
@@ -199,10 +214,14 @@ def _lattice_translation(d: Tensor, of: Structures, weights: Tensor) -> Tensor:
             translation = _nearest(d - drift[of.batch], cells, inverses, periodic, of.batch)
             drift = _mean(d - translation, of, weights)
         rest = d - translation - drift[of.batch]
-        score = of.sum(weights * rest.square().sum(1))
+        squares = rest.square().sum(1)
+        score = of.sum(weights * squares)
         better = score < best_score * (1 - 1e-9)
         best = torch.where(better[of.batch, None], translation, best)
         best_score = torch.where(better, score, best_score)
+        certain = certain | (of.max(squares) < (shortest / 4).square())
+        if of.drift is None and bool(certain.all()):
+            break
     return best
 
 
@@ -220,11 +239,17 @@ def _nearest(d: Tensor, cells: Tensor, inverses: Tensor, periodic: Tensor, batch
 
 
 @lru_cache(maxsize=4096)
-def _reduced(cell: bytes, pbc: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Minkowski-reduced cell, its inverse, and which of its vectors are periodic (as 0 and 1)."""
+def _reduced(cell: bytes, pbc: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Minkowski-reduced cell, its inverse, which of its vectors are periodic (as 0 and 1), and their least length."""
     vectors, periodic = np.frombuffer(cell).reshape(3, 3), np.frombuffer(pbc, dtype=bool)
     reduced, _ = minkowski_reduce(complete_cell(vectors), periodic)
-    return reduced, np.linalg.inv(reduced), periodic.astype(float)
+    shortest = np.linalg.norm(reduced[periodic], axis=1).min(initial=np.inf)
+    return reduced, np.linalg.inv(reduced), periodic.astype(float), np.asarray(shortest)
+
+
+def shortest_lattice_vector(atoms: Atoms) -> float:
+    """Length in Å of the shortest translation that the periodic directions have; infinite where there are none."""
+    return float(_reduced(atoms.cell.array.tobytes(), atoms.pbc.tobytes())[3])
 
 
 def _aligned(now: Structures, then: Structures, d: Tensor, weights: Tensor) -> Tensor:

@@ -179,7 +179,7 @@ class Potential(nn.Module):
 
     @classmethod
     def environment(cls) -> str:
-        """What its installation asks of an environment, to be added to the message that its package is missing."""
+        """Why it is to be installed in an environment of its own, for messages; empty where it need not be."""
         return ""
 
     @classmethod

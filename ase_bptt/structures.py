@@ -13,10 +13,10 @@ import torch
 from ase import Atoms
 from torch import Tensor
 
-from .constraints import Map, Projection, drift, held, maps_of
+from .constraints import Map, Projection, drift, fixed, maps_of
 
 LASTING = frozenset({"batch", "force_map", "step_map", "movable", "drift"})
-"""Properties that hold for all frames of a batch."""
+"""Properties that are the same in all frames of a batch."""
 
 
 @dataclass(eq=False)
@@ -39,7 +39,7 @@ class Structures:
     constraints : tuple of tuple of str, length n
         Class names of the constraints on each of the Atoms it came from.
     maps : tuple of (maps of forces, maps of steps), length n
-        What those of them do that are known on the device, as `ase_bptt.constraints.maps_of` gives it.
+        Those of the constraints that are linear maps, as `ase_bptt.constraints.maps_of` gives them.
     """
 
     positions: Tensor
@@ -126,15 +126,15 @@ class Structures:
 
     @cached_property
     def movable(self) -> Tensor:
-        """1 for each atom that can move, 0 for those that constraints hold, shape (n_atoms,)."""
+        """1 for each atom that can move, 0 for fixed atoms, shape (n_atoms,)."""
         if not self.maps:
             return torch.ones_like(self.masses)
-        stuck = [held(steps, n) for (_, steps), n in zip(self.maps, self.counts, strict=True)]
+        stuck = [fixed(steps, n) for (_, steps), n in zip(self.maps, self.counts, strict=True)]
         return 1 - torch.as_tensor(np.concatenate(stuck)).to(self.masses)
 
     @cached_property
     def drift(self) -> Tensor | None:
-        """Projectors on the translations that the constraints let pass, shape (n, 3, 3); None where all do."""
+        """Projectors onto the translations that the constraints allow, shape (n, 3, 3); None without constraints."""
         if not self.maps:
             return None
         free = [drift(steps, n) for (_, steps), n in zip(self.maps, self.counts, strict=True)]
@@ -142,7 +142,7 @@ class Structures:
 
     @cached_property
     def orthogonal(self) -> list[bool]:
-        """Whether each structure's map of forces is an orthogonal projection, as tried on two random vectors."""
+        """Whether each structure's map of forces is an orthogonal projection, tested with two random vectors."""
         exact = self.to(torch.device("cpu"), torch.float64)
         u, v = torch.from_numpy(np.random.default_rng(0).normal(size=(2, self.n_atoms, 3)))
         once = exact.project_forces(v)
@@ -151,11 +151,11 @@ class Structures:
         return (twisted + lost < 1e-8).tolist()
 
     def project_forces(self, forces: Tensor) -> Tensor:
-        """Forces as the constraints let them act, shape (n_atoms, 3)."""
+        """Forces projected by the constraints, shape (n_atoms, 3)."""
         return forces if self.force_map is None else self.force_map(forces)
 
     def project_steps(self, steps: Tensor) -> Tensor:
-        """Displacements as the constraints let them happen, shape (n_atoms, 3)."""
+        """Displacements projected by the constraints, shape (n_atoms, 3)."""
         return steps if self.step_map is None else self.step_map(steps)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Structures:
@@ -169,7 +169,7 @@ class Structures:
         """The same batch with some tensors replaced; shares the others."""
         new = dataclasses.replace(self, **changes)
         if not {"counts", "maps"} & set(changes) and new.masses is self.masses:
-            # What depends on neither positions nor cells need not be found anew in every frame.
+            # What depends on neither positions nor cells is not recomputed in every frame.
             new.__dict__.update({name: self.__dict__[name] for name in LASTING & self.__dict__.keys()})
         return new
 

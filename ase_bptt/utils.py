@@ -1,4 +1,4 @@
-"""What every room needs: files written whole or not at all, checks of numbers, gradients that may lack parts."""
+"""Shared helpers: files written whole or not at all, checks of numbers, gradients of which some may be None."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 UNFINISHED = ".*.part.*"
-"""Pattern of the temporary names, for sweeping up behind a run that was killed."""
+"""Pattern of the temporary names, for removing what a killed run has left."""
 REFUSED = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR})
 UNREADABLE = (
     AttributeError,
@@ -29,7 +29,7 @@ UNREADABLE = (
     ValueError,
     pickle.UnpicklingError,
 )
-"""What is raised on reading a file that is damaged, or is no such file."""
+"""What is raised on reading a file that is damaged or of another format."""
 
 
 @contextmanager
@@ -57,7 +57,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
             "what was there before is untouched."
         ) from error
     finally:
-        # A place that refuses to be written may also refuse this, and has been told of.
+        # A place that cannot be written may refuse this, too, and has been reported already.
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
 
@@ -92,7 +92,7 @@ def without_nan(value: Any) -> Any:
 
 
 def in_short(error: Exception) -> str:
-    """The error's name and first line; those of torch have many."""
+    """The error's name and the first line of its message, which torch follows by many."""
     first = next(iter(str(error).splitlines()), "")
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
@@ -100,7 +100,7 @@ def in_short(error: Exception) -> str:
 def _refused(error: OSError | RuntimeError) -> bool:
     if isinstance(error, OSError):
         return error.errno in REFUSED
-    # torch.save tells of a full disk by a RuntimeError of its own, out of the C++ file that writes archives.
+    # torch.save reports a full disk by a RuntimeError from the C++ code that writes archives.
     return any(word in str(error) for word in ("PytorchStreamWriter", "inline_container", "iostream error"))
 
 
@@ -136,7 +136,7 @@ def vjp(outputs: Sequence[Tensor], gradients: Sequence[Tensor], inputs: Sequence
 
 
 def added(some: Gradients, others: Gradients) -> list[Tensor | None]:
-    """The sum of two gradients, either of which may lack parts."""
+    """The sum of two gradients, in either of which some may be None."""
     return [a if b is None else b if a is None else a + b for a, b in zip(some, others, strict=True)]
 
 

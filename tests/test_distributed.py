@@ -26,7 +26,7 @@ from torch import distributed as dist
 
 from ase_bptt import TorchCalculator, Trainer, load_potential, read_pairs
 from ase_bptt.losses import rmsd
-from ase_bptt.pairs.lazy import Store
+from ase_bptt.pairs.lazy import PairTable
 from ase_bptt.training.distributed import Lost, Ranks, together
 from ase_bptt.training.pair_loss import End
 
@@ -278,9 +278,9 @@ def test_a_process_reads_its_share_alone(tmp_path, how, caplog):
     pairs[0]._store._recent.clear()
     run = trainer(batch_size=6, **how)
     ranks = run.ranks = run._pairs.ranks = run.updates.ranks = Second()
-    real, reads = Store._read, []
+    real, reads = PairTable._read, []
     [(_, batch)] = run.order.batches(pairs, 0)
-    with mock.patch.object(Store, "_read", lambda store, k: reads.append(k) or real(store, k)):
+    with mock.patch.object(PairTable, "_read", lambda table, k: reads.append(k) or real(table, k)):
         losses, _ = run.train_step(batch)
     assert len(reads) == len(losses) == len(ranks.mine) == 3
     assert sum("left out of this step" in line for line in caplog.messages) == 3

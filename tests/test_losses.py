@@ -11,7 +11,14 @@ from helpers.potentials import lennard_jones
 from helpers.structures import argon, methanol, rattled, silicon, skewed
 
 from ase_bptt import Structures, delta_q, relax
-from ase_bptt.losses import displacements, log_delta_q, max_displacement, rmsd, squared_delta_q
+from ase_bptt.losses import (
+    displacements,
+    log_delta_q,
+    max_displacement,
+    rmsd,
+    shortest_lattice_vector,
+    squared_delta_q,
+)
 
 METRICS = [delta_q, log_delta_q, squared_delta_q, rmsd, max_displacement]
 every_metric = pytest.mark.parametrize("metric", METRICS, ids=lambda f: f.__name__)
@@ -307,3 +314,16 @@ class TestAlign:
         a = b.copy()
         a.rotate(20, "z", rotate_cell=False)
         assert delta_q(a, b, align=True) == pytest.approx(delta_q(a, b))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_shortest_lattice_vector_is_found_in_skewed_cells(seed):
+    rng = np.random.default_rng(seed)
+    atoms = Atoms("H", cell=np.array([[1, 0, 0], [3, 1, 0], [-2, 4, 1]]) @ rng.normal(scale=3, size=(3, 3)), pbc=True)
+    whole = np.stack(np.meshgrid(*3 * [np.arange(-12, 13)])).reshape(3, -1).T
+    lengths = np.linalg.norm(whole[whole.any(1)] @ atoms.cell.array, axis=1)
+    assert shortest_lattice_vector(atoms) == pytest.approx(lengths.min())
+
+
+def test_where_nothing_is_periodic_it_is_infinite():
+    assert shortest_lattice_vector(Atoms("H", cell=[1, 1, 1])) == np.inf

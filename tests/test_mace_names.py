@@ -148,5 +148,5 @@ class TestCharges:
 
     def test_other_inputs_are_refused_by_name(self):
         specs = {"temperature": {"type": "continuous", "per": "graph", "in_dim": 1, "emb_dim": 3}}
-        with pytest.raises(NotImplementedError, match="wants to be told temperature of each structure"):
+        with pytest.raises(NotImplementedError, match="needs temperature for each structure"):
             load_potential(tiny_mace(elements=(14,), max_ell=1, correlation=1, embedding_specs=specs))

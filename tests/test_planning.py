@@ -1,6 +1,7 @@
 """Dealing structures out to processes and batches, and going on where memory runs out."""
 
 import logging
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -94,7 +95,29 @@ def test_the_peak_counts_what_is_alive_together():
         del a
         return (b * 2).sum()  # two, and a number
 
-    assert peak_bytes(run) == 16_008
+    assert peak_bytes(run)[1] == 16_008
+
+
+def test_on_a_gpu_its_allocator_counts():
+    allocated = {"memory_allocated": 5_000, "max_memory_allocated": 12_000}
+    fakes = {name: mock.Mock(return_value=value) for name, value in allocated.items()}
+    with mock.patch.multiple(torch.cuda, reset_peak_memory_stats=mock.DEFAULT, **fakes) as patched:
+        assert peak_bytes(lambda: "found", torch.device("cuda")) == ("found", 7_000)
+    patched["reset_peak_memory_stats"].assert_called_once_with(torch.device("cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_allocator_of_a_gpu_counts_what_is_alive_together():
+    device = torch.device("cuda")
+
+    def run():
+        a = torch.zeros(10**6, dtype=torch.float64, device=device)
+        return (a + 1).sum().item()
+
+    found, peak = peak_bytes(run, device)
+    assert found == 10**6
+    assert peak == pytest.approx(1.6e7, rel=0.3)
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +152,7 @@ def test_the_footprint_foretells_larger_batches(mace, adjoint):
     planner.parts(cells(1, 2))
     batch = cells(1, 3, 2)
     foretold = planner.footprint.fixed + sum(planner.footprint.of(size) for size in sizes(mace, batch))
-    assert foretold == pytest.approx(peak_bytes(lambda: run(batch)), rel=0.1)
+    assert foretold == pytest.approx(peak_bytes(lambda: run(batch))[1], rel=0.1)
 
 
 def test_a_full_tape_takes_more_with_every_frame(mace):
@@ -151,7 +174,7 @@ def test_parts_keep_within_the_memory(mace, memory):
     assert len(parts) > 1
     for part in parts:
         if len(part) > 1:
-            assert peak_bytes(lambda part=part: run([batch[k] for k in part])) < 1.1 * memory * 2**30
+            assert peak_bytes(lambda part=part: run([batch[k] for k in part]))[1] < 1.1 * memory * 2**30
 
 
 def test_without_a_limit_nothing_is_measured():
@@ -165,8 +188,8 @@ def test_without_a_limit_nothing_is_measured():
 
 def test_relaxing_many_keeps_within_the_memory(mace):
     batch = cells(1, 1, 2, 1, 1, 2)
-    together = peak_bytes(lambda: list(relax_all(mace, batch, steps=3)))
-    limited = peak_bytes(lambda: list(relax_all(mace, batch, steps=3, memory=together / 3 / 2**30)))
+    _, together = peak_bytes(lambda: list(relax_all(mace, batch, steps=3)))
+    _, limited = peak_bytes(lambda: list(relax_all(mace, batch, steps=3, memory=together / 3 / 2**30)))
     assert limited < 0.5 * together
 
 

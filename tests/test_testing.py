@@ -160,7 +160,7 @@ FAULTS = [
     (KnowsWhereItIs, "translation", "energy"),
     (KnowsUp, "rotation", "energy"),
     (CountsFromTheFirst, "permutation", "energy"),
-    (PositionsHalfDetached, "forces", "slope of its energy"),
+    (PositionsHalfDetached, "forces", "negative gradient of its energy"),
     (CellsDetached, "stress", "strain"),
     (NoSecondDerivative, "gradient", "without a graph"),
     (OneWeightDetached, "gradient", "gradient weights"),
@@ -225,7 +225,7 @@ def test_the_report_is_a_table_of_errors_and_of_what_was_left_out():
 
 def test_own_tolerances_hold_by_name_and_by_kind():
     with pytest.raises(AssertionError, match="allowed is 1e-30"):
-        check_potential(lennard_jones(), argon(), tolerances={"slope": 1e-30})
+        check_potential(lennard_jones(), argon(), tolerances={"derivative": 1e-30})
     with pytest.raises(AssertionError, match=r"'rotation'.*allowed is 1e-30"):
         check_potential(lennard_jones(), argon(), tolerances={"rotation forces": 1e-30})
 

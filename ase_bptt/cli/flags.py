@@ -21,7 +21,9 @@ from ..potential import Potential
 from ..potentials import load_potential
 from .run_folder import held
 
+log = logging.getLogger(__name__)
 WIDTH = 80
+Actions = tuple[Callable[[argparse.Namespace], int], Callable[[argparse.Namespace], str]]
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
@@ -32,11 +34,11 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=24, width=width)
 
 
-Actions = tuple[Callable[[argparse.Namespace], int], Callable[[argparse.Namespace], str]]
-
-
 def command(commands: Any, usage: str, actions: Actions, summary: str, description: str) -> argparse.ArgumentParser:
-    """A parser for the command that the usage begins with; its actions run it and say what an interrupt leaves."""
+    """A parser for the command that the usage begins with.
+
+    Of its actions the first runs it, and the second says what an interrupt has left.
+    """
     run, stopped = actions
     name = usage.split()[0]
     parser = commands.add_parser(
@@ -52,7 +54,7 @@ def command(commands: Any, usage: str, actions: Actions, summary: str, descripti
 
 
 def flag(group: Any, parser: argparse.ArgumentParser, name: str, text: str, default: Any = None, **how: Any) -> None:
-    """Add a flag; its default is set afterwards, by `completed`, so that one can tell what was given."""
+    """Add a flag; its default is set afterwards, by `completed`, to distinguish it from the same value given."""
     said = "" if default is None or default is False or default == [] else f" (default: {default})"
     action = group.add_argument(name, help=(text + said).replace("%", "%%"), default=argparse.SUPPRESS, **how)
     parser.get_default("flag_defaults")[action.dest] = default
@@ -105,7 +107,7 @@ def add_pairs(parser: argparse.ArgumentParser, nargs: str = "+", option: str | N
     flag(group, parser, "--group", "this key of the structures' info names the kinds, which are never split; "
          "'folder': the folders directly below PAIRS do (default: what has one composition and ends in one structure)",
          metavar="KEY")  # fmt: skip
-    flag(group, parser, "--skip-invalid", "list pairs that cannot be used, and go on without them", False,
+    flag(group, parser, "--skip-invalid", "list pairs that cannot be used, and leave them out", False,
          action="store_true")  # fmt: skip
     flag(group, parser, "--lazy", "of a folder or a .db: check all pairs once, then read each when it is needed, so "
          "that they need not fit in memory", False, action="store_true")  # fmt: skip
@@ -117,7 +119,7 @@ def add_output(parser: argparse.ArgumentParser, out: str, text: str, *, resume: 
     flag(group, parser, "--out", text, Path(out), type=Path, metavar="PATH")
     flag(group, parser, "--overwrite", "replace what is there", False, action="store_true")
     if resume:
-        flag(group, parser, "--resume", "go on with the run that was stopped", False, action="store_true")
+        flag(group, parser, "--resume", "continue the run that was stopped", False, action="store_true")
     flag(group, parser, "--dry-run", "check everything, say what would be done, and write nothing", False,
          action="store_true")  # fmt: skip
     flag(group, parser, "--json", "print JSON, and nothing else, on standard output", False, action="store_true")
@@ -182,9 +184,6 @@ def device(text: str) -> torch.device:
 def best_device() -> torch.device:
     """The GPU where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-log = logging.getLogger(__name__)
 
 
 def read_grouped(arguments: argparse.Namespace) -> list[RelaxationPair]:

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 DESCRIPTION = """\
 Relax the structures of one or more files at fixed cells, many at once.
-Structures are kept as they finish, and a stopped run goes on with --resume.
+Structures are kept as they finish, and --resume continues a stopped run.
 Constraints of the structures are obeyed.
 
 examples:
@@ -53,7 +53,7 @@ def add(commands: Any) -> None:
     flag(group, parser, "--fmax", "eV/Å at which a structure is relaxed", 0.05, type=positive, metavar="X")
     flag(group, parser, "--steps", "frames at most", 500, type=count, metavar="N")
     add_room(group, parser)
-    flag(group, parser, "--skip-invalid", "list structures that cannot be relaxed, and go on without them", False,
+    flag(group, parser, "--skip-invalid", "list structures that cannot be relaxed, and leave them out", False,
          action="store_true")  # fmt: skip
     add_output(parser, "relaxed.extxyz", "file of the relaxed structures, in any format that ASE writes", resume=True)
 
@@ -81,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.resume:
         journal.remove()
     ends = relax_kept(
-        potential, structures, journal=journal, progress=None, tell=partial(_tell, names), stepper=stepper,
+        potential, structures, journal=journal, progress=None, report=partial(_report, names), stepper=stepper,
         fmax=arguments.fmax, steps=arguments.steps, batch_size=arguments.batch_size,
         memory=arguments.memory,
     )  # fmt: skip
@@ -97,7 +97,7 @@ def stopped(arguments: argparse.Namespace) -> str:
         return "Nothing was relaxed yet, and nothing is lost."
     return (
         f"The structures that have finished are in {journal} (an ASE trajectory); the same command with --resume "
-        "goes on with the others."
+        "continues with the others."
     )
 
 
@@ -134,18 +134,18 @@ def _stepper(arguments: argparse.Namespace) -> Any:
     return make_stepper(arguments.stepper, **({"step_size": arguments.step_size} if arguments.step_size else {}))
 
 
-def _tell(names: list[str], k: int, end: Relaxed) -> None:
+def _report(names: list[str], k: int, end: Relaxed) -> None:
     if end.status is not Status.CONVERGED:
         log.warning("%s: %s after %d frames. %s", names[k], end.status.value, end.nsteps, end.status.sentence)
 
 
 def _write(out: Path, ends: list[Relaxed]) -> None:
-    images = []
+    frames = []
     for end in ends:
         end.atoms.info |= {"relaxation": end.status.value, "relaxation_frames": end.nsteps}
-        images.append(end.atoms)
+        frames.append(end.atoms)
     with replacing(out) as path:
-        write(path, images if len(images) > 1 else images[0], format=_format(out))
+        write(path, frames if len(frames) > 1 else frames[0], format=_format(out))
 
 
 def _planned(arguments: argparse.Namespace, structures: list[Atoms], left_out: int) -> int:

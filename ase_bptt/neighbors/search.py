@@ -15,6 +15,10 @@ from ..structures import Structures
 
 Found = tuple[Tensor, Tensor, Tensor, "Tensor | None"]
 """i, j, shifts and mirror of one structure, as `ase_bptt.neighbors.Edges` has them."""
+CANDIDATES = 2**27
+"""Distances of one structure that are computed on a device at most."""
+BLOCK = 2**20
+"""Distances that are computed at once; each takes about 300 bytes."""
 
 
 def search_structures(structures: Structures, cutoff: float) -> list[Found]:
@@ -103,12 +107,6 @@ def _check_cells(cells: np.ndarray, pbc: np.ndarray) -> None:
 def _span(positions: np.ndarray) -> float:
     """A length in Å that is more than the distance between any two of the atoms."""
     return 1.0 + float(np.linalg.norm(np.ptp(positions, axis=0))) if len(positions) else 1.0
-
-
-CANDIDATES = 2**27
-"""Distances of one structure that are computed on a device at most."""
-BLOCK = 2**20
-"""Distances that are computed at once; each takes about 300 bytes."""
 
 
 def feasible(counts: Sequence[int], cells: np.ndarray, pbc: np.ndarray, cutoff: float) -> bool:

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.geometry import complete_cell, find_mic
 from ase.io.jsonio import encode
 from scipy.optimize import linear_sum_assignment
 
+from ..losses import lattice_translations, shortest_lattice_vector
 from ..neighbors import find_edges
 from ..structures import Structures
 
@@ -25,7 +27,7 @@ RESIDUAL = 0.05
 CLASH = 0.5
 """Å: atoms nearer than this are a mistake."""
 FAR = 1.5
-"""Å: below this nobody asks whether the order of the atoms has changed."""
+"""Å: the largest displacement, beyond the drift, above which the order of the atoms is checked."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,12 +39,12 @@ class RelaxationPair:
     initial, relaxed : Atoms
         The same atoms in the same order and the same cell.
     id : str
-        Names it in tables and messages.
+        Its name in tables and messages.
     group : str
         Pairs of one group never stand on both sides of a split.
     frames : sequence of Atoms
-        All frames of the relaxation, the ends among them, with energies and forces where the reference tells
-        them; empty where there are none. `read_pairs` gives them for files of frames, read when they are asked for.
+        All frames of the relaxation, first and last included, with energies and forces where the reference has
+        them; empty where there are none. `read_pairs` provides them for files of frames, and reads them on access.
     """
 
     initial: Atoms
@@ -57,7 +59,7 @@ class RelaxationPair:
 
     @property
     def kind(self) -> str:
-        """Elements and constraints of both ends, by which a potential can treat it or not."""
+        """Elements and constraints of both ends, on which it depends whether a potential can treat the pair."""
         numbers = np.union1d(self.initial.numbers, self.relaxed.numbers)
         constraints = {type(c).__name__ for atoms in (self.initial, self.relaxed) for c in atoms.constraints}
         return " ".join(map(str, [*numbers, *sorted(constraints)]))
@@ -71,7 +73,7 @@ class RelaxationPair:
 
 
 class InvalidPair(ValueError):
-    """A pair that cannot be used, said in one sentence."""
+    """A pair that cannot be used; its message says why and what to do."""
 
 
 def check_pair(initial: Atoms, relaxed: Atoms, name: str) -> None:
@@ -125,23 +127,26 @@ def check_distances(atoms: Atoms, where: str) -> None:
 
 
 def unwrapped(initial: Atoms, relaxed: Atoms) -> Atoms:
-    """The relaxed structure with each atom at the periodic image nearest to where it began.
+    """The relaxed structure with each atom at the periodic image nearest to its initial position.
 
-    A drift of the whole structure does not count. Positions change by whole cell vectors only, so
-    none changes where no atom was wrapped; results stay with the structure.
+    Nearest is measured after the drift of the whole structure is removed. Positions change by lattice vectors only, so
+    none changes where no atom was wrapped; the results of the calculator stay with the structure.
     """
-    moves = relaxed.positions - initial.positions
-    cell, pbc = initial.cell, initial.pbc
-    drift = _drift(moves, cell, pbc)
-    for _ in range(10):
-        nearest = find_mic(moves - drift, cell, pbc)[0] + drift
-        mean = nearest.mean(axis=0)
-        if np.allclose(mean, drift, atol=1e-9):
-            break
-        drift = mean
+    difference = relaxed.positions - initial.positions
+    # So it is for nearly all of the many thousands of pairs that may be read: each displacement is within a quarter of
+    # a lattice vector of the drift, and the drift within half of one.
+    if np.linalg.norm(difference, axis=1).max(initial=0.0) < shortest_lattice_vector(initial) / 8:
+        return relaxed
+    free = Structures.from_atoms(Atoms(initial.numbers, cell=initial.cell, pbc=initial.pbc))
+    moves = torch.from_numpy(difference)
+    nearest, translations = moves, torch.ones_like(moves)
+    while translations.any():
+        mean = nearest.mean(dim=0)
+        translations = lattice_translations(nearest - mean, free, torch.ones_like(free.masses))
+        nearest = nearest - translations
     # A drift by a whole cell vector is none.
-    nearest = nearest - mean + find_mic(mean, cell, pbc)[0]
-    shifts = np.rint((nearest - moves) @ np.linalg.inv(complete_cell(cell))) * pbc
+    whole = mean.numpy() - find_mic(mean.numpy(), initial.cell, initial.pbc)[0]
+    shifts = np.rint(((nearest - moves).numpy() - whole) @ np.linalg.inv(complete_cell(initial.cell))) * initial.pbc
     if not shifts.any():
         return relaxed
     found = relaxed.copy()
@@ -151,30 +156,22 @@ def unwrapped(initial: Atoms, relaxed: Atoms) -> Atoms:
     return found
 
 
-def _drift(moves: np.ndarray, cell: np.ndarray, pbc: np.ndarray) -> np.ndarray:
-    """The mean on the circle that each periodic direction is, shape (3,), in Å."""
-    full = complete_cell(cell)
-    angles = 2 * np.pi * moves @ np.linalg.inv(full)
-    turns = np.angle(np.exp(1j * angles).mean(axis=0)) / (2 * np.pi)
-    return (turns * pbc) @ full
-
-
 def warn_of_order(initial: Atoms, relaxed: Atoms, name: str) -> None:
-    """Warn where the atoms of an element seem to be stored in another order at the end."""
+    """Warn where the atoms of an element seem to be in another order in the relaxed structure."""
     moves = relaxed.positions - initial.positions
     lengths = np.linalg.norm(moves - moves.mean(axis=0), axis=1)
     if lengths.max() <= FAR:
         return
-    matched, direct = _matched(initial, relaxed), np.sqrt(np.mean(lengths**2))
-    if matched < direct / 2:
+    reassigned, direct = _reassigned(initial, relaxed), np.sqrt(np.mean(lengths**2))
+    if reassigned < direct / 2:
         log.warning(
             "%s: its atoms seem to be stored in another order at the end, for they move by %.2f Å (root mean square) "
-            "and by %.2f Å if matched anew; write both structures in the same order.", name, direct, matched,
+            "and by %.2f Å if reassigned; write both structures in the same order.", name, direct, reassigned,
         )  # fmt: skip
 
 
-def _matched(initial: Atoms, relaxed: Atoms) -> float:
-    """Root mean square displacement, in Å, if each atom ended at the best place that its element has at the end."""
+def _reassigned(initial: Atoms, relaxed: Atoms) -> float:
+    """Root mean square displacement in Å with the atoms of each element assigned to its final sites at least cost."""
     total = 0.0
     for z in np.unique(initial.numbers):
         of = initial.numbers == z
@@ -193,7 +190,7 @@ def fingerprint(pairs: Sequence[RelaxationPair]) -> str:
 
 
 def add_to_hash(digest: Any, atoms: Atoms) -> None:
-    """Everything of a structure that a relaxation depends on."""
+    """Add everything of a structure that a relaxation depends on."""
     for array in (atoms.numbers, atoms.get_masses(), atoms.positions, atoms.cell.array, atoms.pbc):
         digest.update(array.tobytes())
     if atoms.constraints:

@@ -17,6 +17,7 @@ from ase.io import read
 
 from . import InvalidPair
 
+log = logging.getLogger(__name__)
 NAMES = {
     "vasprun.xml": "vasp-xml",
     "vasprun.xml.gz": "vasp-xml",
@@ -36,10 +37,14 @@ ENDS = {
     "vasp-out": (b"POTCAR:", b"General timing and accounting"),
     "espresso-out": (b"Program PWSCF", b"JOB DONE"),
 }
-"""What a code writes when it begins, and what it writes last."""
+"""What each program prints first, and what it prints last."""
 CUT = "the run did not finish or the file is cut; let it run to its end, copy it again, or leave it out"
 KEPT = ("energy", "free_energy", "forces", "stress", "magmom", "magmoms")
 """Results that stay with a frame: eigenvalues of thousands of frames would fill the memory."""
+VASP = ("vasprun.xml", "vasprun.xml.gz", "OUTCAR", "OUTCAR.gz", "CONTCAR")
+"""Files of one VASP run, the preferred first; a CONTCAR counts where a POSCAR is beside it."""
+SUFFIXES = (*VASP[:-1], "POSCAR and CONTCAR", ".pwo", ".espresso", ".out", ".extxyz", ".xyz", ".traj", ".db")
+"""What a folder is searched for; of the .out files only those of pw.x."""
 
 
 def read_frames(path: Path) -> list[Atoms]:
@@ -71,10 +76,10 @@ def read_frames(path: Path) -> list[Atoms]:
 
 
 def format_of(path: Path) -> str | None:
-    """ASE's name of the format, or None where ASE shall guess."""
+    """ASE's name of the format; None leaves it to ASE to guess."""
     known = next((kind for end, kind in NAMES.items() if path.name.endswith(end)), None)
     if known is None and path.suffix == ".out":
-        # The names of many files end so; pw.x says what it is at its start.
+        # Many programs write such names; pw.x prints its own name first.
         with open(path, "rb") as file:
             return "espresso-out" if ENDS["espresso-out"][0] in file.read(50_000) else None
     return known
@@ -92,7 +97,7 @@ def check_content(path: Path) -> None:
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Say in one sentence what ASE's readers raise, which is whatever their parsers do; silence their warnings."""
+    """Turn any error of ASE's readers into an InvalidPair of one sentence, and silence their warnings."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -113,19 +118,19 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def _check_end(path: Path, begin: bytes, end: bytes) -> None:
-    """Raise InvalidPair unless the code's last words follow its first ones, for runs may be appended to a file."""
-    begun = ended = -1
+    """Raise InvalidPair unless the last line of a finished run follows the first of the last run in the file."""
+    started = ended = -1
     start, kept = 0, b""
     with _open(path) as file:
         while chunk := file.read(2**20):
             text = kept + chunk
-            begun, ended = (
+            started, ended = (
                 max(last, start + found if (found := text.rfind(mark)) >= 0 else -1)
-                for last, mark in ((begun, begin), (ended, end))
+                for last, mark in ((started, begin), (ended, end))
             )
             kept = text[-100:]
             start += len(text) - len(kept)
-    if ended < 0 or ended < begun:
+    if ended < 0 or ended < started:
         raise InvalidPair(f"{path}: {CUT}.")
 
 
@@ -165,15 +170,7 @@ def _is_cut(lines: list[str]) -> bool:
 
 
 WHOLE: dict[str, Callable[[Path], None]] = {"extxyz": _check_xyz, "vasp": _check_poscar}
-"""Formats in which ASE would not notice each cut."""
-
-
-log = logging.getLogger(__name__)
-
-VASP = ("vasprun.xml", "vasprun.xml.gz", "OUTCAR", "OUTCAR.gz", "CONTCAR")
-"""Files of one VASP run, the preferred first; a CONTCAR counts where a POSCAR is beside it."""
-SUFFIXES = (*VASP[:-1], "POSCAR and CONTCAR", ".pwo", ".espresso", ".out", ".extxyz", ".xyz", ".traj", ".db")
-"""What a folder is searched for; of the .out files only those of pw.x."""
+"""Formats in which ASE does not notice every truncated file."""
 
 
 def relaxation_files(path: Path) -> list[Path]:
@@ -194,7 +191,7 @@ def relaxation_files(path: Path) -> list[Path]:
 def _found_below(folder: Path) -> list[Path]:
     ours = {path.parent for path in folder.rglob("command.json")}
     every = (p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
-    # What ase-bptt wrote there is no reference.
+    # What ase-bptt has written there is not a reference.
     files = sorted(
         p for p in every if not (ours & set(p.parents)) and not p.name.endswith(".part.traj") and _is_relaxation(p)
     )
@@ -220,7 +217,7 @@ def _is_relaxation(file: Path) -> bool:
 
 
 def _doubled(file: Path) -> bool:
-    """Whether a VASP run's other file, which is preferred, tells the same relaxation."""
+    """Whether a preferred file of the same VASP run is beside this one."""
     kind = next((name for name in VASP if file.name.endswith(name)), None)
     if kind is None:
         return False

@@ -1,4 +1,4 @@
-"""Groups of pairs that must stay on one side of a split, the splits, and the checks of pairs before training."""
+"""Groups of pairs that stay together, splits that keep them together, and checks of pairs against a potential."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from ..constraints import KNOWN, unknown
 from ..potential import Potential
 from ..structures import Structures
 from . import InvalidPair, RelaxationPair, check_distances
-from .structure_matching import alike, composition, joined
+from .structure_matching import composition, find_duplicates, first_connected
+
+log = logging.getLogger(__name__)
 
 
 def with_groups(pairs: Sequence[RelaxationPair]) -> list[RelaxationPair]:
-    """Give every pair without a group one: same composition and same final structure, by `same_structure`."""
-    together = alike([composition(pair.relaxed) for pair in pairs], lambda k: pairs[k].relaxed)
+    """Assign pairs without a group to one: that of the same composition and final structure, by `same_structure`."""
+    together = find_duplicates([composition(pair.relaxed) for pair in pairs], lambda k: pairs[k].relaxed)
     names: dict[int, str] = {}
     for pair, first in zip(pairs, together, strict=True):
         names[first] = names.get(first) or pair.group
@@ -30,8 +32,8 @@ def with_groups(pairs: Sequence[RelaxationPair]) -> list[RelaxationPair]:
 
 
 def classes(n: int, related: Callable[[int, int], bool]) -> list[int]:
-    """For each of n items the first item that it is related to, in one or more steps."""
-    return joined(n, ((a, b) for b in range(n) for a in range(b) if related(a, b)))
+    """For each of n items the first item that it is related to, directly or by way of others."""
+    return first_connected(n, ((a, b) for b in range(n) for a in range(b) if related(a, b)))
 
 
 def split_by_group(
@@ -106,9 +108,6 @@ def _shuffled(pairs: Sequence[RelaxationPair], least: int, purpose: str, seed: i
     return [groups[k] for k in np.random.default_rng(seed).permutation(len(groups))]
 
 
-log = logging.getLogger(__name__)
-
-
 def check_structure(potential: Potential, atoms: Atoms, name: str) -> None:
     """Raise InvalidPair or NotImplementedError, naming the structure, where it cannot be relaxed."""
     if not len(atoms):
@@ -141,7 +140,7 @@ def _check_elements(potential: Potential, structures: Structures, name: str) -> 
 def usable(
     potential: Potential, pairs: Sequence[RelaxationPair], *, skip_invalid: bool = False
 ) -> list[RelaxationPair]:
-    """The pairs that the potential can treat; the others are left out with a warning each, or the first of them raises.
+    """The pairs that the potential can treat; the first of the others raises, or each is left out with a warning.
 
     Raises
     ------
@@ -155,7 +154,7 @@ def usable(
     problem = ""
     for pair in pairs:
         try:
-            # Of one kind all can be treated or none: a pair that is read when it is asked for need not be read.
+            # All of one kind can be treated, or none: so a pair that is read on access need not be read.
             if pair.kind not in fine:
                 check_usable(potential, pair)
             fine.add(pair.kind)

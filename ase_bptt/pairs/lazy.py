@@ -1,4 +1,4 @@
-"""Pairs that are read when they are asked for, and the index that knows them without reading."""
+"""Pairs whose structures are read on access, and the index by which all else of them is known without reading."""
 
 from __future__ import annotations
 
@@ -20,16 +20,18 @@ from ..utils import replacing
 from . import InvalidPair, RelaxationPair, unwrapped
 from .sources import File, Rows, Source, loaded
 
+log = logging.getLogger(__name__)
 RECENT = 64
 """Pairs that stay in memory, of those that were read last."""
-LOOKS = 4000
-"""Final structures of one composition of which all that is compared for groups is kept, as of `alike`."""
+DESCRIPTORS = 4000
+"""Final structures of one composition whose full descriptors are kept, for `find_duplicates`."""
 WIDTH = 32
 """Bytes of a pair's hash."""
+FORMAT = 1
 
 
-class Store:
-    """What is known of each pair without reading it, and the few pairs that were read last.
+class PairTable:
+    """Ids, groups, sizes and hashes of all pairs, and the few pairs that were read last.
 
     Attributes
     ----------
@@ -54,10 +56,10 @@ class Store:
         self._recent: dict[int, RelaxationPair] = {}
 
     def add(self, source: Source, id: str, group: str, n_atoms: int, kind: str, digest: bytes) -> None:
-        """Know one more."""
+        """Add a row."""
         self.sources.append(source)
         self.ids.append(id)
-        # Many have the same.
+        # Many pairs share them.
         self.groups.append(sys.intern(group))
         self.kinds.append(sys.intern(kind))
         self.sizes.append(n_atoms)
@@ -72,7 +74,7 @@ class Store:
         Raises
         ------
         InvalidPair
-            Where it cannot be read any more, or is another than it was.
+            Where it cannot be read any more, or has changed.
         """
         pair = self._recent.pop(k, None) or self._read(k)
         self._recent[k] = pair
@@ -84,7 +86,7 @@ class Store:
         name = self.sources[k].name
         try:
             found = loaded(self.sources[k], self.root)
-            # What has the same hash was looked at before.
+            # It was checked before; the hash below says whether it is still the same.
             relaxed = unwrapped(found.initial, found.relaxed)
         except (OSError, ValueError) as error:
             raise InvalidPair(
@@ -99,10 +101,10 @@ class Store:
         return self.__dict__ | {"_recent": {}}
 
 
-class Later(RelaxationPair):
-    """A pair whose structures are those of the ordinary pair that `made` gives when one of them is asked for.
+class DeferredPair(RelaxationPair):
+    """A pair whose structures are those of the ordinary pair that `made` returns, which is called on access.
 
-    A copy by `dataclasses.replace` is an ordinary pair, which holds its structures.
+    A copy by `dataclasses.replace` is an ordinary pair with structures of its own.
     """
 
     __slots__ = ()
@@ -131,68 +133,61 @@ class Later(RelaxationPair):
         return f"{type(self).__name__}({self.id!r}, {self.group!r})"
 
 
-class LazyPair(Later):
-    """A pair that knows its name, group and size, and reads its structures when they are asked for.
+class LazyPair(DeferredPair):
+    """A row of a `PairTable`: its id, group and size are known, its structures are read on access."""
 
-    `read_pairs` makes them.
-    """
-
-    __slots__ = ("_k", "_store")
+    __slots__ = ("_k", "_table")
     _k: int
-    _store: Store
+    _table: PairTable
 
     def made(self) -> RelaxationPair:
-        """The pair as an ordinary one, read unless it was among the last."""
-        return self._store.read(self._k)
+        """The pair as an ordinary one, read unless it is among the last that were."""
+        return self._table.read(self._k)
 
     @property
     def id(self) -> str:  # type: ignore[override]
-        return self._store.ids[self._k]
+        return self._table.ids[self._k]
 
     @property
     def group(self) -> str:  # type: ignore[override]
-        return self._store.groups[self._k]
+        return self._table.groups[self._k]
 
     @property
     def n_atoms(self) -> int:
-        return self._store.sizes[self._k]
+        return self._table.sizes[self._k]
 
     @property
     def kind(self) -> str:
-        return self._store.kinds[self._k]
+        return self._table.kinds[self._k]
 
     def digest(self) -> bytes:
-        return self._store.digest(self._k)
+        return self._table.digest(self._k)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _lazy_pair, (self._store, self._k)
+        return _lazy_pair, (self._table, self._k)
 
 
-def lazy_pairs(store: Store) -> list[RelaxationPair]:
-    """All pairs of a store."""
-    return [_lazy_pair(store, k) for k in range(len(store.sources))]
+def lazy_pairs(table: PairTable) -> list[RelaxationPair]:
+    """A pair for each row of the table."""
+    return [_lazy_pair(table, k) for k in range(len(table.sources))]
 
 
-def _lazy_pair(store: Store, k: int) -> LazyPair:
+def _lazy_pair(table: PairTable, k: int) -> LazyPair:
     pair: LazyPair = object.__new__(LazyPair)
     # A pair is frozen.
-    object.__setattr__(pair, "_store", store)
+    object.__setattr__(pair, "_table", table)
     object.__setattr__(pair, "_k", k)
     return pair
 
 
-log = logging.getLogger(__name__)
-FORMAT = 1
-
-
 class Index:
-    """The index of a file or folder: a line of JSON about all of it, and one for each pair.
+    """The table of pairs as a file: a line of JSON about the whole, and one for each pair.
 
     Parameters
     ----------
     root : Path
     files : sequence of Path
-        The files of relaxations; where the size or the time of change of one is another, the index counts no more.
+        The files of relaxations; the index is out of date where the size or the time of change of one differs.
     group : str or None
         As for `read_pairs`; each has an index of its own.
     folder : path or None
@@ -206,39 +201,39 @@ class Index:
         self.path = (Path(folder) if folder else _cache()) / f"pairs-{key}.jsonl"
         self._stamp = self._stamped(files)
 
-    def read(self) -> tuple[Store, list[str]] | None:
-        """What is known of each pair, and what was wrong with those left out; None where that must be found anew."""
+    def read(self) -> tuple[PairTable, list[str]] | None:
+        """The table, and what was wrong with the pairs left out; None where the index is missing or out of date."""
         try:
             with self.path.open() as file:
                 head = json.loads(next(file))
                 if head["stamp"] != self._stamp:
                     log.info("%s: something has changed there, so all pairs are read and checked again.", self.root)
                     return None
-                n, problems, store = head["n"], head["problems"], Store(self.root)
+                n, problems, table = head["n"], head["problems"], PairTable(self.root)
                 for line in file:
                     place, id, group, size, kind, digest = json.loads(line)
-                    store.add(self._source(place, id), id, group, size, kind, bytes.fromhex(digest))
+                    table.add(self._source(place, id), id, group, size, kind, bytes.fromhex(digest))
         except (OSError, ValueError, LookupError, TypeError, StopIteration):
             return None
-        return (store, problems) if len(store.sources) == n else None
+        return (table, problems) if len(table.sources) == n else None
 
-    def write(self, store: Store, problems: Sequence[str]) -> None:
-        """Keep it, where one may; else say that the next start will read all again."""
+    def write(self, table: PairTable, problems: Sequence[str]) -> None:
+        """Write the index; where the folder is not writable, warn that the next start will read all pairs again."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(self.path) as path, path.open("w") as file:
-                file.writelines(f"{json.dumps(line)}\n" for line in self._lines(store, problems))
+                file.writelines(f"{json.dumps(line)}\n" for line in self._lines(table, problems))
         except OSError as error:
             log.warning("No index of %s is kept, and the next start will read all pairs again: %s", self.root, error)
 
-    def _lines(self, store: Store, problems: Sequence[str]) -> Iterator[Any]:
-        yield {"stamp": self._stamp, "problems": list(problems), "n": len(store.sources)}
-        for k, source in enumerate(store.sources):
-            known = store.ids[k], store.groups[k], store.sizes[k], store.kinds[k]
-            yield [self._place(source), *known, store.digest(k).hex()]
+    def _lines(self, table: PairTable, problems: Sequence[str]) -> Iterator[Any]:
+        yield {"stamp": self._stamp, "problems": list(problems), "n": len(table.sources)}
+        for k, source in enumerate(table.sources):
+            known = table.ids[k], table.groups[k], table.sizes[k], table.kinds[k]
+            yield [self._place(source), *known, table.digest(k).hex()]
 
     def _place(self, source: Source) -> list[Any]:
-        """As JSON; paths from the one that was given, for that may be written in another way the next time."""
+        """The source as JSON; its path is relative to the one given, which may be written differently next time."""
         if isinstance(source, Rows):
             return [os.path.relpath(source.path, self._base), source.first, source.last, source.label, source.named]
         return [os.path.relpath(source.name, self._base)]
@@ -257,7 +252,7 @@ class Index:
         for file in files:
             ends = [file.with_name(name) for name in ("POSCAR", "CONTCAR")]
             for path in ends if file in ends else [file]:
-                # What is not there is told of where it is read.
+                # A missing file is reported where it is read.
                 found = (path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else ()
                 digest.update(json.dumps([os.path.relpath(path, self._base), *found]).encode())
         return digest.hexdigest()

@@ -11,9 +11,9 @@ from pathlib import Path
 from . import InvalidPair, RelaxationPair, check_pair, unwrapped, warn_of_order
 from .formats import relaxation_files
 from .groups import with_groups
-from .lazy import LOOKS, Index, Store, lazy_pairs
+from .lazy import DESCRIPTORS, Index, PairTable, lazy_pairs
 from .sources import Source, loaded, short, sources_in, two_files
-from .structure_matching import alike, composition
+from .structure_matching import composition, find_duplicates
 
 log = logging.getLogger(__name__)
 
@@ -45,11 +45,11 @@ def read_pairs(
         folders directly below the one that was given do. By default what has one composition and ends in one
         structure is a group (`with_groups`).
     lazy : bool
-        Read all structures once, to check them, but keep none: each is read again when it is asked for. For a folder
-        or a .db of more pairs than fit in memory. What a structure is changed to in place is forgotten.
+        Read all structures once, to check them, but keep none: each is read again on access. For a folder or a .db of
+        more pairs than fit in memory. Changes that are made to a structure in place are lost.
     index : path, optional
-        With `lazy`, the folder in which what is known of each pair is kept, so that the next start reads no structure;
-        ``ase_bptt`` in the user's cache folder by default. It is made anew where a file has changed.
+        With `lazy`, the folder in which an index of all pairs is kept, so that the next start reads no structure;
+        ``ase_bptt`` in the user's cache folder by default. It is rebuilt where a file has changed.
 
     Returns
     -------
@@ -63,11 +63,11 @@ def read_pairs(
     FileNotFoundError
         Where there is nothing to read.
     InvalidPair
-        Naming the structure, the file and the mend.
+        Naming the structure, the file and what to do.
     """
     root = Path(initial)
     if lazy:
-        return lazy_pairs(_store(root, relaxed, skip_invalid, group, index))
+        return lazy_pairs(_table(root, relaxed, skip_invalid, group, index))
     if relaxed is None:
         sources: Iterable[Source] = sources_in(relaxation_files(root))
     else:
@@ -77,16 +77,16 @@ def read_pairs(
     for source, pair in _checked(sources, root, group, problems, skip_invalid):
         pairs.append(pair)
         names.append(short(source.name, root))
-    _tell(problems, len(pairs), initial)
-    ids = _told_apart([p.id for p in pairs], names)
+    _report(problems, len(pairs), initial)
+    ids = _distinct([p.id for p in pairs], names)
     named = [p if p.id == id else dataclasses.replace(p, id=id) for p, id in zip(pairs, ids, strict=True)]
     return named if group else with_groups(named)
 
 
-def _store(
+def _table(
     root: Path, relaxed: str | Path | None, skip_invalid: bool, group: str | None, folder: str | Path | None
-) -> Store:
-    """What is known of each pair: from the index, or else from reading all once."""
+) -> PairTable:
+    """The table of all pairs: from the index, or else from reading all of them once."""
     if relaxed is not None or root.suffix == ".json":
         raise InvalidPair(
             f"{relaxed or root} holds many structures and is read whole: give a folder of relaxations or a database "
@@ -97,32 +97,32 @@ def _store(
     found = index.read()
     if found is None:
         problems: list[str] = []
-        store = Store(root)
+        table = PairTable(root)
         names, compositions = [], []
         for source, pair in _checked(sources_in(files), root, group, problems, skip_invalid):
-            store.add(source, pair.id, pair.group, pair.n_atoms, pair.kind, pair.digest())
+            table.add(source, pair.id, pair.group, pair.n_atoms, pair.kind, pair.digest())
             names.append(short(source.name, root))
             compositions.append(composition(pair.relaxed))
-        _tell(problems, len(names), root)
-        store.ids = _told_apart(store.ids, names)
+        _report(problems, len(names), root)
+        table.ids = _distinct(table.ids, names)
         if not group:
-            first = alike(compositions, lambda k: store.read(k).relaxed, looks=LOOKS)
-            store.groups = [store.ids[k] for k in first]
-        index.write(store, problems)
-        return store
-    store, problems = found
+            first = find_duplicates(compositions, lambda k: table.read(k).relaxed, keep=DESCRIPTORS)
+            table.groups = [table.ids[k] for k in first]
+        index.write(table, problems)
+        return table
+    table, problems = found
     if problems and not skip_invalid:
         raise InvalidPair(problems[0])
     for problem in problems:
         log.warning("Left out: %s", problem)
-    _tell(problems, len(store.ids), root)
-    return store
+    _report(problems, len(table.ids), root)
+    return table
 
 
 def _checked(
     sources: Iterable[Source], root: Path, group: str | None, problems: list[str], skip_invalid: bool
 ) -> Iterator[tuple[Source, RelaxationPair]]:
-    """Each pair that can be used, with where it is; what is wrong with the others is added to the problems."""
+    """Each pair that can be used, with its source; what is wrong with the others is added to the problems."""
     for source in sources:
         try:
             pair = _pair(source, root, group)
@@ -135,7 +135,7 @@ def _checked(
         yield source, pair
 
 
-def _tell(problems: Sequence[str], good: int, where: str | Path) -> None:
+def _report(problems: Sequence[str], good: int, where: str | Path) -> None:
     if not good:
         raise InvalidPair(f"None of the {len(problems)} pairs in {where} can be used; the last: {problems[-1]}")
     if problems:
@@ -169,7 +169,7 @@ def _group(pair: RelaxationPair, key: str, name: str, root: Path) -> str:
     raise InvalidPair(f"{pair.id}: its info has no {key!r} to group by; it has {there} ('folder' takes the folders).")
 
 
-def _told_apart(ids: Sequence[str], names: Sequence[str]) -> list[str]:
-    """The same with the path behind each id that is not the only one."""
+def _distinct(ids: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The ids, followed by the path where several are the same."""
     count = Counter(ids)
     return [id if count[id] == 1 or id == name else f"{id} ({name})" for id, name in zip(ids, names, strict=True)]

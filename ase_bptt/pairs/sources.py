@@ -1,4 +1,4 @@
-"""Where relaxations are read from: single files, folders, two files in the same order, and ase.db."""
+"""Where relaxations are read from: single files, two files in the same order, and databases of ase.db."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ from ase.db.row import AtomsRow
 from . import InvalidPair, RelaxationPair
 from .formats import VASP, check_content, read_frames, readable
 
+log = logging.getLogger(__name__)
+PAGE = 1000
+"""Rows of a database that are read at once."""
+
 
 class Source(Protocol):
     """One relaxation."""
@@ -28,11 +32,17 @@ class Source(Protocol):
         """For messages."""
 
     def load(self) -> tuple[Atoms, Atoms, Sequence[Atoms]]:
-        """The initial and the relaxed structure, and all frames where there are more; InvalidPair where it cannot."""
+        """The initial and the relaxed structure, and all frames where there are more.
+
+        Raises
+        ------
+        InvalidPair
+            Where the relaxation cannot be used.
+        """
 
 
 class Frames(Sequence[Atoms]):
-    """The frames of a file, read anew by each who asks: those of many relaxations would fill the memory."""
+    """The frames of a file, read on each access: those of many relaxations would fill the memory."""
 
     def __init__(self, path: Path, n: int):
         self.path, self._n = path, n
@@ -64,8 +74,8 @@ class File:
 
 
 @dataclass(frozen=True)
-class Held:
-    """A relaxation in memory."""
+class InMemory:
+    """A relaxation whose structures are in memory."""
 
     name: str
     initial: Atoms
@@ -76,8 +86,8 @@ class Held:
 
 
 @dataclass(frozen=True)
-class Refused:
-    """What cannot be used."""
+class Unusable:
+    """A relaxation that cannot be used; loading it raises its problem."""
 
     name: str
     problem: InvalidPair
@@ -95,7 +105,7 @@ def sources_in(files: Iterable[Path]) -> Iterator[Source]:
             yield File(str(path.with_name("CONTCAR") if path.name == "POSCAR" else path))
 
 
-def two_files(initial: Path, relaxed: Path) -> list[Held]:
+def two_files(initial: Path, relaxed: Path) -> list[InMemory]:
     """The relaxations between the structures of two files, in order."""
     folder = next((path for path in (initial, relaxed) if path.is_dir()), None)
     if folder is not None:
@@ -105,11 +115,11 @@ def two_files(initial: Path, relaxed: Path) -> list[Held]:
         raise InvalidPair(
             f"{initial} holds {len(first)} structures and {relaxed} {len(last)}; both need the same, in the same order."
         )
-    return [Held(f"structure {k} of {relaxed}", a, b) for k, (a, b) in enumerate(zip(first, last, strict=True))]
+    return [InMemory(f"structure {k} of {relaxed}", a, b) for k, (a, b) in enumerate(zip(first, last, strict=True))]
 
 
 def loaded(source: Source, root: Path) -> RelaxationPair:
-    """The pair, unwrapped and named but not yet looked at, without a group."""
+    """The pair with its id, before atoms are unwrapped, ends are checked and a group is assigned."""
     initial, relaxed, frames = source.load()
     known = relaxed.info.get("id")
     id = short(source.name if known is None else str(known), root)
@@ -126,9 +136,9 @@ def short(name: str, root: Path) -> str:
 def _of_database(path: Path) -> Iterator[Source]:
     try:
         for found in relaxations_in(path):
-            yield found if not isinstance(found, InvalidPair) else Refused(str(path), found)
+            yield found if not isinstance(found, InvalidPair) else Unusable(str(path), found)
     except InvalidPair as problem:
-        yield Refused(str(path), problem)
+        yield Unusable(str(path), problem)
 
 
 def _ends(path: Path) -> tuple[Atoms, Atoms, Frames]:
@@ -145,11 +155,6 @@ def _ends(path: Path) -> tuple[Atoms, Atoms, Frames]:
     return frames[0], frames[-1], Frames(path, len(frames))
 
 
-log = logging.getLogger(__name__)
-PAGE = 1000
-"""Rows that are asked for at once."""
-
-
 @dataclass(frozen=True, slots=True)
 class Rows:
     """One relaxation: two rows of a database.
@@ -162,8 +167,8 @@ class Rows:
     label : str
     named : bool
         Whether the user gave the label.
-    held : mapping of int to AtomsRow, optional
-        Rows that are in memory already, by id; others are read each time.
+    in_memory : mapping of int to AtomsRow, optional
+        Rows that are in memory already, by id; without it they are read each time.
     """
 
     path: str
@@ -171,7 +176,7 @@ class Rows:
     last: int
     label: str
     named: bool
-    held: Mapping[int, AtomsRow] | None = None
+    in_memory: Mapping[int, AtomsRow] | None = None
 
     @property
     def name(self) -> str:
@@ -179,8 +184,8 @@ class Rows:
         return f"{self.label} of {self.path}"
 
     def load(self) -> tuple[Atoms, Atoms, tuple[Atoms, ...]]:
-        """The initial and the relaxed structure; a database holds no frames between them."""
-        rows = self.held or _two(Path(self.path), self.first, self.last)
+        """The initial and the relaxed structure; a database has no frames in between."""
+        rows = self.in_memory or _two(Path(self.path), self.first, self.last)
         last = rows[self.last].toatoms()
         last.info.update(rows[self.last].key_value_pairs, id=self.label if self.named else self.name)
         return rows[self.first].toatoms(), last, ()
@@ -189,19 +194,18 @@ class Rows:
 def relaxations_in(path: Path) -> Iterator[Rows | InvalidPair]:
     """Each relaxation of a database, or what is wrong with it.
 
-    The rows of a .db are gone through in pages, and of each only its id and its keys are kept; a JSON database is
-    read whole.
+    The rows of a .db are read in pages, and only the id and the keys of each are kept; a JSON database is read whole.
 
     Raises
     ------
     InvalidPair
         Where the whole database cannot be used.
     """
-    held = None if path.suffix == ".db" else {row.id: row for row in _all(path)}
-    rows = (lambda: _marks(path)) if held is None else held.values
+    in_memory = None if path.suffix == ".db" else {row.id: row for row in _all(path)}
+    rows = (lambda: _marks(path)) if in_memory is None else in_memory.values
     for label, named, begin, end in _matched(rows, path):
         if len(begin) == len(end) == 1:
-            yield Rows(str(path), begin[0], end[0], label, named, held)
+            yield Rows(str(path), begin[0], end[0], label, named, in_memory)
         else:
             yield InvalidPair(
                 f"{label} of {path}: {len(begin)} rows have relaxed=False and {len(end)} relaxed=True; a relaxation "
@@ -209,14 +213,14 @@ def relaxations_in(path: Path) -> Iterator[Rows | InvalidPair]:
             )
 
 
-Class = tuple[list[int], list[int]]
+RowIds = tuple[list[int], list[int]]
 """Ids of the rows with relaxed=False, and of those with True."""
 
 
 def _matched(rows: Callable[[], Iterable[AtomsRow]], path: Path) -> Iterator[tuple[str, bool, list[int], list[int]]]:
     """The rows of each relaxation, with a label and whether the user gave it.
 
-    Rows of one relaxation are told by pair or name, or else by all their keys, or else by their formula.
+    Rows of one relaxation share their key ``pair`` or ``name``, or else all other keys, or else their formula.
     """
     total, having = 0, Counter[str]()
     for row in rows():
@@ -232,11 +236,11 @@ def _matched(rows: Callable[[], Iterable[AtomsRow]], path: Path) -> Iterator[tup
         log.info("%s: left out %d rows, which have no key relaxed.", path, total - marked)
     given = next((key for key in ("pair", "name") if having[key] == marked), None)
     if given is not None:
-        for value, (begin, end) in _alike(rows(), lambda row: row.key_value_pairs[given]).items():
+        for value, (begin, end) in _by_key(rows(), lambda row: row.key_value_pairs[given]).items():
             yield str(value), True, begin, end
         return
-    for tell in (_other_keys, lambda row: row.formula):
-        classes = _alike(rows(), tell).values()
+    for key in (_other_keys, lambda row: row.formula):
+        classes = _by_key(rows(), key).values()
         if all(len(begin) == len(end) == 1 for begin, end in classes):
             for begin, end in classes:
                 yield f"row {max(*begin, *end)}", False, begin, end
@@ -247,11 +251,11 @@ def _matched(rows: Callable[[], Iterable[AtomsRow]], path: Path) -> Iterator[tup
     )
 
 
-def _alike(rows: Iterable[AtomsRow], tell: Callable[[AtomsRow], object]) -> dict[object, Class]:
-    found: dict[object, Class] = {}
+def _by_key(rows: Iterable[AtomsRow], key: Callable[[AtomsRow], object]) -> dict[object, RowIds]:
+    found: dict[object, RowIds] = {}
     for row in rows:
         if "relaxed" in row.key_value_pairs:
-            found.setdefault(tell(row), ([], []))[bool(row.key_value_pairs["relaxed"])].append(row.id)
+            found.setdefault(key(row), ([], []))[bool(row.key_value_pairs["relaxed"])].append(row.id)
     return found
 
 
@@ -263,7 +267,7 @@ def _marks(path: Path) -> Iterator[AtomsRow]:
     """All rows in order, with their keys and elements but without positions and results."""
     check_content(path)
     uri = f"{path.absolute().as_uri()}?mode=ro"
-    # ase.db would write its tables into a stranger's database.
+    # ase.db would write its tables into a database of another program.
     with readable(path), closing(sqlite3.connect(uri, uri=True)) as connection:
         (largest,) = connection.execute("SELECT max(id) FROM systems").fetchone()
     columns = ["id", "numbers", "key_value_pairs"]

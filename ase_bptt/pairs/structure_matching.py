@@ -1,4 +1,4 @@
-"""Which structures are the same, up to motions and the order of their atoms."""
+"""Which structures are duplicates, up to rigid motions, symmetry and the order of their atoms."""
 
 from __future__ import annotations
 
@@ -10,119 +10,116 @@ import numpy as np
 from ase import Atoms
 from ase.geometry import find_mic
 from scipy.optimize import linear_sum_assignment
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 
 TOLERANCE = 0.05
-"""Å: two structures are one if their distances differ by less, as root mean square."""
+"""Å: two structures are the same if their distances differ by less, as root mean square."""
 LARGEST = 4
 """Tolerances by which no single distance may differ. The noise that relaxations leave (0.02 Å in each direction)
-reaches three in hundreds of atoms; one atom half an Å away exceeds six."""
+reaches three of them among hundreds of atoms; one atom half an Å away exceeds six."""
 NEIGHBORS = 12
-"""Of each atom and of each element, whose distances are compared atom by atom."""
+"""Nearest neighbours of each element, whose distances are compared atom by atom."""
 SHORTEST = 30
-"""Distances per atom that are compared all together: more would fill the memory in large cells."""
+"""Distances per atom that are compared as one sorted list: more would fill the memory in large cells."""
 
 
 def composition(atoms: Atoms) -> bytes:
-    """Equal for structures of the same atoms in any order, and as short for large ones."""
+    """A hash of the elements of all atoms, whatever their order."""
     return hashlib.sha256(np.sort(atoms.numbers).tobytes()).digest()[:16]
 
 
-def alike(compositions: Sequence[bytes], structure: Callable[[int], Atoms], looks: int | None = None) -> list[int]:
-    """For each of some structures the first one that is the same, by `same_structure`, in one or more steps.
+def find_duplicates(
+    compositions: Sequence[bytes], structure: Callable[[int], Atoms], keep: int | None = None
+) -> list[int]:
+    """For each structure the index of the first that is the same, by `same_structure` or a chain of such matches.
 
     Parameters
     ----------
     compositions : sequence of bytes
         As `composition` gives them.
     structure : callable
-        ``structure(k)`` gives one; only those are asked for that share their composition with another.
-    looks : int or None
-        Of how many structures all that is compared is kept, about 200 bytes an atom; of the others of a composition
-        only a few hundred bytes are, and they are asked for again where those are close. None keeps all.
+        ``structure(k)`` returns one; it is called only for those that share their composition with another.
+    keep : int or None
+        For how many structures of a composition the full descriptor is kept, about 200 bytes an atom. For the others
+        a few hundred bytes are, and ``structure`` is called again where those are close. None keeps all.
     """
     members: dict[bytes, list[int]] = {}
     for k, name in enumerate(compositions):
         members.setdefault(name, []).append(k)
-    return joined(len(compositions), (edge for some in members.values() for edge in _same(structure, some, looks)))
+    return first_connected(len(compositions), (m for some in members.values() for m in _matches(structure, some, keep)))
 
 
 def same_structure(a: Atoms, b: Atoms, tolerance: float = TOLERANCE) -> bool:
-    """Whether two structures are one up to motions, symmetry and the order of their atoms.
+    """Whether two structures are the same up to rigid motions, symmetry and the order of their atoms.
 
-    Compares the sorted distances (nearest images) of each pair of elements: their root mean square
-    difference must stay below the tolerance, in Å, and the largest below four times that. And each
-    atom must have a partner whose nearest neighbours are as far away, within four times the
-    tolerance: so one atom that sits elsewhere counts in a large cell, too.
+    Compares the sorted distances (nearest images) between each two elements: their root mean square difference must
+    stay below the tolerance, in Å, and the largest below four times that. Moreover, each atom must have a counterpart
+    whose nearest neighbours are as far away, within four times the tolerance, so that one displaced atom counts in a
+    large cell, too.
     """
     if sorted(a.numbers) != sorted(b.numbers):
         return False
-    return next(_same((a, b).__getitem__, [0, 1], None, tolerance), None) is not None
+    return next(_matches((a, b).__getitem__, [0, 1], None, tolerance), None) is not None
 
 
-def _same(
-    structure: Callable[[int], Atoms], members: list[int], most: int | None, tolerance: float = TOLERANCE
+def first_connected(n: int, links: Iterable[tuple[int, int]]) -> list[int]:
+    """For each of n items the lowest index in its connected component."""
+    ends = np.array(list(links), dtype=np.int64).reshape(-1, 2).T
+    _, component = connected_components(coo_matrix((np.ones(ends.shape[1]), ends), shape=(n, n)), directed=False)
+    _, first = np.unique(component, return_index=True)
+    return first[component].tolist()
+
+
+def _matches(
+    structure: Callable[[int], Atoms], members: list[int], keep: int | None, tolerance: float = TOLERANCE
 ) -> Iterator[tuple[int, int]]:
-    """Enough of the members, all of one composition, that are the same structure to join all that are."""
+    """Members, all of one composition, that are the same structure: enough of them to connect all that are."""
     if len(members) < 2:
         return
-    kept: list[_Look] = []
+    kept: list[_Descriptor] = []
     cells, few = [], []
     for k in members:
         atoms = structure(k)
-        look = _look(atoms)
+        descriptor = _descriptor(atoms)
         cells.append(atoms.cell.cellpar())
-        few.append(look.distances[:: max(1, len(look.distances) // 100)].copy())
-        if most is None or len(kept) < most:
-            kept.append(look)
+        few.append(descriptor.distances[:: max(1, len(descriptor.distances) // 100)].copy())
+        if keep is None or len(kept) < keep:
+            kept.append(descriptor)
 
-    def look_at(a: int) -> _Look:
-        return kept[a] if a < len(kept) else _look(structure(members[a]))
+    def descriptor_of(a: int) -> _Descriptor:
+        return kept[a] if a < len(kept) else _descriptor(structure(members[a]))
 
-    for a, b in _close(np.stack(cells), np.stack(few), look_at, tolerance):
+    for a, b in _close(np.stack(cells), np.stack(few), descriptor_of, tolerance):
         yield members[a], members[b]
 
 
 def _close(
-    cells: np.ndarray, few: np.ndarray, look_at: Callable[[int], _Look], tolerance: float
+    cells: np.ndarray, few: np.ndarray, descriptor_of: Callable[[int], _Descriptor], tolerance: float
 ) -> Iterator[tuple[int, int]]:
+    """Matches by cell, a few distances and, where these agree, the full descriptors; one for each two components."""
     label = np.arange(len(cells))
     for b in range(1, len(cells)):
         near = np.flatnonzero(np.isclose(cells[:b], cells[b], atol=0.05).all(axis=1))
-        # A few distances tell most structures apart.
+        # A few distances distinguish most structures.
         near = near[(np.abs(few[near] - few[b]) < LARGEST * tolerance).all(axis=1)]
         if not len(near):
             continue
-        look = look_at(b)
+        descriptor = descriptor_of(b)
         for a in near:
-            if label[a] != label[b] and look_at(a).is_of(look, tolerance):
+            if label[a] != label[b] and descriptor_of(a).matches(descriptor, tolerance):
                 label[label == label[b]] = label[a]
                 yield int(a), b
 
 
-def joined(n: int, edges: Iterable[tuple[int, int]]) -> list[int]:
-    """For each of n items the first item that these edges lead to."""
-    first = list(range(n))
-
-    def find(k: int) -> int:
-        while first[k] != k:
-            first[k] = first[first[k]]
-            k = first[k]
-        return k
-
-    for a, b in edges:
-        low, high = sorted((find(a), find(b)))
-        first[high] = low
-    return [find(k) for k in range(n)]
-
-
 @dataclass(frozen=True, eq=False)
-class _Look:
-    """What motions and the order of the atoms do not change; in Å.
+class _Descriptor:
+    """Distances in Å, invariant under rigid motions and the order of the atoms.
 
     Attributes
     ----------
     distances : ndarray, shape (m,)
-        The shortest distances of each pair of elements, sorted.
+        The shortest distances between each two elements, sorted.
     environments : list of ndarray, shape (n_atoms of the element, k) each
         For each element the sorted distances from its atoms to their nearest neighbours of each element.
     """
@@ -130,16 +127,16 @@ class _Look:
     distances: np.ndarray
     environments: list[np.ndarray]
 
-    def is_of(self, other: _Look, tolerance: float) -> bool:
-        """Whether this may be another look at the same structure. Noise moves sorted numbers as little as others."""
+    def matches(self, other: _Descriptor, tolerance: float) -> bool:
+        """Whether both may be of the same structure. Noise changes sorted numbers no more than unsorted ones."""
         change = self.distances - other.distances
         largest = LARGEST * tolerance
         if np.abs(change).max(initial=0.0) >= largest or np.sum(change**2) > tolerance**2 * change.size:
             return False
-        return all(_matches(x, y, largest) for x, y in zip(self.environments, other.environments, strict=True))
+        return all(_rows_match(x, y, largest) for x, y in zip(self.environments, other.environments, strict=True))
 
 
-def _look(atoms: Atoms) -> _Look:
+def _descriptor(atoms: Atoms) -> _Descriptor:
     distances = _distances(atoms)
     elements = [np.flatnonzero(atoms.numbers == z) for z in np.unique(atoms.numbers)]
     every: list[np.ndarray] = []
@@ -151,13 +148,13 @@ def _look(atoms: Atoms) -> _Look:
             # An atom is no neighbour of itself.
             around.append(np.sort(block, axis=1)[:, int(q == p) :][:, :NEIGHBORS])
             if q >= p:
-                pairs = block[np.triu_indices(len(first), 1)] if q == p else block
-                every.append(np.sort(pairs, axis=None)[: SHORTEST * len(atoms)])
+                between = block[np.triu_indices(len(first), 1)] if q == p else block
+                every.append(np.sort(between, axis=None)[: SHORTEST * len(atoms)])
         environments.append(np.concatenate(around, axis=1).astype(np.float32))
-    return _Look(np.concatenate(every).astype(np.float32), environments)
+    return _Descriptor(np.concatenate(every).astype(np.float32), environments)
 
 
-def _matches(x: np.ndarray, y: np.ndarray, largest: float) -> bool:
+def _rows_match(x: np.ndarray, y: np.ndarray, largest: float) -> bool:
     """Whether the rows of x can be put into an order in which no number differs from y's by the largest or more."""
     if not x.shape[1]:
         return True
@@ -170,9 +167,9 @@ def _matches(x: np.ndarray, y: np.ndarray, largest: float) -> bool:
 
 
 def _distances(atoms: Atoms) -> np.ndarray:
-    """Distance of the nearest images of each two atoms, shape (n, n), in Å."""
+    """Distances between the nearest images of each two atoms, shape (n, n), in Å."""
     x, found = atoms.positions, np.zeros((len(atoms), len(atoms)))
-    # Row by row: the images of all pairs of a large structure at once would fill the memory.
+    # In blocks of rows: the images of all atoms of a large structure at once would fill the memory.
     rows = max(1, 20_000 // len(atoms))
     for k in range(0, len(atoms), rows):
         vectors = x[None] - x[k : k + rows, None]

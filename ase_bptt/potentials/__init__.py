@@ -29,10 +29,7 @@ from ..tuning.low_rank import merged
 from ..utils import UNREADABLE, in_short, replacing
 
 log = logging.getLogger(__name__)
-
 GROUP = "ase_bptt.potentials"
-E3NN = ", in an environment of its own: MACE needs e3nn 0.4.4, SevenNet a newer one"
-"""What MACE and SevenNet ask of an environment, as `Potential.environment` says it."""
 EMBEDDED = {"mace-si": Path(__file__).parent.parent / "data" / "mace_si"}
 FORMAT = "ase_bptt potential"
 VERSION = 1
@@ -57,19 +54,18 @@ def load_potential(
         training run; a family's native checkpoint (a pickle: only with trust); a module of a
         supported family, or a Potential.
     device, dtype
-        Where to, and in which precision; None keeps what it has. For a module that is given they
-        make a copy: the module itself is never cast.
+        None keeps those of the weights. A module that is given is copied for others, never cast itself.
     trust : bool
-        Allow unpickling, which can run any code: only for files from people you trust.
+        Allow unpickling, which can run any code: only for files from sources that you trust.
 
     Raises
     ------
     ValueError
-        For a spec that is none of the above, with what there is.
+        For a spec that is none of the above, with the names that there are.
     PermissionError
         For a pickle without trust; it has not been opened.
     ImportError
-        Where the family's package is missing, with the extra that brings it.
+        Where the family's package is missing, with the extra that installs it.
     """
     return as_potential(spec, device=device, dtype=dtype, trust=trust).requires_grad_()
 
@@ -100,7 +96,7 @@ def _from_spec(spec: str, trust: bool) -> Potential:
         return _from_folder(EMBEDDED[spec])
     name, _, variant = spec.partition(":")
     known = families()
-    # Names go first: a clone of chgnet in the working directory must not hide the family (./chgnet is the folder).
+    # Names come first: a clone of chgnet in the working directory must not hide the family (./chgnet is the folder).
     if name in known:
         if Path(spec).exists():
             log.warning("%r is taken as the name of a family; say ./%s for the file or folder here.", spec, spec)
@@ -150,8 +146,8 @@ def from_native(native: Any, name: str) -> Potential:
     for candidate in map(family, families()):
         if candidate.owns(native):
             potential = candidate.from_native(native)
-            told = native.get("metadata") if isinstance(native, dict) else getattr(native, "metadata", None)
-            potential.metadata = told if isinstance(told, dict) else {}
+            found = native.get("metadata") if isinstance(native, dict) else getattr(native, "metadata", None)
+            potential.metadata = found if isinstance(found, dict) else {}
             return potential
     raise ValueError(
         f"No family of potentials knows what to do with {name} (a {type(native).__module__}."
@@ -273,7 +269,8 @@ def require(module: str, *, extra: str) -> ModuleType:
             return importlib.import_module(module)
     except ImportError as error:
         package = module.split(".", 1)[0]
-        where = family(extra).environment() if extra in families() else ""
+        reason = family(extra).environment() if extra in families() else ""
+        where = f", in an environment of its own: {reason}" if reason else ""
         raise ImportError(
             f"This potential needs the package {package!r}, which does not import here ({error}): "
             f'install it by pip install "ase_bptt[{extra}]"{where}.'

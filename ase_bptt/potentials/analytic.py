@@ -1,4 +1,4 @@
-"""Analytic potentials: Lennard-Jones, Morse, and a double well that every step of the theory can be checked on."""
+"""Analytic potentials: Lennard-Jones, Morse, and a double well on which every step of the theory can be checked."""
 
 from __future__ import annotations
 
@@ -12,7 +12,23 @@ from ..potential import Potential, Prediction
 from ..structures import Structures
 
 
-class LennardJones(Potential):
+class Parametrised(Potential):
+    """A potential that is defined by the arguments of its class, and has no pretrained variants."""
+
+    @classmethod
+    def from_name(cls, variant: str | None) -> Any:
+        if variant is not None:
+            raise ValueError(
+                f"The family {cls.family!r} has no variant {variant!r}; build {cls.__name__}(...) in Python."
+            )
+        return cls()
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Any:
+        return cls(**config)
+
+
+class LennardJones(Parametrised):
     """4 epsilon [(sigma/r)^12 - (sigma/r)^6], with ASE's two ways to end it at the cutoff.
 
     Parameters
@@ -57,9 +73,9 @@ class LennardJones(Potential):
         with torch.enable_grad():
             vectors = edges.vectors(structures).detach().requires_grad_()
             energy = self._pair_energies(vectors).sum() / 2
-            (slope,) = torch.autograd.grad(energy, vectors)
-        # Each pair stands in both directions, so the atom i of each row gets just its half.
-        virials = slope.unsqueeze(2) * vectors.detach().unsqueeze(1)
+            (gradient,) = torch.autograd.grad(energy, vectors)
+        # There is an edge in each direction, so the atom i of each row gets its half.
+        virials = gradient.unsqueeze(2) * vectors.detach().unsqueeze(1)
         per_atom = virials.new_zeros(structures.n_atoms, 3, 3).index_add(0, edges.i, virials)
         return per_atom / structures.volumes[structures.batch][:, None, None]
 
@@ -80,12 +96,6 @@ class LennardJones(Potential):
         between = (rc2 - r2) ** 2 * (rc2 + 2 * r2 - 3 * ro2) / (rc2 - ro2) ** 3
         return torch.where(r2 < ro2, 1.0, torch.where(r2 < rc2, between, 0.0))
 
-    @classmethod
-    def from_name(cls, variant: str | None) -> LennardJones:
-        if variant is not None:
-            raise ValueError(f"The family 'lj' has no variant {variant!r}; build LennardJones(...) in Python.")
-        return cls()
-
     def config(self) -> dict[str, Any]:
         return {
             "epsilon": self.epsilon.item(),
@@ -95,12 +105,8 @@ class LennardJones(Potential):
             "smooth": self.smooth,
         }
 
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> LennardJones:
-        return cls(**config)
 
-
-class Morse(Potential):
+class Morse(Parametrised):
     """epsilon [exp(-2 rho0 (r/r0 - 1)) - 2 exp(-rho0 (r/r0 - 1))], faded out between two radii.
 
     Parameters
@@ -113,7 +119,7 @@ class Morse(Potential):
         Distance of the minimum in Å; a weight.
     rcut1, rcut2 : float
         Where the smooth cutoff sets in and ends, in units of this r0; they stay there, in Å, when r0
-        is trained. Energy, forces and their slopes are continuous.
+        is trained. Energy, forces and their derivatives are continuous.
     """
 
     family = "morse"
@@ -147,15 +153,9 @@ class Morse(Potential):
         return self.epsilon * decay * (decay - 2)
 
     def _fade(self, r: Tensor) -> Tensor:
-        """1 up to the onset, 0 from the cutoff on; the quintic between has no slope or curvature at its ends."""
+        """1 up to the onset, 0 from the cutoff on; a quintic between whose first two derivatives vanish at its ends."""
         left = ((self.cutoff - r) / (self.cutoff - self.onset)).clamp(0, 1)
         return left**3 * (10 - 15 * left + 6 * left**2)
-
-    @classmethod
-    def from_name(cls, variant: str | None) -> Morse:
-        if variant is not None:
-            raise ValueError(f"The family 'morse' has no variant {variant!r}; build Morse(...) in Python.")
-        return cls()
 
     def config(self) -> dict[str, Any]:
         return {
@@ -167,7 +167,7 @@ class Morse(Potential):
         }
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Morse:
+    def from_config(cls, config: dict[str, Any]) -> Any:
         weights = {name: config[name] for name in ("epsilon", "rho0", "r0")}
         potential = cls(**weights)
         # In Å, since r0 may have moved from where it stood when rcut1 and rcut2 were chosen.
@@ -178,8 +178,8 @@ class Morse(Potential):
 class DoubleWell(Potential):
     """barrier (1 - s^2)^2 + height bump(s) with s = (r - 3 Å) / 0.5 Å, for dimers of length r: minima at 2.5 and 3.5 Å.
 
-    The bump (1 - ((s - centre) / width)^2)^4 ends before either minimum, so that the weight `height` moves neither:
-    it can only decide which one a path falls into. A textbook case, and not for atoms.
+    The bump (1 - ((s - centre) / width)^2)^4 vanishes at both minima, so that the weight `height` moves neither:
+    it only decides which basin a path ends in. A textbook case, and not for materials.
 
     Parameters
     ----------

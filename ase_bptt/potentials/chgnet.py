@@ -55,7 +55,8 @@ class CHGNet(Potential):
         straight = sorted(set(range(len(structures))) - set(bent))
         if not (bent and straight):
             return self._predict(structures, graph)
-        # Where a batch has no angle at all chgnet leaves layers out, which tells in 0.2.0: what has none stands apart.
+        # Where a batch has no angle at all chgnet omits layers, which matters in 0.2.0: structures without angles are
+        # computed apart.
         parts = []
         for members in (bent, straight):
             part = structures.select(members)
@@ -179,9 +180,9 @@ class Topology:
     Attributes
     ----------
     undirected : Tensor, shape (n_edges,)
-        The undirected bond that each pair is one direction of.
+        The undirected bond of each edge.
     representative : Tensor, shape (n_bonds,)
-        One pair of each undirected bond.
+        One edge of each undirected bond.
     angles : tuple of two Tensors, shape (n_angles,)
         Every ordered two short edges that share their atom i.
     """
@@ -202,13 +203,13 @@ class Topology:
 
 def _angles(i: Tensor, short: Tensor, n_atoms: int) -> tuple[Tensor, Tensor]:
     """All ordered two of the short edges around each atom; i must be sorted."""
-    pair = short.nonzero().squeeze(1)
-    centre = i[pair]
+    edge = short.nonzero().squeeze(1)
+    centre = i[edge]
     coordination = torch.bincount(centre, minlength=n_atoms)
     start = coordination.cumsum(0) - coordination
     partners = coordination[centre]
-    first = torch.repeat_interleave(torch.arange(len(pair), device=i.device), partners)
+    first = torch.repeat_interleave(torch.arange(len(edge), device=i.device), partners)
     block = torch.arange(len(first), device=i.device) - torch.repeat_interleave(partners.cumsum(0) - partners, partners)
     second = start[centre[first]] + block
     different = first != second
-    return pair[first[different]], pair[second[different]]
+    return edge[first[different]], edge[second[different]]

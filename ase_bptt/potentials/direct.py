@@ -9,25 +9,26 @@ import torch
 from torch import Tensor, nn
 
 from ..neighbors import Edges
-from ..potential import Potential, Prediction
+from ..potential import Prediction
 from ..structures import Structures
 from ..tuning import staged
+from .analytic import Parametrised
 
 ELEMENTS = 119
 """Rows of the table of elements, by atomic number."""
 
 
-class Direct(Potential):
+class Direct(Parametrised):
     """Message passing with one head for the energy and another for the forces.
 
     Forces are sums of learned scalars times unit vectors to the neighbours, so they turn with the
-    structure; the scalar of a pair is the same from both of its ends, so they sum to zero. They
-    are no slope of the energy: there is no stress, and energy is not conserved along a trajectory.
+    structure; the scalars of an edge and its reverse are equal, so that the forces sum to zero. They are
+    not the gradient of an energy: there is no stress, and energy is not conserved along a trajectory.
 
-    Its weights are random, drawn with ``seed``: it is here to be trained, to try things out with,
-    and to be copied. What an own direct-force potential needs is what is here: `conservative` is
-    False, and `energy_and_forces` is overridden, with a graph from positions and weights to the
-    forces where ``create_graph`` asks for one.
+    Its weights are random, drawn with ``seed``: it is here to be trained, for experiments, and to be
+    copied. A direct-force potential of your own needs what is here: `conservative` is False, and
+    `energy_and_forces` is overridden, with a graph from positions and weights to the forces where
+    ``create_graph`` is True.
 
     Parameters
     ----------
@@ -59,7 +60,7 @@ class Direct(Potential):
             self.force_head = _two_layers(width + basis, 1)
 
     def forward(self, structures: Structures, edges: Edges) -> Prediction:
-        """Energies alone; nothing here asks for their slope."""
+        """Energies alone, which nothing here differentiates."""
         _, distances = _geometry(structures, edges)
         return self._energy(structures, self._atoms(structures, edges, self._basis(distances)))
 
@@ -70,14 +71,14 @@ class Direct(Potential):
             directions, distances = _geometry(structures, edges)
             basis = self._basis(distances)
             atoms = self._atoms(structures, edges, basis)
-            # What both ends of a pair know, in either order: the pull on one is the pull on the other.
+            # Symmetric in the two atoms of an edge, so that the forces on them are opposite.
             both = torch.cat([atoms[edges.i] + atoms[edges.j], basis], dim=1)
             pulls = self.force_head(both) * self._fade(distances)[:, None] * directions
             forces = torch.zeros_like(structures.positions).index_add(0, edges.i, pulls)
             return self._energy(structures, atoms).energy, forces
 
     def _atoms(self, structures: Structures, edges: Edges, basis: Tensor) -> Tensor:
-        """What each atom knows of itself and its surroundings, shape (n_atoms, width)."""
+        """Features of each atom and its neighbourhood, shape (n_atoms, width)."""
         atoms = self.elements(structures.numbers)
         for filters, update in zip(self.filters, self.updates, strict=True):
             messages = torch.zeros_like(atoms).index_add(0, edges.i, filters(basis) * atoms[edges.j])
@@ -95,7 +96,7 @@ class Direct(Potential):
         return waves * self._fade(distances)[:, None]
 
     def _fade(self, distances: Tensor) -> Tensor:
-        """1 at no distance, 0 from the cutoff on, without slope there."""
+        """1 at distance zero, 0 from the cutoff on, where its derivative vanishes, too."""
         return (1 - (distances / self.cutoff).clamp(max=1) ** 2) ** 3
 
     def layers(self) -> list[list[str]]:
@@ -104,18 +105,8 @@ class Direct(Potential):
             self, before=("elements.",), stacks=("filters.", "updates."), after=("energy_head.", "force_head.")
         )
 
-    @classmethod
-    def from_name(cls, variant: str | None) -> Direct:
-        if variant is not None:
-            raise ValueError(f"The family 'direct' has no variant {variant!r}; build Direct(...) in Python.")
-        return cls()
-
     def config(self) -> dict[str, Any]:
         return {"cutoff": self.cutoff, **self.settings}
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Direct:
-        return cls(**config)
 
 
 def _geometry(structures: Structures, edges: Edges) -> tuple[Tensor, Tensor]:

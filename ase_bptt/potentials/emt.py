@@ -2,7 +2,7 @@
 
 Formulas and parameters: Jacobsen, Stoltze, Nørskov, Surf. Sci. 366, 394 (1996). The neutral-sphere
 radius s of an atom follows from the density that its neighbours lend it (sigma_1); its energy is
-that of an atom in an fcc crystal of this radius, and a pair sum (sigma_2) that is zero in that crystal.
+that of an atom in an fcc crystal of this radius, and a sum over neighbours (sigma_2) that is zero in that crystal.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from ase.units import Bohr
 from torch import Tensor, nn
 
 from ..neighbors import Edges
-from ..potential import Potential, Prediction
+from ..potential import Prediction
 from ..structures import Structures
+from .analytic import Parametrised
 
 # Units of the table; a column becomes a weight, in eV and Å.
 COLUMNS = {"E0": 1.0, "s0": Bohr, "V0": 1.0, "eta2": 1 / Bohr, "kappa": 1 / Bohr, "lambda_": 1 / Bohr, "n0": Bohr**-3}
@@ -41,7 +42,7 @@ SHELLS = ((1, 12), (2, 6), (3, 24))
 """Squared distance, in nearest-neighbour distances, and number of the neighbours in fcc that count."""
 
 
-class EMT(Potential):
+class EMT(Parametrised):
     """Effective medium theory for Al, Ni, Cu, Pd, Ag, Pt, Au, and (not for serious use) H, C, N, O.
 
     Parameters
@@ -91,8 +92,8 @@ class EMT(Potential):
     def forward(self, structures: Structures, edges: Edges) -> Prediction:
         kind = self.kinds[structures.numbers]
         size = self._largest(structures, kind)
-        middle, slope, end = self._ends(size)
-        gamma1, gamma2 = (g[structures.batch, kind] for g in self._gammas(middle, slope))
+        middle, steepness, end = self._ends(size)
+        gamma1, gamma2 = (g[structures.batch, kind] for g in self._gammas(middle, steepness))
         E0, s0, V0, eta2, kappa, lambda_, n0 = (getattr(self, name)[kind] for name in COLUMNS)
 
         i, j, r = edges.i, edges.j, edges.vectors(structures).square().sum(1).sqrt()
@@ -100,11 +101,11 @@ class EMT(Potential):
             near = r < end[structures.batch[i]]
             i, j, r = i[near], j[near], r[near]
         of = structures.batch[i]
-        lent = torch.sigmoid(slope[of] * (middle[of] - r)) * n0[j] / n0[i]
+        lent = torch.sigmoid(steepness[of] * (middle[of] - r)) * n0[j] / n0[i]
         sigma1 = _sum(lent * torch.exp(-eta2[j] * (r - BETA * s0[j])), i, structures.n_atoms)
         shares = -V0[i] / (4 * gamma2[i]) * lent * torch.exp(-kappa[j] * (r / BETA - s0[j]))
 
-        # An atom on its own has no radius (log 0), and neither cohesion nor slope.
+        # An isolated atom has no radius (log 0): neither cohesion nor a gradient.
         bound = sigma1 > 0
         wider = -torch.log(torch.where(bound, sigma1, 1.0) / (12 * gamma1)) / (BETA * eta2)
         cohesion = torch.where(bound, E0 * (1 + lambda_ * wider) * torch.exp(-lambda_ * wider), 0.0) - E0
@@ -119,38 +120,28 @@ class EMT(Potential):
         return self.sizes.new_zeros(len(structures)).scatter_reduce(0, structures.batch, self.sizes[kind], "amax")
 
     def _ends(self, size: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Middle (Å) and slope (1/Å) of the function that ends the interaction, and where edges are cut (Å).
+        """Middle (Å) and steepness (1/Å) of the function that ends the interaction, and where edges are cut (Å).
 
         The middle lies between the third and the fourth shell of fcc, and at the fourth 1e-4 is left.
         """
         nearest = BETA * size
         middle = nearest * (math.sqrt(3) + 2) / 2
-        slope = math.log(1 / 1e-4 - 1) / (2 * nearest - middle)
-        return middle, slope, middle * 1.045 if self.asap_cutoff else middle + 0.5
+        steepness = math.log(1 / 1e-4 - 1) / (2 * nearest - middle)
+        return middle, steepness, middle * 1.045 if self.asap_cutoff else middle + 0.5
 
-    def _gammas(self, middle: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+    def _gammas(self, middle: Tensor, steepness: Tensor) -> tuple[Tensor, Tensor]:
         """sigma_1 / 12 and sigma_2 / 12 of each element's own fcc crystal, shape (n, n_elements)."""
         gamma1 = gamma2 = torch.zeros_like(middle).unsqueeze(1)
         for square, count in SHELLS:
             r = BETA * self.s0 * math.sqrt(square)
-            part = count / 12 * torch.sigmoid(slope.unsqueeze(1) * (middle.unsqueeze(1) - r))
+            part = count / 12 * torch.sigmoid(steepness.unsqueeze(1) * (middle.unsqueeze(1) - r))
             farther = r - BETA * self.s0
             gamma1 = gamma1 + part * torch.exp(-self.eta2 * farther)
             gamma2 = gamma2 + part * torch.exp(-self.kappa / BETA * farther)
         return gamma1, gamma2
 
-    @classmethod
-    def from_name(cls, variant: str | None) -> EMT:
-        if variant is not None:
-            raise ValueError(f"The family 'emt' has no variant {variant!r}; build EMT(...) in Python.")
-        return cls()
-
     def config(self) -> dict[str, Any]:
         return {"asap_cutoff": self.asap_cutoff}
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> EMT:
-        return cls(**config)
 
 
 def _sum(values: Tensor, index: Tensor, n: int) -> Tensor:

@@ -15,7 +15,6 @@ from ..neighbors import Edges
 from ..potential import Potential, Prediction
 from ..structures import Structures
 from ..tuning import staged
-from . import E3NN
 from .mace_files import (
     LONG_RANGE,
     accelerated,
@@ -28,7 +27,7 @@ from .mace_files import (
 )
 
 NEUTRAL = {"total_charge": 0.0, "total_spin": 1.0}
-"""What mace's own calculator takes where nothing is said; the spin is a multiplicity."""
+"""The defaults of mace's own calculator; the spin is a multiplicity."""
 CUEQ = "cuequivariance"
 
 
@@ -50,7 +49,7 @@ class MACE(Potential):
     ValueError
         For a head that there is not, with those that there are.
     NotImplementedError
-        For a model with electrostatics beyond its cutoff, or that is to be told of what no structure holds.
+        For a model with electrostatics beyond its cutoff, or with inputs that structures do not have.
     ImportError
         For cueq where cuEquivariance is missing, with the extra that brings it.
     """
@@ -78,7 +77,7 @@ class MACE(Potential):
         known = [int(z) for z in model.atomic_numbers]
         self.atomic_numbers = frozenset(known)
         self.head = _head_index(_heads(model), head)
-        self._told = _further_inputs(model)
+        self._constants = _further_inputs(model)
         column = torch.zeros(max(known) + 1, dtype=torch.int64, device=model.r_max.device)
         column[known] = torch.arange(len(known), device=column.device)
         self.register_buffer("_column", column, persistent=False)
@@ -102,8 +101,8 @@ class MACE(Potential):
             "cell": structures.cells.reshape(-1, 3),
         }
         once = nullcontext() if order is None else each_distance_once(self.model, len(order))
-        # TorchScript's optimised graphs set in after some calls and round differently: a run that
-        # was resumed would not repeat an uninterrupted one bit for bit.
+        # TorchScript optimises its graphs after some calls, and they then round differently: a resumed run
+        # would not repeat an uninterrupted one bit for bit.
         with once, torch.jit.optimized_execution(False):
             out = self.model(data, training=True, compute_force=False)
         return Prediction(out["energy"], atomic_energies=out["node_energy"].to(positions))
@@ -119,7 +118,7 @@ class MACE(Potential):
                 "batch": structures.batch,
                 "ptr": nn.functional.pad(ends, (1, 0)),
                 "head": torch.full_like(ends, self.head),
-                **{name: structures.positions.new_full(ends.shape, value) for name, value in self._told.items()},
+                **{name: structures.positions.new_full(ends.shape, value) for name, value in self._constants.items()},
             }
             self._made = made_for, {name: value.detach() for name, value in made.items()}
         return self._made[1]
@@ -135,7 +134,7 @@ class MACE(Potential):
     @classmethod
     def environment(cls) -> str:
         # It matters only where SevenNet is installed.
-        return E3NN if importlib.util.find_spec("sevenn") else ""
+        return "MACE needs e3nn 0.4.4, SevenNet a newer one" if importlib.util.find_spec("sevenn") else ""
 
     @classmethod
     def from_name(cls, variant: str | None) -> MACE:
@@ -149,8 +148,8 @@ class MACE(Potential):
 
     @classmethod
     def from_native(cls, native: Any) -> MACE:
-        told = getattr(native, "metadata", None)
-        return cls(native, head=told.get("head") if isinstance(told, dict) else None)
+        metadata = getattr(native, "metadata", None)
+        return cls(native, head=metadata.get("head") if isinstance(metadata, dict) else None)
 
     def as_stored(self) -> MACE:
         """Without cuEquivariance, so that what is written can be read where it is not installed."""
@@ -177,7 +176,7 @@ class MACE(Potential):
         return cls(build(config), head=config.get("head"))
 
     def save_native(self, path: Path) -> None:
-        held = vars(self.model).pop("metadata", None)
+        before = vars(self.model).pop("metadata", None)
         try:
             heads = _heads(self.model)
             chosen = {"head": heads[self.head]} if len(heads) > 1 else {}
@@ -186,8 +185,8 @@ class MACE(Potential):
                 torch.save(self.model, path)
         finally:
             del self.model.metadata
-            if held is not None:
-                self.model.metadata = held
+            if before is not None:
+                self.model.metadata = before
 
 
 def _heads(model: Any) -> list[str]:
@@ -207,23 +206,23 @@ def _head_index(heads: list[str], wanted: str | None) -> int:
 
 
 def _further_inputs(model: Any) -> dict[str, float]:
-    """What the model wants to be told of each structure beside its atoms."""
+    """The inputs of the model for each structure beside its atoms, and their values."""
     wanted = dict(getattr(model, "embedding_specs", None) or {})
     unknown = wanted.keys() - NEUTRAL.keys()
     if unknown:
         raise NotImplementedError(
-            f"This MACE model wants to be told {', '.join(sorted(unknown))} of each structure, which no structure here "
-            "holds: take another."
+            f"This MACE model needs {', '.join(sorted(unknown))} for each structure, which structures here do not "
+            "have: take another."
         )
     return {name: NEUTRAL[name] for name in wanted}
 
 
 @contextmanager
 def each_distance_once(model: Any, n_edges: int) -> Iterator[None]:
-    """While it holds, the radial networks of a MACE see one direction of each pair, and serve both.
+    """Within this context the radial networks of a MACE compute each edge and its reverse once.
 
-    They map a distance to the weights of a tensor product, and take a quarter of the time. The edges
-    that the model is called with have to be all of one direction, then the others in the same order.
+    They map a distance to the weights of a tensor product, and take a quarter of the time. The model must be called
+    with the edges in the order of `Edges.one_way_first`.
     """
     one_way = n_edges // 2
     features: list[Any] = [None, None]  # of both directions, and of one
@@ -248,8 +247,8 @@ def each_distance_once(model: Any, n_edges: int) -> Iterator[None]:
 
     hooks = [(model.radial_embedding, halve_lengths, double_features)]
     hooks += [(layer.conv_tp_weights, halve_features, double_weights) for layer in model.interactions]
-    with ExitStack() as held:
+    with ExitStack() as registered:
         for module, before, after in hooks:
-            held.enter_context(module.register_forward_pre_hook(before))
-            held.enter_context(module.register_forward_hook(after))
+            registered.enter_context(module.register_forward_pre_hook(before))
+            registered.enter_context(module.register_forward_hook(after))
         yield

@@ -14,8 +14,12 @@ from torch import Tensor, nn
 
 from . import quiet, require
 
+log = logging.getLogger(__name__)
 GATES = {"silu": torch.nn.functional.silu, "tanh": torch.tanh, "abs": torch.abs, "None": None}
 """The activations of the readouts, by the names that are written."""
+DEFAULT = "medium"
+LONG_RANGE = ("PolarMACE", "MACELES")
+"""Classes of mace-torch whose energies reach beyond the cutoff."""
 
 
 def describe(model: Any, head: int) -> dict[str, Any]:
@@ -80,12 +84,6 @@ def _as_json(value: Any) -> Any:
     return str(value) if type(value).__name__ == "Irreps" else [_as_json(v) for v in value]
 
 
-log = logging.getLogger(__name__)
-DEFAULT = "medium"
-LONG_RANGE = ("PolarMACE", "MACELES")
-"""Classes of mace-torch whose energies reach beyond the cutoff."""
-
-
 def load_foundation(variant: str | None) -> tuple[Any, str | None]:
     """A module of mace-torch for NAME or NAME:HEAD, and the head.
 
@@ -127,9 +125,6 @@ def _loaders() -> dict[str, Callable[..., Any]]:
     found: dict[str, Callable[..., Any]] = {n: partial(models.mace_mp, model=n) for n in models.mace_mp_names if n}
     found |= {f"off-{n}": partial(models.mace_off, model=n) for n in models.mace_off_urls}
     return found | {"anicc": models.mace_anicc, "omol": models.mace_omol}
-
-
-log = logging.getLogger(__name__)
 
 
 def is_accelerated(model: Any) -> bool:

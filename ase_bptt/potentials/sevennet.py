@@ -17,7 +17,7 @@ from ..neighbors import Edges
 from ..potential import Potential, Prediction
 from ..structures import Structures
 from ..tuning import staged
-from . import E3NN, quiet, require
+from . import quiet, require
 
 VARIANTS = ("7net-0", "7net-l3i5", "7net-mf-0", "7net-0_22may2024")
 """What the package sevenn carries; it would download others."""
@@ -110,7 +110,7 @@ class SevenNet(Potential):
 
     @classmethod
     def environment(cls) -> str:
-        return E3NN
+        return "MACE needs e3nn 0.4.4, SevenNet a newer one"
 
     @classmethod
     def from_name(cls, variant: str | None) -> SevenNet:

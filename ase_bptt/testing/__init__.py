@@ -1,4 +1,4 @@
-"""A check of potentials, for authors of adapters: what everything above a `Potential` relies on."""
+"""A check of potentials, for authors of adapters: the properties that all code above a `Potential` relies on."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def check_potential(
     Parameters
     ----------
     potential : Potential
-        In the dtype and on the device in which it is to be checked. A copy of it is asked.
+        In the dtype and on the device in which it is to be checked. A copy of it is evaluated.
     atoms : Atoms
         Any structure that it knows the elements of; best without symmetry, so that forces do not
         vanish. Two to twenty atoms are enough. With a three-dimensional cell the stress is checked, too.
@@ -56,7 +56,7 @@ def check_potential(
     Raises
     ------
     AssertionError
-        At the first check that fails: what is off, by how much, and what to mend.
+        At the first check that fails: what is wrong, by how much, and what to change.
     ValueError
         For a check to skip that there is not.
     NotImplementedError
@@ -68,34 +68,34 @@ def check_potential(
     _check_declared(potential)
     report = Report(potential.family, str(potential.dtype).removeprefix("torch."), atoms.get_chemical_formula())
     twin = copy.deepcopy(potential).requires_grad_()
-    # Constraints are no matter of the potential, and atoms.positions would obey them.
+    # Constraints do not concern the potential, and changes of atoms.positions would obey them.
     bare = Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
     exact = twin if twin.dtype is torch.float64 else copy.deepcopy(twin).double()
     case = Case(twin, exact, bare, np.random.default_rng(seed), tolerances or {}, report)
     twin.check(case.batch(bare)[0])
-    for name, (check, mend) in CHECKS.items():
+    for name, (check, remedy) in CHECKS.items():
         if name in skip:
             report.skipped[name] = "as asked"
             continue
-        case.check, case.mend = name, mend
+        case.check, case.remedy = name, remedy
         try:
             check(case)
         except Failed:
             raise
         except Exception as error:
-            # torch's go on for many lines.
+            # The messages of torch have many lines.
             first = next(iter(str(error).splitlines()), "")
             case.fail(f"it raised {type(error).__name__} ({first})")
     if calculator is None:
         report.skipped["parity"] = "no calculator was given"
     else:
-        case.check, case.mend = "parity", "compare units, reference energies, cutoff and dtype with the calculator's"
+        case.check, case.remedy = "parity", "compare units, reference energies, cutoff and dtype with the calculator's"
         parity(case, calculator)
     return report
 
 
 def _check_declared(potential: Potential) -> None:
-    """Raise AssertionError where a potential lacks what no check can do without."""
+    """Raise AssertionError where a potential lacks what every check needs."""
     name, cutoff = type(potential).__name__, getattr(potential, "cutoff", None)
     if not isinstance(getattr(potential, "family", None), str):
         raise AssertionError(f"{name} has no family: name it in the class attribute `family`.")

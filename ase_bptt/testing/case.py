@@ -1,4 +1,4 @@
-"""One potential on one structure: how it is asked, and how its answers are compared."""
+"""One potential on one structure: how it is evaluated, and how its results are compared."""
 
 from __future__ import annotations
 
@@ -17,11 +17,34 @@ from ..structures import Structures
 
 Results = dict[str, np.ndarray]
 STEP = 1e-5
-"""Of differences, in Å, of strain or relative to a weight: short, since some functions of angles are sharp."""
+"""Of finite differences, in Å, of strain or relative to a weight: short, since some functions of angles are sharp."""
+
+UNITS = {
+    "energy": "eV/atom",
+    "forces": "eV/Å",
+    "stress": "eV/Å^3",
+    "atomic_energies": "eV",
+    "magmoms": "Bohr magnetons",
+    "derivative": "eV/Å",
+    "strain": "eV/Å^3",
+    "gradient": "of the gradient's length",
+    "parity energy": "eV/atom",
+    "parity forces": "eV/Å",
+    "parity stress": "eV/Å^3",
+    "parity magmoms": "Bohr magnetons",
+    "parity atomic_energies": "eV",
+}
+"""Each kind of quantity that is compared, with the unit of its error."""
+TOLERANCES = {
+    torch.float64: dict.fromkeys(UNITS, 1e-6) | {"gradient": 1e-5},
+    torch.float32: dict.fromkeys(UNITS, 1e-4)
+    | {"energy": 5e-6, "stress": 1e-5, "strain": 1e-5, "gradient": 1e-3, "parity energy": 5e-6, "parity stress": 1e-5},
+}
+"""Largest error of each kind by dtype; where a force, stress or moment is larger than 1, relative to the largest."""
 
 
 class Failed(AssertionError):
-    """What a check has found."""
+    """Raised by a check that fails."""
 
 
 @dataclass
@@ -33,13 +56,13 @@ class Case:
     potential : Potential
         A copy, all its weights requiring gradients.
     exact : Potential
-        The same in float64, of which differences are taken: those in float32 are noise.
+        The same in float64, for finite differences: those in float32 are noise.
     atoms : Atoms
     random : numpy.random.Generator
     tolerances : mapping of str to float
         The caller's own.
     report : Report
-    check, mend : str
+    check, remedy : str
         The check that runs now, and what to do where it fails.
     """
 
@@ -50,7 +73,7 @@ class Case:
     tolerances: Mapping[str, float]
     report: Report
     check: str = ""
-    mend: str = ""
+    remedy: str = ""
 
     def batch(self, atoms: Atoms | Sequence[Atoms]) -> tuple[Structures, Edges]:
         """A batch and its edges, where the potential computes."""
@@ -98,7 +121,7 @@ class Case:
         """Raise `Failed` with the one sentence."""
         raise Failed(
             f"The check {self.check!r} of the {self.potential.family} potential on {self.report.structure} failed, "
-            f"for {what}: {self.mend}."
+            f"for {what}: {self.remedy}."
         )
 
 
@@ -112,34 +135,10 @@ def _batch(potential: Potential, atoms: Atoms | Sequence[Atoms]) -> tuple[Struct
     return structures, NeighborList(potential.cutoff, skin=0.0)(structures)
 
 
-def slope(function: Callable[[float], float]) -> float:
+def derivative(function: Callable[[float], float]) -> float:
     """Derivative at zero by the central difference of fourth order."""
     before, left, right, after = (function(k * STEP) for k in (-2, -1, 1, 2))
     return (before - 8 * left + 8 * right - after) / (12 * STEP)
-
-
-UNITS = {
-    "energy": "eV/atom",
-    "forces": "eV/Å",
-    "stress": "eV/Å^3",
-    "atomic_energies": "eV",
-    "magmoms": "Bohr magnetons",
-    "slope": "eV/Å",
-    "strain": "eV/Å^3",
-    "gradient": "of the gradient's length",
-    "parity energy": "eV/atom",
-    "parity forces": "eV/Å",
-    "parity stress": "eV/Å^3",
-    "parity magmoms": "Bohr magnetons",
-    "parity atomic_energies": "eV",
-}
-"""Each kind of quantity that is compared, with the unit of its error."""
-TOLERANCES = {
-    torch.float64: dict.fromkeys(UNITS, 1e-6) | {"gradient": 1e-5},
-    torch.float32: dict.fromkeys(UNITS, 1e-4)
-    | {"energy": 5e-6, "stress": 1e-5, "strain": 1e-5, "gradient": 1e-3, "parity energy": 5e-6, "parity stress": 1e-5},
-}
-"""Largest error of each kind by dtype; where a force, stress or moment is larger than 1, relative to the largest."""
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator, PropertyNotImplementedError
 from torch import Tensor
 
-from .case import Case, Results, array, slope
+from .case import Case, Results, array, derivative
 
 
 def second(case: Case) -> None:
-    """The gradient of a function of the forces in positions and weights is its difference."""
+    """The gradient of a function of the forces, in positions and weights, agrees with finite differences."""
     structures, edges = case.batch(case.atoms)
     if not len(edges.i):
         case.report.skipped[case.check] = "no atom of the structure has a neighbour"
@@ -52,7 +52,7 @@ def _of_positions(case: Case, gradient: Tensor | None, along: np.ndarray) -> Non
 
 def _of_weights(case: Case, gradients: tuple[Tensor | None, ...], along: np.ndarray) -> None:
     weights = list(case.exact.parameters())
-    # Weights differ in size by orders: each tensor is measured in units of its own.
+    # Weights differ by orders of magnitude: each tensor is measured in units of its own.
     units = [float(w.detach().square().mean().sqrt()) or 1.0 for w in weights]
     before = [w.detach().clone() for w in weights]
     pieces = [
@@ -75,7 +75,7 @@ def _of_weights(case: Case, gradients: tuple[Tensor | None, ...], along: np.ndar
 def _along_directions(
     case: Case, name: str, gradient: np.ndarray, scalar: Callable[[np.ndarray, float], float]
 ) -> None:
-    """Compare along the gradient itself, and along a random direction, which finds what is missing from it."""
+    """Compare along the gradient itself, and along a random direction, which shows what it lacks."""
     length, worst = float(np.linalg.norm(gradient)), 0.0
     random = case.random.normal(size=gradient.shape)
     for direction in (gradient, random):
@@ -83,7 +83,7 @@ def _along_directions(
         if not size > 0:
             continue
         unit = direction / size
-        expected = slope(partial(scalar, unit))
+        expected = derivative(partial(scalar, unit))
         scale = max(length, abs(expected))
         if scale:
             worst = float(np.maximum(worst, np.abs((gradient * unit).sum() - expected) / scale))
@@ -118,7 +118,7 @@ class Check(NamedTuple):
     """A check, and what to do where it fails."""
 
     run: Callable[[Case], None]
-    mend: str
+    remedy: str
 
 
 def shapes(case: Case) -> None:
@@ -137,7 +137,7 @@ def shapes(case: Case) -> None:
 
 
 def calls(case: Case) -> None:
-    """`results` and `energy_and_forces` say the same."""
+    """`results` and `energy_and_forces` agree."""
     structures, edges = case.batch(case.atoms)
     energy, forces = case.potential.energy_and_forces(structures, edges)
     if energy.requires_grad or forces.requires_grad:
@@ -167,8 +167,8 @@ def batch(case: Case) -> None:
 def translation(case: Case) -> None:
     """Nothing changes when all atoms are moved together, or one by whole cell vectors."""
     moved, atoms = case.atoms.copy(), case.atoms
-    images = case.random.integers(-2, 3, size=(len(atoms), 3)) * atoms.pbc
-    moved.positions += case.random.normal(scale=5.0, size=3) + images @ atoms.cell.array
+    shifts = case.random.integers(-2, 3, size=(len(atoms), 3)) * atoms.pbc
+    moved.positions += case.random.normal(scale=5.0, size=3) + shifts @ atoms.cell.array
     what = "what they were before all atoms were moved together, and some by whole cell vectors"
     case.compare(case.results(moved), case.results(atoms), what, (len(atoms),))
 
@@ -176,7 +176,7 @@ def translation(case: Case) -> None:
 def rotation(case: Case) -> None:
     """Forces and stress turn with the structure."""
     turn, _ = np.linalg.qr(case.random.normal(size=(3, 3)))
-    # No reflection: not every potential knows the mirror image of what it sees.
+    # No reflection: not every potential is invariant under it.
     turn *= np.linalg.det(turn)
     turned, expected = case.atoms.copy(), case.results(case.atoms)
     turned.positions = turned.positions @ turn.T
@@ -201,7 +201,7 @@ def permutation(case: Case) -> None:
 
 
 def far(case: Case) -> None:
-    """An atom past the cutoff is alone, and does not touch the others."""
+    """An atom beyond the cutoff is isolated, and does not affect the others."""
     cluster = Atoms(case.atoms.numbers, case.atoms.positions)
     lone = cluster[:1]
     reach = np.ptp(cluster.positions, axis=0).max() + 2 * case.potential.cutoff
@@ -214,9 +214,9 @@ def far(case: Case) -> None:
 
 
 def forces(case: Case) -> None:
-    """Forces are minus the slope of the energy."""
+    """Forces are the negative gradient of the energy."""
     if not case.potential.conservative:
-        case.report.skipped[case.check] = "its forces are predicted directly, and are no slope of its energy"
+        case.report.skipped[case.check] = "its forces are predicted directly, and are not the gradient of its energy"
         return
     found, worst = case.results(case.atoms)["forces"], 0.0
     for direction in _signs(case, 3, found.shape):
@@ -227,13 +227,15 @@ def forces(case: Case) -> None:
             return case.energy(moved)
 
         # Every atom moves: one wrong component cannot hide, and the error is that of a single one.
-        error = np.abs((found * direction).sum() + slope(energy)) / np.sqrt(found.size) / max(1.0, np.abs(found).max())
+        error = (
+            np.abs((found * direction).sum() + derivative(energy)) / np.sqrt(found.size) / max(1.0, np.abs(found).max())
+        )
         worst = float(np.maximum(worst, error))
-    case.measure(case.check, "slope", worst, "its forces", "minus the slope of its energy, by differences")
+    case.measure(case.check, "derivative", worst, "its forces", "the negative gradient of its energy, by differences")
 
 
 def stress(case: Case) -> None:
-    """The stress is the slope of the energy with strain, over the volume."""
+    """The stress is the derivative of the energy with respect to strain, over the volume."""
     reason = "the structure has no volume" if case.atoms.cell.rank < 3 else ""
     if not case.potential.conservative:
         reason = "its forces are predicted directly, and it has no stress"
@@ -249,10 +251,10 @@ def stress(case: Case) -> None:
             strained.set_cell(case.atoms.cell.array @ (np.eye(3) + step * direction), scale_atoms=True)
             return case.energy(strained)
 
-        expected = slope(energy) / case.atoms.get_volume()
+        expected = derivative(energy) / case.atoms.get_volume()
         error = np.abs((found * direction).sum() - expected) / max(1.0, np.abs(found).max())
         worst = float(np.maximum(worst, error))
-    what = "the slope of its energy with strain over the volume, by differences"
+    what = "the derivative of its energy with respect to strain over the volume, by differences"
     case.measure(case.check, "strain", worst, "the components of its stress", what)
 
 
@@ -283,7 +285,7 @@ CHECKS = {
     "forces": Check(forces, "let the energy depend on structures.positions alone, live, with smooth cutoffs"),
     "stress": Check(stress, "let the energy depend on live structures.cells, as edges.vectors(structures) does"),
     "batch": Check(batch, "sum over structures.batch, and let nothing depend on the other members"),
-    "translation": Check(translation, "use positions in edges.vectors(structures) only, which knows the images"),
+    "translation": Check(translation, "use positions in edges.vectors(structures) only, which has the images"),
     "rotation": Check(rotation, "take scalars from distances and angles, and vectors from edges.vectors(structures)"),
     "permutation": Check(permutation, "sum over neighbours, and read elements from structures.numbers"),
     "far atom": Check(far, "let an atom without edges have its own energy, no forces, and finite ones"),

@@ -25,7 +25,7 @@ from ..relaxation import relax
 from ..stability import resolve_step_size
 from ..steppers import State, Stepper, make_stepper
 from ..structures import Structures
-from .memory import fits, in_parts, tell
+from .memory import fits, in_parts, report_out_of_memory
 from .packing import Planner
 
 LARGE = 400
@@ -240,7 +240,7 @@ class InFlight:
 
     def _halve(self, batch: Batch) -> None:
         """Set half of the batch aside."""
-        tell(len(batch))
+        report_out_of_memory(len(batch))
         self._aside.append(batch.split())
         self.room = sum(self.costs[k] for k in batch.members)
 

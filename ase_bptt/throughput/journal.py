@@ -1,4 +1,4 @@
-"""A file to which relaxed structures are added as they finish, so that a stopped run can go on."""
+"""A file to which relaxed structures are added as they finish, so that a stopped run can continue."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ BEGIN = b"- of Ulm"
 
 
 class Journal:
-    """An ASE trajectory of ends, each with its index; any tool of ASE's can look into it.
+    """An ASE trajectory of relaxed structures, each with its index, to be read with any tool of ASE.
 
     Parameters
     ----------
     path : Path
     run : str
-        What the ends depend on, as `run_key` gives it; a journal of another run is refused.
+        A hash of all that the results depend on, from `run_key`; a journal of another run is refused.
     """
 
     def __init__(self, path: Path, run: str):
@@ -89,11 +89,11 @@ class Journal:
         except OSError as error:
             raise OSError(
                 f"{self.path} could not be written ({error.strerror}): make room there; what had finished is kept in "
-                "it, and --resume goes on."
+                "it, and --resume continues."
             ) from error
 
     def rewrite(self, ends: dict[int, Relaxed]) -> None:
-        """Begin the file anew with these ends: nothing is appended behind a frame that was cut off."""
+        """Replace the file by one with these ends, so that nothing is appended behind a frame that was cut off."""
         if not ends:
             self.remove()
             return
@@ -110,7 +110,7 @@ class Journal:
                 frames.write(found)
 
     def remove(self) -> None:
-        """Done: the file is no longer needed."""
+        """Delete the file, when it is no longer needed."""
         self.path.unlink(missing_ok=True)
 
 
@@ -120,18 +120,18 @@ def relax_kept(
     *,
     journal: Journal | None = None,
     progress: bool | None = False,
-    tell: Callable[[int, Relaxed], None] | None = None,
+    report: Callable[[int, Relaxed], None] | None = None,
     **settings: Any,
 ) -> list[Relaxed]:
-    """`relax_all`, each end kept in a journal as soon as it is there; those in it already are not done again.
+    """`relax_all`, with each result kept in a journal as it is found; those in it already are not computed again.
 
     Parameters
     ----------
     journal : Journal or None
     progress : bool or None
-        A bar on standard error; None asks whether that is a terminal.
-    tell : callable
-        ``tell(index, end)`` for each end that is found.
+        Whether to show a bar on standard error; None does so where that is a terminal.
+    report : callable
+        ``report(index, end)`` is called for each new result.
     **settings
         As for `relax_all`.
     """
@@ -146,14 +146,14 @@ def relax_kept(
             ends[waiting[member]] = end
             if journal:
                 journal.add(waiting[member], end)
-            if tell:
-                tell(waiting[member], end)
+            if report:
+                report(waiting[member], end)
             bar.update()
     return [ends[k] for k in range(len(structures))]
 
 
 def _end(found: Atoms, source: Atoms) -> Relaxed:
-    """The stored end with everything of the structure that it came from."""
+    """The stored result with all other properties of the structure that was relaxed."""
     atoms = source.copy()
     atoms.positions = found.positions
     atoms.calc = SinglePointCalculator(atoms, **found.calc.results)
@@ -161,7 +161,7 @@ def _end(found: Atoms, source: Atoms) -> Relaxed:
 
 
 def run_key(potential: Potential, structures: Sequence[Atoms], settings: dict[str, Any]) -> str:
-    """A hash of everything that the ends of a run depend on."""
+    """A hash of everything that the results of a run depend on."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, value in potential.state_dict().items():
         digest.update(name.encode())

@@ -1,4 +1,4 @@
-"""What a batch takes of the memory, and how a computation continues in smaller parts where it runs out."""
+"""How much memory a batch takes, and how a computation continues in smaller parts where it runs out."""
 
 from __future__ import annotations
 
@@ -20,11 +20,16 @@ from torch.utils._pytree import tree_leaves
 from ..neighbors import search_each
 from ..potential import Potential
 
+log = logging.getLogger(__name__)
 Item = TypeVar("Item")
 SHARE = 0.8
-"""Of the memory that is free; the rest is for what allocators round up."""
+"""Of the free memory that may be used; the rest is for what allocators round up."""
 COUNTED = 64
-"""Structures whose edges are held at once while they are counted."""
+"""Structures whose edges are counted at once."""
+CPU = torch.device("cpu")
+SIGNS = ("can't allocate memory", "out of memory", "OutOfMemoryError", "ALLOC_FAILED")
+"""In the text of errors that say that memory ran out."""
+Found = TypeVar("Found")
 
 
 class Size(NamedTuple):
@@ -36,7 +41,7 @@ class Size(NamedTuple):
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes at the peak: some for each batch, for each atom, for each neighbour pair.
+    """Bytes at the peak, as the sum of a share for the batch, for each atom and for each edge.
 
     Attributes
     ----------
@@ -50,7 +55,7 @@ class Footprint:
 
     def of(self, size: Size) -> float:
         """Bytes that a structure adds to a batch."""
-        # Something at least, so that room is never endless.
+        # At least one byte, so that a batch always ends.
         return max(1.0, self.per_atom * size.atoms + self.per_edge * size.edges)
 
 
@@ -64,39 +69,44 @@ def sizes(potential: Potential, structures: Sequence[Atoms]) -> list[Size]:
     return counted
 
 
-def measure(run: Callable[[list[Item]], Any], items: Sequence[Item], of: Sequence[Size]) -> Footprint:
+def measure(
+    run: Callable[[list[Item]], Any], items: Sequence[Item], of: Sequence[Size], device: torch.device = CPU
+) -> Footprint:
     """The footprint of a computation, from its peaks on a few batches of the smallest and the largest items.
 
     Parameters
     ----------
     run : callable
-        ``run(items)``, whose memory counts; it is called some times.
+        ``run(items)``, whose memory is measured; it is called up to five times.
     items : sequence
     of : sequence of Size
         Their sizes.
+    device : torch.device
+        Where it computes.
 
     Raises
     ------
     MemoryError
-        Where not even the smallest item fits, naming the mend.
+        Where not even the smallest item fits, saying what to do.
     """
     order = sorted(range(len(items)), key=lambda k: of[k])
     small, large = order[0], order[-1]
     rows, peaks = [], []
-    # The first makes what is made at first use, and is measured again.
+    # The first allocates what is allocated at first use, and is measured again.
     for batch in ([small], [small], [small, small], [large], [small, large]):
-        found = fits(partial(peak_bytes, partial(run, [items[k] for k in batch])))
+        found = fits(partial(peak_bytes, partial(run, [items[k] for k in batch]), device))
         if found is None:
             continue
+        ((_, peak),) = found
         rows.append([1.0, sum(of[k].atoms for k in batch), sum(of[k].edges for k in batch)])
-        peaks.append(max(1, found[0]))
+        peaks.append(max(1, peak))
     if not peaks:
-        tell(1)
+        report_out_of_memory(1)
     return _fitted(np.array(rows[1:] or rows), np.array(peaks[1:] or peaks, dtype=float))
 
 
 def _fitted(rows: np.ndarray, peaks: np.ndarray) -> Footprint:
-    """Bytes for each batch, atom and pair that give these peaks."""
+    """Bytes for each batch, atom and edge that give these peaks."""
     if len(rows) < rows.shape[1]:
         return Footprint(0.0, float((peaks / rows[:, 1]).max()), 0.0)
     # Each batch counts by its relative error; nothing can take less than no memory.
@@ -105,26 +115,32 @@ def _fitted(rows: np.ndarray, peaks: np.ndarray) -> Footprint:
 
 
 def free_bytes(device: torch.device) -> float:
-    """What may be taken of the memory of a GPU now; infinite elsewhere, where the system would swap, not say no."""
+    """Bytes of a GPU that may be used now; infinite elsewhere, where the system would swap and not refuse."""
     if device.type != "cuda":
         return float("inf")
     free, _ = torch.cuda.mem_get_info(device)
-    held_back = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return SHARE * (free + held_back)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return SHARE * (free + cached)
 
 
-def peak_bytes(run: Callable[[], Any]) -> int:
-    """Bytes of all tensors that are alive together at most while `run` runs, of those that it makes or uses.
+def peak_bytes(run: Callable[[], Found], device: torch.device = CPU) -> tuple[Found, int]:
+    """The result of `run`, and the bytes of tensors that were alive together at most, beyond those before it.
 
-    Counted from the tensors themselves, so that neither other processes nor what an allocator holds back matter.
+    On a GPU its allocator counts them. Elsewhere they are counted from the tensors that operations return, which takes
+    time: the resident memory of a process would contain what the system's allocator has not given back.
     """
-    with _Live() as live:
-        run()
-    return live.peak
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        found = run()
+        return found, torch.cuda.max_memory_allocated(device) - before
+    with _LiveTensors() as live:
+        found = run()
+    return found, live.peak
 
 
-class _Live(TorchDispatchMode):
-    """Adds up the storages that operations give, until they are freed."""
+class _LiveTensors(TorchDispatchMode):
+    """Adds up the storages of the tensors that operations return, until they are freed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -135,10 +151,10 @@ class _Live(TorchDispatchMode):
         found = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(found):
             if isinstance(tensor, torch.Tensor):
-                self._see(tensor)
+                self._count(tensor)
         return found
 
-    def _see(self, tensor: torch.Tensor) -> None:
+    def _count(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         place, size = storage.data_ptr(), storage.nbytes()
         if not size or place in self._sizes:
@@ -152,24 +168,19 @@ class _Live(TorchDispatchMode):
         self._live -= self._sizes.pop(place, 0)
 
 
-log = logging.getLogger(__name__)
-SIGNS = ("can't allocate memory", "out of memory", "OutOfMemoryError", "ALLOC_FAILED")
-Found = TypeVar("Found")
-
-
 def in_parts(run: Callable[[list[Item]], Found], items: Sequence[Item]) -> Iterator[tuple[list[Item], Found]]:
-    """What `run` gives for the items, all at once or, where memory runs out, for one half after the other.
+    """The result of `run` for the items, all at once or, where memory runs out, for one half after the other.
 
     Parameters
     ----------
     run : callable
-        ``run(items)``; where it fails it must leave nothing behind, for its halves are run instead.
+        ``run(items)``; where it fails it must have no effects, for its halves are run instead.
     items : sequence
 
     Yields
     ------
     (list, object)
-        Each part of the items, in order, and what was found for it.
+        Each part of the items, in order, and its result.
 
     Raises
     ------
@@ -183,13 +194,13 @@ def in_parts(run: Callable[[list[Item]], Found], items: Sequence[Item]) -> Itera
         if found is not None:
             yield part, found[0]
             continue
-        tell(len(part))
+        report_out_of_memory(len(part))
         half = (len(part) + 1) // 2
         waiting += [part[half:], part[:half]]
 
 
 def fits(run: Callable[[], Found]) -> tuple[Found] | None:
-    """What `run` gives; None where memory ran out, and by then everything that it held on to is given back."""
+    """The result of `run`; None where memory ran out, once all that it had allocated is free again."""
     try:
         return (run(),)
     except (RuntimeError, MemoryError) as error:
@@ -201,25 +212,25 @@ def fits(run: Callable[[], Found]) -> tuple[Found] | None:
     return None
 
 
-def tell(n: int) -> None:
-    """Warn that so many structures were too many.
+def report_out_of_memory(n: int) -> None:
+    """Warn that n structures together were too many.
 
     Raises
     ------
     MemoryError
-        Where it was a single one, naming the mend.
+        Where it was a single one, saying what to do.
     """
     if n == 1:
         raise MemoryError(
             "Memory ran out on a single structure: use a device with more memory, a smaller potential, or an "
             "adjoint that keeps less, such as 'replay' or 'implicit'."
         )
-    log.warning("Memory ran out on %d structures at once: going on with half as many.", n)
+    log.warning("Memory ran out on %d structures at once: continuing with half as many.", n)
 
 
 def ran_out(error: BaseException) -> bool:
     """Whether an error says that the device or the host has no memory left."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    # The CPU's allocator has no class of its own for it, and TorchScript passes errors on as text.
+    # The CPU's allocator raises no class of its own, and TorchScript passes errors on as text.
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)

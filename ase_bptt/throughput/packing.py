@@ -1,4 +1,4 @@
-"""Which structures are computed together, and on which process, by what each of them costs."""
+"""Which structures are computed together, and by which process, from the cost of each."""
 
 from __future__ import annotations
 
@@ -13,12 +13,16 @@ from ase import Atoms
 from ..potential import Potential
 from .memory import Footprint, free_bytes, in_parts, measure, sizes
 
+log = logging.getLogger(__name__)
+Item = TypeVar("Item")
+Found = TypeVar("Found")
+
 
 def share(costs: Sequence[float], parts: int) -> list[list[int]]:
-    """Items dealt out to so many parts, so that none has much more to do than the others.
+    """Items distributed over a number of parts of about equal cost.
 
-    The most expensive first, each to the part that has least so far (Graham, SIAM J. Appl. Math. 17, 416 (1969): at
-    most 4/3 of the best there is, and close to it where items are many). The same on every machine.
+    The most expensive first, each to the part that costs least so far (Graham, SIAM J. Appl. Math. 17, 416 (1969): at
+    most 4/3 of the optimum, and close to it for many items). The result is the same on every machine.
 
     Parameters
     ----------
@@ -40,7 +44,7 @@ def share(costs: Sequence[float], parts: int) -> list[list[int]]:
 
 
 def pack(costs: Sequence[float], capacity: float, most: int | None = None) -> list[list[int]]:
-    """Items in as few batches as will do, none of which costs more than the capacity.
+    """Items in few batches, none of which costs more than the capacity (bin packing by best fit).
 
     The most expensive first, each into the fullest batch that has room for it.
 
@@ -76,25 +80,20 @@ def _expensive_first(costs: Sequence[float]) -> list[int]:
     return sorted(range(len(costs)), key=lambda k: (-costs[k], k))
 
 
-log = logging.getLogger(__name__)
-Item = TypeVar("Item")
-Found = TypeVar("Found")
-
-
 class Planner(Generic[Item]):
-    """Cuts a batch into parts that fit into the memory, by what it has measured and by where memory ran out.
+    """Divides a batch into parts that fit into memory, by measured footprints and by where memory ran out.
 
-    Measured is at the first batch, and not at all where there is no limit.
+    It measures at the first batch, and not at all where there is no limit.
 
     Parameters
     ----------
     potential : Potential
     run : callable
-        ``run(items)``, whose memory counts; it may leave nothing behind.
+        ``run(items)``, whose memory is measured; it must have no effects.
     atoms_of : callable
-        ``atoms_of(item)``, the structure by whose size an item is judged.
+        ``atoms_of(item)``, the structure whose size is that of the item.
     memory : float or None
-        GiB that a part may take. None is 80 % of what is free on a GPU, and no limit elsewhere.
+        GiB that a part may take. None is 80 % of the free memory of a GPU, and no limit elsewhere.
 
     Attributes
     ----------
@@ -122,9 +121,9 @@ class Planner(Generic[Item]):
         return free_bytes(self.potential.device)
 
     def computed(self, run: Callable[[list[Item]], Found], items: Sequence[Item]) -> Iterator[tuple[list[int], Found]]:
-        """What `run` gives for each part of the items, with the indices of the part.
+        """The indices of each part of the items, and the result of `run` for it.
 
-        Where memory runs out the part is halved, and later parts hold no more items than went well.
+        Where memory runs out the part is halved, and later parts have no more items than fitted.
         """
         for part in self.parts(items):
             left = part
@@ -142,12 +141,12 @@ class Planner(Generic[Item]):
         return [list(range(first, min(first + size, len(items)))) for first in range(0, len(items), size)]
 
     def costs(self, items: Sequence[Item]) -> tuple[list[float], float]:
-        """Bytes that each item adds to a batch, and what they may come to."""
+        """Bytes that each item adds to a batch, and the limit of their sum."""
         of = sizes(self.potential, [self._atoms_of(item) for item in items])
         if self.footprint is None:
-            self.footprint = measure(self._run, items, of)
+            self.footprint = measure(self._run, items, of, self.potential.device)
             log.info(
-                "A batch takes %.1f MiB, %.3f MiB for each atom and %.2f KiB for each pair of neighbours.",
+                "A batch takes %.1f MiB, %.3f MiB for each atom and %.2f KiB for each edge.",
                 self.footprint.fixed / 2**20, self.footprint.per_atom / 2**20, self.footprint.per_edge / 2**10,
             )  # fmt: skip
         return [self.footprint.of(size) for size in of], max(0.0, self.limit - self.footprint.fixed)

@@ -13,7 +13,7 @@ import torch
 
 from ..losses import displacements
 from ..pairs import RelaxationPair
-from ..pairs.lazy import Later
+from ..pairs.lazy import DeferredPair
 from ..steppers import Stepper
 from ..terms import Term
 
@@ -139,7 +139,7 @@ class VariedStarts(Sequence[RelaxationPair]):
         return share, self._rng.normal(0, self._rattle, (n_atoms, 3))
 
 
-class VariedPair(Later):
+class VariedPair(DeferredPair):
     """A pair whose start is made, and whose structures are read, when one of them is asked for; they are kept then."""
 
     __slots__ = ("_full", "_make", "_of")

@@ -15,7 +15,7 @@ from . import low_rank
 from .low_rank import matching, plain
 
 STEPPER_RATE = 0.01
-"""How far a step of Adam moves a number of the stepper, as a share of that number."""
+"""How far a step of Adam moves a hyperparameter of the stepper, as a share of its value."""
 
 
 class Count(NamedTuple):
@@ -36,7 +36,7 @@ def select(
     train : str or sequence of str
         Patterns for names of weights (as in `named_parameters`; ``*`` stands for anything).
     freeze : str or sequence of str
-        Patterns for weights that do not train, whatever else is said.
+        Patterns for weights that do not train, whatever `train` and `last` say.
     last : int, optional
         Train the last layers, counted from the output, with the readout; beside what `train` names.
         Without `train` and `last`, all weights train.
@@ -78,7 +78,7 @@ def prepare(
 ) -> str:
     """`select`, then with `lora` (a rank) updates of that rank on the linear maps among the chosen weights.
 
-    What is wrong is found before anything changes. Returns what `describe` says of the result.
+    Where it raises, nothing has changed. Returns what `describe` says of the result.
     """
     before = {name: p.requires_grad for name, p in potential.named_parameters()}
     select(potential, train, freeze, last)
@@ -120,20 +120,20 @@ def groups(
     ----------
     potential : Potential
     stepper : Stepper, optional
-        Each of its own Parameters is a group, for they differ in size by orders.
+        Each of its own Parameters is a group, for they differ by orders of magnitude.
     rates : mapping of str to float, optional
         By a pattern for names of weights, the factor on their learning rate. The first pattern that fits counts.
     lr : float
         What the factors multiply. The weights that no pattern fits have no rate of their own here:
         the optimizer's holds.
     stepper_rate : float
-        The learning rate of each of the stepper's numbers, as a share of the number: a step of Adam
-        moves the number about so far.
+        The learning rate of each hyperparameter of the stepper, as a share of its value: a step of Adam moves it by
+        about as much.
 
     Returns
     -------
     list of dict
-        "params", "name", and "lr" where it is not the optimizer's; the weights without a pattern first.
+        "params", "name", and "lr" where it is not that of the optimizer; the weights without a pattern first.
 
     Raises
     ------
@@ -194,7 +194,7 @@ def layers(potential: Potential) -> list[list[str]]:
 def staged(
     potential: Potential, *, before: tuple[str, ...] = (), stacks: tuple[str, ...], after: tuple[str, ...] = ()
 ) -> list[list[str]]:
-    """Names of the weights by layer, told apart by what their names begin with.
+    """Names of the weights by layer, from what their names begin with.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Low-rank updates: few numbers are trained beside frozen weights, and folded into them afterwards.
+"""Low-rank updates: few parameters are trained beside frozen weights, and merged into them afterwards.
 
 LoRA (Hu et al., arXiv 2106.09685): W + (alpha / rank) B A, with B zero at the start. A linear map
 that keeps the symmetry (e3nn's o3.Linear) has a matrix for each of its paths from irreps to irreps,
@@ -23,6 +23,8 @@ from ..utils import check_positive
 
 TRAINED = "_trained_before_lora"
 """Attribute of a potential with updates: the names of the weights that trained before."""
+PARAMETRISED = re.compile(r"parametrizations\.(\w+)\.(?:original|\d+\..*)$")
+SHOWN = 3
 
 
 class LowRank(nn.Module):
@@ -213,10 +215,6 @@ def _fold(module: nn.Module) -> None:
     others = dict(module._parameters)
     module._parameters.clear()
     module._parameters.update({"weight": weight} | others)
-
-
-PARAMETRISED = re.compile(r"parametrizations\.(\w+)\.(?:original|\d+\..*)$")
-SHOWN = 3
 
 
 def plain(name: str) -> str:
