@@ -1,4 +1,4 @@
-"""Pairs that are read when they are asked for: the same as those that are held, and few of them in memory."""
+"""Pairs that are read when they are asked for: the same as those that are kept, and few of them in memory."""
 
 import dataclasses
 import gc
@@ -219,7 +219,7 @@ class TestIndex:
         return len(pairs), read.call_count
 
     @WAYS
-    def test_it_is_used_again_and_made_anew_where_a_file_has_changed(self, tmp_path, relaxations, written):
+    def test_it_is_used_again_and_rebuilt_where_a_file_has_changed(self, tmp_path, relaxations, written):
         path = written(tmp_path, relaxations)
         assert self.first(path) == (N, N)
         assert self.first(path) == (N, 0)
@@ -245,7 +245,7 @@ class TestIndex:
     @pytest.mark.parametrize("harm", [lambda text: text[: len(text) // 2], lambda text: "", lambda text: "[]\n" + text,
                                       lambda text: text.replace('"problems"', '"other"'),
                                       lambda text: "\n".join(text.splitlines()[:-1])])  # fmt: skip
-    def test_a_harmed_one_is_made_anew(self, tmp_path, relaxations, harm):
+    def test_a_damaged_one_is_rebuilt(self, tmp_path, relaxations, harm):
         (tmp_path / "data").mkdir()
         path = as_folder(tmp_path / "data", relaxations)
         self.first(path, index=tmp_path / "run")
