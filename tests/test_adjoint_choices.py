@@ -47,13 +47,13 @@ def test_every_adjoint_has_a_name_here():
 @pytest.mark.parametrize(
     "bad", ["replays", "", "implicit:3", "full:1", "replay:", "guided:-3", "guided:2.5", "replay:0"]
 )
-def test_bad_names_are_told_with_those_there_are(bad):
+def test_an_unknown_name_is_refused_and_the_known_ones_are_listed(bad):
     with pytest.raises(ValueError, match=f"no adjoint '{bad}'; there are full, replay:N, truncated:N, implicit"):
         make_adjoint(bad)
 
 
 @pytest.mark.parametrize(("bad", "said"), [({"name": "x"}, "'x'"), ({"every": 2}, "None")])
-def test_bad_names_in_json_are_told_the_same(bad, said):
+def test_unknown_names_in_json_are_refused_in_the_same_way(bad, said):
     with pytest.raises(ValueError, match=f"no adjoint {said}; there are full, replay:N, truncated:N, implicit"):
         make_adjoint(bad)
 

@@ -48,7 +48,7 @@ EVERY = [pytest.param(name, marks=needs_mace if "mace" in name else ()) for name
 
 @pytest.mark.parametrize("frames", [10, 50])
 @pytest.mark.parametrize("name", EVERY)
-def test_gradients_are_the_slopes_of_the_whole_relaxation(name, frames):
+def test_gradients_agree_with_finite_differences_of_the_whole_relaxation(name, frames):
     case = CASES[name]
     potential, stepper = case.potential(), case.stepper()
     structures = batch(*(make() for make in case.members))
@@ -73,7 +73,7 @@ def test_gradients_are_the_slopes_of_the_whole_relaxation(name, frames):
 
 
 @pytest.mark.parametrize("stepper", LEARNABLE)
-def test_gradients_in_the_steppers_own_numbers_and_the_cells_are_slopes_too(stepper):
+def test_gradients_in_hyperparameters_and_cells_agree_with_finite_differences(stepper):
     potential, stepper = lennard_jones().requires_grad_(), LEARNABLE[stepper]()
     structures = batch(argon(), cluster())
     structures.cells.requires_grad_()
@@ -228,7 +228,7 @@ def test_the_full_tape_stores_no_states():
 @pytest.mark.parametrize("stepper", LEARNABLE)
 @pytest.mark.parametrize("how", ADJOINTS)
 def test_frames_without_any_force_are_the_identity(how, stepper):
-    # Forces and velocities are exactly zero here, where norms have no slope.
+    # Forces and velocities are exactly zero here, where norms have no derivative.
     structures = batch(Atoms("Ar"), Atoms("Ar", positions=[[1, 2, 3]]))
     stepper, potential = LEARNABLE[stepper](), lennard_jones().requires_grad_()
     relaxation = relax(potential, structures, stepper=stepper, fmax=0.0, steps=5, adjoint=how)
@@ -308,5 +308,5 @@ def test_without_a_frame_the_end_is_the_start(adjoint):
         relaxation = relax(potential, structures, steps=0, fmax=1e-9, adjoint=adjoint, stepper="gd")
         found = gradient(inputs, relaxation.positions.square().sum())
         expected = {id(structures.positions): 2 * structures.positions.detach()}
-        for x, slope in zip(inputs, found, strict=True):
-            assert torch.equal(slope, expected.get(id(x), torch.zeros_like(x)))
+        for x, g in zip(inputs, found, strict=True):
+            assert torch.equal(g, expected.get(id(x), torch.zeros_like(x)))

@@ -404,7 +404,7 @@ def test_three_bad_pairs_of_twenty_are_listed_with_their_reasons(command, twenty
         assert "17 relaxations" in out
 
 
-def test_a_run_goes_on_without_the_bad_pairs(twenty):
+def test_a_run_continues_without_the_bad_pairs(twenty):
     code, _, err = called("train", "--skip-invalid", "--json")
     assert code == 0, err
     rows = Path("run/table.csv").read_text().splitlines()
@@ -491,7 +491,7 @@ def test_code_in_a_checkpoint_is_not_run(kind):
     assert called("train")[0] == 0
     for name in ("checkpoint.pt", "checkpoint.previous.pt"):
         PICKLES[kind](f"run/{name}")
-    Path("run/results.json").unlink()  # or the complete run would be told again, without a look at its checkpoint
+    Path("run/results.json").unlink()  # or the complete run would be reported again, without a look at its checkpoint
     before = files()
     is_refused(run("train", "pairs", "--out", "run", "--resume"), "run holds no run that can be resumed")
     assert files() == before

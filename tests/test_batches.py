@@ -8,7 +8,7 @@ from ase.constraints import FixAtoms, FixBondLengths
 from ase.optimize import BFGS
 from ase.optimize import FIRE as AseFIRE
 from helpers.potentials import lennard_jones
-from helpers.structures import argon, cluster
+from helpers.structures import argon, cluster, constrained
 
 from ase_bptt import Status, relax
 from ase_bptt.steppers import FIRE
@@ -24,12 +24,6 @@ def whole(ends) -> list[Relaxed]:
 
 def fire() -> FIRE:
     return FIRE(dt=0.03, dtmax=0.06)
-
-
-def constrained(constraint, make=argon):
-    atoms = make()
-    atoms.set_constraint(constraint)
-    return atoms
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 16])
@@ -66,7 +60,7 @@ def test_gradients_are_neither_made_nor_switched_off_for_the_caller():
     ids=["fire", "bfgs"],
 )
 def test_constraints_are_obeyed_as_ase_obeys_them(constraint, stepper, optimizer, settings):
-    start = constrained(constraint)
+    start = constrained(argon(), constraint)
     (end,) = whole(relax_all(lennard_jones(), [start], stepper=stepper(), **SETTINGS))
     twin = start.copy()
     twin.calc = AseLennardJones(smooth=True, rc=2.4, ro=1.8)
@@ -79,7 +73,7 @@ def test_constraints_are_obeyed_as_ase_obeys_them(constraint, stepper, optimizer
 
 
 def test_constrained_and_free_ones_come_back_in_order():
-    structures = [constrained(FixAtoms([0])), argon(2), constrained(FixAtoms([1]), cluster), argon(3)]
+    structures = [constrained(argon(), FixAtoms([0])), argon(2), constrained(cluster(), FixAtoms([1])), argon(3)]
     found = list(relax_all(lennard_jones(), structures, stepper=fire(), **SETTINGS))
     assert {k for k, _ in found} == {0, 1, 2, 3}
     assert [len(end.atoms) for end in whole(iter(found))] == [4, 4, 6, 4]
@@ -96,7 +90,7 @@ def test_what_diverges_says_so_and_holds_nobody_up(constrain):
 
 
 def test_the_structures_given_are_left_as_they_are():
-    start = constrained(FixAtoms([0]))
+    start = constrained(argon(), FixAtoms([0]))
     whole(relax_all(lennard_jones(), [start, argon(2)], stepper=fire(), **SETTINGS))
     np.testing.assert_array_equal(start.positions, argon().positions)
     assert start.calc is None

@@ -136,8 +136,8 @@ def test_stress_is_in_voigts_order_and_positive_under_tension():
             moved = atoms.copy()
             moved.set_cell(atoms.cell.array @ strain, scale_atoms=True)
             energies.append(with_calculator(moved).get_potential_energy())
-        slope = (energies[0] - energies[1]) / (2 * h) / atoms.get_volume()
-        assert stress[k] == pytest.approx(slope, abs=1e-5)
+        difference = (energies[0] - energies[1]) / (2 * h) / atoms.get_volume()
+        assert stress[k] == pytest.approx(difference, abs=1e-5)
     stretched = argon()
     stretched.set_cell(stretched.cell * 1.1, scale_atoms=True)
     assert with_calculator(stretched).get_stress()[:3].min() > 0
@@ -184,7 +184,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_changed_atoms_are_calculated_anew(change, counted):
+def test_changed_atoms_are_calculated_again(change, counted):
     atoms = with_calculator(argon())
     atoms.get_forces()
     CHANGES[change](atoms)

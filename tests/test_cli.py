@@ -154,7 +154,7 @@ class TestTrain:
         assert "right basin: relaxed from the initial" in out
         assert str(folder / "potential") in out
 
-    def test_the_table_file_has_a_row_for_each_held_out_structure(self, trained):
+    def test_the_table_file_has_a_row_for_each_test_structure(self, trained):
         folder, _ = trained
         rows = list(csv.DictReader((folder / "table.csv").read_text().splitlines()))
         results = json.loads((folder / "results.json").read_text())
@@ -268,7 +268,7 @@ class TestRunFolder:
         is_refused(run(*arguments), "run lies in run", "another --out")
         assert load_potential("run").family == "lj"
 
-    def test_a_complete_run_is_told_again(self, data):
+    def test_a_complete_run_is_reported_again(self, data):
         code, out, _ = train(data, "--json")
         again, said, err = train(data, "--resume", "--json")
         assert (code, again) == (0, 0), err
@@ -302,7 +302,7 @@ class TestRunFolder:
 
 
 class TestResume:
-    def test_it_goes_on_and_ends_as_an_uninterrupted_run(self, data, tmp_path):
+    def test_it_continues_and_ends_as_an_uninterrupted_run(self, data, tmp_path):
         more = ["--epochs", 2, "--steps", 3, "--batch-size", 1, "--lr", 0.02]
         assert train(data, "--json", quick=more)[0] == 0
         (tmp_path / "run").rename(tmp_path / "whole")

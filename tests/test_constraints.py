@@ -21,7 +21,7 @@ from ase.constraints import (
 from ase.optimize import FIRE as AseFIRE
 from helpers.gradients import check_gradient, gradient, loss_and_decisions, mass_weighted_distance, nearby_positions
 from helpers.potentials import lennard_jones
-from helpers.structures import argon, cluster, rattled, skewed
+from helpers.structures import argon, cluster, constrained, rattled, skewed
 
 from ase_bptt import (
     BPTTOptimizer,
@@ -46,23 +46,19 @@ def symmetric() -> Atoms:
     return atoms
 
 
-def held(make, *constraints) -> Atoms:
-    atoms = make()
-    atoms.set_constraint([c(atoms) if callable(c) else c for c in constraints])
-    return atoms
-
-
 CASES = {
-    "atoms": lambda: held(argon, FixAtoms([0, 2])),
-    "axes": lambda: held(argon, FixCartesian([1, 3], [True, False, True])),
-    "scaled": lambda: held(skewed, FixScaled([0], [True, False, True])),
-    "line": lambda: held(cluster, FixedLine([0, 4], [1, 2, -1])),
-    "plane": lambda: held(cluster, FixedPlane([0, 1, 5], [0.3, 0, 1])),
-    "com": lambda: held(mixed, FixCom()),
-    "subset": lambda: held(mixed, FixSubsetCom([0, 1, 4])),
-    "symmetry": lambda: held(symmetric, FixSymmetry),
-    "several": lambda: held(mixed, FixAtoms([0]), FixedLine([1], [1, 1, 0]), FixCom(), FixCartesian([2], [1, 0, 0])),
-    "all": lambda: held(argon, FixAtoms([0, 1, 2, 3])),
+    "atoms": lambda: constrained(argon(), FixAtoms([0, 2])),
+    "axes": lambda: constrained(argon(), FixCartesian([1, 3], [True, False, True])),
+    "scaled": lambda: constrained(skewed(), FixScaled([0], [True, False, True])),
+    "line": lambda: constrained(cluster(), FixedLine([0, 4], [1, 2, -1])),
+    "plane": lambda: constrained(cluster(), FixedPlane([0, 1, 5], [0.3, 0, 1])),
+    "com": lambda: constrained(mixed(), FixCom()),
+    "subset": lambda: constrained(mixed(), FixSubsetCom([0, 1, 4])),
+    "symmetry": lambda: constrained(symmetric(), FixSymmetry),
+    "several": lambda: constrained(
+        mixed(), FixAtoms([0]), FixedLine([1], [1, 1, 0]), FixCom(), FixCartesian([2], [1, 0, 0])
+    ),
+    "all": lambda: constrained(argon(), FixAtoms([0, 1, 2, 3])),
     "none": argon,
 }
 every_case = pytest.mark.parametrize("name", CASES)
@@ -137,8 +133,8 @@ def test_members_of_a_batch_take_the_paths_they_take_alone():
         np.testing.assert_allclose(together[k].to_atoms().positions, alone.to_atoms().positions, atol=1e-10)
 
 
-def test_forces_on_atoms_that_are_held_do_not_count():
-    atoms = held(argon, FixAtoms([0, 1, 2, 3]))
+def test_forces_on_fixed_atoms_do_not_count():
+    atoms = constrained(argon(), FixAtoms([0, 1, 2, 3]))
     found = relax(lennard_jones(), atoms, fmax=1e-6)
     assert found.status[0] is Status.CONVERGED
     assert int(found.nsteps[0]) == 0
@@ -152,7 +148,7 @@ class TestGradients:
     @pytest.mark.parametrize("name", GRADIENT_CASES)
     @pytest.mark.parametrize("adjoint", ["full", "replay"])
     @pytest.mark.parametrize("stepper", [lambda: GradientDescent(0.004, momentum=0.5), fire], ids=["gd", "fire"])
-    def test_slopes(self, name, adjoint, stepper):
+    def test_gradients_agree_with_finite_differences(self, name, adjoint, stepper):
         potential = lennard_jones().requires_grad_()
         structures = Structures.from_atoms([CASES[name](), cluster(seed=4)])
         structures.positions.requires_grad_()
@@ -179,7 +175,7 @@ class TestGradients:
         for a, b in zip(*found, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
-    def test_atoms_that_are_held_pass_their_gradient_on_unchanged_but_for_their_neighbours(self):
+    def test_fixed_atoms_pass_their_gradient_on_unchanged_but_for_their_neighbours(self):
         structures = Structures.from_atoms(CASES["all"]())
         structures.positions.requires_grad_()
         potential = lennard_jones().requires_grad_()
@@ -213,7 +209,7 @@ class TestOptimizer:
             torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
 
     def test_constraints_that_were_changed_since_are_noticed(self):
-        atoms = held(argon, FixAtoms([0]))
+        atoms = constrained(argon(), FixAtoms([0]))
         atoms.calc = TorchCalculator(lennard_jones())
         optimizer = BPTTOptimizer(atoms, logfile=None, stepper=fire())
         optimizer.run(fmax=0.0, steps=3)
@@ -223,9 +219,9 @@ class TestOptimizer:
 
 
 class TestLosses:
-    def test_held_atoms_do_not_count(self):
+    def test_fixed_atoms_do_not_count(self):
         reference = argon(2)
-        start = held(argon, FixAtoms([0, 1]))
+        start = constrained(argon(), FixAtoms([0, 1]))
         d = start.positions - reference.positions
         d -= np.round(d / 1.6) * 1.6
         free, masses = d[2:], start.get_masses()[2:]
@@ -246,7 +242,7 @@ class TestLosses:
         ids=lambda x: type(x).__name__ if not isinstance(x, list) else "",
     )
     def test_only_the_drift_that_constraints_allow_is_left_out(self, constraint, passes):
-        start = held(cluster, constraint)
+        start = constrained(cluster(), constraint)
         for axis, free in enumerate(passes):
             moved = start.copy()
             moved.set_constraint()
@@ -254,18 +250,18 @@ class TestLosses:
             assert (delta_q(start, moved) < 1e-6) == bool(free)
 
     def test_constraints_of_the_reference_count_where_the_other_has_none(self):
-        moved = held(cluster, FixAtoms([0]))
+        moved = constrained(cluster(), FixAtoms([0]))
         moved.positions += 0.3
         assert delta_q(cluster(), moved) > 1
         assert delta_q(cluster(), moved, align=True) > 1
 
-    def test_all_held_is_no_distance(self):
+    def test_all_atoms_fixed_is_no_distance(self):
         start = CASES["all"]()
         assert delta_q(start, argon(2)) == 0
         assert rmsd(start, argon(2)) == 0
 
-    def test_gradients_of_held_atoms_are_zero(self):
-        structures = Structures.from_atoms(held(cluster, FixAtoms([0, 1])))
+    def test_gradients_of_fixed_atoms_are_zero(self):
+        structures = Structures.from_atoms(constrained(cluster(), FixAtoms([0, 1])))
         structures.positions.requires_grad_()
         (found,) = torch.autograd.grad(delta_q(structures, cluster(seed=3)).sum(), structures.positions)
         assert (found[:2] == 0).all()
@@ -273,7 +269,7 @@ class TestLosses:
 
 
 def test_training_starts_keep_to_the_constraints():
-    start = held(argon, FixAtoms([0, 1]))
+    start = constrained(argon(), FixAtoms([0, 1]))
     (varied,) = VariedStarts([RelaxationPair(start, argon(2), "a", "g")], 1.0, 0.1, np.random.default_rng(0))
     np.testing.assert_array_equal(varied.initial.positions[:2], start.positions[:2])
     assert (varied.initial.positions[2:] != start.positions[2:]).all()
@@ -281,7 +277,7 @@ def test_training_starts_keep_to_the_constraints():
 
 @pytest.mark.parametrize("constraint", [FixBondLengths([[0, 1]]), Hookean(0, 1, rt=1.0, k=1.0)])
 def test_others_are_refused_by_name_with_those_that_are_known(constraint):
-    atoms = held(cluster, FixAtoms([3]), constraint)
+    atoms = constrained(cluster(), FixAtoms([3]), constraint)
     with pytest.raises(NotImplementedError, match=rf"constraints {type(constraint).__name__}, .*FixSymmetry"):
         relax(lennard_jones(), [argon(), atoms])
 
@@ -296,7 +292,7 @@ def water() -> Atoms:
     return Atoms("ArNeNe", positions=[[0, 0, 0], [1.1, 0.1, 0], [-0.3, 1.0, 0.2]])
 
 
-class TestWhatIsHeldStays:
+class TestWhatIsConstrainedStays:
     """After 60 frames of a run that moves everything else."""
 
     def relaxed(self, atoms: Atoms) -> Atoms:
@@ -312,18 +308,18 @@ class TestWhatIsHeldStays:
         np.testing.assert_array_equal(self.relaxed(slab).positions[bottom], slab.positions[bottom])
 
     def test_fixed_coordinates_to_the_last_bit(self):
-        atoms = held(argon, FixCartesian([0, 2], [True, False, True]))
+        atoms = constrained(argon(), FixCartesian([0, 2], [True, False, True]))
         np.testing.assert_array_equal(
             self.relaxed(atoms).positions[[0, 2]][:, [0, 2]], atoms.positions[[0, 2]][:, [0, 2]]
         )
 
     def test_the_centre_of_mass(self):
-        atoms = held(water, FixCom())
+        atoms = constrained(water(), FixCom())
         moved = self.relaxed(atoms).get_center_of_mass() - atoms.get_center_of_mass()
         assert np.abs(moved).max() < 1e-12
 
     def test_the_symmetry(self):
-        atoms = held(symmetric, FixSymmetry)
+        atoms = constrained(symmetric(), FixSymmetry)
         end = self.relaxed(atoms)
         constraint = atoms.constraints[0]
         step = end.positions - atoms.positions
@@ -336,14 +332,14 @@ class TestWhatIsHeldStays:
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: held(lambda: rattled(fcc111("Ar", (1, 1, 3), a=1.6, vacuum=4.0), 0.05), FixAtoms([0])),
-        lambda: held(symmetric, FixSymmetry),
-        lambda: held(water, FixCom()),
+        lambda: constrained(rattled(fcc111("Ar", (1, 1, 3), a=1.6, vacuum=4.0), 0.05), FixAtoms([0])),
+        lambda: constrained(symmetric(), FixSymmetry),
+        lambda: constrained(water(), FixCom()),
     ],
     ids=["slab", "crystal", "molecule"],
 )
 @pytest.mark.parametrize("adjoint", ["full", "replay"])
-def test_slopes_of_a_slab_a_crystal_and_a_molecule(make, adjoint):
+def test_finite_differences_of_a_slab_a_crystal_and_a_molecule(make, adjoint):
     potential = lennard_jones().requires_grad_()
     structures = Structures.from_atoms(make())
     structures.positions.requires_grad_()

@@ -38,7 +38,7 @@ def model(scale: float = 1.0) -> LennardJones:
     return LennardJones(epsilon=0.2, sigma=scale * SIGMA, rc=6.0, ro=4.5, smooth=True)
 
 
-def shape(name: str, seed: int) -> Atoms:
+def rattled_shape(name: str, seed: int) -> Atoms:
     corners = np.array(SHAPES[name])
     return rattled(Atoms("Ar" * len(corners), positions=1.12 * SIGMA * corners), 0.1, seed)
 
@@ -56,7 +56,7 @@ def true_pairs(n: int = 6, forces: bool = False) -> list[RelaxationPair]:
     found = []
     for k in range(n):
         kind = list(SHAPES)[k % len(SHAPES)]
-        start = shape(kind, k + 1)
+        start = rattled_shape(kind, k + 1)
         with torch.no_grad():
             end = relax(model(), start, fmax=1e-3, steps=1000).to_atoms()
         end.calc = None
@@ -96,14 +96,14 @@ def wells(*ends: tuple[float, float]) -> list[RelaxationPair]:
     return [RelaxationPair(apart(a), apart(b), f"{a} to {b}", f"kind {k}") for k, (a, b) in enumerate(ends)]
 
 
-def quickly(potential, pairs, **settings) -> Diagnosis:
+def quick_diagnosis(potential, pairs, **settings) -> Diagnosis:
     return diagnose(potential, pairs, **{"sample": 2, "rattles": 1} | settings)
 
 
 class TestVerdict:
     @pytest.mark.parametrize("forces", [True, False])
     def test_what_made_the_pairs_is_right_already(self, forces):
-        found = quickly(model(), true_pairs(forces=forces))
+        found = quick_diagnosis(model(), true_pairs(forces=forces))
         assert found.verdict == RIGHT_ALREADY
         assert set(found.classes) == {"right"}
         assert found.wrong_basins == 0
@@ -112,14 +112,14 @@ class TestVerdict:
     @pytest.mark.parametrize("forces", [True, False])
     @pytest.mark.parametrize("scale", [0.95, 1.05])
     def test_a_systematic_error_can_be_mended(self, scale, forces):
-        found = quickly(model(scale), true_pairs(forces=forces))
+        found = quick_diagnosis(model(scale), true_pairs(forces=forces))
         assert found.verdict == YES
         assert found.classes.count("shifted") >= 4
         assert "within reach" in found.judgement.reason
 
     @pytest.mark.parametrize("forces", [True, False])
     def test_forces_that_are_wrong_everywhere_come_first(self, forces):
-        found = quickly(model(1.6), true_pairs(4, forces=forces))
+        found = quick_diagnosis(model(1.6), true_pairs(4, forces=forces))
         assert found.verdict == RETRAIN
         assert ("cosine" in found.judgement.reason) is forces
 
@@ -130,17 +130,17 @@ class TestVerdict:
             start, end = silicon(k + 1), silicon(0, amplitude=0.0)
             start.calc = SinglePointCalculator(start, forces=5 * (end.positions - start.positions))
             pairs.append(RelaxationPair(start, end, str(k), str(k)))
-        assert quickly(as_potential(tiny_mace(seed=1)), pairs, sample=0).verdict == RETRAIN
+        assert quick_diagnosis(as_potential(tiny_mace(seed=1)), pairs, sample=0).verdict == RETRAIN
 
     def test_a_path_into_another_minimum_can_be_taught(self):
-        found = quickly(Wells(), wells((0.1, -0.8), (0.2, -0.8), (-0.1, 0.8)))
+        found = quick_diagnosis(Wells(), wells((0.1, -0.8), (0.2, -0.8), (-0.1, 0.8)))
         assert set(found.classes) == {"wrong path"}
         assert found.verdict == YES
         assert found.wrong_basins == 1
 
     def test_a_reference_without_a_minimum_is_out_of_reach(self):
         # From the reference, too, each atom moves by 0.35 Å to a minimum.
-        found = quickly(Wells(), wells((1.4, -0.1), (1.5, -0.1), (-1.5, -0.1)))
+        found = quick_diagnosis(Wells(), wells((1.4, -0.1), (1.5, -0.1), (-1.5, -0.1)))
         assert set(found.classes) == {"no minimum"}
         assert found.verdict == UNLIKELY
         assert "for 3 of them the potential has no minimum" in found.judgement.reason
@@ -150,7 +150,7 @@ class TestVerdict:
         broken = pairs[0].initial.copy()
         broken.positions[:] = 0.0
         pairs[0] = RelaxationPair(broken, pairs[0].relaxed, "broken", "kind 0")
-        found = quickly(model(1.05), pairs)
+        found = quick_diagnosis(model(1.05), pairs)
         assert found.classes[0] == "failed"
         assert found.classes.count("failed") == 1
         assert found.todict()["mean"] == pytest.approx(np.mean([r.delta_q for r in found.evaluation.rows[1:]]))
@@ -281,10 +281,10 @@ class TestForces:
         assert found.cosine == pytest.approx(1)
 
     def test_errors_are_means_over_components(self):
-        atoms = shape("triangle", 1)
+        atoms = rattled_shape("triangle", 1)
         own = reference_forces(labelled(atoms.copy()))
         atoms.calc = SinglePointCalculator(atoms, forces=np.ones((3, 3)))
-        found = force_error(model(), [RelaxationPair(atoms, shape("triangle", 2), "a")])
+        found = force_error(model(), [RelaxationPair(atoms, rattled_shape("triangle", 2), "a")])
         assert found.error == found.strong_error == pytest.approx(np.abs(own - 1).mean())
         assert found.reference == pytest.approx(1)
         assert found.cosine == pytest.approx(own.sum() / np.linalg.norm(own) / 3)
@@ -298,7 +298,7 @@ class TestForces:
         assert force_error(model(), true_pairs(2)) is None
 
     def test_forces_of_other_positions_do_not_count(self):
-        atoms = labelled(shape("triangle", 1))
+        atoms = labelled(rattled_shape("triangle", 1))
         assert reference_forces(atoms) is not None
         atoms.positions[0] += 0.1
         assert reference_forces(atoms) is None
@@ -371,10 +371,10 @@ class TestDiagnosis:
 
     def test_settings_are_advised_only_for_training(self, found):
         assert "--steps" in found.text()
-        assert "--steps" not in quickly(model(1.6), true_pairs(4)).text()
+        assert "--steps" not in quick_diagnosis(model(1.6), true_pairs(4)).text()
 
     def test_labels_may_be_missing(self):
-        found = quickly(model(1.05), true_pairs(3), sample=1)
+        found = quick_diagnosis(model(1.05), true_pairs(3), sample=1)
         assert found.forces is found.todict()["forces"] is None
         assert "carry none" in found.text()
 
@@ -385,10 +385,10 @@ class TestDiagnosis:
         assert diagnose(model(1.05), true_pairs(1), rattles=0).minima == ()
 
     def test_a_step_beyond_the_bound_is_warned_of(self):
-        found = quickly(Wells(0.2), wells((0.1, 0.2)))
+        found = quick_diagnosis(Wells(0.2), wells((0.1, 0.2)))
         assert found.step_limit < 0.05
         assert "! --step-size" in found.text()
-        found = quickly(Wells(), wells((0.1, 0.8)))
+        found = quick_diagnosis(Wells(), wells((0.1, 0.8)))
         assert found.step_limit > 0.05
         assert "! --step-size" not in found.text()
 
@@ -408,7 +408,7 @@ class TestDiagnosis:
             (p.initial.positions.copy(), p.relaxed.positions.copy(), p.initial.calc, p.relaxed.calc) for p in pairs
         ]
         weights = {k: v.clone() for k, v in potential.state_dict().items()}
-        quickly(potential, pairs)
+        quick_diagnosis(potential, pairs)
         for (initial, relaxed, first, last), p in zip(before, pairs, strict=True):
             np.testing.assert_array_equal(initial, p.initial.positions)
             np.testing.assert_array_equal(relaxed, p.relaxed.positions)

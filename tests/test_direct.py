@@ -30,7 +30,7 @@ def forces_of(potential, atoms):
     return potential.energy_and_forces(structures, NeighborList(potential.cutoff)(structures))[1].numpy()
 
 
-def test_its_forces_are_no_slope_of_its_energy_and_sum_to_zero():
+def test_its_forces_are_no_gradient_of_its_energy_and_sum_to_zero():
     potential, atoms, h = direct(), silicon(), 1e-4
     energies = []
     for step in (-h, h):
@@ -54,7 +54,7 @@ def test_the_calculator_has_energy_and_forces_and_no_stress():
 
 
 def test_the_energy_is_never_differentiated(monkeypatch):
-    """Its head may be anything, even one that has no slope."""
+    """Its head may be anything, even one that has no derivative."""
     monkeypatch.setattr(torch.autograd, "grad", lambda *_, **__: pytest.fail("something was differentiated"))
     structures = Structures.from_atoms(silicon())
     found = direct().results(structures, NeighborList(5.0)(structures))
@@ -81,9 +81,9 @@ def test_the_gradient_of_a_relaxation_is_the_difference_of_two(adjoint, stepper)
             weight.view(-1)[flat] += step
             ends.append(loss().item())
             weight.view(-1)[flat] -= step
-    slope = (ends[1] - ends[0]) / (2 * h)
-    assert abs(slope) > 1e-4
-    assert weight.grad.view(-1)[flat].item() == pytest.approx(slope, rel=1e-5)
+    difference = (ends[1] - ends[0]) / (2 * h)
+    assert abs(difference) > 1e-4
+    assert weight.grad.view(-1)[flat].item() == pytest.approx(difference, rel=1e-5)
 
 
 def test_it_learns_where_structures_relax_to():

@@ -61,7 +61,7 @@ def test_the_unrolled_gradient_knows_it_while_frames_are_few():
     assert abs(found[480]) < 1e-10
 
 
-def test_the_unrolled_gradient_is_a_slope():
+def test_the_unrolled_gradient_agrees_with_finite_differences():
     h = 1e-5
     ends = []
     for height in (h, -h):

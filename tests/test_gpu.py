@@ -100,7 +100,7 @@ def test_a_long_run_does_not_grow():
 
 
 @needs_mace
-def test_the_calculator_computes_where_it_is_told():
+def test_the_calculator_computes_on_the_device_given():
     atoms, twin = silicon(), silicon()
     atoms.calc, twin.calc = TorchCalculator("mace-si", device="cuda"), TorchCalculator("mace-si")
     assert atoms.calc.potential.device.type == "cuda"

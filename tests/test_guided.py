@@ -58,7 +58,7 @@ def test_the_early_end_is_replay_and_the_late_end_is_implicit(stepper, tail, fir
 
 
 @pytest.mark.parametrize("stepper", STEPPERS)
-def test_without_a_tail_the_run_goes_on_as_if_nobody_had_looked(stepper):
+def test_without_a_tail_the_run_continues_as_if_not_interrupted(stepper):
     potential, stepper = lennard_jones().requires_grad_(), STEPPERS[stepper]()
     start = structures(potential)
     guided = relax(potential, start, stepper=stepper, steps=900, adjoint=Guided(7, tail=None, solve=SOLVE))

@@ -46,7 +46,7 @@ def check(potential, members, *, h, stepper=NEWTON, inputs=None, directions=2) -
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=needs_mace if "mace" in n else ()) for n in SYSTEMS])
-def test_the_gradient_is_the_slope_of_the_minimum(name):
+def test_the_gradient_agrees_with_differences_of_the_minimum(name):
     potential, members, h = SYSTEMS[name]
     stepper, directions = (NEWTON, 2) if name[:2] in ("lj", "mo") else ("bfgs", 1)
     check(potential().requires_grad_(), members(), h=h, stepper=stepper, directions=directions)
@@ -83,7 +83,7 @@ CONSTRAINTS = {
 
 
 @pytest.mark.parametrize("name", CONSTRAINTS)
-def test_the_gradient_is_the_slope_of_the_constrained_minimum(name):
+def test_the_gradient_agrees_with_differences_of_the_constrained_minimum(name):
     check(lennard_jones().requires_grad_(), [CONSTRAINTS[name]()], h=1e-3)
 
 
@@ -101,7 +101,7 @@ def test_free_and_constrained_structures_share_a_batch():
 
 
 @pytest.mark.parametrize("members", [[vacancy], [vacancy, pentamer]], ids=["alone", "batch"])
-def test_the_gradient_in_the_cell_is_a_slope_too(members):
+def test_the_gradient_in_the_cell_agrees_with_differences(members):
     check(lennard_jones(), [make() for make in members], h=1e-4, inputs="cells", directions=1)
 
 

@@ -31,7 +31,7 @@ def bend(positions) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("make", [linear, planar])
-def test_a_saddle_is_told_and_leaves_the_others_alone(make):
+def test_a_saddle_is_reported_and_leaves_the_others_alone(make):
     potential = lennard_jones().requires_grad_()
     arguments = {"stepper": NEWTON, "adjoint": Implicit(fmax=1e-6)}
     structures, sound = batch(make(), pentamer()), batch(pentamer())
@@ -49,7 +49,7 @@ def test_a_saddle_is_told_and_leaves_the_others_alone(make):
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
-def test_the_cap_is_told_with_the_residual_that_is_left():
+def test_too_few_iterations_are_reported_with_the_residual_left():
     potential = Bowl(torch.linspace(1, 40, 9).tolist())
     pull = torch.linspace(-1, 2, 12, dtype=torch.float64)
     pull = pull - pull.view(4, 3).mean(0).repeat(4)
@@ -142,7 +142,7 @@ EVERY = pytest.mark.parametrize("adjoint", ["implicit", "one-step", "guided:3"])
 
 
 @EVERY
-def test_forces_that_are_no_slope_are_refused(adjoint):
+def test_forces_that_are_no_gradient_are_refused(adjoint):
     potential = Direct(smooth=True, rc=2.4, ro=1.8)
     with pytest.raises(NotImplementedError, match=r"not the negative gradient of an energy.*take 'replay'"):
         relax(potential, pentamer(), adjoint=adjoint)

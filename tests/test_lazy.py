@@ -1,4 +1,4 @@
-"""Pairs that are read when they are asked for: the same as those that are held, and few of them in memory."""
+"""Pairs that are read when they are asked for: the same as those that are kept, and few of them in memory."""
 
 import dataclasses
 import gc
@@ -18,7 +18,7 @@ from ase import Atoms
 from ase.db import connect
 from ase.io import write
 from helpers import shell
-from helpers.dft_files import changed_cell, spoilt, three_frames, write_poscar_and_contcar
+from helpers.dft_files import changed_cell, spoilt, three_frames, unread, write_poscar_and_contcar
 from helpers.shell import is_one_sentence
 from helpers.training import same, trainer, without_times
 
@@ -194,7 +194,7 @@ class TestMemory:
         pairs = read_pairs(as_database(tmp_path, relaxations), lazy=True)
         tuned = trainer()
         kinds = len({p.kind for p in pairs})
-        pairs[0]._table._recent.clear()
+        pairs = unread(pairs)
         with loads() as read:
             splits = split_by_group(usable(tuned.potential, pairs))
             fingerprint(pairs)
@@ -205,7 +205,7 @@ class TestMemory:
 
     def test_both_ends_are_read_at_once(self, tmp_path, relaxations):
         (pair, *_) = read_pairs(as_folder(tmp_path, relaxations), lazy=True)
-        pair._table._recent.clear()
+        (pair,) = unread([pair])
         with loads() as read:
             assert len(pair.initial) == len(pair.relaxed) == 6
         assert read.call_count == 1
@@ -219,7 +219,7 @@ class TestIndex:
         return len(pairs), read.call_count
 
     @WAYS
-    def test_it_is_used_again_and_made_anew_where_a_file_has_changed(self, tmp_path, relaxations, written):
+    def test_it_is_used_again_and_rebuilt_where_a_file_has_changed(self, tmp_path, relaxations, written):
         path = written(tmp_path, relaxations)
         assert self.first(path) == (N, N)
         assert self.first(path) == (N, 0)
@@ -245,7 +245,7 @@ class TestIndex:
     @pytest.mark.parametrize("harm", [lambda text: text[: len(text) // 2], lambda text: "", lambda text: "[]\n" + text,
                                       lambda text: text.replace('"problems"', '"other"'),
                                       lambda text: "\n".join(text.splitlines()[:-1])])  # fmt: skip
-    def test_a_harmed_one_is_made_anew(self, tmp_path, relaxations, harm):
+    def test_a_damaged_one_is_rebuilt(self, tmp_path, relaxations, harm):
         (tmp_path / "data").mkdir()
         path = as_folder(tmp_path / "data", relaxations)
         self.first(path, index=tmp_path / "run")
@@ -282,7 +282,7 @@ class TestIndex:
         frames[-1].info["id"], frames[0].info["id"] = "one", "another"
         write(tmp_path / "a.extxyz", frames)
         (pair,) = read_pairs(tmp_path, lazy=True)
-        pair._table._recent.clear()
+        (pair,) = unread([pair])
         assert len(pair.relaxed)
         assert len([r for r in caplog.records if "is it one relaxation?" in r.message]) == 1
 
@@ -323,7 +323,7 @@ class TestRefusing:
     def test_a_file_that_vanishes_in_mid_run_is_one_sentence(self, tmp_path, relaxations, written):
         path = written(tmp_path, relaxations)
         pairs = read_pairs(path, lazy=True)
-        pairs[0]._table._recent.clear()
+        pairs = unread(pairs)
         for file in [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]:
             file.unlink()
         with pytest.raises(InvalidPair, match=r"it could be read before and now it cannot \(There is no file") as error:
@@ -333,7 +333,7 @@ class TestRefusing:
     @pytest.mark.parametrize("written", [as_database, as_folder])
     def test_one_that_changes_in_mid_run_is_not_trained_on(self, tmp_path, relaxations, written):
         pairs = read_pairs(written(tmp_path, relaxations), lazy=True)
-        pairs[0]._table._recent.clear()
+        pairs = unread(pairs)
         (tmp_path / "all.db").unlink(missing_ok=True)
         written(tmp_path, relaxations[::-1])
         with pytest.raises(InvalidPair, match="it has changed since it was checked; put back what it was") as error:

@@ -81,7 +81,7 @@ def test_the_updates_alone_get_gradients_through_a_relaxation(make):
 
 
 @families
-def test_the_gradient_of_an_update_is_the_slope(make):
+def test_the_gradient_of_an_update_agrees_with_finite_differences(make):
     """Of the final positions of a few frames: second derivatives of the energy are in it."""
     potential = make()
     lora.add(potential, rank=2)
@@ -254,7 +254,7 @@ def test_only_what_trains_gets_updates_unless_it_is_named():
         ({"patterns": ["*symmetric_contractions*"]}, "no linear maps that are to be trained"),
     ],
 )
-def test_what_cannot_be_is_said_and_nothing_changes(how, match):
+def test_what_cannot_be_is_refused_and_nothing_changes(how, match):
     potential = mace_of_irreps()
     with pytest.raises(ValueError, match=match):
         lora.add(potential, **how)

@@ -176,7 +176,7 @@ class TestCuEquivariance:
         assert stored.metadata == trainer.potential.metadata
 
     @pytest.mark.parametrize("model", ["full"], indirect=True)
-    def test_a_run_that_goes_on_computes_with_it_again_bit_for_bit(self, potential, model, monkeypatch, tmp_path):
+    def test_a_resumed_run_computes_with_it_again_bit_for_bit(self, potential, model, monkeypatch, tmp_path):
         pair = RelaxationPair(skewed(), skewed(2), "a", group="a")
         assert weights_hash(potential) == weights_hash(load_potential(model))
 

@@ -27,14 +27,10 @@ def zoo(n: int) -> list[Atoms]:
         vacancy,
         cluster,
         lambda seed: cluster(3, seed),
-        heap_of,
+        pentamer,
         lambda seed: argon(seed).repeat((2, 1, 1)),
     ]
     return [kinds[k % len(kinds)](seed=k + 1) for k in range(n)]
-
-
-def heap_of(seed: int) -> Atoms:
-    return pentamer(seed=seed)
 
 
 def lost() -> Atoms:
@@ -142,7 +138,7 @@ def test_where_memory_runs_out_fewer_go_on_and_all_end_as_alone(most, name, capl
     assert narrow.largest > most // 2
 
 
-def test_a_structure_that_never_fits_is_told():
+def test_a_structure_that_never_fits_is_reported():
     with pytest.raises(MemoryError, match="single structure"):
         list(relax_all(Narrow(lennard_jones(), 3), zoo(4), **SETTINGS))
 

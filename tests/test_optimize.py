@@ -153,7 +153,7 @@ def test_unknown_keywords_are_type_errors(name):
 
 
 class TestFire:
-    def test_a_step_uphill_is_told_of_as_by_ases(self):
+    def test_a_step_uphill_is_reported_as_by_ases(self):
         told = []
         for cls in (ase.optimize.FIRE, optimize.FIRE):
             calls = []
@@ -375,25 +375,25 @@ class Valley(Calculator):
 
     implemented_properties = ["energy", "forces"]
 
-    def __init__(self, slope):
+    def __init__(self, force):
         super().__init__()
-        self.slope = slope
+        self.force = force
 
     def calculate(self, atoms=None, properties=None, system_changes=all_changes):
         super().calculate(atoms, properties, system_changes)
-        forces = np.full((len(atoms), 3), self.slope)
-        self.results = {"energy": -self.slope * atoms.positions.sum(), "forces": forces}
+        forces = np.full((len(atoms), 3), self.force)
+        self.results = {"energy": -self.force * atoms.positions.sum(), "forces": forces}
 
 
 @pytest.mark.parametrize("n", [1, 2])
-@pytest.mark.parametrize("slope", [0.0, 0.7])
+@pytest.mark.parametrize("force", [0.0, 0.7])
 @pytest.mark.parametrize("name", ["FIRE", "BFGS", "LBFGS"])
-def test_constant_forces_move_steadily_and_none_not_at_all(name, slope, n):
+def test_constant_forces_move_steadily_and_none_not_at_all(name, force, n):
     atoms = Atoms("Ar" * n, positions=np.arange(3.0 * n).reshape(n, 3))
-    atoms.calc = Valley(slope)
+    atoms.calc = Valley(force)
     path = path_of(getattr(optimize, name)(atoms, logfile=None), steps=4, fmax=0.0)
     moves = np.diff(path, axis=0)
     assert np.isfinite(path).all()
-    assert ((moves > 0) if slope else (moves == 0)).all()
-    if slope and name != "FIRE":
-        np.testing.assert_allclose(moves, slope / 70)
+    assert ((moves > 0) if force else (moves == 0)).all()
+    if force and name != "FIRE":
+        np.testing.assert_allclose(moves, force / 70)

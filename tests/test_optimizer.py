@@ -52,7 +52,7 @@ class TestRun:
         assert bool(opt.run(fmax=1e-6, steps=3)) is False
         assert opt.nsteps == 3
 
-    def test_a_second_run_goes_on(self):
+    def test_a_second_run_continues(self):
         opt = optimizer()
         opt.run(fmax=0.0, steps=5)
         opt.run(fmax=0.0, steps=5)
@@ -489,7 +489,7 @@ class TestRelaxation:
     CHANGES = ("positions", "cell", "weights", "potential", "numbers")
 
     @pytest.mark.parametrize("what", CHANGES)
-    def test_it_starts_anew_where_somebody_changed_something_between_two_runs(self, what):
+    def test_it_starts_again_where_something_was_changed_between_two_runs(self, what):
         opt = optimizer()
         opt.run(fmax=0.0, steps=4)
         getattr(self, f"change_{what}")(opt)

@@ -373,7 +373,7 @@ class TestOneSourceForARun:
         if told:
             assert f"left out {len(names) - 1} files ({', '.join(sorted(names[1:]))})" in told[-1].message
 
-    def test_runs_of_one_folder_are_told_by_what_their_names_begin_with(self, tmp_path):
+    def test_runs_of_one_folder_are_told_apart_by_the_beginning_of_their_names(self, tmp_path):
         for name in ("a_vasprun.xml", "a_OUTCAR", "b_OUTCAR"):
             WRITERS[name[2:]](tmp_path / name, with_energies(three_frames()))
         assert [Path(p.id).name for p in read_pairs(tmp_path)] == ["a_vasprun.xml", "b_OUTCAR"]
@@ -440,7 +440,7 @@ class TestCutFiles:
         assert len(read_frames(path)) == len(whole)
 
     @pytest.mark.parametrize("name", [*WRITERS, "a.db", "POSCAR"])
-    def test_an_empty_file_is_said_to_be_empty(self, tmp_path, name):
+    def test_an_empty_file_is_called_empty(self, tmp_path, name):
         WRITERS.get(name, WRITERS["CONTCAR"])(tmp_path / name, with_energies(three_frames()))
         (tmp_path / name).write_bytes(b"")
         with pytest.raises(InvalidPair, match=f"{name}: it is empty; its run died") as error:

@@ -110,15 +110,15 @@ def test_one_structure_of_a_batch_is_attached_to_the_same_run():
 def test_energies_and_fmax_are_attached_to_what_the_positions_are():
     potential = lennard_jones().requires_grad_()
     relaxation = relax(potential, argon(), stepper=fire(), fmax=0.0, steps=12)
-    h, slopes = 1e-6, torch.autograd.grad(relaxation.energies.sum() + relaxation.fmax.sum(), potential.sigma)
+    h, derivative = 1e-6, torch.autograd.grad(relaxation.energies.sum() + relaxation.fmax.sum(), potential.sigma)
     found = []
     for step in (-2, -1, 1, 2):
         other = LennardJones(sigma=1 + step * h, rc=2.4, ro=1.8, smooth=True)
         with torch.no_grad():
             moved = relax(other, argon(), stepper=fire(), fmax=0.0, steps=12)
         found.append((moved.energies.sum() + moved.fmax.sum()).item())
-    slope = (found[0] - 8 * found[1] + 8 * found[2] - found[3]) / (12 * h)
-    assert slopes[0].item() == pytest.approx(slope, rel=1e-6)
+    difference = (found[0] - 8 * found[1] + 8 * found[2] - found[3]) / (12 * h)
+    assert derivative[0].item() == pytest.approx(difference, rel=1e-6)
 
 
 def test_nothing_is_attached_without_gradients():

@@ -1,4 +1,4 @@
-"""Going back through the frames: whichever states are stored, the gradient is the same, and its norms are told."""
+"""Going back through the frames: whichever states are stored, the gradient is the same, and its norms are reported."""
 
 from unittest import mock
 

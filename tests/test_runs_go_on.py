@@ -1,4 +1,4 @@
-"""ASE runs that go on, are changed in between or begun again, and what their relaxations say then."""
+"""ASE runs that continue, are changed in between or started again, and what their relaxations are then."""
 
 import numpy as np
 import pytest
@@ -19,13 +19,13 @@ def with_potential(atoms):
     return atoms
 
 
-def slopes(relaxation, atoms):
+def gradients(relaxation, atoms):
     """Of a distance within the structure, by the weights."""
     x = relaxation.positions
     return torch.stack(gradient(list(atoms.calc.potential.parameters()), (x[0] - x[2]).norm() + (x[1] - x[3]).norm()))
 
 
-def test_a_relaxation_stays_what_it_was_when_the_run_goes_on():
+def test_a_relaxation_stays_what_it_was_when_the_run_continues():
     found = []
     for again in (0, 3):
         atoms = with_potential(cluster())
@@ -35,19 +35,19 @@ def test_a_relaxation_stays_what_it_was_when_the_run_goes_on():
         if again:
             optimizer.run(fmax=0, steps=again)
             assert optimizer.relaxation.nsteps.tolist() == [2 + again]
-        found.append((first.nsteps.tolist(), slopes(first, atoms)))
+        found.append((first.nsteps.tolist(), gradients(first, atoms)))
     assert found[0][0] == found[1][0] == [2]
     assert torch.equal(found[0][1], found[1][1])
 
 
-def test_the_minimum_is_that_of_the_atoms_whatever_the_start_was_held_by():
+def test_the_minimum_is_that_of_the_atoms_whatever_constraints_the_start_had():
     atoms = with_potential(cluster())
     begun = atoms.copy()
     atoms.set_constraint(FixAtoms([0, 1]))
     BFGS(atoms, logfile=None).run(fmax=1e-4)
     with_start, without = as_relaxation(atoms, initial=begun), as_relaxation(atoms)
     assert np.array_equal(with_start.start.positions.numpy(), begun.positions)
-    assert torch.equal(slopes(with_start, atoms), slopes(without, atoms))
+    assert torch.equal(gradients(with_start, atoms), gradients(without, atoms))
 
 
 def test_a_start_in_another_cell_is_refused():
@@ -67,7 +67,7 @@ def test_atoms_that_were_changed_between_two_runs_end_in_their_own_cell():
     assert np.array_equal(optimizer.relaxation.start.cells[0].numpy(), atoms.cell.array)
 
 
-def test_an_automatic_step_goes_on_from_a_restart_file():
+def test_an_automatic_step_size_continues_from_a_restart_file():
     ends = []
     for steps in ([6], [2, 4]):
         atoms = with_potential(argon())

@@ -150,7 +150,7 @@ class TestInfo:
         is_refused(run("info", data / "lj", "--relax", "nowhere.extxyz"), "nowhere.extxyz")
 
 
-def test_an_evaluation_that_was_stopped_goes_on_with_what_is_missing(data, two):
+def test_an_evaluation_that_was_stopped_continues_with_what_is_missing(data, two):
     arguments = ("--potential", data / "better", "--against", data / "lj", "--json")
     real, added = Journal.add, []
 

@@ -41,7 +41,7 @@ def test_all_are_written_in_order_whatever_the_format(starts, tmp_path, out):
     assert not list(tmp_path.rglob("*part*"))
 
 
-def test_what_the_structures_held_is_kept_and_how_they_ended_added(starts):
+def test_what_the_structures_carry_is_kept_and_how_they_ended_added(starts):
     assert relaxed("--out", "r.extxyz")[0] == 0
     for k, atoms in enumerate(read("r.extxyz", index=":")):
         assert atoms.info["name"] == f"start {k}"

@@ -69,15 +69,15 @@ def test_both_ways_to_multiply_agree(make):
     np.testing.assert_allclose(by_differences, by_gradient, rtol=1e-5, atol=1e-5 * np.abs(by_gradient).max())
 
 
-@pytest.mark.parametrize(("held", "kept"), [(FixAtoms([0, 1, 2]), slice(9, None)), (FixCom(), slice(None))])
-def test_directions_that_are_held_do_not_count(held, kept):
+@pytest.mark.parametrize(("constraint", "kept"), [(FixAtoms([0, 1, 2]), slice(9, None)), (FixCom(), slice(None))])
+def test_constrained_directions_do_not_count(constraint, kept):
     atoms = cluster()
-    atoms.set_constraint(held)
+    atoms.set_constraint(constraint)
     expected = np.linalg.eigvalsh(dense_hessian(lennard_jones(), cluster())[kept, kept])[-1]
     assert largest_curvature(lennard_jones(), atoms) == pytest.approx(expected, rel=1e-4)
 
 
-def test_what_is_held_askew_is_bounded_by_the_whole():
+def test_constraints_along_oblique_directions_are_bounded_by_the_whole():
     atoms = rattled(argon(), 0)
     atoms.set_cell(atoms.cell.array + np.array([[0, 0, 0], [0.3, 0, 0], [0, 0.2, 0]]), scale_atoms=True)
     whole = largest_curvature(lennard_jones(), atoms)
@@ -97,11 +97,11 @@ def test_nothing_that_holds_means_no_bound():
     assert largest_curvature(lennard_jones(), Atoms("Ar2", positions=[[0, 0, 0], [9, 0, 0]])) == 0
 
 
-def test_forces_that_are_not_finite_are_said():
+def test_forces_that_are_not_finite_are_reported():
     assert np.isnan(largest_curvature(lennard_jones(), Atoms("Ar2", positions=np.zeros((2, 3)))))
 
 
-def test_what_does_not_converge_is_not_told(monkeypatch):
+def test_what_does_not_converge_has_no_limit(monkeypatch):
     monkeypatch.setattr("ase_bptt.stability.TOLERANCE", 1e-12)
     monkeypatch.setattr("ase_bptt.stability.RESTARTS", 1)
     assert np.isnan(largest_curvature(lennard_jones(), argon() * (3, 3, 3)))

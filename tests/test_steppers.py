@@ -82,7 +82,7 @@ def test_quasi_newton_steps_end_where_ases_end(theirs, ours, numbers, make):
 
 @torch.no_grad()
 @pytest.mark.parametrize(("theirs", "name"), [(AseBFGS, "bfgs"), (AseLBFGS, "lbfgs")])
-def test_atoms_that_are_held_are_held_as_by_ases(theirs, name):
+def test_atoms_are_constrained_as_by_ases(theirs, name):
     atoms = with_calculator(cluster())
     atoms.set_constraint([FixAtoms([0]), FixedPlane(2, (1, 1, 0))])
     start = atoms.copy()
@@ -242,7 +242,7 @@ def assert_same(one, other):
 
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
 @pytest.mark.parametrize("name", STEPPERS)
-def test_a_copy_of_stepper_and_state_goes_on_alike(name, again):
+def test_a_copy_of_stepper_and_state_continues_alike(name, again):
     stepper = make_stepper(name)
     positions, forces = torch.rand(2, 4, 3, dtype=torch.float64)
     batch = torch.tensor([0, 0, 1, 1])
@@ -448,7 +448,7 @@ LEARNERS = {
 
 @pytest.mark.parametrize("adjoint", ["replay", "full"])
 @pytest.mark.parametrize("name", LEARNERS)
-def test_the_gradient_of_every_learnable_number_is_its_slope(name, adjoint):
+def test_the_gradient_of_every_learnable_hyperparameter_agrees_with_finite_differences(name, adjoint):
     stepper = LEARNERS[name]().learn()
     members = [mixed(), mixed(argon)]
     reference = torch.from_numpy(np.concatenate([atoms.positions for atoms in members])) + 0.1
@@ -468,9 +468,9 @@ def test_the_gradient_of_every_learnable_number_is_its_slope(name, adjoint):
                 parameter += step * h
                 ends.append(loss().item())
                 parameter -= step * h
-        slope = (ends[0] - 8 * ends[1] + 8 * ends[2] - ends[3]) / (12 * h)
+        difference = (ends[0] - 8 * ends[1] + 8 * ends[2] - ends[3]) / (12 * h)
         assert analytic.abs() > 1e-6
-        assert analytic.item() == pytest.approx(slope, rel=1e-6)
+        assert analytic.item() == pytest.approx(difference, rel=1e-6)
 
 
 def test_learning_makes_parameters_of_what_is_named_and_keeps_those_that_are():

@@ -1,4 +1,4 @@
-"""Which weights train, how fast, and what a person is told of it."""
+"""Which weights train, how fast, and what a person reads of it."""
 
 import pytest
 import torch
@@ -108,7 +108,7 @@ def test_a_family_can_say_its_layers():
         ({"train": ["*symmetric*"], "lora": 4}, "no linear maps that are to be trained"),
     ],
 )
-def test_what_cannot_be_is_said_and_nothing_changes(how, match):
+def test_what_cannot_be_is_refused_and_nothing_changes(how, match):
     potential = mace_of_irreps()
     potential.model.node_embedding.requires_grad_(False)
     before = trained(potential)
@@ -131,7 +131,7 @@ def test_choosing_comes_before_low_rank_updates():
 
 
 @needs_mace
-def test_a_person_is_told_what_trains():
+def test_what_trains_is_described():
     potential = mace_of_irreps()
     total = sum(p.numel() for p in potential.parameters())
     assert trainable.prepare(potential) == f"trains all {total:,} weights"

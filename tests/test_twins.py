@@ -131,7 +131,7 @@ def test_every_element_of_emt_equals_ases(symbol):
 
 @each_twin
 @pytest.mark.parametrize("structure", ["cluster", "alloy", "slab"])
-def test_forces_are_minus_the_slope_of_the_energy(twin, structure):
+def test_forces_are_the_negative_gradient_of_the_energy(twin, structure):
     potential, atoms, h = TWINS[twin][0](), ZOO[structure](), 1e-4
     forces = evaluate(potential, atoms)["forces"].numpy()
     for a, k in [(0, 0), (1, 2), (len(atoms) - 1, 1)]:
@@ -140,9 +140,9 @@ def test_forces_are_minus_the_slope_of_the_energy(twin, structure):
             moved = atoms.copy()
             moved.positions[a, k] += step * h
             energies.append(evaluate(potential, moved)["energy"].item())
-        slope = (energies[0] - 8 * energies[1] + 8 * energies[2] - energies[3]) / (12 * h)
+        difference = (energies[0] - 8 * energies[1] + 8 * energies[2] - energies[3]) / (12 * h)
         # Pairs that cross EMT's cutoff within a step change the energy by up to 1e-6 eV.
-        assert forces[a, k] == pytest.approx(-slope, rel=1e-7, abs=1e-6)
+        assert forces[a, k] == pytest.approx(-difference, rel=1e-7, abs=1e-6)
 
 
 @new
@@ -152,7 +152,7 @@ def test_second_derivatives_are_differences_of_forces(make, structure):
     direction = np.random.default_rng(0).normal(size=(len(atoms), 3))
     positions, forces = differentiable_forces(potential, atoms)
     along = torch.from_numpy(direction)
-    curvature, *slopes = torch.autograd.grad((forces * along).sum(), [positions, *potential.parameters()])
+    curvature, *derivatives = torch.autograd.grad((forces * along).sum(), [positions, *potential.parameters()])
 
     moved = [atoms.copy(), atoms.copy()]
     for sign, copy in zip((-1, 1), moved, strict=True):
@@ -160,14 +160,14 @@ def test_second_derivatives_are_differences_of_forces(make, structure):
     before, after = (evaluate(potential, copy)["forces"] for copy in moved)
     np.testing.assert_allclose(curvature, (after - before) / (2 * h), rtol=1e-6, atol=1e-5)
 
-    for weight, slope in zip(potential.parameters(), slopes, strict=True):
+    for weight, derivative in zip(potential.parameters(), derivatives, strict=True):
         values, difference = weight.data.clone(), torch.zeros(weight.numel(), dtype=weight.dtype)
         for k in range(weight.numel()):
             for sign in (-1, 1):
                 weight.data.view(-1)[k] += sign * h
                 difference[k] += sign * (evaluate(potential, atoms)["forces"] * along).sum() / (2 * h)
                 weight.data.copy_(values)
-        np.testing.assert_allclose(slope.reshape(-1), difference, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(derivative.reshape(-1), difference, rtol=1e-5, atol=1e-5)
 
 
 @new
@@ -275,6 +275,6 @@ def test_the_gradient_of_a_relaxation_is_the_difference_of_two(weight):
         with torch.no_grad():
             getattr(shifted, weight)[copper] += sign * h
             ends.append(loss(shifted).item())
-    slope = (ends[1] - ends[0]) / (2 * h)
-    assert abs(slope) > 1e-3
-    assert getattr(potential, weight).grad[copper].item() == pytest.approx(slope, rel=1e-5)
+    difference = (ends[1] - ends[0]) / (2 * h)
+    assert abs(difference) > 1e-3
+    assert getattr(potential, weight).grad[copper].item() == pytest.approx(difference, rel=1e-5)

@@ -1,4 +1,4 @@
-"""Unrolled gradients against differences of whole relaxations, on the systems that test_adjoints.py does not hold."""
+"""Unrolled gradients against differences of whole relaxations, on the systems that test_adjoints.py has not."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ STEPPERS = {
 @pytest.mark.parametrize("adjoint", ["full", "replay", "replay:4"])
 @pytest.mark.parametrize("stepper", [0, 1], ids=["gd", "fire"])
 @pytest.mark.parametrize("name", STEPPERS)
-def test_the_gradient_is_the_slope_of_the_whole_relaxation(name, stepper, adjoint):
+def test_the_gradient_agrees_with_finite_differences_of_the_whole_relaxation(name, stepper, adjoint):
     make, members, _ = SYSTEMS[name]
     potential, structures = make().requires_grad_(), batch(*members())
     reference = nearby_positions(structures)

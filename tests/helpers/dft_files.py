@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import pickle
 from itertools import groupby
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import numpy as np
 from ase import Atoms, units
 from ase.db import connect
 from ase.io import write
+
+from ase_bptt import RelaxationPair
 
 from .structures import rattled, silicon
 
@@ -34,6 +37,11 @@ def spoilt(spoil) -> list[Atoms]:
 
 def changed_cell(frames):
     frames[-1].set_cell(frames[-1].cell * 1.01)
+
+
+def unread(pairs: list[RelaxationPair]) -> list[RelaxationPair]:
+    """Lazy pairs as another process gets them: none of their structures is in memory."""
+    return pickle.loads(pickle.dumps(pairs))
 
 
 def write_vasprun(path: Path, frames: list[Atoms]) -> None:
