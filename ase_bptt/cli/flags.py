@@ -19,7 +19,7 @@ from ..pairs.groups import check_structure
 from ..pairs.reading import read_pairs
 from ..potential import Potential
 from ..potentials.loading import load_potential
-from .run_folder import held
+from .run_folder import signals_deferred
 
 WIDTH = 80
 
@@ -230,7 +230,7 @@ def read_structures(
 
 def potential_of(arguments: argparse.Namespace, spec: str | None = None) -> Potential:
     """The potential of --potential (or another spec), with --device, --dtype and --trust."""
-    with held():
+    with signals_deferred():
         return load_potential(
             spec or arguments.potential,
             device=arguments.device or best_device(),

@@ -113,11 +113,22 @@ def free_bytes(device: torch.device) -> float:
     return SHARE * (free + held_back)
 
 
-def peak_bytes(run: Callable[[], Any]) -> int:
-    """Bytes of all tensors that are alive together at most while `run` runs, of those that it makes or uses.
+def peak_bytes(run: Callable[[], Any], device: torch.device | None = None) -> int:
+    """Bytes of all tensors that are alive together at most while `run` runs.
 
-    Counted from the tensors themselves, so that neither other processes nor what an allocator holds back matter.
+    Neither other processes nor memory that an allocator holds in reserve count.
+
+    Parameters
+    ----------
+    run : callable
+    device : torch.device, optional
+        On a CUDA device torch's allocator counts, tensors that were there before included; elsewhere, and by default,
+        every tensor is counted that an operation within `run` gives.
     """
+    if device is not None and device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return torch.cuda.max_memory_allocated(device)
     with _Live() as live:
         run()
     return live.peak
