@@ -22,8 +22,7 @@ from ..training.fine_tune import cross_validate, finetune
 from ..training.results import RESULTS, RunResults
 from ..training.settings import MOMENTUM, NUMBERS
 from ..tuning import prepare
-from . import messages as words
-from . import run_folder as runfolder
+from . import messages, run_folder
 from .flags import (
     add_output,
     add_pairs,
@@ -80,7 +79,7 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     if arguments.resume and not arguments.folds:
-        arguments.folds = runfolder.saved(arguments.out).get("folds")
+        arguments.folds = run_folder.saved(arguments.out).get("folds")
     if arguments.folds:
         return _cross_validate(arguments)
     return launch(arguments, _splits)
@@ -90,7 +89,7 @@ def stopped(arguments: argparse.Namespace) -> str:
     """What is left after an interrupt."""
     out = arguments.out
     # Before the folder was prepared, what is in it is another run.
-    ours = hasattr(arguments, "data") and (arguments.resume or runfolder.holds(arguments))
+    ours = hasattr(arguments, "data") and (arguments.resume or run_folder.holds(arguments))
     if not ours or not any(out.glob("**/checkpoint.pt")):
         again = " Start again with --overwrite." if ours else ""
         return f"Nothing was trained yet, and nothing is lost.{again}"
@@ -109,13 +108,13 @@ def launch(arguments: argparse.Namespace, read: Callable[[argparse.Namespace, Po
     trainer = make(arguments, arguments.out)
     # What cannot be trained on must not cost the last run.
     data = trainer.check(**read(arguments, trainer.potential))
-    runfolder.same_data(arguments, combined_hash([data.fingerprint, data.held_out]))
+    run_folder.same_data(arguments, combined_hash([data.fingerprint, data.held_out]))
     _announce(arguments, trainer, data.splits())
     if arguments.dry_run:
         left = arguments.epochs - trainer.epoch
-        return words.planned(arguments, data.splits(), trainer.estimate(data, epochs=left))
-    facts = words.facts(arguments, trainer)
-    words.conclude(arguments, finetune(trainer, data, arguments.out, epochs=arguments.epochs, facts=facts))
+        return messages.planned(arguments, data.splits(), trainer.estimate(data, epochs=left))
+    facts = messages.facts(arguments, trainer)
+    messages.conclude(arguments, finetune(trainer, data, arguments.out, epochs=arguments.epochs, facts=facts))
     return 0
 
 
@@ -125,15 +124,15 @@ def _cross_validate(arguments: argparse.Namespace) -> int:
     trainer = new_trainer(arguments, None)
     pairs = _pairs(arguments, trainer.potential)
     folds = [trainer.check(**split) for split in split_into_folds(pairs, arguments.folds, seed=arguments.seed)]
-    runfolder.same_data(arguments, combined_hash([fold.held_out for fold in folds]))
+    run_folder.same_data(arguments, combined_hash([fold.held_out for fold in folds]))
     _announce(arguments, trainer, {"held out in turn": pairs})
     if arguments.dry_run:
-        return words.planned(arguments, folds[0].splits(), trainer.estimate(folds[0], epochs=arguments.epochs))
+        return messages.planned(arguments, folds[0].splits(), trainer.estimate(folds[0], epochs=arguments.epochs))
     results = cross_validate(
         partial(new_trainer, arguments), pairs, arguments.out, folds=folds, epochs=arguments.epochs,
-        facts=words.facts(arguments, trainer), resume=partial(resumed_trainer, arguments),
+        facts=messages.facts(arguments, trainer), resume=partial(resumed_trainer, arguments),
     )  # fmt: skip
-    words.conclude(arguments, results)
+    messages.conclude(arguments, results)
     return 0
 
 
@@ -141,24 +140,24 @@ def _complete(arguments: argparse.Namespace) -> bool:
     """Take over the arguments of a run that is resumed, or refuse to overwrite one; whether there is nothing to do."""
     ranks = together()
     if not arguments.resume:
-        ranks.once(partial(runfolder.refuse_if_there, arguments))
+        ranks.once(partial(run_folder.refuse_if_there, arguments))
         return False
-    runfolder.take_over(arguments)
+    run_folder.take_over(arguments)
     return ranks.once((arguments.out / RESULTS).is_file)
 
 
 def _report_again(arguments: argparse.Namespace) -> int:
     """Print the results of a run that is complete."""
-    words.quiet_if(arguments.json)(f"The run in {arguments.out} is complete.")
-    words.conclude(arguments, RunResults.load(arguments.out))
+    messages.quiet_if(arguments.json)(f"The run in {arguments.out} is complete.")
+    messages.conclude(arguments, RunResults.load(arguments.out))
     return 0
 
 
 def _announce(arguments: argparse.Namespace, trainer: Trainer, splits: Mapping[str, Sequence[RelaxationPair]]) -> None:
     """Make the folder of a new run, and print what will be trained on what."""
     if not (arguments.resume or arguments.dry_run):
-        together().once(partial(runfolder.prepare, arguments))
-    words.quiet_if(arguments.json)(words.introduction(trainer, arguments, splits))
+        together().once(partial(run_folder.prepare, arguments))
+    messages.quiet_if(arguments.json)(messages.introduction(trainer, arguments, splits))
 
 
 def _splits(arguments: argparse.Namespace, potential: Potential) -> Splits:
