@@ -57,7 +57,12 @@ def cell(name: str, fold: int, seed: int, arguments: argparse.Namespace) -> dict
         for row, now in zip(before.rows, after.rows, strict=True)
     }
     drifts = DriftReport(known, take_snapshot(trainer.potential, splits["test"])).drifts
-    settings = {"lr": trainer.lr, "epochs": epochs, "steps": trainer.steps, "best_epoch": trainer.best_epoch}
+    settings = {
+        "lr": trainer.optimization.lr,
+        "epochs": epochs,
+        "steps": trainer.relaxation.steps,
+        "best_epoch": trainer.best_epoch,
+    }
     forces = {kind: found.force for kind, found in drifts.items()}
     return {"rows": rows, "drift": forces, "seconds": time.monotonic() - began, **settings}
 

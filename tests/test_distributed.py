@@ -97,7 +97,7 @@ def fitted(name, out):
     if name != "minima":
         train[4] = with_xenon(train[4])
     run = CASES[name](out=out).fit(train, valid, epochs=2)
-    ends = run.warm_starts.ends if run.warm_starts else {}
+    ends = run.pair_loss.warm.ends if run.pair_loss.warm else {}
     return {
         "weights": weights(run),
         "history": without_times(run.history),
@@ -140,7 +140,7 @@ def unlike(ranks, out):
 
     def another():
         run = trainer(**GO_ON["warm starts"])
-        run.epoch = int(ranks.rank == 0)
+        run.record.epoch = int(ranks.rank == 0)
         run.fit(*data(), epochs=3)
 
     def mixed():
@@ -239,7 +239,7 @@ class TestSeveralProcesses:
         folder, n = shared
         for rank in range(n):
             for said in json.loads((folder / f"found_{rank}.json").read_text())["unlike"]:
-                assert "do not all go on from the same epoch: build or resume the Trainer alike on each." in said
+                assert "do not all continue from the same epoch: build or resume the Trainer alike on each." in said
 
     def test_one_writes(self, shared):
         folder, _ = shared
@@ -278,8 +278,8 @@ def test_a_process_reads_its_share_alone(tmp_path, how, caplog):
     pairs = read_pairs(folder, lazy=True, index=tmp_path / "index")
     pairs = unread(pairs)
     run = trainer(batch_size=6, **how)
-    ranks = run.ranks = run._pairs.ranks = run.updates.ranks = Second()
-    [(_, batch)] = run.order.batches(pairs, 0)
+    ranks = run.ranks = run.pair_loss.ranks = run.updates.ranks = Second()
+    [batch] = run.order.batches(pairs, 0)
     with mock.patch.object(lazy, "loaded", side_effect=lazy.loaded) as reads:
         losses, _ = run.train_step(batch)
     assert reads.call_count == len(losses) == len(ranks.mine) == 3
@@ -340,9 +340,9 @@ class TestMemory:
         assert found == pytest.approx(expected, abs=1e-12)
         assert len(found) == 7
         assert "Memory ran out on 5 structures at once" in caplog.text
-        assert parts._pairs.unsolved == whole._pairs.unsolved
+        assert parts.pair_loss.unsolved == whole.pair_loss.unsolved
         if how:
-            assert parts.warm_starts.ends.keys() == whole.warm_starts.ends.keys() != set()
+            assert parts.pair_loss.warm.ends.keys() == whole.pair_loss.warm.ends.keys() != set()
 
     def test_a_structure_that_does_not_fit_alone_is_told(self):
         with pytest.raises(MemoryError, match="a single structure"):
@@ -413,7 +413,7 @@ class TestShell:
         assert process.returncode != 0
         [said] = [line for line in err.splitlines() if line.startswith("ase-bptt: ")]
         assert said.startswith(f"ase-bptt: {sentence} The state after the last complete epoch is in run/checkpoint.pt")
-        assert said.endswith("ase-bptt train --out run --resume goes on.")
+        assert said.endswith("ase-bptt train --out run --resume continues.")
         assert "ase_bptt/" not in err  # no traceback goes through here
         assert out.count("shared by 2 processes") == 1
         assert err.count("epoch   1/3") == 1

@@ -15,8 +15,8 @@ from ase_bptt.potentials.analytic import LennardJones
 from ase_bptt.report.drift import drift_section
 from ase_bptt.steppers import GradientDescent
 from ase_bptt.training.fine_tune import cross_validate, finetune
-from ase_bptt.training.metrics import Estimate, estimate
-from ase_bptt.training.results import Outcome, read_rows, write_rows
+from ase_bptt.training.metrics import Estimate
+from ase_bptt.training.results import RunResults, read_rows, write_rows
 from ase_bptt.utils import without_nan
 
 
@@ -60,7 +60,7 @@ class TestCrossValidation:
         assert made == [folder / f"fold_{k}" for k in range(3)]
         assert [row.id for row in outcome.after.rows] == [p.id for p in pairs]
         for k in range(3):
-            part = Outcome.load(folder / f"fold_{k}")
+            part = RunResults.load(folder / f"fold_{k}")
             assert len({row.group for row in part.after.rows}) == 1
             by_id = {row.id: row for row in outcome.after.rows}
             assert all(by_id[row.id] == row for row in part.after.rows)
@@ -83,7 +83,7 @@ class TestCrossValidation:
 
     def test_its_card_has_means_over_the_folds_and_the_worst(self, validated):
         folder, _, outcome = validated
-        drifts = [Outcome.load(folder / f"fold_{k}").card.drift() for k in range(3)]
+        drifts = [RunResults.load(folder / f"fold_{k}").drift_report.drift() for k in range(3)]
         found = outcome.todict()["drift"]["all"]
         for name in ("force", "energy", "size"):
             assert found[name] == pytest.approx(np.mean([getattr(d, name) for d in drifts]), rel=1e-12)
@@ -97,7 +97,7 @@ class TestCrossValidation:
         assert (folder / "card.png").stat().st_size > 1000
 
     def test_a_hole_that_opens_in_one_fold_is_told_with_its_number(self, validated):
-        folds = list(validated[2].card.folds)
+        folds = list(validated[2].drift_report.folds)
         (dimer,) = folds[1].before.dimers
         curve = folds[1].before.dimers[dimer]
         falling = dataclasses.replace(
@@ -111,14 +111,14 @@ class TestCrossValidation:
 
     def test_a_finished_one_is_read_with_its_card_and_without_its_folds_none(self, validated, tmp_path):
         folder, _, outcome = validated
-        assert Outcome.load(folder).todict() == outcome.todict()
+        assert RunResults.load(folder).todict() == outcome.todict()
         shutil.copytree(folder, tmp_path / "copy", ignore=shutil.ignore_patterns("fold_2"))
-        assert Outcome.load(tmp_path / "copy").card is None
+        assert RunResults.load(tmp_path / "copy").drift_report is None
 
     def test_what_each_fold_has_learnt_is_told(self, pairs, tmp_path):
         learning = maker([], learn="step_size", stepper=GradientDescent(0.05), steps=2)
         outcome = cross_validate(learning, pairs, tmp_path, folds=3, epochs=1)
-        parts = [Outcome.load(tmp_path / f"fold_{k}").facts["learnt"] for k in range(3)]
+        parts = [RunResults.load(tmp_path / f"fold_{k}").facts["learnt"] for k in range(3)]
         assert outcome.facts["learnt"] == f"fold 0: {parts[0]}; fold 1: {parts[1]}; fold 2: {parts[2]}"
         assert all(part.startswith("step_size 0.05 -> ") for part in parts)
 
@@ -183,7 +183,7 @@ def test_a_trained_run_without_what_it_was_before_is_refused_by_file(pairs, tmp_
     gone = [name for name in ("portrait_before.json", "before.json") if name not in left]
     for name in gone:
         (tmp_path / name).unlink()
-    with pytest.raises(ValueError, match=f"There is no .*{gone[0]} to compare with: only a run that ase-bptt began"):
+    with pytest.raises(ValueError, match=f"There is no .*{gone[0]} to compare with: only a run that ase-bptt started"):
         finetune(Trainer.resume(tmp_path, progress=False), splits, tmp_path, epochs=1)
 
 
@@ -207,12 +207,12 @@ class TestEstimate:
     def test_nothing_is_changed_by_it(self, pairs, tmp_path):
         trainer = maker([])(None)
         before = {k: v.clone() for k, v in trainer.potential.state_dict().items()}
-        found = estimate(trainer, pairs[:2], pairs[2:4], pairs[4:], epochs=3)
+        found = trainer.estimate(trainer.check(pairs[:2], pairs[2:4], pairs[4:]), epochs=3)
         assert all(torch.equal(v, before[k]) for k, v in trainer.potential.state_dict().items())
         assert all(p.grad is None for p in trainer.potential.parameters())
         assert found.seconds > 3 * found.seconds_per_epoch > 0
         assert not list(tmp_path.iterdir())
 
     def test_more_epochs_take_longer_in_proportion(self):
-        assert str(Estimate(90.0, 3 * 3600.0, 2**31)) == "about 3 h (90 s an epoch), 2.0 GiB of memory at the peak"
-        assert str(Estimate(1.26, 300.0, None)) == "about 5 min (1.3 s an epoch)"
+        assert str(Estimate(90.0, 3 * 3600.0, 2**31)) == "about 3 h (90 s an epoch), 2.0 GiB of tensors at the peak"
+        assert str(Estimate(1.26, 300.0, 2**22)) == "about 5 min (1.3 s an epoch), 4.0 MiB of tensors at the peak"

@@ -22,7 +22,7 @@ from helpers.potentials import wide_lennard_jones
 from helpers.shell import drawn, is_refused, run, write_relaxations
 
 from ase_bptt import load_potential, save_potential
-from ase_bptt.cli.run_folder import Terminated, held, terminable
+from ase_bptt.cli.run_folder import Terminated, signals_deferred, terminable
 from ase_bptt.throughput.journal import Journal
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -296,12 +296,12 @@ class TestResumeTrain:
         frames[0].positions[0, 0] += 1e-3
         write("others/2.extxyz", frames)
         result = run("train", "others", "--out", "run", "--resume")
-        is_refused(result, "The run in run was begun with other pairs", str(Path("pairs").absolute()), "others")
+        is_refused(result, "The run in run was started with other pairs", str(Path("pairs").absolute()), "others")
         shutil.copytree("pairs", "same")
         assert run("train", "same", "--out", "run", "--resume")[0] == 0
 
     def test_a_run_of_another_command_is_refused(self, stopped_run):
-        is_refused(run("demo", "--out", "run", "--resume"), "run was begun by ase-bptt train", "demo")
+        is_refused(run("demo", "--out", "run", "--resume"), "run was started by ase-bptt train", "demo")
 
     def test_a_folder_without_a_run_is_refused(self):
         Path("empty").mkdir()
@@ -316,7 +316,7 @@ class TestResumeTrain:
         said = [line for line in err.splitlines() if "cannot be read" in line]
         assert len(said) == 1
         assert said[0].startswith("run/checkpoint.pt cannot be read (ValueError: checkpoint.pt was cut or changed):")
-        assert said[0].endswith("goes on from run/checkpoint.previous.pt, after epoch 1.")
+        assert said[0].endswith("continues from run/checkpoint.previous.pt, after epoch 1.")
         ends_like("run", undisturbed("train"))
 
     def test_where_both_are_cut_the_run_is_refused(self, stopped_run):
@@ -456,7 +456,7 @@ def test_an_interrupt_that_loading_would_swallow_is_held_back(sent, raised):
     reached = []
 
     def load():
-        with terminable(), held():
+        with terminable(), signals_deferred():
             os.kill(os.getpid(), sent)
             reached.append(True)
 

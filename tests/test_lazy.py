@@ -137,7 +137,7 @@ class TestSame:
             tuned.append(trainer().fit(splits["train"], splits["valid"], epochs=2))
         assert same(tuned[0].potential.state_dict(), tuned[1].potential.state_dict())
         assert same(without_times(tuned[0].history), without_times(tuned[1].history))
-        assert tuned[0].data == tuned[1].data
+        assert tuned[0].record.fingerprint == tuned[1].record.fingerprint
 
     def test_starts_do_not_depend_on_the_order_in_which_they_are_asked_for(self, tmp_path, relaxations):
         pairs = read_pairs(as_database(tmp_path, relaxations), lazy=True)
@@ -198,7 +198,7 @@ class TestMemory:
         with loads() as read:
             splits = split_by_group(usable(tuned.potential, pairs))
             fingerprint(pairs)
-            tuned.check(*splits.values(), epochs=1)
+            tuned.check(*splits.values())
             assert sorted(p.n_atoms for p in pairs) == [6] * N
         # One of each kind is shown to the potential; it stays among the recent ones.
         assert read.call_count == kinds < N

@@ -35,19 +35,23 @@ class TestLearning:
             return trainer(stepper=stepper(), learn=learn, out=out)
 
         whole, _ = interrupted(make, tmp_path, pairs, step=5, epochs=2)
-        assert whole.begun_with == stepper().hyperparameters()
+        assert whole.record.initial_hyperparameters == stepper().hyperparameters()
         rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").read_text().splitlines()))
         now = whole.stepper.hyperparameters()
         for name in numbers:
-            assert now[name] != whole.begun_with[name]
+            assert now[name] != whole.record.initial_hyperparameters[name]
             assert float(rows[-1][name]) == now[name]
-            assert now[name] == pytest.approx(whole.begun_with[name], rel=0.1)
+            assert now[name] == pytest.approx(whole.record.initial_hyperparameters[name], rel=0.1)
 
     def test_the_stepper_that_is_given_stays_for_the_next_training(self, pairs):
         given = GradientDescent(0.03)
         runs = [trainer(stepper=given, learn="step_size").fit(pairs[:2], epochs=1) for _ in range(2)]
-        assert [run.begun_with["step_size"] for run in runs] == pytest.approx([0.03, 0.03])
-        assert runs[0].stepper.hyperparameters() == runs[1].stepper.hyperparameters() != runs[0].begun_with
+        assert [run.record.initial_hyperparameters["step_size"] for run in runs] == pytest.approx([0.03, 0.03])
+        assert (
+            runs[0].stepper.hyperparameters()
+            == runs[1].stepper.hyperparameters()
+            != runs[0].record.initial_hyperparameters
+        )
         assert given.todict() == GradientDescent(0.03).todict()
         assert not list(given.parameters())
 
@@ -116,12 +120,17 @@ class TestAutomaticStepSize:
             return trainer(stepper=GradientDescent("auto", momentum=0.2), learn=["momentum"], out=out)
 
         begun = make(tmp_path / "begun")
-        begun.begin(pairs, epochs=2)
+        begun.start(begun.check(pairs), epochs=2)
         found = begun.stepper.todict()["step_size"]
         assert found == pytest.approx(stability_limit(untuned(), [p.relaxed for p in pairs]) / 2)
         assert json.loads((tmp_path / "begun" / "settings.json").read_text())["stepper"]["step_size"] == found
         whole, resumed = interrupted(make, tmp_path, pairs, step=5, epochs=2)
-        assert whole.stepper.step_size == resumed.stepper.step_size == resumed.begun_with["step_size"] == found
+        assert (
+            whole.stepper.step_size
+            == resumed.stepper.step_size
+            == resumed.record.initial_hyperparameters["step_size"]
+            == found
+        )
         assert whole.stepper.momentum.item() != 0.2
 
     def test_a_batch_relaxes_with_it(self, pairs):

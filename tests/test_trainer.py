@@ -238,8 +238,8 @@ def test_a_batch_that_does_not_fit_is_computed_in_parts_and_its_gradient_stays(p
     def gradients(memory):
         run = trainer(batch_size=8, adjoint=adjoint, memory=memory)
         sizes = []
-        relaxed = run._pairs.relaxation
-        run._pairs.relaxation = lambda some, epoch: sizes.append(len(some)) or relaxed(some, epoch)
+        relaxed = run.pair_loss.relaxation
+        run.pair_loss.relaxation = lambda some, epoch: sizes.append(len(some)) or relaxed(some, epoch)
         losses = run.backward(pairs["train"])
         return torch.stack([p.grad for p in run.potential.parameters()]), losses, sizes
 
@@ -299,7 +299,7 @@ class TestRefusing:
             (pairs["train"], pairs["valid"][:-1], 2),
             (pairs["train"], pairs["valid"], 3),
         ):
-            with pytest.raises(ValueError, match="begun with other pairs or epochs"):
+            with pytest.raises(ValueError, match="started with other pairs or epochs"):
                 Trainer.resume(tmp_path / "run").fit(train, valid, epochs=epochs)
 
 
@@ -432,7 +432,7 @@ class TestResuming:
             resumed = Trainer.resume(run)
         (said,) = caplog.messages
         assert said.startswith(f"{run / 'checkpoint.pt'} cannot be read (")
-        assert said.endswith(f"goes on from {run / 'checkpoint.previous.pt'}, after epoch {before['epoch']}.")
+        assert said.endswith(f"continues from {run / 'checkpoint.previous.pt'}, after epoch {before['epoch']}.")
         assert resumed.epoch == before["epoch"] == max(0, (step - 1) // 3 - 1)
         assert len((run / "metrics.csv").read_text().splitlines()) == 1 + before["epoch"]
         best = before["best"]["potential"] if before["best"] else before["potential"]
@@ -469,13 +469,14 @@ class TestResuming:
             damaged[place] ^= 4
             path.write_bytes(damaged)
             _, state, rewound = checkpoint.read(tmp_path)
-            assert same(state, before if rewound else last), place
+            assert same(state.to_dict(), before if rewound else last), place
             noticed += rewound
         assert noticed > 80
 
     def test_a_run_that_begins_does_not_fall_back_on_another_of_the_same_folder(self, pairs, tmp_path):
         trainer(out=tmp_path).fit(pairs["train"], epochs=2)
-        trainer(out=tmp_path).begin(pairs["train"], epochs=2)
+        again = trainer(out=tmp_path)
+        again.start(again.check(pairs["train"]), epochs=2)
         (tmp_path / "checkpoint.pt").write_bytes(b"garbage")
         with pytest.raises(ValueError, match="holds no run that can be resumed"):
             Trainer.resume(tmp_path)
@@ -497,7 +498,7 @@ class TestResuming:
         del kept[name]
         path.write_text(json.dumps(kept)) if plain else torch.save(kept, path)
         with pytest.raises(
-            ValueError, match=f"run was begun by an older release, which kept no '{name}', .*: begin ag"
+            ValueError, match=f"run was started by an older release, which kept no '{name}', .*: start ag"
         ):
             Trainer.resume(tmp_path / "run")
 

@@ -29,8 +29,7 @@ from ase_bptt.structures import Structures
 from ase_bptt.terms.labels import Labels
 from ase_bptt.terms.regularizers import Distillation, WeightAnchor
 from ase_bptt.training.fine_tune import finetune
-from ase_bptt.training.metrics import estimate
-from ase_bptt.training.results import Outcome
+from ase_bptt.training.results import RunResults
 from ase_bptt.tuning import low_rank as lora
 
 TIGHT = Implicit(fmax=1e-6, tolerance=1e-8)
@@ -55,7 +54,7 @@ def gradients(run) -> list[float]:
 
 def by_hand(run, pairs, starts, stepper, adjoint, steps) -> list[float]:
     """The gradient of the mean loss of a batch, by `relax` alone."""
-    relaxation = relax(run.potential, starts, stepper=stepper, adjoint=adjoint, steps=steps, fmax=run.fmax)
+    relaxation = relax(run.potential, starts, stepper=stepper, adjoint=adjoint, steps=steps, fmax=run.relaxation.fmax)
     loss = delta_q(relaxation, Structures.from_atoms([p.relaxed for p in pairs])).mean()
     return [g.item() for g in torch.autograd.grad(loss, list(run.potential.parameters()))]
 
@@ -98,7 +97,7 @@ class TestAdjoints:
     def test_guided_adds_the_loss_after_the_first_frames_times_its_weight(self, pairs, weight, warm):
         run = trainer(adjoint=Guided(4, weight=weight, solve=TIGHT), steps=300, warm=warm)
         for epoch in (0, 1):
-            run._pairs.backward(pairs[:2], epoch)
+            run.pair_loss.backward(pairs[:2], epoch)
             found = gradients(run)
             run.optimizer.zero_grad()
         starts = [p.initial for p in pairs[:2]]
@@ -109,7 +108,7 @@ class TestAdjoints:
 
     def test_an_estimate_leaves_no_trace_in_the_counts(self, pairs):
         run = trainer(adjoint="implicit", stepper=None, steps=2)
-        estimate(run, pairs[:3], pairs[3:4], pairs[4:], epochs=1)
+        run.estimate(run.check(pairs[:3], pairs[3:4], pairs[4:]), epochs=1)
         assert run.fit(pairs[:3], epochs=1).history[0]["unsolved"] == 3
 
 
@@ -187,7 +186,7 @@ class TestTerms:
         splits = {"train": labelled[:2], "valid": labelled[2:3], "test": labelled[3:4]}
         outcome = finetune(self.make(tmp_path), splits, tmp_path, epochs=1)
         assert "What else has changed" in (tmp_path / "report.html").read_text()
-        assert drift_text(Outcome.load(tmp_path).card) == drift_text(outcome.card)
+        assert drift_text(RunResults.load(tmp_path).drift_report) == drift_text(outcome.drift_report)
 
     def test_each_term_has_its_column_even_where_no_step_was_taken(self, pairs):
         potential = Exploding(**untuned().config())
@@ -201,7 +200,7 @@ class TestTerms:
             run = trainer(untuned(), terms=given)
             with torch.no_grad():
                 run.potential.sigma.fill_(sigma)
-            run.begin(pairs[:2], epochs=1)
+            run.start(run.check(pairs[:2]), epochs=1)
             losses = [term.loss(run.potential, pairs[:2], np.random.default_rng(0)).item() for term in run.terms]
             assert losses == pytest.approx([0.0, 0.0], abs=1e-20)
             run.fit(pairs[:2], epochs=1)
@@ -222,7 +221,7 @@ class TestTerms:
         pairs = [dataclasses.replace(p, relaxed=p.relaxed.copy()) for p in pairs]
         for refusing in (run.check, run.fit):
             with pytest.raises(ValueError, match="None of the training pairs has a frame with energy and forces"):
-                refusing(pairs, epochs=1)
+                refusing(pairs)
         assert not (tmp_path / "run").exists()
 
     def test_frames_are_read_once_however_often_pairs_are_checked(self, labelled):
@@ -235,8 +234,7 @@ class TestTerms:
 
         pairs = [dataclasses.replace(p, frames=File(p.frames)) for p in labelled[:2]]
         run = trainer(terms=["reference"])
-        run.check(pairs, epochs=1)
-        run.begin(pairs, epochs=1)
+        run.start(run.check(pairs), epochs=1)
         before = len(reads)
         run.fit(pairs, epochs=1)
         assert before == len(reads) == 2

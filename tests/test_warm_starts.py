@@ -57,7 +57,7 @@ class TestStarts:
         validate = run._validate
 
         def note(valid):
-            ends.append(dict(run._pairs.warm.ends))
+            ends.append(dict(run.pair_loss.warm.ends))
             return validate(valid)
 
         run._validate = note
@@ -74,9 +74,9 @@ class TestStarts:
         run = warm(adjoint=Guided(3), batch_size=4)
         seen = watched(run, monkeypatch)
         run.backward(pairs)
-        run._pairs.backward(pairs, 1)
+        run.pair_loss.backward(pairs, 1)
         initial = torch.cat([torch.from_numpy(p.initial.positions) for p in pairs])
-        ends = torch.cat([run._pairs.warm.ends[p.id] for p in pairs])
+        ends = torch.cat([run.pair_loss.warm.ends[p.id] for p in pairs])
         cold, warmer = (found for _, found in seen)
         np.testing.assert_array_equal(cold.start.positions, initial)
         np.testing.assert_array_equal(cold.early.start.positions, initial)
@@ -86,15 +86,15 @@ class TestStarts:
 
     def test_a_pair_that_did_not_converge_starts_cold_the_next_time(self, pairs, monkeypatch):
         run = warm(every=9, batch_size=4)
-        run._pairs.backward(pairs, 0)
-        assert len(run._pairs.warm.ends) == 4
+        run.pair_loss.backward(pairs, 0)
+        assert len(run.pair_loss.warm.ends) == 4
         with torch.no_grad():
             run.potential.sigma += 0.05
-        run._pairs.steps = 1
-        run._pairs.backward(pairs, 1)
-        assert run._pairs.counts()["unsolved"] == 4
+        run.pair_loss.steps = 1
+        run.pair_loss.backward(pairs, 1)
+        assert run.pair_loss.counts()["unsolved"] == 4
         seen = watched(run, monkeypatch)
-        run._pairs.backward(pairs, 2)
+        run.pair_loss.backward(pairs, 2)
         np.testing.assert_array_equal(seen[0][1].start.positions, np.concatenate([p.initial.positions for p in pairs]))
 
 
@@ -143,7 +143,7 @@ class TestResuming:
         with pytest.raises(Killed):
             killed_in(warm(3, adjoint, out=tmp_path / "run"), step).fit(pairs[:3], pairs[3:], epochs=4)
         resumed = Trainer.resume(tmp_path / "run", progress=False)
-        assert set(resumed._pairs.warm.ends) == {p.id for p in pairs[:3]}
+        assert set(resumed.pair_loss.warm.ends) == {p.id for p in pairs[:3]}
         resumed.fit(pairs[:3], pairs[3:], epochs=4)
         assert same(contents(resumed, tmp_path / "run"), contents(whole, tmp_path / "whole"))
         ends = [torch.load(tmp_path / n / "checkpoint.pt", weights_only=True)["warm_ends"] for n in ("run", "whole")]
@@ -159,7 +159,7 @@ def test_warm_starts_need_a_minimum_to_start_at(adjoint):
 def test_pairs_must_have_names_of_their_own(pairs):
     twice = [dataclasses.replace(p, id="a pair") for p in pairs[:2]]
     with pytest.raises(ValueError, match="Two training pairs are called 'a pair'"):
-        warm().check(twice, epochs=1)
+        warm().check(twice)
 
 
 def test_epochs_between_cold_starts_are_not_negative():

@@ -15,7 +15,7 @@ from ..datasets import DEMO_FOLD, FOLDS, si_defects
 from ..training.distributed import Lost, Ranks, leave, together
 from . import evaluate, info, relax, train
 from .flags import Formatter, add_output, add_potential, command, completed, flag
-from .messages import Voice
+from .messages import Console
 from .run_folder import Terminated, terminable
 from .train import add_training, launch, stopped
 
@@ -75,18 +75,18 @@ USABLE = (ValueError, OSError, ImportError, NotImplementedError)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command of the shell, and return its exit code (see `CODES`)."""
     ranks = together()
-    voice = Voice(ranks)
+    console = Console(ranks)
     try:
-        with terminable(once=not voice.alone), voice.silenced(errors=True):
+        with terminable(once=not console.alone), console.silenced(errors=True):
             arguments = completed(build_parser(), argv)
     except SystemExit:
-        voice.all_ended()
+        console.all_ended()
         raise
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     if ranks.writes:
         logging.getLogger("ase_bptt").setLevel(logging.INFO)
     try:
-        with terminable(once=not voice.alone), voice.silenced(errors=False):
+        with terminable(once=not console.alone), console.silenced(errors=False):
             _refuse_many(ranks, arguments)
             code = arguments.run(arguments)
         leave()
@@ -102,10 +102,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         code, why = 143, ""
     # Not above: an error that is being handled holds on to the connections, which may have to be closed.
     if why:
-        voice.say(why)
+        console.print_error(why)
     else:
-        why = "stopped." if voice.all_ended() else "stopped, for one of its processes has died."
-        voice.say(f"{why} {arguments.stopped(arguments)}", for_all=True)
+        why = "stopped." if console.all_ended() else "stopped, for one of its processes has died."
+        console.print_error(f"{why} {arguments.stopped(arguments)}", for_all=True)
     return code
 
 

@@ -19,7 +19,7 @@ from ..pairs.groups import check_structure
 from ..pairs.reading import read_pairs
 from ..potential import Potential
 from ..potentials import load_potential
-from .run_folder import held
+from .run_folder import signals_deferred
 
 log = logging.getLogger(__name__)
 WIDTH = 80
@@ -229,7 +229,7 @@ def read_structures(
 
 def potential_of(arguments: argparse.Namespace, spec: str | None = None) -> Potential:
     """The potential of --potential (or another spec), with --device, --dtype and --trust."""
-    with held():
+    with signals_deferred():
         return load_potential(
             spec or arguments.potential,
             device=arguments.device or best_device(),

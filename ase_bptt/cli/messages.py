@@ -1,4 +1,4 @@
-"""What the commands print, and which of several processes prints it."""
+"""What the commands print; of several processes, only rank 0 prints."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from datetime import datetime
 from pathlib import Path
@@ -26,10 +26,10 @@ from ..pairs import RelaxationPair
 from ..report import change
 from ..report.tables import comparison_text, table
 from ..training import Trainer
-from ..training.checkpoint import NUMBERS
 from ..training.distributed import Ranks, leave
 from ..training.metrics import Estimate
-from ..training.results import CARD, CARD_PICTURE, Outcome
+from ..training.results import DRIFT_PICTURE, DRIFT_REPORT, RunResults
+from ..training.settings import NUMBERS
 from ..tuning import describe
 from .flags import WIDTH
 
@@ -39,14 +39,16 @@ def quiet_if(json_alone: bool) -> Callable[[str], None]:
     return (lambda text: None) if json_alone else (lambda text: print(text, flush=True))
 
 
-def introduction(trainer: Trainer, arguments: argparse.Namespace, splits: dict[str, list[RelaxationPair]]) -> str:
-    """What will be trained on what."""
+def introduction(
+    trainer: Trainer, arguments: argparse.Namespace, splits: Mapping[str, Sequence[RelaxationPair]]
+) -> str:
+    """What will be trained, and on what."""
     sizes = ", ".join(f"{len(v)} {k} ({len({p.group for p in v})} kinds)" for k, v in splits.items())
     again = f", on from epoch {trainer.epoch}" if arguments.resume and trainer.epoch else ""
     few = not trainer.adjoint.needs_minimum
     tail = getattr(trainer.adjoint, "tail", None)
     movers = trainer.stepper.name + (f" and {tail.name}" if tail else "")
-    frames = f"{trainer.steps} frames of {movers}" + ("" if few else " at most")
+    frames = f"{trainer.relaxation.steps} frames of {movers}" + ("" if few else " at most")
     many = f", shared by {trainer.ranks.size} processes" if trainer.ranks.size > 1 else ""
     return (
         f"{arguments.potential}, fine-tuned {'through' if few else 'at minima, after'} {frames}, gradient by "
@@ -57,8 +59,8 @@ def introduction(trainer: Trainer, arguments: argparse.Namespace, splits: dict[s
     )
 
 
-def planned(arguments: argparse.Namespace, splits: dict[str, list[RelaxationPair]], found: Estimate) -> int:
-    """The end of a dry run."""
+def planned(arguments: argparse.Namespace, splits: Mapping[str, Sequence[RelaxationPair]], found: Estimate) -> int:
+    """Print the plan of a dry run, and return the exit code."""
     runs = arguments.__dict__.get("folds") or 1
     seconds = runs * found.seconds
     if arguments.json:
@@ -80,14 +82,15 @@ def facts(arguments: argparse.Namespace, trainer: Trainer) -> dict[str, str]:
     """For the head of the page: what was run, and with what."""
     potential = trainer.potential
     settings = trainer.settings()
-    # In a run that goes on, the stepper's numbers may have moved already.
-    begun = {name: trainer.begun_with.get(name, value) for name, value in settings["stepper"].items()}
+    # In a resumed run, the stepper's hyperparameters may have changed already.
+    initial = trainer.record.initial_hyperparameters
+    stepper = {name: initial.get(name, value) for name, value in settings["stepper"].items()}
     terms = [f"{term['weight']:g} {term['name']}" for term in settings["terms"]]
     numbers = {name: settings[name] for name in NUMBERS if settings[name] not in (None, [], {})}
     found = {
         "potential": f"{arguments.potential} ({potential.family}, {describe(potential)}, "
         f"{str(potential.dtype).removeprefix('torch.')}, {potential.device})",
-        "stepper": ", ".join(f"{k} {v}" for k, v in begun.items()),
+        "stepper": ", ".join(f"{k} {v}" for k, v in stepper.items()),
         "loss": f"{' + '.join([settings['loss'], *terms])}, gradient by {trainer.adjoint}",
         "training": ", ".join(f"{name} {_plain(v)}" for name, v in numbers.items()) + f", epochs {arguments.epochs}",
     }
@@ -108,57 +111,57 @@ def provenance() -> dict[str, str]:
     }
 
 
-def conclude(arguments: argparse.Namespace, outcome: Outcome) -> None:
+def conclude(arguments: argparse.Namespace, results: RunResults) -> None:
     """Print the result, in words or as JSON."""
-    print(json.dumps(outcome.todict()) if arguments.json else conclusion(outcome))
+    print(json.dumps(results.todict()) if arguments.json else conclusion(results))
 
 
-def conclusion(outcome: Outcome) -> str:
+def conclusion(results: RunResults) -> str:
     """The tables, and where everything is."""
-    before, after = outcome.before_bfgs, outcome.after_bfgs
-    place = f"{outcome.out}/fold_*/potential" if outcome.folds else f"{outcome.out / 'potential'}"
+    before, after = results.before_bfgs, results.after_bfgs
+    place = f"{results.out}/fold_*/potential" if results.folds else f"{results.out / 'potential'}"
     kept = ""
-    if outcome.best_epoch is not None:
-        what = f"the weights after epoch {outcome.best_epoch}" if outcome.best_epoch else "the untuned weights"
+    if results.best_epoch is not None:
+        what = f"the weights after epoch {results.best_epoch}" if results.best_epoch else "the untuned weights"
         kept = (
-            f"\nkept: {what} of {len(outcome.history)} epochs, the best by the mean logarithm on the validation pairs\n"
+            f"\nkept: {what} of {len(results.history)} epochs, the best by the mean logarithm on the validation pairs\n"
         )
     return (
-        f"{kept}\nHeld out, relaxed by FIRE to fmax 0.02 eV/Å\n{table(outcome.before, outcome.after)}\n"
+        f"{kept}\nHeld out, relaxed by FIRE to fmax 0.02 eV/Å\n{table(results.before, results.after)}\n"
         f"{fill(BASIN_RULE, WIDTH)}\n\n"
-        f"{comparison_text(outcome.comparison)}\n"
+        f"{comparison_text(results.comparison)}\n"
         f"relaxed by BFGS instead: mean {before.mean:.2f} before, {after.mean:.2f} after, "
-        f"{change(before.mean, after.mean)}\n\n{_kept_or_lost(outcome)}"
-        f"{outcome.seconds:.0f} s; tuned potential in {place}, all figures and pictures in "
-        f"{outcome.out / 'report.html'}"
+        f"{change(before.mean, after.mean)}\n\n{_what_else_changed(results)}"
+        f"{results.seconds:.0f} s; tuned potential in {place}, all figures and pictures in "
+        f"{results.out / 'report.html'}"
     )
 
 
-def _kept_or_lost(outcome: Outcome) -> str:
-    """Of the card, the warnings and how far forces have moved; and where all of it is."""
-    card = outcome.card
-    if card is None:
+def _what_else_changed(results: RunResults) -> str:
+    """Warnings of the drift report, by how much forces and energies have changed, and where all of it is."""
+    report = results.drift_report
+    if report is None:
         return ""
-    drift = card.drift()
-    over_folds = ", mean over the folds" if outcome.folds else ""
-    said = [f"Warning: {warning}" for warning in card.warnings()]
+    drift = report.drift()
+    over_folds = ", mean over the folds" if results.folds else ""
+    lines = [f"Warning: {warning}" for warning in report.warnings()]
     if drift.n:
-        said.append(
+        lines.append(
             f"What else has changed, on {drift.n} other structures: forces of {drift.size:.3f} eV/Å by "
             f"{drift.force:.3f}, and energies by {1000 * drift.energy:.1f} meV/atom (root mean square{over_folds})."
         )
-    said.append(f"More of this in {outcome.out / CARD_PICTURE} and {outcome.out / CARD}.")
-    return "\n".join(fill(line, WIDTH, break_long_words=False, break_on_hyphens=False) for line in said) + "\n\n"
+    lines.append(f"More of this in {results.out / DRIFT_PICTURE} and {results.out / DRIFT_REPORT}.")
+    return "\n".join(fill(line, WIDTH, break_long_words=False, break_on_hyphens=False) for line in lines) + "\n\n"
 
 
 GOODBYE = 5.0
-"""Seconds in which all processes come to their end, if none of them has died."""
+"""Seconds within which all processes end, if none of them has died."""
 SILENCE = 20.0
-"""Seconds after which the process that speaks will say nothing; torchrun kills after 30."""
+"""Seconds after which rank 0 is not expected to print any more; torchrun kills after 30."""
 
 
-class Voice:
-    """The voice of the processes of a command, of which one speaks for all.
+class Console:
+    """Standard output and standard error of the processes of a command, of which only rank 0 prints.
 
     Parameters
     ----------
@@ -176,7 +179,7 @@ class Voice:
 
     @contextmanager
     def silenced(self, *, errors: bool) -> Iterator[None]:
-        """Nothing goes to standard output, or to standard error, but from the process that speaks."""
+        """Only rank 0 prints to standard output and, with `errors`, to standard error."""
         if self.ranks.writes:
             yield
             return
@@ -187,28 +190,29 @@ class Voice:
                 stack.enter_context(redirect_stderr(nowhere))
             yield
 
-    def say(self, sentence: str, *, for_all: bool = False) -> None:
-        """To standard error, once, however many processes come to say it.
+    def print_error(self, sentence: str, *, for_all: bool = False) -> None:
+        """Print to standard error, once, however many processes ask for it.
 
         Parameters
         ----------
         sentence : str
         for_all : bool
-            Whether all is said where the process that speaks has said anything; otherwise each says what is its own.
+            Whether the sentence speaks for all processes, and is not printed if rank 0 has printed one already.
+            Otherwise each process prints its own sentence.
         """
         if not for_all:
-            leave()  # the others may wait for this process
+            leave()  # other processes may wait for this one
         self._end()
         if self._my_turn(sentence, for_all):
             print(f"ase-bptt: {sentence}", file=sys.stderr, flush=True)
         if self.ranks.store is not None and self.ranks.writes:
             with suppress(RuntimeError):
-                self.ranks.store.set("spoken", "")
+                self.ranks.store.set("printed", "")
             if not for_all:
                 self.all_ended()  # torchrun would end the others with this one
 
     def all_ended(self) -> bool:
-        """Whether all processes have come to their end by themselves; otherwise one of them has died."""
+        """Whether all processes have ended by themselves; otherwise one of them has died."""
         if self.ranks.store is None:
             return True
         self._end()
@@ -226,8 +230,8 @@ class Voice:
         if store is None:
             return True
         if not self.ranks.writes:
-            heard = _soon(lambda store: store.check(["spoken"]), store, GOODBYE if for_all else SILENCE)
-            if heard and for_all:
+            printed = _soon(lambda store: store.check(["printed"]), store, GOODBYE if for_all else SILENCE)
+            if printed and for_all:
                 return False
         try:
             return store.add(sentence, 1) == 1
@@ -235,12 +239,12 @@ class Voice:
             return self.ranks.writes
 
 
-def _soon(asked: Callable[[dist.Store], bool], store: dist.Store, patience: float) -> bool:
-    """Whether the answer is yes within so many seconds; no where nobody answers."""
+def _soon(condition: Callable[[dist.Store], bool], store: dist.Store, patience: float) -> bool:
+    """Whether a condition becomes true within so many seconds; False where the store is out of reach."""
     until = time.monotonic() + patience
     with suppress(RuntimeError):
         while time.monotonic() < until:
-            if asked(store):
+            if condition(store):
                 return True
             time.sleep(0.05)
     return False

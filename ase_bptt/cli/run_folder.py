@@ -1,4 +1,4 @@
-"""Run folders: what stands there already, and how a run is stopped without losing it."""
+"""Run folders: what is in them already, and how a run is stopped without losing it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import json
 import shutil
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..pairs import RelaxationPair, fingerprint
 from ..potentials import EMBEDDED, families
 from ..utils import check_writable, replacing
 
@@ -29,7 +28,7 @@ OURS = (
 PASSING = frozenset(
     {"out", "overwrite", "resume", "dry_run", "json", "device", "trust", "skip_invalid", "lazy", "pairs"}
 )
-"""What may be said anew when a run goes on; other pairs are noticed by the trainer."""
+"""What may be given otherwise when a run is resumed; other pairs are noticed by `same_data`."""
 
 
 def refuse_if_there(arguments: argparse.Namespace) -> None:
@@ -70,7 +69,7 @@ def _refuse_own_input(arguments: argparse.Namespace) -> None:
 
 
 def prepare(arguments: argparse.Namespace) -> None:
-    """Make the folder, or empty it of what we wrote, and put the command in; tells early if one may not write there."""
+    """Make the folder, or delete what we wrote in it, and write the command; fails early where it is not writable."""
     refuse_if_there(arguments)
     # What cannot be replaced is not deleted, nor is what somebody else put there.
     check_writable(arguments.out)
@@ -101,7 +100,7 @@ def described(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def saved(out: Path) -> dict[str, Any]:
-    """The arguments that a run was begun with.
+    """The arguments with which a run was started.
 
     Raises
     ------
@@ -114,52 +113,52 @@ def saved(out: Path) -> dict[str, Any]:
 
 
 def take_over(arguments: argparse.Namespace) -> None:
-    """Go on with the arguments that the run was begun with.
+    """Continue with the arguments with which the run was started.
 
     Raises
     ------
     ValueError
-        Where another one was typed: that would be another run.
+        Where another one was given: that would be another run.
     """
-    begun = saved(arguments.out)
-    if begun["command"] != arguments.command:
-        raise ValueError(f"{arguments.out} was begun by ase-bptt {begun['command']}, not by {arguments.command}.")
+    started = saved(arguments.out)
+    if started["command"] != arguments.command:
+        raise ValueError(f"{arguments.out} was started by ase-bptt {started['command']}, not by {arguments.command}.")
     now = described(arguments)
-    for name, value in begun.items():
+    for name, value in started.items():
         if name in PASSING:
             continue
         if name in arguments.given and now[name] != value:
             flag = "--" + name.replace("_", "-")
             raise ValueError(
-                f"The run in {arguments.out} was begun {_said(flag, value)}, not {now[name]}: "
-                "leave the flag out to go on, or start a new run with another --out."
+                f"The run in {arguments.out} was started {_given(flag, value)}, not {now[name]}: "
+                "leave the flag out to continue, or start a new run with another --out."
             )
         setattr(arguments, name, value)
-    # Other pairs would be noticed; none at all are those of the run.
-    arguments.pairs = getattr(arguments, "pairs", None) or begun.get("pairs", [])
+    # Other pairs are noticed later; without any, those of the run are read again.
+    arguments.pairs = getattr(arguments, "pairs", None) or started.get("pairs", [])
     for name in ("skip_invalid", "lazy"):
-        setattr(arguments, name, getattr(arguments, name, False) or begun.get(name, False))
+        setattr(arguments, name, getattr(arguments, name, False) or started.get(name, False))
 
 
-def same_data(arguments: argparse.Namespace, pairs: Sequence[RelaxationPair]) -> None:
-    """Note what a new run is on, in the arguments.
+def same_data(arguments: argparse.Namespace, fingerprint: str) -> None:
+    """Note in the arguments which pairs a new run is on, by their hash.
 
     Raises
     ------
     ValueError
-        Where a run that goes on was begun with other pairs.
+        Where a resumed run was started with other pairs.
     """
-    data = fingerprint(pairs)[:16]
+    data = fingerprint[:16]
     if getattr(arguments, "data", data) != data:
-        begun, now = (" ".join(map(str, paths)) for paths in (saved(arguments.out)["pairs"], arguments.pairs))
+        before, now = (" ".join(map(str, paths)) for paths in (saved(arguments.out)["pairs"], arguments.pairs))
         raise ValueError(
-            f"The run in {arguments.out} was begun with other pairs, those of {begun}, than {now} holds now: give "
+            f"The run in {arguments.out} was started with other pairs, those of {before}, than {now} holds now: give "
             "those again, or start a new run with another --out."
         )
     arguments.data = data
 
 
-def _said(flag: str, value: Any) -> str:
+def _given(flag: str, value: Any) -> str:
     return f"without {flag}" if value in (None, []) else f"with {flag} {value}"
 
 
@@ -187,7 +186,7 @@ def terminable(*, once: bool = False) -> Iterator[None]:
     Parameters
     ----------
     once : bool
-        Be deaf to it afterwards: where one of several processes ends, the others are sent it at any time.
+        Ignore it afterwards: where one of several processes ends, the others are sent it at any time.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may set handlers
@@ -206,8 +205,8 @@ def terminable(*, once: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def held() -> Iterator[None]:
-    """Hold Ctrl-C and SIGTERM back until the end of the block.
+def signals_deferred() -> Iterator[None]:
+    """Defer Ctrl-C and SIGTERM until the end of the block.
 
     While a model is compiled and loaded, other people's code catches every exception, and one that
     is to end the command would be lost there.

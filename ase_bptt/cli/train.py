@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,13 @@ from ..pairs.groups import split_by_group, split_into_folds, usable
 from ..potential import Potential
 from ..steppers import STEPPERS, Stepper, make_stepper
 from ..training import Trainer
-from ..training.checkpoint import NUMBERS
+from ..training.data import combined_hash
 from ..training.distributed import together
 from ..training.fine_tune import cross_validate, finetune
-from ..training.metrics import estimate
-from ..training.results import RESULTS, Outcome
-from ..training.settings import MOMENTUM
+from ..training.results import RESULTS, RunResults
+from ..training.settings import MOMENTUM, NUMBERS
 from ..tuning import prepare
-from . import messages as words
-from . import run_folder as runfolder
+from . import messages, run_folder
 from .flags import (
     add_output,
     add_pairs,
@@ -39,7 +37,7 @@ from .flags import (
     read_grouped,
     seed,
 )
-from .run_folder import held
+from .run_folder import signals_deferred
 
 DESCRIPTION = """\
 Fine-tune a potential on reference relaxations, so that its own relaxations
@@ -54,7 +52,7 @@ examples:
   ase-bptt train runs/ --potential chgnet --out tuned --dry-run
       what would be read, trained and written, and how long it would take
   ase-bptt train --out tuned --resume
-      go on after the last complete epoch
+      continue after the last complete epoch
   ase-bptt train runs/ --potential chgnet --out check --folds 5
       cross-validate: each kind is held out once
 """
@@ -81,7 +79,7 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     if arguments.resume and not arguments.folds:
-        arguments.folds = runfolder.saved(arguments.out).get("folds")
+        arguments.folds = run_folder.saved(arguments.out).get("folds")
     if arguments.folds:
         return _cross_validate(arguments)
     return launch(arguments, _splits)
@@ -90,80 +88,76 @@ def run(arguments: argparse.Namespace) -> int:
 def stopped(arguments: argparse.Namespace) -> str:
     """What is left after an interrupt."""
     out = arguments.out
-    # Before the folder was made anew, what is there is another run.
-    ours = hasattr(arguments, "data") and (arguments.resume or runfolder.holds(arguments))
+    # Before the folder was prepared, what is in it is another run.
+    ours = hasattr(arguments, "data") and (arguments.resume or run_folder.holds(arguments))
     if not ours or not any(out.glob("**/checkpoint.pt")):
-        again = " Begin again with --overwrite." if ours else ""
+        again = " Start again with --overwrite." if ours else ""
         return f"Nothing was trained yet, and nothing is lost.{again}"
     where = f"{out}/fold_*" if arguments.__dict__.get("folds") else out
     return (
         f"The state after the last complete epoch is in {where}/checkpoint.pt, the best potential so far in "
-        f"{where}/potential; ase-bptt {arguments.command} --out {out} --resume goes on."
+        f"{where}/potential; ase-bptt {arguments.command} --out {out} --resume continues."
     )
 
 
 def launch(arguments: argparse.Namespace, read: Callable[[argparse.Namespace, Potential], Splits]) -> int:
     """One fine-tuning run: new or resumed, or only described."""
-    ranks = together()
-    if arguments.resume:
-        runfolder.take_over(arguments)
-        if ranks.once((arguments.out / RESULTS).is_file):
-            return _tell_again(arguments)
-        trainer = resumed_trainer(arguments, arguments.out)
-    else:
-        ranks.once(partial(runfolder.refuse_if_there, arguments))
-        trainer = new_trainer(arguments, arguments.out)
-    splits = read(arguments, trainer.potential)
-    runfolder.same_data(arguments, [pair for split in splits.values() for pair in split])
+    if _complete(arguments):
+        return _report_again(arguments)
+    make = resumed_trainer if arguments.resume else new_trainer
+    trainer = make(arguments, arguments.out)
     # What cannot be trained on must not cost the last run.
-    trainer.check(*splits.values(), epochs=arguments.epochs)
-    if not (arguments.resume or arguments.dry_run):
-        ranks.once(partial(runfolder.prepare, arguments))
-    say = words.quiet_if(arguments.json)
-    say(words.introduction(trainer, arguments, splits))
+    data = trainer.check(**read(arguments, trainer.potential))
+    run_folder.same_data(arguments, combined_hash([data.fingerprint, data.held_out]))
+    _announce(arguments, trainer, data.splits())
     if arguments.dry_run:
         left = arguments.epochs - trainer.epoch
-        return words.planned(arguments, splits, estimate(trainer, *splits.values(), epochs=left))
-    outcome = finetune(trainer, splits, arguments.out, epochs=arguments.epochs, facts=words.facts(arguments, trainer))
-    words.conclude(arguments, outcome)
-    return 0
-
-
-def _tell_again(arguments: argparse.Namespace) -> int:
-    """The result of a run that is complete."""
-    words.quiet_if(arguments.json)(f"The run in {arguments.out} is complete.")
-    words.conclude(arguments, Outcome.load(arguments.out))
+        return messages.planned(arguments, data.splits(), trainer.estimate(data, epochs=left))
+    facts = messages.facts(arguments, trainer)
+    messages.conclude(arguments, finetune(trainer, data, arguments.out, epochs=arguments.epochs, facts=facts))
     return 0
 
 
 def _cross_validate(arguments: argparse.Namespace) -> int:
-    ranks = together()
-    if arguments.resume:
-        runfolder.take_over(arguments)
-        if ranks.once((arguments.out / RESULTS).is_file):
-            return _tell_again(arguments)
-    else:
-        ranks.once(partial(runfolder.refuse_if_there, arguments))
+    if _complete(arguments):
+        return _report_again(arguments)
     trainer = new_trainer(arguments, None)
     pairs = _pairs(arguments, trainer.potential)
-    runfolder.same_data(arguments, pairs)
-    splits = split_into_folds(pairs, arguments.folds, seed=arguments.seed)
-    for split in splits:
-        trainer.check(*split.values(), epochs=arguments.epochs)
-    if not (arguments.resume or arguments.dry_run):
-        ranks.once(partial(runfolder.prepare, arguments))
-    say = words.quiet_if(arguments.json)
-    say(words.introduction(trainer, arguments, {"held out in turn": pairs}))
+    folds = [trainer.check(**split) for split in split_into_folds(pairs, arguments.folds, seed=arguments.seed)]
+    run_folder.same_data(arguments, combined_hash([fold.held_out for fold in folds]))
+    _announce(arguments, trainer, {"held out in turn": pairs})
     if arguments.dry_run:
-        found = estimate(trainer, *splits[0].values(), epochs=arguments.epochs)
-        return words.planned(arguments, splits[0], found)
-    outcome = cross_validate(
-        partial(new_trainer, arguments), pairs, arguments.out, folds=arguments.folds, epochs=arguments.epochs,
-        seed=arguments.seed, facts=words.facts(arguments, trainer),
-        resume=partial(resumed_trainer, arguments),
+        return messages.planned(arguments, folds[0].splits(), trainer.estimate(folds[0], epochs=arguments.epochs))
+    results = cross_validate(
+        partial(new_trainer, arguments), pairs, arguments.out, folds=folds, epochs=arguments.epochs,
+        facts=messages.facts(arguments, trainer), resume=partial(resumed_trainer, arguments),
     )  # fmt: skip
-    words.conclude(arguments, outcome)
+    messages.conclude(arguments, results)
     return 0
+
+
+def _complete(arguments: argparse.Namespace) -> bool:
+    """Take over the arguments of a run that is resumed, or refuse to overwrite one; whether there is nothing to do."""
+    ranks = together()
+    if not arguments.resume:
+        ranks.once(partial(run_folder.refuse_if_there, arguments))
+        return False
+    run_folder.take_over(arguments)
+    return ranks.once((arguments.out / RESULTS).is_file)
+
+
+def _report_again(arguments: argparse.Namespace) -> int:
+    """Print the results of a run that is complete."""
+    messages.quiet_if(arguments.json)(f"The run in {arguments.out} is complete.")
+    messages.conclude(arguments, RunResults.load(arguments.out))
+    return 0
+
+
+def _announce(arguments: argparse.Namespace, trainer: Trainer, splits: Mapping[str, Sequence[RelaxationPair]]) -> None:
+    """Make the folder of a new run, and print what will be trained on what."""
+    if not (arguments.resume or arguments.dry_run):
+        together().once(partial(run_folder.prepare, arguments))
+    messages.quiet_if(arguments.json)(messages.introduction(trainer, arguments, splits))
 
 
 def _splits(arguments: argparse.Namespace, potential: Potential) -> Splits:
@@ -172,9 +166,11 @@ def _splits(arguments: argparse.Namespace, potential: Potential) -> Splits:
 
 def _pairs(arguments: argparse.Namespace, potential: Potential) -> list[RelaxationPair]:
     if arguments.lazy and together().size > 1:
-        # One makes the index, and the others need not look through all files again.
+        # One process makes the index; the others need not read all files again.
         together().once(lambda: read_grouped(arguments) and None)
-    return usable(potential, read_grouped(arguments), skip_invalid=arguments.skip_invalid)
+    pairs = read_grouped(arguments)
+    # Otherwise the Trainer refuses what it cannot use.
+    return usable(potential, pairs, skip_invalid=True) if arguments.skip_invalid else pairs
 
 
 ARGUMENTS = ("loss", *NUMBERS)
@@ -186,7 +182,7 @@ TERMS = {
 
 
 def add_training(parser: argparse.ArgumentParser) -> Any:
-    """The numbers of the training, and what is trained; their defaults are the Trainer's own."""
+    """Add the flags of a training; their defaults are those of `Trainer`."""
     group = parser.add_argument_group("training")
     default = {name: p.default for name, p in inspect.signature(Trainer).parameters.items()}
     default["epochs"] = inspect.signature(Trainer.fit).parameters["epochs"].default
@@ -202,11 +198,11 @@ def add_training(parser: argparse.ArgumentParser) -> Any:
          "minimum)", choices=sorted(STEPPERS))  # fmt: skip
     flag(group, parser, "--step-size", "of gd, in Å^2/eV, or 'auto' (default: 0.05)", type=step_size, metavar="X")
     flag(group, parser, "--momentum", f"of gd (default: {MOMENTUM})", type=between(0, 1), metavar="X")
-    flag(group, parser, "--adjoint", "way to the gradient: replay, replay:N, replay:differences, truncated:N, "
+    flag(group, parser, "--adjoint", "how the gradient is taken: replay, replay:N, replay:differences, truncated:N, "
          "guided:N, implicit, one-step or full, with N frames", "replay", type=adjoint, metavar="NAME")  # fmt: skip
-    number("--warm", count, "with implicit, guided or one-step: begin where the epoch before ended, and from the "
+    number("--warm", count, "with implicit, guided or one-step: start where the epoch before ended, and from the "
            "initial structures in every N-th epoch", "N")  # fmt: skip
-    flag(group, parser, "--learn", "train these numbers of the stepper, too, such as step_size", [], nargs="+",
+    flag(group, parser, "--learn", "train these hyperparameters of the stepper, too, such as step_size", [], nargs="+",
          metavar="NAME")  # fmt: skip
     flag(group, parser, "--loss", f"distance that is lowered: {', '.join(LOSSES)}", default["loss"],
          choices=sorted(LOSSES), metavar="NAME")  # fmt: skip
@@ -214,7 +210,7 @@ def add_training(parser: argparse.ArgumentParser) -> Any:
     number("--batch-size", count, "pairs a step of the optimizer", "N")
     number("--memory", positive, "GiB that may be taken at once; larger batches are computed in parts (default: 80 % "
            "of what is free on a GPU)")  # fmt: skip
-    number("--along", between(0, 1), "share of training starts on the way to the reference")
+    number("--along", between(0, 1), "share of training starts on the line to the reference")
     number("--rattle", between(0, 1), "noise on training starts, in Å")
     number("--patience", count, "stop after so many epochs without a better validation", "N")
     number("--seed", seed, "of the order of pairs, of their starts and of the split", "N")
@@ -257,7 +253,7 @@ def new_trainer(arguments: argparse.Namespace, out: Path | None) -> Trainer:
 
 def resumed_trainer(arguments: argparse.Namespace, out: Path) -> Trainer:
     """The Trainer of a run that was stopped."""
-    with held():
+    with signals_deferred():
         return Trainer.resume(out, device=arguments.device or best_device())
 
 

@@ -1,13 +1,300 @@
-"""Fine-tuning: from pairs of structures to a tuned potential.
+"""Fine-tuning: the Trainer, from pairs of structures to the best state on validation.
 
-`trainer` tells a run from its first look at the pairs to its best state. Under it, `choices` is what it takes and
-refuses, `epoch` the order of its pairs and a row of its metrics, `pairloss` the loss of one batch, `updates` the steps
-of the optimizer, and `resuming` what it leaves behind; above it, `finetune` puts the measurements around it,
-and `folds` makes one outcome of those of a cross-validation. The processes that share all this are `ranks`.
+`settings` says what its keywords mean, `data` holds its pairs, `pair_loss` takes the gradient of a batch, `updates` the
+steps of the optimizer; `state` is what it remembers, in the run folder of `checkpoint`. `fine_tune` measures around it.
 """
 
 from __future__ import annotations
 
-from .trainer import Trainer
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-__all__ = ["Trainer"]
+import torch
+
+from ..adjoints import Adjoint
+from ..evaluation import Evaluation, evaluate
+from ..pairs import RelaxationPair
+from ..potential import Potential
+from ..potentials import as_potential, save_potential
+from ..steppers import Stepper
+from ..terms import Term, make_terms
+from ..utils import check_positive
+from . import checkpoint
+from .data import Order, TrainingData, check_data
+from .distributed import together
+from .metrics import EpochMetrics, Estimate, Progress, estimate, validate
+from .pair_loss import PairLoss
+from .settings import NUMBERS, Loss, OptimizerSettings, RelaxationSettings, SamplingSettings
+from .state import Parts, RunRecord
+from .updates import OptimizerFactory, Updates
+
+Pairs = Sequence[RelaxationPair]
+
+
+class Trainer:
+    """Fine-tune a potential so that its relaxations end where the reference's do (arXiv 2512.01067).
+
+    Under `torchrun`, or in a process group of your own, all processes build the same Trainer and share each batch.
+
+    Parameters
+    ----------
+    potential : Potential, module or spec
+        As for `load_potential`; a module is trained in place, and its frozen weights stay.
+    stepper : Stepper or str
+        The map to unroll: by default the paper's gradient descent, with momentum; for `Implicit` and `OneStep` BFGS.
+    adjoint : Adjoint or str
+        `Replay` by default, or another of `ase_bptt.adjoints`. With `Guided`, the loss counts at the relaxed structure
+        and, times the weight of the adjoint, after the first frames.
+    loss : callable or str
+        ``loss(relaxation, reference) -> Tensor (n,)``, or a name in `ase_bptt.losses.LOSSES`.
+    optimizer : callable
+        ``optimizer(parameters) -> torch.optim.Optimizer``; AdamW with `lr` by default.
+    lr : float
+        Learning rate of the default optimizer at the start; it falls to zero by a half cosine.
+    steps : int or None
+        Frames of an unroll. Few (8 to 40) teach which basin to fall into; a converged run does not. None is 10, and
+        300 at most for adjoints that need the minimum.
+    fmax : float
+        eV/Å: structures stop below this, in training.
+    batch_size : int
+        Pairs in one step of the optimizer.
+    memory : float or None
+        GiB that may be used at once: a batch that needs more is computed in parts, with the same gradient.
+        None is 80 % of what is free on a GPU, and no limit elsewhere.
+    clip : float
+        Largest norm of the gradient.
+    patience : int or None
+        Stop after so many epochs without a better validation score (the mean `log_delta_q` of the validation
+        structures, relaxed by FIRE); None never stops early.
+    along : float
+        Share of the training starts that are drawn, in each epoch again, on the straight line from the initial to the
+        reference structure. They teach its basin even where no relaxation from the initial structure reaches it.
+    rattle : float
+        Standard deviation in Å of the noise on every training start.
+    seed : int
+        Of the order of the pairs, of their starts and of what the terms draw.
+    warm : int
+        With `Implicit`, `OneStep` or `Guided`: start the relaxation to the minimum where it ended in the epoch before,
+        but from the initial structure in every `warm`-th epoch (0: in all). Warm starts are not augmented.
+    learn : str or sequence of str
+        Hyperparameters of the stepper that are trained, too, such as "step_size": those of a copy of the stepper,
+        while Parameters that it has already are trained in place.
+    rates : mapping of str to float, optional
+        Factors on `lr` by patterns for the names of weights (`ase_bptt.tuning.groups`).
+    terms : sequence of Term or str
+        Further terms of the loss, against forgetting (`ase_bptt.terms`); with weight 1 where only a name is given.
+    out : path, optional
+        Run folder: settings.json, metrics.csv, checkpoint.pt, potential/ (the best so far).
+    progress : bool or None
+        A bar on standard error, by default if it is a terminal, or else a line in the log (INFO) for each epoch.
+    """
+
+    def __init__(
+        self,
+        potential: Potential | torch.nn.Module | str,
+        *,
+        stepper: Stepper | str | None = None,
+        adjoint: Adjoint | str | None = None,
+        loss: Loss | str = "root_delta_q",
+        optimizer: OptimizerFactory | None = None,
+        lr: float = 2e-3,
+        steps: int | None = None,
+        fmax: float = 0.01,
+        batch_size: int = 4,
+        memory: float | None = None,
+        clip: float = 1.0,
+        patience: int | None = None,
+        along: float = 0.5,
+        rattle: float = 0.03,
+        seed: int = 0,
+        warm: int = 0,
+        learn: Sequence[str] = (),
+        rates: Mapping[str, float] | None = None,
+        terms: Sequence[Term | dict[str, Any] | str] = (),
+        out: str | Path | None = None,
+        progress: bool | None = None,
+    ):
+        self.relaxation = RelaxationSettings.resolve(
+            stepper, adjoint, loss, steps=steps, fmax=fmax, warm=warm, learn=learn, memory=memory
+        )
+        self.optimization = OptimizerSettings(lr, dict(rates or {}), clip, patience)
+        self.sampling = SamplingSettings(batch_size, along, rattle, seed)
+        self.potential = as_potential(potential)
+        self.terms = make_terms(terms)
+        self.ranks, self.out = together(), None if out is None else Path(out)
+        self.progress = progress if self.ranks.writes else False
+        self.pair_loss = PairLoss.from_settings(self.potential, self.relaxation, self.ranks)
+        self.updates = Updates(self.potential, self.stepper, self.terms, self.ranks, self.optimization, optimizer)
+        self.order = Order(self.sampling)
+        self.adjoint, self.optimizer = self.relaxation.adjoint, self.updates.optimizer
+        numbers = vars(self.optimization) | vars(self.relaxation) | vars(self.sampling)
+        self.parts = Parts(self.pair_loss, self.updates, self.order, {name: numbers[name] for name in NUMBERS})
+        self.record = RunRecord(initial_hyperparameters=self.stepper.hyperparameters())
+
+    @property
+    def stepper(self) -> Stepper:
+        """With the step size "auto" resolved once the run has started."""
+        return self.pair_loss.stepper
+
+    @property
+    def epoch(self) -> int:
+        """Complete epochs."""
+        return self.record.epoch
+
+    @property
+    def history(self) -> list[dict[str, float]]:
+        """A row of metrics.csv for each complete epoch."""
+        return self.record.history
+
+    @property
+    def best_epoch(self) -> int:
+        """The one with the best validation score; 0 is the potential before training."""
+        return self.record.best_epoch
+
+    def fit(self, train: Pairs, valid: Pairs = (), *, epochs: int = 16) -> Trainer:
+        """Train, and leave potential and stepper in their best state on the validation pairs.
+
+        Without validation pairs the last state is kept. A resumed Trainer continues after its last complete epoch, and
+        needs the same pairs and epochs.
+
+        Raises
+        ------
+        ValueError
+            Before any work: for pairs of one group on both sides, for other pairs or epochs than before.
+        NotImplementedError
+            Before any work: for constraints or elements that cannot be treated, by name.
+        """
+        data = self.check(train, valid)
+        self.start(data, epochs=epochs)
+        return self.run(data)
+
+    def check(self, train: Pairs, valid: Pairs = (), test: Pairs = ()) -> TrainingData:
+        """The pairs, once everything about them is checked that can be checked before any work; raises as `fit`."""
+        if self.out is not None:
+            self.potential.config()  # raises where it could not be saved
+        return check_data(self.potential, self.terms, train, valid, test, unique_ids=self.relaxation.warm > 0)
+
+    def start(self, data: TrainingData, *, epochs: int) -> None:
+        """Start or resume the run on these pairs: from here on its folder can be resumed, though no epoch has run."""
+        check_positive(epochs=epochs)
+        if self.record.fingerprint:
+            self.record.check(data.fingerprint, epochs)
+            self.parts.share(self.ranks, self.record)
+            self.parts.prepare(data.train, epochs)
+        else:
+            self._start_new(data, epochs)
+
+    def _start_new(self, data: TrainingData, epochs: int) -> None:
+        self.record.fingerprint, self.record.epochs = data.fingerprint, epochs
+        self.parts.share(self.ranks, self.record)
+        self.pair_loss.resolve_step_size(data.train)
+        self.record.initial_hyperparameters = self.stepper.hyperparameters()
+        self.potential.metadata = checkpoint.provenance(self.potential, data.fingerprint, self.settings())
+        self.parts.prepare(data.train, epochs)
+        self._write(potential=True)
+
+    def run(self, data: TrainingData) -> Trainer:
+        """Train the epochs that are left of a run that was started on these pairs; ends in the best state."""
+        record = self.record
+        if record.epoch == 0:
+            self._keep(self._validate(data.valid)["valid_score"], data.valid)
+        with Progress(record.epochs, len(data.train), done=record.epoch, bar=self.progress) as progress:
+            while record.epoch < record.epochs and not record.out_of_patience(self.optimization.patience):
+                clock = time.monotonic()
+                row = self._train_epoch(data.train, progress)
+                record.epoch += 1
+                found = self._validate(data.valid)
+                record.history.append(row | found | {"seconds": time.monotonic() - clock})
+                self._keep(found["valid_score"], data.valid)
+                progress.epoch(record.history[-1])
+        self.potential.load_state_dict(record.best["potential"])
+        self.stepper.load_state_dict(record.best["stepper"])
+        return self
+
+    def _train_epoch(self, train: Pairs, progress: Progress) -> dict[str, float]:
+        metrics = EpochMetrics(len(train), self.terms)
+        for batch in self.order.batches(train, self.epoch):
+            lr = self.updates.lr
+            losses, norm = self.train_step(batch)
+            metrics.add(losses, norm, self.updates.term_values)
+            self.updates.decay()
+            progress.advance(len(batch), metrics.losses)
+        return metrics.row(self.epoch + 1, lr, self.pair_loss.counts(), self.stepper)
+
+    def train_step(self, pairs: Pairs) -> tuple[list[float], float]:
+        """One step of the optimizer on a batch: the losses that counted, and the norm of the gradient.
+
+        Pairs whose relaxation diverges are reported and left out.
+        """
+        losses = self.backward(pairs)
+        norm = self.updates.step(pairs, (self.sampling.seed, self.epoch)) if losses else None
+        if norm is None:
+            return [], 0.0
+        self.stepper.clamp_parameters()
+        return losses, norm
+
+    def backward(self, pairs: Pairs) -> list[float]:
+        """Gradients of the mean loss of a batch, into ``.grad``; the losses of the pairs that counted."""
+        self.updates.clear()
+        return self.pair_loss.backward(pairs, self.epoch)
+
+    def evaluate(self, pairs: Pairs, **settings: Any) -> Evaluation:
+        """`ase_bptt.evaluation.evaluate` with the potential as it is."""
+        return evaluate(self.potential, pairs, **settings)
+
+    def estimate(self, data: TrainingData, *, epochs: int) -> Estimate:
+        """Time and memory of so many epochs, from one batch; nothing is changed or written."""
+        return estimate(self.pair_loss, data, batch_size=self.sampling.batch_size, epochs=epochs)
+
+    def _validate(self, valid: Pairs) -> dict[str, float]:
+        return validate(self.potential, valid, self.ranks, self.relaxation.memory)
+
+    def _keep(self, score: float, valid: Pairs) -> None:
+        """Write a checkpoint, and remember the state as the best: by its score, or without validation as the last."""
+        best = not valid or self.record.improves(score)
+        if best:
+            self.record.keep_best(score, potential=self.potential.state_dict(), stepper=self.stepper.state_dict())
+        self._write(potential=best)
+
+    def settings(self) -> dict[str, Any]:
+        """What `resume` needs to build the same Trainer, as JSON."""
+        return self.parts.settings(self.record)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the potential: our format, which loads without unpickling, and the family's native file."""
+        if self.ranks.writes:
+            save_potential(self.potential, folder)
+
+    def _write(self, *, potential: bool) -> None:
+        state = self.parts.state(self.record)
+        if self.out is not None and self.ranks.writes:
+            checkpoint.write(self.out, self.settings(), state, self.potential if potential else None)
+
+    @classmethod
+    def resume(
+        cls,
+        out: str | Path,
+        *,
+        optimizer: OptimizerFactory | None = None,
+        loss: Loss | None = None,
+        stepper: Stepper | None = None,
+        adjoint: Adjoint | None = None,
+        terms: Sequence[Term] | None = None,
+        device: torch.device | str | None = None,
+        progress: bool | None = None,
+    ) -> Trainer:
+        """The Trainer of a run folder, after its last complete epoch or, if that checkpoint is damaged, the one before.
+
+        An optimizer, loss, stepper, adjoint or term of your own must be given again.
+        """
+        settings, state, rewound = together().once(lambda: checkpoint.read(out))
+        given = {"optimizer": optimizer, "loss": loss, "stepper": stepper, "adjoint": adjoint, "terms": terms}
+        keywords = checkpoint.rebuild(Path(out), settings, state, given, device)
+        trainer = cls(**keywords, out=out, progress=progress)
+        if rewound:
+            checkpoint.rewind(Path(out), trainer.potential, state, trainer.ranks)
+        trainer.parts.load(state)
+        trainer.record = state.record
+        return trainer

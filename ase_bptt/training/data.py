@@ -1,21 +1,98 @@
-"""The training pairs of an epoch: their order, their batches, and the starts that are varied."""
+"""The pairs of a training: checked once, and drawn in batches, from augmented starts, in each epoch."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from math import nan
 from typing import Any
 
 import numpy as np
 import torch
 
 from ..losses import displacements
-from ..pairs import RelaxationPair
+from ..pairs import RelaxationPair, fingerprint
+from ..pairs.groups import check_apart, usable
 from ..pairs.lazy import DeferredPair
-from ..steppers import Stepper
-from ..terms import Term
+from ..potential import Potential
+from ..terms import Term, check_terms
+from .settings import SamplingSettings
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingData:
+    """Pairs that a Trainer has checked.
+
+    Attributes
+    ----------
+    train, valid, test : sequence of RelaxationPair
+        To train on, to choose the best epoch by, and to measure the gain on; the last two may be empty.
+    fingerprint : str
+        Hash of the pairs of `train` and `valid`, on which the tuned weights depend.
+    held_out : str
+        Hash of the pairs of `test`.
+    """
+
+    train: Sequence[RelaxationPair]
+    valid: Sequence[RelaxationPair]
+    test: Sequence[RelaxationPair]
+    fingerprint: str
+    held_out: str
+
+    def splits(self) -> dict[str, Sequence[RelaxationPair]]:
+        """The pairs by the name of their split."""
+        return {"train": self.train, "valid": self.valid, "test": self.test}
+
+
+def check_data(
+    potential: Potential,
+    terms: Sequence[Term],
+    train: Sequence[RelaxationPair],
+    valid: Sequence[RelaxationPair] = (),
+    test: Sequence[RelaxationPair] = (),
+    *,
+    unique_ids: bool = False,
+) -> TrainingData:
+    """Check everything about the pairs that can be checked before any work.
+
+    Parameters
+    ----------
+    potential : Potential
+    terms : sequence of Term
+        Further terms of the loss.
+    train, valid, test : sequence of RelaxationPair
+    unique_ids : bool
+        Whether training pairs must have different ids.
+
+    Raises
+    ------
+    ValueError
+        Without training pairs, for a group in two splits, for pairs that a term cannot use, for equal ids.
+    NotImplementedError
+        For constraints or elements that cannot be treated, by name.
+    """
+    if not train:
+        raise ValueError("There are no pairs to train on.")
+    check_apart(training=train, validation=valid, test=test)
+    if unique_ids:
+        _check_ids(train)
+    usable(potential, [*train, *valid, *test])
+    check_terms(terms, train)
+    return TrainingData(train, valid, test, fingerprint([*train, *valid]), fingerprint(test))
+
+
+def _check_ids(pairs: Sequence[RelaxationPair]) -> None:
+    [(name, times)] = Counter(pair.id for pair in pairs).most_common(1)
+    if times > 1:
+        raise ValueError(f"Two training pairs are called {name!r}: give each a name of its own for warm starts.")
+
+
+def combined_hash(hashes: Sequence[str]) -> str:
+    """One hash for several, in order."""
+    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
 
 class Order:
@@ -23,8 +100,7 @@ class Order:
 
     Parameters
     ----------
-    batch_size, along, rattle, seed
-        As for `Trainer`.
+    sampling : SamplingSettings
 
     Attributes
     ----------
@@ -32,64 +108,21 @@ class Order:
         Draws the order; its state belongs into a checkpoint.
     """
 
-    def __init__(self, batch_size: int, along: float, rattle: float, seed: int):
-        self.batch_size, self.along, self.rattle, self.seed = batch_size, along, rattle, seed
-        self.generator = torch.Generator().manual_seed(seed)
+    def __init__(self, sampling: SamplingSettings):
+        self.sampling = sampling
+        self.generator = torch.Generator().manual_seed(sampling.seed)
 
-    def batches(self, pairs: Sequence[RelaxationPair], epoch: int) -> Iterator[tuple[float, list[RelaxationPair]]]:
-        """Each batch of an epoch, after the share of the epoch that is done before it."""
+    def n_batches(self, n_pairs: int) -> int:
+        """Batches in an epoch of so many pairs."""
+        return -(-n_pairs // self.sampling.batch_size)
+
+    def batches(self, pairs: Sequence[RelaxationPair], epoch: int) -> Iterator[list[RelaxationPair]]:
+        """The batches of an epoch."""
+        drawn = self.sampling
         order = torch.randperm(len(pairs), generator=self.generator).tolist()
-        pairs = VariedStarts(pairs, self.along, self.rattle, np.random.default_rng([self.seed, epoch]))
-        firsts = range(0, len(order), self.batch_size)
-        for number, first in enumerate(firsts):
-            yield number / len(firsts), [pairs[k] for k in order[first : first + self.batch_size]]
-
-
-class Tally:
-    """Adds up the steps of an epoch.
-
-    Parameters
-    ----------
-    pairs : int
-        How many there are to train on.
-    terms : sequence of Term
-        Further terms of the loss.
-
-    Attributes
-    ----------
-    losses : list of float
-        Of the pairs that counted so far.
-    """
-
-    def __init__(self, pairs: int, terms: Sequence[Term]):
-        self.losses: list[float] = []
-        self._pairs = pairs
-        self._norms: list[float] = []
-        self._further: dict[str, list[float]] = {term.name: [] for term in terms}
-
-    def add(self, losses: Sequence[float], norm: float, further: Mapping[str, float]) -> None:
-        """Count a step: the losses of its pairs, its gradient's norm, and its further terms."""
-        self.losses += losses
-        self._norms.append(norm)
-        for name, value in further.items():
-            self._further[name].append(value)
-
-    def row(self, epoch: int, lr: float, counts: Mapping[str, float], stepper: Stepper) -> dict[str, float]:
-        """The epoch as a row of metrics.csv, with the numbers of the stepper where some are learnt."""
-        return {
-            "epoch": epoch,
-            "train_loss": _mean(self.losses),
-            "gradient_norm": _mean(self._norms),
-            "skipped": self._pairs - len(self.losses),
-            "lr": lr,
-            **counts,
-            **{f"term_{name}": _mean(values) for name, values in self._further.items()},
-            **(stepper.hyperparameters() if any(p.requires_grad for p in stepper.parameters()) else {}),
-        }
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else nan
+        pairs = VariedStarts(pairs, drawn.along, drawn.rattle, np.random.default_rng([drawn.seed, epoch]))
+        for first in range(0, len(order), drawn.batch_size):
+            yield [pairs[k] for k in order[first : first + drawn.batch_size]]
 
 
 class VariedStarts(Sequence[RelaxationPair]):
@@ -128,10 +161,10 @@ class VariedStarts(Sequence[RelaxationPair]):
         self._rng.bit_generator.state = self._begin | {"state": self._begin["state"] | {"state": self._places[k]}}
         share, noise = self._draw(pair.n_atoms)
         start = pair.initial.copy()
-        # True minimum images take long.
-        way = share * displacements(pair.relaxed, pair.initial).numpy() if share else 0.0
-        # Constraints hold what they hold here, too.
-        start.set_positions(start.positions + way + noise)
+        # Minimum images are expensive.
+        shift = share * displacements(pair.relaxed, pair.initial).numpy() if share else 0.0
+        # With constraints applied, as in a relaxation.
+        start.set_positions(start.positions + shift + noise)
         return dataclasses.replace(pair, initial=start)
 
     def _draw(self, n_atoms: int) -> tuple[float, np.ndarray]:

@@ -1,4 +1,4 @@
-"""The processes of one run: which work each does, that all begin alike, and what happens when one is lost."""
+"""The processes of one run: how they share work and state, and what happens when one of them is lost."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ import logging
 import os
 import pickle
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
 from ..throughput.packing import share
-from . import checkpoint as resuming
-
-if TYPE_CHECKING:
-    from .trainer import Trainer
 
 PATIENCE = timedelta(days=1)
 """How long a process waits for the others, whose relaxations may take longer than its own."""
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What torchrun tells each process; without all of it a process is on its own."""
+"""What torchrun sets for each process; without all of it a process is on its own."""
+UNLIKE = (
+    "The processes of this run were given unlike settings or pairs, or do not all continue from the same epoch: build "
+    "or resume the Trainer alike on each."
+)
 Item = TypeVar("Item")
 Found = TypeVar("Found")
 
@@ -35,14 +35,14 @@ Found = TypeVar("Found")
 class Ranks:
     """The processes of a run, seen from one of them.
 
-    Whatever is asked of them must be asked by all, in the same order.
+    All of them must call the same methods in the same order.
 
     Parameters
     ----------
     rank, size : int
-        Which of them this is, and how many there are.
+        The number of this process, and how many there are.
     store : torch.distributed.Store or None
-        Where they can leave word for each other while they do not wait for each other.
+        Where they can leave messages for each other without waiting.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, store: dist.Store | None = None):
@@ -50,11 +50,11 @@ class Ranks:
 
     @property
     def writes(self) -> bool:
-        """Whether this is the one that writes files and speaks."""
+        """Whether this is rank 0, the only one that writes files and prints."""
         return self.rank == 0
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Make each tensor the sum of those that the ranks hold in its place."""
+        """Sum each tensor over the ranks, in place."""
         if self.size == 1:
             return
         for kind in dict.fromkeys((t.dtype, t.device) for t in tensors):
@@ -69,7 +69,7 @@ class Ranks:
     def each(self, run: Callable[[], Found]) -> list[Found]:
         """What `run` gives on each rank, in their order; an error on one is raised on all.
 
-        Nothing may be asked of the ranks within `run`.
+        `run` may call no method of the ranks.
         """
         if self.size == 1:
             return [run()]
@@ -83,20 +83,38 @@ class Ranks:
         return [found for found, _ in everywhere]
 
     def once(self, run: Callable[[], Found], on: int = 0) -> Found:
-        """What `run` gives on one rank, the one that writes by default, or the error that it raises there, on all."""
+        """What `run` gives on one rank, 0 by default, on all of them; an error there is raised on all."""
         if self.size == 1:
             return run()
         found, error = _tried(run) if self.rank == on else (None, None)
-        told = [(found, _portable(error))]
+        sent = [(found, _portable(error))]
         with all_there("once"):
-            dist.broadcast_object_list(told, src=on)
-        found, said = told[0]
-        if error or said:
-            raise error or said  # type: ignore[misc]
+            dist.broadcast_object_list(sent, src=on)
+        found, received = sent[0]
+        if error or received:
+            raise error or received  # type: ignore[misc]
         return found  # type: ignore[return-value]
 
+    def require_equal(self, run: Callable[[], Any]) -> None:
+        """Raise ValueError on all ranks where `run` gives one of them something else than another."""
+        first, *others = self.each(run)
+        if any(other != first for other in others):
+            raise ValueError(UNLIKE)
+
+    def shared_state(self, state: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+        """The state of rank 0, of tensors and plain values, on all ranks; its tensors are on the host."""
+
+        def packed() -> bytes:
+            file = io.BytesIO()
+            torch.save(dict(state()), file)
+            return file.getvalue()
+
+        file = io.BytesIO(self.once(packed))
+        found: dict[str, Any] = torch.load(file, weights_only=True, map_location="cpu")
+        return found
+
     def shares(self, costs: Sequence[float]) -> list[list[int]]:
-        """Which of the items that cost so much each rank computes: a list of their numbers for each rank, ascending."""
+        """The indices, ascending, of the items that each rank computes, by their costs."""
         return share(costs, self.size)
 
     def dealt(
@@ -114,14 +132,14 @@ class Ranks:
         """
         shares = self.shares(costs)
         mine = [items[k] for k in shares[self.rank]]
-        with self._heard():
+        with self._warnings_of_all_ranks():
             everywhere = self.each(lambda: run(mine) if mine else [])
         found = {k: f for members, some in zip(shares, everywhere) for k, f in zip(members, some, strict=True)}
         return [found[k] for k in range(len(items))]
 
     @contextmanager
-    def _heard(self) -> Iterator[None]:
-        """What only this rank comes across, it must warn of itself."""
+    def _warnings_of_all_ranks(self) -> Iterator[None]:
+        """Let every rank log warnings: the others do not see what it finds in its share."""
         ours = logging.getLogger("ase_bptt")
         level = ours.level
         if not self.writes:
@@ -133,9 +151,9 @@ class Ranks:
 
 
 def together() -> Ranks:
-    """The processes of this run: of a group that there is, or joined where torchrun began several.
+    """The processes of this run: those of the process group, which is joined first where torchrun started several.
 
-    Ranks that do not write log errors alone, beside warnings on what is dealt to them.
+    Other ranks than 0 log errors alone, and warnings on their share of the work.
     """
     if not dist.is_available():
         return Ranks()
@@ -150,7 +168,7 @@ def together() -> Ranks:
 
 
 def leave() -> None:
-    """Close the connections that `together` opened: who waits for this process is told so."""
+    """Close the connections that `together` opened, which ends the waiting of other processes for this one."""
     if _joined:
         _joined.clear()
         # What still refers to the connections would keep them open.
@@ -194,16 +212,12 @@ def _portable(error: Exception | None) -> Exception | None:
     return error
 
 
-ASKED = ("sum", "each", "once")
+OPERATIONS = ("sum", "each", "once")
 """What the processes of a run do together."""
 GLANCE = 5e-4
 """Seconds between two looks whether all are there."""
 UNREACHABLE = ("gloo/transport", "connect", "timed out", "timeout")
 """In what gloo says where it cannot reach another process; it has no class of its own for it."""
-UNLIKE = (
-    "The processes of this run were given unlike settings or pairs, or do not all go on from the same epoch: build or "
-    "resume the Trainer alike on each."
-)
 
 
 class Lost(RuntimeError):
@@ -211,23 +225,23 @@ class Lost(RuntimeError):
 
 
 @contextmanager
-def all_there(asked: str) -> Iterator[None]:
-    """Wait until all ranks are here, as a process that hears signals: in torch's own waiting it would be deaf.
+def all_there(operation: str) -> Iterator[None]:
+    """Wait until all ranks are here, and react to signals meanwhile, which torch's own waiting does not.
 
     Parameters
     ----------
-    asked : str
-        One of `ASKED`, which they are about to do.
+    operation : str
+        One of `OPERATIONS`, which they are about to do.
 
     Raises
     ------
     Lost
-        Where one cannot be reached, now or while they do it.
+        Where one cannot be reached, now or during the operation.
     ValueError
-        Where they are about to do unlike things, for which they would wait without end.
+        Where they are about to do different operations, for which they would wait for ever.
     """
-    here = torch.zeros(len(ASKED), device="cpu" if "cpu:" in dist.get_backend_config() else "cuda")
-    here[ASKED.index(asked)] = 1
+    here = torch.zeros(len(OPERATIONS), device="cpu" if "cpu:" in dist.get_backend_config() else "cuda")
+    here[OPERATIONS.index(operation)] = 1
     try:
         met = dist.all_reduce(here, async_op=True)
         while not met.is_completed():
@@ -243,41 +257,7 @@ def all_there(asked: str) -> Iterator[None]:
 
 
 def _unreachable(error: RuntimeError) -> bool:
-    # Memory that ran out has a class of its own; what has none is told by its words.
+    # Memory that ran out has an error class of its own; what has none is recognised by its message.
     if isinstance(error, dist.DistError) or type(error) is not RuntimeError:
         return isinstance(error, dist.DistError)
     return any(word in str(error).lower() for word in UNREACHABLE)
-
-
-def align(trainer: Trainer) -> None:
-    """Take over weights, numbers of the stepper, optimizer and order from the rank that writes.
-
-    Raises
-    ------
-    ValueError
-        Where the ranks were given other settings or other pairs, or stand at unlike epochs.
-    """
-    ranks = trainer.ranks
-    if ranks.size == 1:
-        return
-    told = ranks.each(lambda: (resuming.settings(trainer), trainer.data, trainer.epoch))
-    if any(other != told[0] for other in told):
-        raise ValueError(UNLIKE)
-    # On the host, whatever device each of them has.
-    state = torch.load(io.BytesIO(ranks.once(lambda: _packed(trainer))), weights_only=True, map_location="cpu")
-    trainer.potential.load_state_dict(state["potential"])
-    trainer.stepper.load_state_dict(state["stepper"])
-    trainer.updates.load(state["updates"])
-    trainer.order.generator.set_state(state["generator"])
-
-
-def _packed(trainer: Trainer) -> bytes:
-    state: dict[str, Any] = {
-        "potential": trainer.potential.state_dict(),
-        "stepper": trainer.stepper.state_dict(),
-        "updates": trainer.updates.state(),
-        "generator": trainer.order.generator.get_state(),
-    }
-    file = io.BytesIO()
-    torch.save(state, file)
-    return file.getvalue()

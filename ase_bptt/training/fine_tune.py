@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,49 +15,52 @@ from ..drift.changes import DriftReport
 from ..evaluation import Evaluation, Row, evaluate
 from ..pairs import RelaxationPair, fingerprint
 from ..pairs.groups import split_into_folds
+from . import Trainer
+from .data import TrainingData
 from .distributed import together
-from .results import BEFORE, PORTRAITS, RESULTS, Outcome, as_one, read_rows, write_rows
-from .trainer import Trainer
+from .results import BEFORE, RESULTS, SNAPSHOTS, RunResults, merge_folds, read_rows, write_rows
 
 log = logging.getLogger(__name__)
+Splits = Mapping[str, Sequence[RelaxationPair]]
 
 
 def finetune(
     trainer: Trainer,
-    splits: dict[str, list[RelaxationPair]],
+    splits: Splits | TrainingData,
     out: Path,
     *,
     epochs: int,
     facts: dict[str, str] | None = None,
-) -> Outcome:
-    """Train on "train", choose on "valid", measure on "test"; write the run folder.
+) -> RunResults:
+    """Train on "train", choose the epoch on "valid", measure on "test"; write the run folder.
+
+    The untuned potential is measured first, and the results are kept in before.json, for a run that is stopped and
+    resumed.
 
     Parameters
     ----------
     trainer : Trainer
         New or resumed, with ``out`` as its run folder.
-    splits : dict of "train", "valid" and "test" to pairs
+    splits : dict of "train", "valid" and "test" to pairs, or TrainingData
+        The latter are pairs that this Trainer has checked.
     out : Path
     epochs : int
     facts : dict of str to str
-        What else the page shall say of the run.
-
-    What the untuned potential gives is measured first and kept in before.json, for a run that is
-    stopped and resumed.
+        Further lines for the head of the page.
     """
     clock = time.monotonic()
-    train, valid, test = (splits[name] for name in ("train", "valid", "test"))
+    data = splits if isinstance(splits, TrainingData) else trainer.check(**splits)
     given = trainer.stepper.todict()
-    trainer.begin(train, valid, test, epochs=epochs)
-    first = _portrait_before(trainer, test, out / PORTRAITS[0])
-    before, before_bfgs = _before(trainer, test, out / BEFORE)
-    trainer.fit(train, valid, epochs=epochs)
+    trainer.start(data, epochs=epochs)
+    first = _snapshot_before(trainer, data.test, out / SNAPSHOTS[0])
+    before, before_bfgs = _before(trainer, data.test, out / BEFORE)
+    trainer.run(data)
     trainer.save(out / "potential")
-    after, after_bfgs = _measure(trainer, test)
-    last = take_snapshot(trainer.potential, test)
-    # A resumed run adds up what its epochs took, since nobody knows how long it stood still.
+    after, after_bfgs = _measure(trainer, data.test)
+    last = take_snapshot(trainer.potential, data.test)
+    # A resumed run adds up what its epochs took, since nobody knows how long it was stopped.
     seconds = max(time.monotonic() - clock, sum(row["seconds"] for row in trainer.history))
-    outcome = Outcome(
+    results = RunResults(
         out,
         before,
         after,
@@ -67,11 +70,11 @@ def finetune(
         seconds,
         best_epoch=trainer.best_epoch,
         facts=dict(facts or {}) | _step_size(trainer, given) | _learnt(trainer),
-        card=DriftReport(first, last, (before, after)),
+        drift_report=DriftReport(first, last, (before, after)),
     )
     if trainer.ranks.writes:
-        outcome.write()
-    return outcome
+        results.write()
+    return results
 
 
 def cross_validate(
@@ -79,12 +82,12 @@ def cross_validate(
     pairs: Sequence[RelaxationPair],
     out: Path,
     *,
-    folds: int,
+    folds: int | Sequence[TrainingData],
     epochs: int,
     seed: int = 0,
     facts: dict[str, str] | None = None,
     resume: Callable[[Path], Trainer] = Trainer.resume,
-) -> Outcome:
+) -> RunResults:
     """Fine-tune once for each fold of the groups, and measure every pair where it was held out.
 
     Parameters
@@ -93,9 +96,10 @@ def cross_validate(
         ``make(folder)`` gives a new Trainer with the untuned potential and that run folder.
     pairs : sequence of RelaxationPair
     out : Path
-        A run folder for each fold is made in it. Folds that are there and finished are read, one that
-        was stopped goes on.
-    folds, epochs : int
+        A run folder for each fold is made in it. Finished folds in it are read, and one that was stopped is resumed.
+    folds : int or sequence of TrainingData
+        How many; or the folds of these pairs themselves, checked by a Trainer such as `make` gives.
+    epochs : int
     seed : int
         Of the folds.
     facts : dict of str to str
@@ -109,14 +113,15 @@ def cross_validate(
         For fewer groups than folds, or folders of other pairs or epochs.
     """
     clock = time.monotonic()
-    splits = split_into_folds(pairs, folds, seed=seed)
-    outcomes = []
-    for k, split in enumerate(splits):
-        folder = out / f"fold_{k}"
-        log.info("fold %d of %d: %d held out", k + 1, folds, len(split["test"]))
-        outcomes.append(_fold(make, resume, split, folder, epochs, facts))
-    seconds = max(time.monotonic() - clock, sum(o.seconds for o in outcomes))
-    merged = as_one(outcomes, pairs, out, seconds=seconds, facts=facts or {})
+    parts: list[Splits | TrainingData] = []
+    parts += split_into_folds(pairs, folds, seed=seed) if isinstance(folds, int) else folds
+    results = []
+    for k, part in enumerate(parts):
+        held_out = part.test if isinstance(part, TrainingData) else part["test"]
+        log.info("fold %d of %d: %d held out", k + 1, len(parts), len(held_out))
+        results.append(_fold(make, resume, part, out / f"fold_{k}", epochs, facts))
+    seconds = max(time.monotonic() - clock, sum(r.seconds for r in results))
+    merged = merge_folds(results, pairs, out, seconds=seconds, facts=facts or {})
     if together().writes:
         merged.write()
     return merged
@@ -125,40 +130,43 @@ def cross_validate(
 def _fold(
     make: Callable[[Path], Trainer],
     resume: Callable[[Path], Trainer],
-    split: dict[str, list[RelaxationPair]],
+    splits: Splits | TrainingData,
     folder: Path,
     epochs: int,
     facts: dict[str, str] | None,
-) -> Outcome:
-    data = {"held-out data": fingerprint(split["test"])[:16]}
+) -> RunResults:
+    held_out = splits.held_out if isinstance(splits, TrainingData) else fingerprint(splits["test"])
+    data = {"held-out data": held_out[:16]}
     ranks = together()
-    found = ranks.once(lambda: Outcome.load(folder) if (folder / RESULTS).is_file() else None)
+    found = ranks.once(lambda: RunResults.load(folder) if (folder / RESULTS).is_file() else None)
     if found:
         if found.facts.get("held-out data") != data["held-out data"]:
             raise ValueError(f"{folder} holds a fold of other pairs: give those again, or --overwrite.")
         return found
-    begun = ranks.once((folder / "checkpoint.pt").is_file)
-    trainer = resume(folder) if begun else make(folder)
-    return finetune(trainer, split, folder, epochs=epochs, facts={**(facts or {}), **data})
+    stopped = ranks.once((folder / "checkpoint.pt").is_file)
+    trainer = resume(folder) if stopped else make(folder)
+    return finetune(trainer, splits, folder, epochs=epochs, facts={**(facts or {}), **data})
 
 
 def _step_size(trainer: Trainer, given: dict[str, Any]) -> dict[str, str]:
-    """The one that "auto" was."""
+    """The one that was found where it was given as "auto"."""
     if given.get("step_size") != "auto":
         return {}
-    return {"step size": f"{trainer.begun_with['step_size']:.4g} Å^2/eV, half of what is stable"}
+    found = trainer.record.initial_hyperparameters["step_size"]
+    return {"step size": f"{found:.4g} Å^2/eV, half of what is stable"}
 
 
 def _learnt(trainer: Trainer) -> dict[str, str]:
-    """How far the numbers of the stepper moved, where some were trained."""
+    """How far the hyperparameters of the stepper moved, where some were trained."""
     trained = {name.partition(".")[0] for name, p in trainer.stepper.named_parameters() if p.requires_grad}
     now = trainer.stepper.hyperparameters()
-    moved = [f"{name} {begun:.4g} -> {now[name]:.4g}" for name, begun in trainer.begun_with.items()
+    moved = [f"{name} {initial:.4g} -> {now[name]:.4g}"
+             for name, initial in trainer.record.initial_hyperparameters.items()
              if name.partition("[")[0] in trained]  # fmt: skip
     return {"learnt": ", ".join(moved)} if moved else {}
 
 
-def _portrait_before(trainer: Trainer, test: Sequence[RelaxationPair], file: Path) -> Snapshot:
+def _snapshot_before(trainer: Trainer, test: Sequence[RelaxationPair], file: Path) -> Snapshot:
     kept = trainer.ranks.once(lambda: Snapshot.read(file) if file.is_file() else None)
     if kept:
         return kept
@@ -181,9 +189,9 @@ def _before(trainer: Trainer, test: Sequence[RelaxationPair], file: Path) -> tup
 
 
 def _check_untuned(trainer: Trainer, file: Path) -> None:
-    # What an earlier release began, or `Trainer.fit` alone, has no such file.
+    # A run that an earlier release started, or `Trainer.fit` alone, has no such file.
     if trainer.epoch > 0:
-        raise ValueError(f"There is no {file} to compare with: only a run that ase-bptt began can be resumed so.")
+        raise ValueError(f"There is no {file} to compare with: only a run that ase-bptt started can be resumed so.")
 
 
 def _measure(trainer: Trainer, test: Sequence[RelaxationPair]) -> tuple[Evaluation, ...]:
@@ -194,7 +202,9 @@ def _measure(trainer: Trainer, test: Sequence[RelaxationPair]) -> tuple[Evaluati
 
 def _evaluated(trainer: Trainer, test: Sequence[RelaxationPair], stepper: str) -> Evaluation:
     def run(mine: list[RelaxationPair]) -> list[tuple[Row, Atoms]]:
-        found = evaluate(trainer.potential, mine, stepper=stepper, memory=trainer.memory, progress=trainer.progress)
+        found = evaluate(
+            trainer.potential, mine, stepper=stepper, memory=trainer.relaxation.memory, progress=trainer.progress
+        )
         return list(zip(found.rows, found.ends, strict=True))
 
     found = trainer.ranks.dealt(test, [p.n_atoms for p in test], run)

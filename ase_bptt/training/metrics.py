@@ -1,4 +1,4 @@
-"""What is measured beside the training: progress, the validation score, and what a run will cost."""
+"""What is measured during and before a training: metrics of an epoch, the validation score, the cost of a run."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from statistics import fmean
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -20,24 +20,73 @@ from ..losses import SCALE, delta_q
 from ..pairs import RelaxationPair
 from ..potential import Potential
 from ..relaxation import relax
+from ..steppers import Stepper
+from ..terms import Term
 from ..throughput import relax_all
+from ..throughput.memory import peak_bytes
+from .data import TrainingData
 from .distributed import Ranks
-
-if TYPE_CHECKING:
-    from .trainer import Trainer
+from .pair_loss import PairLoss
 
 log = logging.getLogger(__name__)
 
 
+class EpochMetrics:
+    """Collects the losses and gradients of an epoch.
+
+    Parameters
+    ----------
+    n_pairs : int
+        Training pairs.
+    terms : sequence of Term
+        Further terms of the loss.
+
+    Attributes
+    ----------
+    losses : list of float
+        Of the pairs that counted so far.
+    """
+
+    def __init__(self, n_pairs: int, terms: Sequence[Term]):
+        self.losses: list[float] = []
+        self._n_pairs = n_pairs
+        self._norms: list[float] = []
+        self._terms: dict[str, list[float]] = {term.name: [] for term in terms}
+
+    def add(self, losses: Sequence[float], norm: float, terms: Mapping[str, float]) -> None:
+        """Add a step: the losses of its pairs, the norm of its gradient, and its further terms."""
+        self.losses += losses
+        self._norms.append(norm)
+        for name, value in terms.items():
+            self._terms[name].append(value)
+
+    def row(self, epoch: int, lr: float, counts: Mapping[str, float], stepper: Stepper) -> dict[str, float]:
+        """The epoch as a row of metrics.csv, with the hyperparameters of the stepper where some are learnt."""
+        return {
+            "epoch": epoch,
+            "train_loss": _mean(self.losses),
+            "gradient_norm": _mean(self._norms),
+            "skipped": self._n_pairs - len(self.losses),
+            "lr": lr,
+            **counts,
+            **{f"term_{name}": _mean(values) for name, values in self._terms.items()},
+            **(stepper.hyperparameters() if any(p.requires_grad for p in stepper.parameters()) else {}),
+        }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
 class Progress:
-    """Counts pairs over all epochs.
+    """A bar of all epochs on a terminal, or a line in the log for each epoch.
 
     Parameters
     ----------
     epochs, pairs : int
-        How many there will be, and pairs in each epoch.
+        Epochs in all, and training pairs in each of them.
     done : int
-        Epochs that an earlier run finished.
+        Epochs that were complete before.
     bar : bool or None
         None: if standard error is a terminal.
     """
@@ -48,13 +97,13 @@ class Progress:
         self._bar = tqdm(total=epochs * pairs, initial=done * pairs, unit="pair", disable=not shown, leave=False)
 
     def advance(self, pairs: int, losses: Sequence[float]) -> None:
-        """Count pairs that were trained on."""
+        """Count pairs of a step, and show the mean of the losses so far."""
         self._bar.update(pairs)
         if losses:
             self._bar.set_postfix_str(f"loss {sum(losses) / len(losses):.3f}", refresh=False)
 
     def epoch(self, row: dict[str, float]) -> None:
-        """Say how an epoch ended."""
+        """Report a finished epoch, given its row of metrics.csv."""
         line = (
             f"epoch {row['epoch']:>3.0f}/{self.epochs}  train {row['train_loss']:.3f}  "
             f"valid {row['valid_delta_q']:.3f} amu^1/2 Å  skipped {row['skipped']:.0f}  {row['seconds']:.0f} s"
@@ -116,51 +165,56 @@ MEASUREMENTS = 8
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of an epoch and of the whole run, and bytes at the peak (None where the system does not tell)."""
+    """Seconds of an epoch and of the whole run, and bytes of all tensors at the peak of a training step."""
 
     seconds_per_epoch: float
     seconds: float
-    peak_bytes: int | None
+    peak_bytes: int
 
     def todict(self) -> dict[str, Any]:
         """As JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
-        memory = "" if self.peak_bytes is None else f", {self.peak_bytes / 2**30:.1f} GiB of memory at the peak"
-        return f"about {_duration(self.seconds)} ({_duration(self.seconds_per_epoch)} an epoch){memory}"
+        return (
+            f"about {_duration(self.seconds)} ({_duration(self.seconds_per_epoch)} an epoch), "
+            f"{_size(self.peak_bytes)} of tensors at the peak"
+        )
 
 
-def estimate(
-    trainer: Trainer,
-    train: Sequence[RelaxationPair],
-    valid: Sequence[RelaxationPair],
-    test: Sequence[RelaxationPair],
-    *,
-    epochs: int,
-) -> Estimate:
-    """Run the largest training batch forward and backward once, and a few frames; nothing is changed or written.
+def estimate(loss: PairLoss, data: TrainingData, *, batch_size: int, epochs: int) -> Estimate:
+    """Run the largest training batch forward and backward, and a few frames; nothing is changed or written.
 
     Times grow in proportion to the atoms; a relaxation is taken to need `FRAMES` frames.
+
+    Parameters
+    ----------
+    loss : PairLoss
+    data : TrainingData
+    batch_size : int
+    epochs : int
+        Epochs to run.
     """
-    largest = sorted(train, key=lambda p: -p.n_atoms)[: trainer.batch_size]
-    _reset_peak(trainer.potential.device)
-    # A copy: what warm starts keep, and what is counted of an epoch, stays as it is.
-    loss = replace(trainer._pairs, warm=None, ranks=Ranks())
+    potential, size = loss.potential, loss.ranks.size
+    largest = sorted(data.train, key=lambda p: -p.n_atoms)[:batch_size]
+    # A copy: the ends for warm starts and the counters of the epoch stay as they are.
+    loss = replace(loss, warm=None, ranks=Ranks())
     loss.backward(largest[:1])  # what is compiled or allocated at first use
+    _, peak = peak_bytes(partial(loss.backward, largest), potential.device)
     clock = time.perf_counter()
     loss.backward(largest)
     step = (time.perf_counter() - clock) / _atoms(largest)
-    trainer.optimizer.zero_grad(set_to_none=True)
+    for parameter in loss.trained():
+        parameter.grad = None
     clock = time.perf_counter()
     with torch.no_grad():
-        relax(trainer.potential, [p.initial for p in largest], stepper="fire", fmax=0.0, steps=PROBED)
+        relax(potential, [p.initial for p in largest], stepper="fire", fmax=0.0, steps=PROBED)
     frame = (time.perf_counter() - clock) / (PROBED + 1) / _atoms(largest)
-    epoch = (step * _atoms(train) + frame * FRAMES * _atoms(valid)) / trainer.ranks.size
+    epoch = (step * _atoms(data.train) + frame * FRAMES * _atoms(data.valid)) / size
     return Estimate(
         seconds_per_epoch=epoch,
-        seconds=epochs * epoch + MEASUREMENTS * frame * FRAMES * _atoms(test) / trainer.ranks.size,
-        peak_bytes=_peak(trainer.potential.device),
+        seconds=epochs * epoch + MEASUREMENTS * frame * FRAMES * _atoms(data.test) / size,
+        peak_bytes=peak,
     )
 
 
@@ -168,20 +222,8 @@ def _atoms(pairs: Sequence[RelaxationPair]) -> int:
     return sum(p.n_atoms for p in pairs)
 
 
-def _reset_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def _peak(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        return None
-    import resource  # not on Windows
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+def _size(n_bytes: float) -> str:
+    return f"{n_bytes / 2**30:.1f} GiB" if n_bytes >= 2**30 / 10 else f"{n_bytes / 2**20:.1f} MiB"
 
 
 def _duration(seconds: float) -> str:

@@ -1,10 +1,9 @@
-"""The loss of a batch of pairs: relax from where each begins, and compare with the references."""
+"""The loss of a batch of pairs: relax each from its start, and compare the ends with the references."""
 
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -20,15 +19,17 @@ from ..pairs import RelaxationPair
 from ..potential import Potential
 from ..relaxation import relax
 from ..result import Relaxation
+from ..stability import resolve_step_size
 from ..steppers import Stepper
-from ..structures import Structures
 from ..throughput.packing import Planner
 from ..utils import Gradients
 from .distributed import Ranks
-from .updates import Total
+from .settings import Loss, RelaxationSettings
+from .updates import Total, trained_parameters
 
 log = logging.getLogger(__name__)
-Loss = Callable[[Relaxation, Structures], Tensor]
+SAMPLED = 8
+"""References from which step_size="auto" is resolved."""
 
 
 class End(NamedTuple):
@@ -44,7 +45,7 @@ class End(NamedTuple):
     solve : SolveStatus or None
         Of the gradient at the minimum.
     warm : WarmEnd or None
-        Where the next relaxation may begin.
+        Where the next relaxation may start.
     """
 
     attached: bool
@@ -56,18 +57,18 @@ class End(NamedTuple):
 
 @dataclass
 class PairLoss:
-    """Relaxes a batch differentiably, and measures how far its ends are from the references.
+    """Relaxes a batch differentiably, and measures the distances of the ends from the references.
 
     Attributes
     ----------
     potential, stepper, adjoint, loss, steps, fmax
         As for `Trainer`.
     warm : WarmStarts or None
-        Where relaxations to a minimum begin; None begins from the initial structures.
+        Where relaxations to a minimum start; None starts from the initial structures.
     ranks : Ranks
-        Who share the work.
+        The processes that share the work.
     memory : float or None
-        GiB that a part of a batch may take, as for `Planner`.
+        GiB that part of a batch may take, as for `Planner`.
     unsolved : int
         Structures whose gradient at the minimum was not solved for, since this was last set to zero.
     """
@@ -83,6 +84,14 @@ class PairLoss:
     memory: float | None = None
     unsolved: int = 0
     _frames: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def from_settings(cls, potential: Potential, settings: RelaxationSettings, ranks: Ranks) -> PairLoss:
+        """The loss that the keywords of a Trainer describe."""
+        return cls(
+            potential, settings.stepper, settings.adjoint, settings.loss, settings.steps, settings.fmax,
+            WarmStarts(settings.warm) if settings.warm else None, ranks, settings.memory,
+        )  # fmt: skip
 
     def __post_init__(self) -> None:
         self._planner = Planner(self.potential, self.gradients, lambda pair: pair.initial, self.memory)
@@ -103,7 +112,7 @@ class PairLoss:
             return [ends[k] for k in range(len(mine))]
 
         ends = self.ranks.dealt(pairs, [self._cost(pair) for pair in pairs], run)
-        losses = self._noted(pairs, ends)
+        losses = self._recorded(pairs, ends)
         if losses:
             total.add_over(self.ranks)
             total.put(len(losses))
@@ -127,12 +136,17 @@ class PairLoss:
         frames = relaxation.nsteps.tolist()
         return gradients, [End(attached, *found) for found in zip(counted, frames, solves, warm, strict=True)]
 
+    def resolve_step_size(self, train: Sequence[RelaxationPair]) -> None:
+        """Replace the step size "auto" of the stepper by half of what is stable, measured on some of the references."""
+        some = [p.relaxed for p in train[:: max(1, len(train) // SAMPLED)]]
+        self.stepper = resolve_step_size(self.stepper, self.potential, some)
+
     def trained(self) -> list[nn.Parameter]:
         """What requires gradients in the potential and its stepper."""
-        return [p for m in (self.potential, self.stepper) for p in m.parameters() if p.requires_grad]
+        return trained_parameters(self.potential, self.stepper)
 
     def counts(self) -> dict[str, float]:
-        """Of the epoch that ends: what did not go as it should, where it can; begins to count anew."""
+        """What went wrong in the epoch that ends, as columns of its row; the counters are set to zero."""
         found: dict[str, float] = {}
         if self.adjoint.needs_minimum:
             found["unsolved"], self.unsolved = self.unsolved, 0
@@ -153,8 +167,8 @@ class PairLoss:
         """Atoms times frames, as many as the last time where it is known."""
         return pair.n_atoms * (1 + self._frames.get(pair.id, self.steps))
 
-    def _noted(self, pairs: Sequence[RelaxationPair], ends: Sequence[End]) -> list[float]:
-        """Keep and tell how the pairs ended; the losses that count."""
+    def _recorded(self, pairs: Sequence[RelaxationPair], ends: Sequence[End]) -> list[float]:
+        """Record and log how the pairs ended; the losses that count."""
         for pair, end in zip(pairs, ends, strict=True):
             self._frames[pair.id] = end.frames
             if end.loss is None:
@@ -164,54 +178,46 @@ class PairLoss:
                 log.info("%s: %s", pair.id, end.solve.sentence)
             if self.warm and end.warm:
                 self.warm.note(pair, end.warm)
-        # Structures that rest where they begin have no gradient, which counts where others have one.
+        # A structure whose start is converged has no gradient; its loss counts where others have one.
         attached = any(end.attached for end in ends)
         return [end.loss for end in ends if end.loss is not None] if attached else []
 
 
-log = logging.getLogger(__name__)
-
-
 class WarmEnd(NamedTuple):
-    """Positions in Å, on the host, where a relaxation converged, else None; and how far that is from the warm end."""
+    """Positions in Å, on the host, where a relaxation converged, else None; and their distance from the warm end."""
 
     positions: Tensor | None
     gap: float
 
 
 class WarmStarts:
-    """Where each pair's relaxation ended, so that the next one has a short way.
+    """Where each pair's relaxation ended, from where the next one needs few frames.
 
-    A minimum moves little while the weights do, but a warm path cannot leave its basin, and the path from the initial
-    structure may by then lead elsewhere. So all begin from there again in every so-many-th epoch: where that path ends
-    in another basin than the warm one, it is told, and the new end goes on.
+    A minimum moves little while the weights change, but a path that starts in a basin stays in it, and the path from
+    the initial structure may by then end in another. So all start from the initial structures again in every
+    so-many-th epoch: where such a cold start ends in another basin than the warm one, that is logged, and the new end
+    replaces the old one.
 
     Parameters
     ----------
     every : int
-        Epochs from one cold start to the next.
+        Number of epochs from one cold start to the next.
     """
 
     def __init__(self, every: int):
         self.every = every
         self.ends: dict[str, Tensor] = {}
-        """Relaxed positions by the pair's id, on the host; they belong into a checkpoint."""
+        """Relaxed positions in Å by the pair's id, on the host; part of a checkpoint."""
         self.elsewhere = 0
-        """Pairs that ended elsewhere from the cold start than from the warm one, since this was last set to zero."""
+        """Pairs whose cold start ended in another basin than the warm one, since this was last set to zero."""
         self._initial: dict[str, RelaxationPair] = {}
 
-    def begin(self, pairs: Sequence[RelaxationPair]) -> None:
-        """Remember the initial structures, to begin from in a cold epoch."""
+    def remember(self, pairs: Sequence[RelaxationPair]) -> None:
+        """The pairs, whose initial structures are the cold starts; their ids must differ."""
         self._initial = {pair.id: pair for pair in pairs}
 
-    def check(self, pairs: Sequence[RelaxationPair]) -> None:
-        """Raise ValueError for two pairs of one name, whose ends could not be told apart."""
-        [(name, times)] = Counter(pair.id for pair in pairs).most_common(1)
-        if times > 1:
-            raise ValueError(f"Two training pairs are called {name!r}: give each a name of its own for warm starts.")
-
     def starts(self, pairs: Sequence[RelaxationPair], epoch: int) -> list[Atoms]:
-        """Where each relaxation shall begin."""
+        """Where each relaxation starts in this epoch."""
         return [self._start(pair, epoch) for pair in pairs]
 
     def _start(self, pair: RelaxationPair, epoch: int) -> Atoms:
@@ -222,7 +228,7 @@ class WarmStarts:
         return atoms
 
     def found(self, pairs: Sequence[RelaxationPair], relaxation: Relaxation, epoch: int) -> list[WarmEnd]:
-        """Where they ended, for `note`; after a cold start, compared with the ends that are kept."""
+        """Where they ended, for `note`; after a cold start, compared with the ends of the warm ones."""
         final = relaxation.positions.detach().cpu().double().split(relaxation.start.counts)
         gaps = self._gaps(pairs, relaxation) if epoch % self.every == 0 else [0.0] * len(pairs)
         return [
@@ -231,7 +237,7 @@ class WarmStarts:
         ]
 
     def note(self, pair: RelaxationPair, end: WarmEnd) -> None:
-        """Keep where a pair ended, and tell where that is another basin."""
+        """Remember where a pair ended, and warn where that is another basin."""
         if end.positions is None:
             self.ends.pop(pair.id, None)
             return
@@ -239,14 +245,14 @@ class WarmStarts:
             self.elsewhere += 1
             log.warning(
                 "%s: from its initial structure it now relaxes to another basin than the one that the warm starts "
-                "stayed in (%.2f Å apart at the farthest atom), and goes on from there.",
+                "stayed in (%.2f Å apart at the farthest atom), and continues from there.",
                 pair.id,
                 end.gap,
             )
         self.ends[pair.id] = end.positions
 
     def _gaps(self, pairs: Sequence[RelaxationPair], relaxation: Relaxation) -> list[float]:
-        """How far the farthest atom of each end is from the warm end, in Å; 0 where there is none."""
+        """Largest displacement of an atom between each end and the warm end, in Å; 0 where there is none."""
         now = relaxation.positions.detach().split(relaxation.start.counts)
         kept = [self.ends.get(pair.id, x) for pair, x in zip(pairs, now, strict=True)]
         before = relaxation.start.replace(positions=torch.cat([x.to(relaxation.positions) for x in kept]))

@@ -1,4 +1,4 @@
-"""What a fine-tuning run found, for one run and for the folds of a cross-validation, and its files."""
+"""The results of a fine-tuning run, or of the folds of a cross-validation together, and their files."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from ..report.tables import write_csv
 from ..utils import replacing, without_nan, write_json
 
 RESULTS, BEFORE, AFTER = "results.json", "before.json", "after.json"
-PORTRAITS = ("portrait_before.json", "portrait_after.json")
-CARD, CARD_PICTURE = "card.json", "card.png"
+SNAPSHOTS = ("portrait_before.json", "portrait_after.json")
+DRIFT_REPORT, DRIFT_PICTURE = "card.json", "card.png"
 
 
 @dataclass(eq=False)
-class Outcome:
+class RunResults:
     """Held-out evaluations by FIRE and by BFGS, before and after.
 
     Attributes
@@ -42,8 +42,8 @@ class Outcome:
         Of a cross-validation, whose evaluations are those of all folds together.
     facts : dict
         Names and values for the head of the page: potential, settings, versions.
-    card : DriftReport, FoldDriftReports or None
-        What else has changed.
+    drift_report : DriftReport, FoldDriftReports or None
+        What else has changed in the potential.
     """
 
     out: Path
@@ -56,7 +56,7 @@ class Outcome:
     best_epoch: int | None = None
     folds: int | None = None
     facts: dict[str, str] = field(default_factory=dict)
-    card: DriftReport | FoldDriftReports | None = None
+    drift_report: DriftReport | FoldDriftReports | None = None
 
     @property
     def comparison(self) -> Comparison:
@@ -69,8 +69,8 @@ class Outcome:
             "test": summary(self.before, self.after),
             "test_bfgs": summary(self.before_bfgs, self.after_bfgs),
             "comparison": self.comparison.todict(),
-            "drift": None if self.card is None else {k: vars(d) for k, d in self.card.drifts.items()},
-            "warnings": [] if self.card is None else self.card.warnings(),
+            "drift": None if self.drift_report is None else {k: vars(d) for k, d in self.drift_report.drifts.items()},
+            "warnings": [] if self.drift_report is None else self.drift_report.warnings(),
             "checkpoint": None if self.folds else str(self.out / "potential"),
             "run": str(self.out),
             "folds": self.folds,
@@ -81,15 +81,15 @@ class Outcome:
         return without_nan(found)
 
     def write(self) -> None:
-        """Write rows, table.csv, pictures and report.html, and results.json last: it says that all is there."""
+        """Write rows, table.csv, pictures and report.html, and last results.json, which marks a complete run."""
         write_rows(self.out / BEFORE, self.before, self.before_bfgs)
         write_rows(self.out / AFTER, self.after, self.after_bfgs)
-        if isinstance(self.card, DriftReport):
-            self.card.before.write(self.out / PORTRAITS[0])
-            self.card.after.write(self.out / PORTRAITS[1])
-        if self.card is not None:
-            self.card.write(self.out / CARD)
-            save(drift_figure(self.card), self.out / CARD_PICTURE)
+        if isinstance(self.drift_report, DriftReport):
+            self.drift_report.before.write(self.out / SNAPSHOTS[0])
+            self.drift_report.after.write(self.out / SNAPSHOTS[1])
+        if self.drift_report is not None:
+            self.drift_report.write(self.out / DRIFT_REPORT)
+            save(drift_figure(self.drift_report), self.out / DRIFT_PICTURE)
         write_csv(self.out / "table.csv", self.before, self.after)
         write_pictures(self.out, self.before, self.after, history=self.history or None, best_epoch=self.best_epoch)
         write_page(
@@ -101,17 +101,17 @@ class Outcome:
             history=self.history or None,
             best_epoch=self.best_epoch,
             facts=tuple(self.facts.items()),
-            extra=[] if self.card is None else [drift_section(self.card)],
+            extra=[] if self.drift_report is None else [drift_section(self.drift_report)],
         )
         rows = {"rows_before": self.before.todict()["rows"], "rows_after": self.after.todict()["rows"]}
         write_json(self.out / RESULTS, self.todict() | without_nan(rows) | {"rule": BASIN_RULE, "facts": self.facts})
 
     @classmethod
-    def load(cls, out: Path) -> Outcome:
+    def load(cls, out: Path) -> RunResults:
         """What a finished run wrote."""
         results = json.loads((out / RESULTS).read_text())
         history = []
-        card: DriftReport | FoldDriftReports | None
+        report: DriftReport | FoldDriftReports | None
         if not results["folds"]:
             with (out / "metrics.csv").open(newline="") as file:
                 history = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
@@ -120,10 +120,10 @@ class Outcome:
         if results["folds"]:
             folders = [out / f"fold_{k}" for k in range(results["folds"])]
             there = all((folder / RESULTS).is_file() for folder in folders)
-            card = card_of_folds([cls.load(folder) for folder in folders]) if there else None
+            report = drift_of_folds([cls.load(folder) for folder in folders]) if there else None
         else:
-            portraits = [Snapshot.read(out / name) for name in PORTRAITS if (out / name).is_file()]
-            card = DriftReport(portraits[0], portraits[1], (before, after)) if len(portraits) == 2 else None
+            snapshots = [Snapshot.read(out / name) for name in SNAPSHOTS if (out / name).is_file()]
+            report = DriftReport(snapshots[0], snapshots[1], (before, after)) if len(snapshots) == 2 else None
         return cls(
             out,
             before,
@@ -135,14 +135,14 @@ class Outcome:
             best_epoch=results["best_epoch"],
             folds=results["folds"],
             facts=results["facts"],
-            card=card,
+            drift_report=report,
         )
 
 
-def card_of_folds(outcomes: Sequence[Outcome]) -> FoldDriftReports | None:
-    """One card for all folds; None where one of them has none, as those of older releases."""
-    cards = [outcome.card for outcome in outcomes if isinstance(outcome.card, DriftReport)]
-    return FoldDriftReports(tuple(cards)) if len(cards) == len(outcomes) else None
+def drift_of_folds(folds: Sequence[RunResults]) -> FoldDriftReports | None:
+    """The drift reports of all folds; None where one of them has none, as a run of an older release."""
+    reports = [fold.drift_report for fold in folds if isinstance(fold.drift_report, DriftReport)]
+    return FoldDriftReports(tuple(reports)) if len(reports) == len(folds) else None
 
 
 def summary(before: Evaluation | None, after: Evaluation) -> dict[str, Any]:
@@ -170,20 +170,19 @@ def read_rows(path: Path) -> tuple[Evaluation, ...]:
     return tuple(Evaluation.from_rows(rows) for rows in json.loads(path.read_text()))
 
 
-def as_one(
-    outcomes: Sequence[Outcome],
+def merge_folds(
+    folds: Sequence[RunResults],
     pairs: Sequence[RelaxationPair],
     out: Path,
     *,
     seconds: float,
     facts: Mapping[str, str],
-) -> Outcome:
-    """The outcome of all folds together, each pair where it was held out.
+) -> RunResults:
+    """The results of all folds together, each pair where it was held out.
 
     Parameters
     ----------
-    outcomes : sequence of Outcome
-        One for each fold.
+    folds : sequence of RunResults
     pairs : sequence of RelaxationPair
         Of all folds; their order is that of the rows.
     out : Path
@@ -192,17 +191,17 @@ def as_one(
     facts : mapping of str to str
         As for `finetune`.
     """
-    return Outcome(
+    return RunResults(
         out,
-        before=_in_order([o.before for o in outcomes], pairs),
-        after=_in_order([o.after for o in outcomes], pairs),
-        before_bfgs=_in_order([o.before_bfgs for o in outcomes], pairs),
-        after_bfgs=_in_order([o.after_bfgs for o in outcomes], pairs),
+        before=_in_order([fold.before for fold in folds], pairs),
+        after=_in_order([fold.after for fold in folds], pairs),
+        before_bfgs=_in_order([fold.before_bfgs for fold in folds], pairs),
+        after_bfgs=_in_order([fold.after_bfgs for fold in folds], pairs),
         history=[],
         seconds=seconds,
-        folds=len(outcomes),
-        facts=dict(facts) | _learnt_by_folds(outcomes),
-        card=card_of_folds(outcomes),
+        folds=len(folds),
+        facts=dict(facts) | _learnt_by_folds(folds),
+        drift_report=drift_of_folds(folds),
     )
 
 
@@ -215,6 +214,6 @@ def _in_order(evaluations: Sequence[Evaluation], pairs: Sequence[RelaxationPair]
     return Evaluation(tuple(rows[k] for k in order), tuple(ends[k] for k in order) if len(ends) == len(rows) else ())
 
 
-def _learnt_by_folds(outcomes: Sequence[Outcome]) -> dict[str, str]:
-    said = [f"fold {k}: {o.facts['learnt']}" for k, o in enumerate(outcomes) if "learnt" in o.facts]
+def _learnt_by_folds(folds: Sequence[RunResults]) -> dict[str, str]:
+    said = [f"fold {k}: {fold.facts['learnt']}" for k, fold in enumerate(folds) if "learnt" in fold.facts]
     return {"learnt": "; ".join(said)} if said else {}

@@ -1,93 +1,115 @@
-"""How a training relaxes, and on what: what a Trainer takes where nothing is said, and what it refuses."""
+"""What the keywords of a Trainer mean: their defaults, and which of them go together."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
 
 from ..adjoints import Adjoint, Replay, make_adjoint
 from ..losses import named_loss
-from ..pairs import RelaxationPair
-from ..pairs.groups import check_apart, usable
-from ..potential import Potential
-from ..stability import resolve_step_size
+from ..result import Relaxation
 from ..steppers import BFGS, GradientDescent, Stepper, make_stepper
-from ..terms import Term, check_terms
-from .distributed import together
-from .pair_loss import Loss, PairLoss, WarmStarts
+from ..structures import Structures
+from ..utils import check_positive
+
+Loss = Callable[[Relaxation, Structures], Tensor]
+"""``loss(relaxation, reference) -> (n,)``"""
 
 MOMENTUM = 0.7
-"""Of the default gradient descent: 10 frames go nearly as far as 30 without."""
+"""Default of gradient descent in training: 10 frames go nearly as far as 30 without."""
 UNROLLED = 10
-"""Frames of an unroll where nothing else is said."""
+"""Default number of frames of an unroll."""
 TO_THE_END = 300
-"""Frames at most on the way to a minimum where nothing else is said."""
-SAMPLED = 8
-"""Training structures by whose stiffness step_size="auto" is set."""
+"""Default limit of frames on the way to a minimum."""
+NUMBERS = (
+    "lr", "steps", "fmax", "batch_size", "memory", "clip", "patience", "along", "rattle", "seed", "warm", "learn",
+    "rates",
+)  # fmt: skip
+"""Keywords of a Trainer that are plain numbers and names: the fields of the classes below, but for three objects."""
 
 
-def make_pair_loss(
-    potential: Potential,
-    stepper: Stepper | str | None,
-    adjoint: Adjoint | str | None,
-    loss: Loss | str,
-    *,
-    steps: int | None,
-    fmax: float,
-    learn: Sequence[str],
-    warm: int,
-    memory: float | None,
-) -> PairLoss:
-    """The loss of pairs that these arguments of a Trainer ask for, shared by the processes of the run.
+@dataclass(frozen=True)
+class RelaxationSettings:
+    """How pairs are relaxed in training, and how the distance to the references is measured; as for `Trainer`."""
 
-    Raises
-    ------
-    ValueError
-        For names that there are not, and for choices that do not go together.
-    """
-    chosen = make_adjoint(adjoint) or Replay()
-    moved = _default_stepper(chosen) if stepper is None else make_stepper(stepper)
-    if learn:
-        # What is learnt must not be where the next training begins that is given the same stepper. Parameters that a
-        # person has put into it are trained in place, as the potential is.
-        moved = copy.deepcopy(moved)
-    chosen.check_stepper(moved)
-    measured: Loss = named_loss(loss) if isinstance(loss, str) else loss
-    if learn:
-        _check_learnable(moved, chosen, learn)
-        moved.learn(*learn)
-    if warm and not chosen.needs_minimum:
-        raise ValueError(
-            f"Warm starts need an adjoint that ends at the minimum, not {chosen.name!r}: take 'implicit', "
-            "'guided' or 'one-step'."
-        )
-    frames = steps or (TO_THE_END if chosen.needs_minimum else UNROLLED)
-    starts = WarmStarts(warm) if warm else None
-    return PairLoss(potential, moved, chosen, measured, frames, fmax, starts, together(), memory)
+    stepper: Stepper
+    adjoint: Adjoint
+    loss: Loss
+    steps: int
+    fmax: float
+    warm: int
+    learn: list[str]
+    memory: float | None
+
+    @classmethod
+    def resolve(
+        cls,
+        stepper: Stepper | str | None,
+        adjoint: Adjoint | str | None,
+        loss: Loss | str,
+        *,
+        steps: int | None,
+        fmax: float,
+        warm: int,
+        learn: Sequence[str] | str,
+        memory: float | None,
+    ) -> RelaxationSettings:
+        """Settings from keywords, with objects for names and defaults for None.
+
+        Raises
+        ------
+        ValueError
+            For unknown names, for numbers that are not positive, and for keywords that do not go together.
+        """
+        check_positive(steps=steps, memory=memory, fmax=fmax, warm=warm or None)
+        names = [learn] if isinstance(learn, str) else list(learn)
+        chosen = make_adjoint(adjoint) or Replay()
+        rule = _default_stepper(chosen) if stepper is None else make_stepper(stepper)
+        if names:
+            # A training must not change the stepper that the next one is given. Parameters that the user has put into
+            # it are trained in place, as the potential is.
+            rule = copy.deepcopy(rule)
+        chosen.check_stepper(rule)
+        measured: Loss = named_loss(loss) if isinstance(loss, str) else loss
+        if names:
+            _check_learnable(rule, chosen, names)
+            rule.learn(*names)
+        if warm and not chosen.needs_minimum:
+            raise ValueError(
+                f"Warm starts need an adjoint that ends at the minimum, not {chosen.name!r}: take 'implicit', "
+                "'guided' or 'one-step'."
+            )
+        frames = steps or (TO_THE_END if chosen.needs_minimum else UNROLLED)
+        return cls(rule, chosen, measured, frames, fmax, warm, names, memory)
 
 
-def make_stepper_definite(made: PairLoss, train: Sequence[RelaxationPair]) -> Stepper:
-    """Have the pairs relaxed by a stepper whose step size is a number, found on some of them where it is "auto"."""
-    some = [p.relaxed for p in train[:: max(1, len(train) // SAMPLED)]]
-    made.stepper = resolve_step_size(made.stepper, made.potential, some)
-    return made.stepper
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """Learning rates, the limit on the norm of the gradient, and when to stop early; as for `Trainer`."""
+
+    lr: float
+    rates: Mapping[str, float]
+    clip: float
+    patience: int | None
+
+    def __post_init__(self) -> None:
+        check_positive(lr=self.lr, clip=self.clip, patience=self.patience)
 
 
-def check_data(
-    made: PairLoss,
-    terms: Sequence[Term],
-    train: Sequence[RelaxationPair],
-    valid: Sequence[RelaxationPair],
-    test: Sequence[RelaxationPair],
-) -> None:
-    """Raise ValueError or NotImplementedError for pairs that cannot be trained on, or not together."""
-    if not train:
-        raise ValueError("There are no pairs to train on.")
-    check_apart(training=train, validation=valid, test=test)
-    if made.warm:
-        made.warm.check(train)
-    usable(made.potential, [*train, *valid, *test])
-    check_terms(terms, train)
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How the pairs of an epoch are drawn: batches, order, and augmentation of the starts; as for `Trainer`."""
+
+    batch_size: int
+    along: float
+    rattle: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        check_positive(batch_size=self.batch_size)
 
 
 def _default_stepper(adjoint: Adjoint) -> Stepper:
@@ -96,7 +118,7 @@ def _default_stepper(adjoint: Adjoint) -> Stepper:
 
 
 def _check_learnable(stepper: Stepper, adjoint: Adjoint, names: Sequence[str]) -> None:
-    """Raise for numbers of the stepper that would stay where they are, or are no numbers yet."""
+    """Raise for hyperparameters that would get no gradient, or have no value yet."""
     if not adjoint.through_frames:
         raise ValueError(
             f"The adjoint {adjoint.name!r} has no gradient for the numbers of the stepper, so that none can be learnt: "

@@ -1,25 +1,50 @@
-"""The steps of the optimizer, from gradients that several processes and parts of a batch have added up."""
+"""Steps of the optimizer, from gradients summed over the processes and the parts of a batch."""
 
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from ..pairs import RelaxationPair
+from ..potential import Potential
+from ..steppers import Stepper
 from ..terms import Term, add_gradients
 from ..tuning import groups
 from ..utils import Gradients, added
 from .distributed import Ranks
-
-if TYPE_CHECKING:
-    from .pair_loss import PairLoss
+from .settings import OptimizerSettings
 
 log = logging.getLogger(__name__)
 OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
+
+
+def trained_parameters(*modules: nn.Module) -> list[nn.Parameter]:
+    """All parameters that require gradients."""
+    return [p for module in modules for p in module.parameters() if p.requires_grad]
+
+
+class HalfCosine:
+    """Factor on the learning rates: half a cosine, from 1 before the first step to 0 after the last.
+
+    Attributes
+    ----------
+    steps_per_epoch, epochs : int
+        Known once the training has its pairs; 1 before.
+    """
+
+    def __init__(self) -> None:
+        self.steps_per_epoch = self.epochs = 1
+
+    def __call__(self, step: int) -> float:
+        epoch, within = divmod(step, self.steps_per_epoch)
+        done = (epoch + within / self.steps_per_epoch) / self.epochs
+        return float(0.5 * (1 + torch.cos(torch.tensor(torch.pi * done, dtype=torch.float64))))
 
 
 class Updates:
@@ -27,19 +52,20 @@ class Updates:
 
     Parameters
     ----------
-    pairs : PairLoss
-        Whose potential and stepper are trained, by the ranks that share it.
+    potential : Potential
+    stepper : Stepper
     terms : sequence of Term
         Their gradients are added in each step.
-    factory : callable or None
-        Makes the optimizer; None is AdamW.
-    lr, rates, clip
-        As for `Trainer`.
+    ranks : Ranks
+        The processes that share the work.
+    settings : OptimizerSettings
+    factory : callable, optional
+        Makes the optimizer; AdamW by default.
 
     Attributes
     ----------
     optimizer : torch.optim.Optimizer
-    further : dict of str to float
+    term_values : dict of str to float
         Each term in the last step, times its weight; empty where no step was taken.
 
     Raises
@@ -50,46 +76,54 @@ class Updates:
 
     def __init__(
         self,
-        pairs: PairLoss,
+        potential: Potential,
+        stepper: Stepper,
         terms: Sequence[Term],
-        factory: OptimizerFactory | None,
-        *,
-        lr: float,
-        rates: Mapping[str, float],
-        clip: float,
+        ranks: Ranks,
+        settings: OptimizerSettings,
+        factory: OptimizerFactory | None = None,
     ):
-        self.potential, self.ranks, self.terms, self.clip = pairs.potential, pairs.ranks, terms, clip
-        self._trained = pairs.trained()
+        self.potential, self.terms, self.ranks, self.clip = potential, terms, ranks, settings.clip
+        self._trained = trained_parameters(potential, stepper)
         if not self._trained:
             raise ValueError("Nothing can be trained: no weight of the potential or stepper requires gradients.")
-        made = groups(pairs.potential, pairs.stepper, rates, lr=lr)
+        by_rate = groups(potential, stepper, settings.rates, lr=settings.lr)
         if factory is None:
-            self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(made, lr=lr, weight_decay=0.0)
+            self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(by_rate, lr=settings.lr, weight_decay=0.0)
         else:
-            # A factory of a person's own may expect plain parameters.
-            self.optimizer = factory(self._trained if len(made) == 1 and not rates else made)
-        self.further: dict[str, float] = {}
+            # A factory of the user's own may expect plain parameters.
+            self.optimizer = factory(self._trained if len(by_rate) == 1 and not settings.rates else by_rate)
+        self._decay = HalfCosine()
+        self._schedule = LambdaLR(self.optimizer, self._decay)
+        self.term_values: dict[str, float] = {}
         self._taken, self._prepared = 0, False
-        self._base_rates = [group["lr"] for group in self.optimizer.param_groups]
 
-    def prepare(self, pairs: Sequence[RelaxationPair]) -> None:
-        """Have the terms look at the potential that the training begins with, once."""
+    def prepare(self, pairs: Sequence[RelaxationPair], *, steps_per_epoch: int, epochs: int) -> None:
+        """Let the terms remember the potential as it is before the first epoch, once, and fix the end of the decay."""
         for term in () if self._prepared else self.terms:
             term.prepare(self.potential, pairs)
         self._prepared = True
+        self._decay.steps_per_epoch, self._decay.epochs = steps_per_epoch, epochs
 
-    def set_rate(self, done: float) -> None:
-        """Half a cosine from the optimizer's own rates to zero, by the share of the training that is done."""
-        factor = float(0.5 * (1 + torch.cos(torch.tensor(torch.pi * done, dtype=torch.float64))))
-        for group, rate in zip(self.optimizer.param_groups, self._base_rates, strict=True):
-            group["lr"] = rate * factor
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next step, of the first group of parameters."""
+        rate: float = self.optimizer.param_groups[0]["lr"]
+        return rate
+
+    def decay(self) -> None:
+        """Lower the learning rates to those of the next step."""
+        with warnings.catch_warnings():
+            # A first step that was left out, for its pairs diverged, counts too.
+            warnings.filterwarnings("ignore", ".*optimizer.step", UserWarning)
+            self._schedule.step()
 
     def clear(self) -> None:
         """Forget the gradients of the last step."""
         self.optimizer.zero_grad(set_to_none=True)
-        self.further = {}
+        self.term_values = {}
 
-    def take(self, pairs: Sequence[RelaxationPair], key: Sequence[int]) -> float | None:
+    def step(self, pairs: Sequence[RelaxationPair], key: Sequence[int]) -> float | None:
         """A step by the gradients in ``.grad`` and those of the terms; the norm before it was clipped.
 
         None where the gradient is not finite: that is reported, and no step is taken. What the terms draw depends on
@@ -97,7 +131,7 @@ class Updates:
         """
         self._taken += 1
         if self.terms:
-            self.further = self._add_terms(pairs, (*key, self._taken))
+            self.term_values = self._add_terms(pairs, (*key, self._taken))
         norm = nn.utils.clip_grad_norm_(self._trained, self.clip)
         if not torch.isfinite(norm):
             log.warning("%s: left out, for their gradient is not finite.", ", ".join(p.id for p in pairs))
@@ -136,14 +170,15 @@ class Updates:
         """What the next step depends on, beside the terms."""
         return {
             "optimizer": self.optimizer.state_dict(),
+            "schedule": self._schedule.state_dict(),
             "steps_taken": self._taken,
-            "base_rates": self._base_rates,
         }
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Take up what `state` gave."""
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state` gave."""
         self.optimizer.load_state_dict(state["optimizer"])
-        self._taken, self._base_rates = state["steps_taken"], state["base_rates"]
+        self._schedule.load_state_dict(state["schedule"])
+        self._taken = state["steps_taken"]
 
 
 class Total:

@@ -34,7 +34,7 @@ def main() -> None:
         trainer = Trainer("mace-si", terms=terms)
         trainer.potential.float().requires_grad_()
         began = time.perf_counter()
-        trainer.begin(train, epochs=1)
+        trainer.start(trainer.check(train), epochs=1)
         trainers[name], before[name] = trainer, time.perf_counter() - began
     seconds: dict[str, list[float]] = {name: [] for name in TERMS}
     for k in range(REPEATS):

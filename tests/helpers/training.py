@@ -155,5 +155,5 @@ def interrupted(make, tmp_path, train, valid=(), *, step, epochs, **given):
     resumed.fit(train, valid, epochs=epochs)
     assert same(contents(resumed, tmp_path / "run"), contents(whole, tmp_path / "whole"))
     assert same(dict(resumed.stepper.state_dict()), dict(whole.stepper.state_dict()))
-    assert resumed.begun_with == whole.begun_with
+    assert resumed.record.initial_hyperparameters == whole.record.initial_hyperparameters
     return whole, resumed

@@ -1,0 +1,214 @@
+"""What a run remembers: how far it has come, and the state of everything that training changes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..pairs import RelaxationPair
+from ..tuning import low_rank
+from .data import Order
+from .distributed import Ranks
+from .pair_loss import PairLoss
+from .updates import Updates
+
+
+@dataclass(kw_only=True)
+class RunRecord:
+    """How far a run has come.
+
+    Attributes
+    ----------
+    epoch, epochs : int
+        Complete ones, and those of the whole run.
+    fingerprint : str
+        Of the pairs; empty before the run is started.
+    history : list of dict
+        A row of metrics.csv for each epoch.
+    best : dict
+        State dicts of the "potential" and the "stepper" in their best state; empty before the first validation.
+    best_loss : float
+        Validation score of the best state.
+    best_epoch : int
+        0 is the state before training.
+    initial_hyperparameters : dict of str to float
+        Of the stepper before training.
+    """
+
+    epoch: int = 0
+    epochs: int = 0
+    fingerprint: str = ""
+    history: list[dict[str, float]] = field(default_factory=list)
+    best: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    best_loss: float = float("inf")
+    best_epoch: int = 0
+    initial_hyperparameters: dict[str, float] = field(default_factory=dict)
+
+    def check(self, fingerprint: str, epochs: int) -> None:
+        """Raise ValueError for other pairs or epochs than those that the run was started with."""
+        if (fingerprint, epochs) != (self.fingerprint, self.epochs):
+            raise ValueError(
+                "This run was started with other pairs or epochs: continue with those, or start a new run."
+            )
+
+    def improves(self, score: float) -> bool:
+        """Whether a validation score is the best so far, or the first."""
+        return not self.best or score < self.best_loss
+
+    def keep_best(self, score: float, **state_dicts: dict[str, Any]) -> None:
+        """Keep copies of state dicts as those of the best epoch, which is the present one."""
+        self.best_loss, self.best_epoch = min(self.best_loss, score), self.epoch
+        self.best = copy.deepcopy(state_dicts)
+
+    def out_of_patience(self, patience: int | None) -> bool:
+        """Whether the best state is so many epochs old."""
+        return patience is not None and self.epoch - self.best_epoch >= patience
+
+
+@dataclass(kw_only=True)
+class TrainerState(RunRecord):
+    """All that the next epoch depends on, beside the settings: what checkpoint.pt holds.
+
+    Attributes
+    ----------
+    potential, stepper, optimizer, schedule : dict
+        State dicts; `schedule` is that of the learning rates.
+    steps_taken : int
+        Steps of the optimizer.
+    generator : Tensor
+        State of the random generator that draws the order of the pairs.
+    form : str
+        As `Potential.form`.
+    lora : dict or None
+        Settings of low-rank updates.
+    frozen : list of str
+        Names of the potential's parameters that require no gradients.
+    terms : list of dict
+        State of each further term of the loss.
+    warm_ends : dict of str to Tensor
+        As `WarmStarts.ends`.
+    torch_rng : Tensor
+        State of torch's own random generator.
+    """
+
+    potential: dict[str, Any]
+    stepper: dict[str, Any]
+    optimizer: dict[str, Any]
+    schedule: dict[str, Any]
+    steps_taken: int
+    generator: Tensor
+    form: str
+    lora: dict[str, Any] | None
+    frozen: list[str]
+    terms: list[dict[str, Any]]
+    warm_ends: dict[str, Tensor]
+    torch_rng: Tensor
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """The keys of `to_dict`."""
+        return [field.name for field in fields(cls)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Tensors and plain values, which load without unpickling."""
+        return {name: getattr(self, name) for name in self.names()}
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> TrainerState:
+        """The state that `to_dict` gave; KeyError where something is missing."""
+        return cls(**{name: state[name] for name in cls.names()})
+
+    @property
+    def record(self) -> RunRecord:
+        """The part that is not the state of an object."""
+        return RunRecord(**{field.name: getattr(self, field.name) for field in fields(RunRecord)})
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The objects of a Trainer that training changes, whose settings and state belong into its run folder.
+
+    Attributes
+    ----------
+    pair_loss : PairLoss
+        With the potential, the stepper and the warm starts.
+    updates : Updates
+        With the optimizer and the terms.
+    order : Order
+    numbers : dict
+        The keywords of the Trainer that are plain numbers and names.
+    """
+
+    pair_loss: PairLoss
+    updates: Updates
+    order: Order
+    numbers: dict[str, Any]
+
+    def settings(self, record: RunRecord) -> dict[str, Any]:
+        """What the same Trainer can be built from, as JSON."""
+        loss = self.pair_loss.loss
+        return {
+            "family": self.pair_loss.potential.family,
+            "stepper": self.pair_loss.stepper.todict(),
+            "adjoint": self.pair_loss.adjoint.todict(),
+            "loss": getattr(loss, "__name__", type(loss).__name__),
+            "optimizer": type(self.updates.optimizer).__name__,
+            "terms": [term.todict() for term in self.updates.terms],
+            **self.numbers,
+            "epochs": record.epochs,
+        }
+
+    def prepare(self, train: Sequence[RelaxationPair], epochs: int) -> None:
+        """Set up what depends on the pairs and is not part of a checkpoint."""
+        if self.pair_loss.warm:
+            self.pair_loss.warm.remember(train)
+        self.updates.prepare(train, steps_per_epoch=self.order.n_batches(len(train)), epochs=epochs)
+
+    def state(self, record: RunRecord) -> TrainerState:
+        """Their state with the record; all ranks must ask for it."""
+        potential, warm = self.pair_loss.potential, self.pair_loss.warm
+        return TrainerState(
+            **vars(record),
+            **self._shared_state(),
+            form=potential.form,
+            lora=low_rank.settings(potential),
+            frozen=[name for name, p in potential.named_parameters() if not p.requires_grad],
+            terms=self.updates.terms_state(),
+            warm_ends=warm.ends if warm else {},
+            torch_rng=torch.get_rng_state(),
+        )
+
+    def load(self, state: TrainerState) -> None:
+        """Continue from what `state` gave."""
+        self._load_shared_state(state.to_dict())
+        torch.set_rng_state(state.torch_rng)
+        if self.pair_loss.warm:
+            self.pair_loss.warm.ends = state.warm_ends
+        for term, kept in zip(self.updates.terms, state.terms, strict=True):
+            term.load(kept)
+
+    def share(self, ranks: Ranks, record: RunRecord) -> None:
+        """Take over the state of rank 0; ValueError where a rank has other settings, pairs or epochs."""
+        if ranks.size > 1:
+            ranks.require_equal(lambda: (self.settings(record), record.fingerprint, record.epoch))
+            self._load_shared_state(ranks.shared_state(self._shared_state))
+
+    def _shared_state(self) -> dict[str, Any]:
+        """What must be the same on all ranks, whether given or rebuilt."""
+        return {
+            "potential": self.pair_loss.potential.state_dict(),
+            "stepper": self.pair_loss.stepper.state_dict(),
+            "generator": self.order.generator.get_state(),
+            **self.updates.state(),
+        }
+
+    def _load_shared_state(self, state: Mapping[str, Any]) -> None:
+        self.pair_loss.potential.load_state_dict(state["potential"])
+        self.pair_loss.stepper.load_state_dict(state["stepper"])
+        self.order.generator.set_state(state["generator"])
+        self.updates.load(state)
