@@ -91,7 +91,7 @@ class TestRightBasin:
         assert row.max_displacement > 0.15
         assert row.right_basin
 
-    def test_the_rule_is_said_with_its_distance(self):
+    def test_the_rule_is_given_with_its_distance(self):
         assert "0.1 Å" in BASIN_RULE
 
 
@@ -111,7 +111,7 @@ def test_batches_do_not_matter(batch_size):
 
 
 @pytest.mark.parametrize("stepper", ["fire", "bfgs"])
-def test_too_few_steps_are_said(stepper):
+def test_too_few_steps_are_reported(stepper):
     near = rattled(by_ase(argon(), BFGS)[0], 0.005)
     found = evaluate(lennard_jones(), [pair(near, argon(3))], stepper=stepper, fmax=1e-9, steps=2)
     assert (found.rows[0].status, found.rows[0].nsteps) == (Status.OUT_OF_STEPS.value, 2)
@@ -156,7 +156,7 @@ def test_a_reference_at_a_minimum_does_not_move():
     assert moved.reference_moves > 0.05
 
 
-def test_the_space_group_of_end_and_reference_is_told():
+def test_the_space_group_of_end_and_reference_is_reported():
     settings = {"stepper": FIRE(dt=0.03, dtmax=0.06), "fmax": 1e-3, "steps": 300}
     perfect, vacancy = bulk("Ar", "fcc", a=1.6, cubic=True), argon(3)
     pairs = [pair(argon(), perfect), pair(argon(), vacancy), pair(cluster(), cluster(seed=2))]

@@ -144,7 +144,7 @@ def test_other_structures_cannot_stand_side_by_side(draw):
         (1, 0.999, "less than 1 % lower"), (1, math.nan, ""), (1, 20, "20 times as high"),
     ],
 )  # fmt: skip
-def test_a_change_is_said_in_per_cent(before, after, said):
+def test_a_change_is_given_in_per_cent(before, after, said):
     assert change(before, after) == said
 
 
@@ -188,7 +188,7 @@ class TestComparisonText:
         assert "8 won, 0 lost" in text
 
     @pytest.mark.parametrize(("groups", "least"), [(2, "0.5"), (5, "0.062"), (6, None)])
-    def test_too_few_groups_for_the_test_are_said(self, groups, least):
+    def test_too_few_groups_for_the_test_are_reported(self, groups, least):
         names = [f"g{k}" for k in range(groups)]
         found = compare(evaluation([2.0] * groups, names), evaluation([1.0] * groups, names))
         text = " ".join(comparison_text(found).split())
@@ -200,7 +200,7 @@ class TestComparisonText:
         assert "50 % lower (one group, so there is no interval)" in text
         assert "nan" not in text
 
-    def test_an_interval_that_includes_no_change_is_said(self):
+    def test_an_interval_that_includes_no_change_is_reported(self):
         groups = [f"g{k}" for k in range(6)]
         found = compare(evaluation([1, 2, 3, 1, 2, 3.0], groups), evaluation([2, 1, 3, 1, 3, 2.0], groups))
         assert "includes no change" in " ".join(comparison_text(found).split())
@@ -300,7 +300,7 @@ class TestByGroup:
         assert (first[:, 1] < last[:, 1]).all()
         assert [text.get_text() for text in figure.legends[0].get_texts()] == ["raw", "tuned"]
 
-    def test_of_many_groups_the_farthest_are_shown_and_that_is_said(self):
+    def test_of_many_groups_the_farthest_are_shown_and_the_title_says_so(self):
         figure = by_group(evaluation([float(k) for k in range(50)], [f"g{k}" for k in range(50)]))
         (axes,) = figure.axes
         assert points(axes)[0][:, 0].min() == 10
@@ -332,7 +332,7 @@ class TestAtomDisplacements:
         axes = atom_displacements(*both).axes[0]
         assert [label.get_text() for label in axes.get_xticklabels()] == ["Si\n0", "P\n1"]
 
-    def test_of_many_atoms_the_farthest_are_shown_and_that_is_said(self):
+    def test_of_many_atoms_the_farthest_are_shown_and_the_title_says_so(self):
         many = Evaluation((row("a", 1.0, displacements=tuple(k / 100 for k in range(64))),))
         (axes,) = atom_displacements(many).axes
         heights = [bar.get_height() for bar in axes.patches]
@@ -364,7 +364,7 @@ class TestLearningCurve:
         assert tuple(lower.lines[-1].get_xydata()[0]) == marked
         assert upper.get_title() == f"best: epoch {marked[0]}"
 
-    def test_that_no_epoch_was_better_than_the_start_is_said(self):
+    def test_that_no_epoch_was_better_than_the_start_is_reported(self):
         upper, lower = learning_curve(history([3.0, 1.0]), 0).axes
         assert upper.get_title() == "best: the weights before training"
         assert len(lower.lines) == 1
