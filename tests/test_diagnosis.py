@@ -332,7 +332,7 @@ class TestLandscape:
     def test_nothing_to_settle_takes_no_frame(self):
         assert settling(Wells(), wells((0.8, 0.8)), GradientDescent())[0].frames == 0
 
-    def test_a_step_that_is_too_long_is_said_to_diverge(self):
+    def test_a_step_that_is_too_long_is_reported_to_diverge(self):
         found = settling(Wells(), wells((0.1, 0.8), (0.2, 0.8)), GradientDescent(step_size=5.0, maxstep=50.0))
         assert [(s.frames, s.finished) for s in found] == [(None, False)] * 2
 
@@ -392,7 +392,7 @@ class TestDiagnosis:
         assert found.step_limit > 0.05
         assert "! --step-size" not in found.text()
 
-    def test_progress_is_told_to_the_end(self):
+    def test_progress_is_reported_to_the_end(self):
         told = []
         diagnose(model(), true_pairs(3, forces=True), sample=2, rattles=1, progress=lambda *args: told.append(args))
         works = list(dict.fromkeys(what for _, _, what in told))

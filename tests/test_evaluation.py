@@ -92,7 +92,7 @@ class TestRightBasin:
         assert row.max_displacement > 0.15
         assert row.right_basin
 
-    def test_the_rule_is_named_with_its_distance(self):
+    def test_the_rule_is_given_with_its_distance(self):
         assert "0.1 Å" in BASIN_RULE
 
 
@@ -157,7 +157,7 @@ def test_a_reference_at_a_minimum_does_not_move():
     assert moved.reference_moves > 0.05
 
 
-def test_the_space_groups_of_end_and_reference_are_reported():
+def test_the_space_group_of_end_and_reference_is_reported():
     settings = {"stepper": FIRE(dt=0.03, dtmax=0.06), "fmax": 1e-3, "steps": 300}
     perfect, vacancy = bulk("Ar", "fcc", a=1.6, cubic=True), argon(3)
     pairs = [pair(argon(), perfect), pair(argon(), vacancy), pair(cluster(), cluster(seed=2))]

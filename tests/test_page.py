@@ -128,7 +128,7 @@ class TestBoth:
         assert "mace <small>" in page.texts("td")
         assert "ase-bptt train a & b" in page.texts("td")
 
-    def test_numbers_stand_on_the_right_and_wrong_ones_are_words(self, page):
+    def test_numbers_stand_on_the_right_and_wrong_ones_are_described_in_words(self, page):
         cells = dict(zip(page.texts("td"), page.all("td"), strict=True))
         assert cells["0.100"]["class"] == "number"
         assert cells["no"]["class"] == "wrong"
@@ -136,7 +136,7 @@ class TestBoth:
         assert "wrong" in cells["7 out of steps"]["class"]
         assert "class" not in cells["kept"]
 
-    def test_the_change_of_each_measure_is_shown(self, page):
+    def test_the_change_of_each_measure_is_reported(self, page):
         texts = page.texts("td")
         at = texts.index("5.00")
         assert texts[at : at + 3] == ["5.00", "2.50", "50 % lower"]
@@ -204,7 +204,7 @@ def test_structures_that_diverged_have_a_page_too(tmp_path):
 @pytest.mark.parametrize(
     ("best", "said"), [(None, "unless those before"), (2, "were kept."), (0, "No epoch was better")]
 )
-def test_which_weights_were_kept_is_shown(tmp_path, best, said):
+def test_which_weights_were_kept_is_reported(tmp_path, best, said):
     write_page(tmp_path / "a.html", title="a", evaluation=BEFORE, history=HISTORY, best_epoch=best)
     assert said in Page(tmp_path / "a.html").texts("figcaption")[-1]
 

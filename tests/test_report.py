@@ -300,7 +300,7 @@ class TestByGroup:
         assert (first[:, 1] < last[:, 1]).all()
         assert [text.get_text() for text in figure.legends[0].get_texts()] == ["raw", "tuned"]
 
-    def test_of_many_groups_the_farthest_are_shown_and_a_note_says_so(self):
+    def test_of_many_groups_the_farthest_are_shown_and_the_title_says_so(self):
         figure = by_group(evaluation([float(k) for k in range(50)], [f"g{k}" for k in range(50)]))
         (axes,) = figure.axes
         assert points(axes)[0][:, 0].min() == 10
@@ -332,7 +332,7 @@ class TestAtomDisplacements:
         axes = atom_displacements(*both).axes[0]
         assert [label.get_text() for label in axes.get_xticklabels()] == ["Si\n0", "P\n1"]
 
-    def test_of_many_atoms_the_farthest_are_shown_and_a_note_says_so(self):
+    def test_of_many_atoms_the_farthest_are_shown_and_the_title_says_so(self):
         many = Evaluation((row("a", 1.0, displacements=tuple(k / 100 for k in range(64))),))
         (axes,) = atom_displacements(many).axes
         heights = [bar.get_height() for bar in axes.patches]

@@ -150,7 +150,7 @@ class TestInfo:
         is_refused(run("info", data / "lj", "--relax", "nowhere.extxyz"), "nowhere.extxyz")
 
 
-def test_an_evaluation_that_was_stopped_continues_with_what_is_missing(data, two):
+def test_a_stopped_evaluation_continues_with_what_is_missing(data, two):
     arguments = ("--potential", data / "better", "--against", data / "lj", "--json")
     real, added = Journal.add, []
 
@@ -163,7 +163,7 @@ def test_an_evaluation_that_was_stopped_continues_with_what_is_missing(data, two
     with mock.patch.object(Journal, "add", stopping):
         code, out, err = run("evaluate", data / "pairs", *arguments, "--out", "again")
     assert (code, out) == (130, "")
-    assert "again --resume goes on" in err
+    assert "again --resume continues" in err
     with mock.patch.object(Journal, "add", lambda self, k, end: (added.append(k), real(self, k, end))):
         code, out, err = run("evaluate", "--out", "again", "--resume", "--json")
     assert code == 0, err

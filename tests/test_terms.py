@@ -298,7 +298,7 @@ class TestReference:
         off = wide_lennard_jones(sigma=2.6)
         assert term.loss(off, pairs, rng()).item() > 0.01
 
-    def test_energies_of_elements_are_told_apart(self):
+    def test_energies_of_elements_are_distinguished(self):
         made = [
             labelled(a, EMT()) for a in (rattled(molecule("H2O")), rattled(molecule("CH4")), rattled(molecule("H2")))
         ]
