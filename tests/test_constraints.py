@@ -269,8 +269,8 @@ class TestLosses:
 
 
 def test_training_starts_keep_to_the_constraints():
-    start = constrained(argon(), FixAtoms([0, 1]))
-    (varied,) = VariedStarts([RelaxationPair(start, argon(2), "a", "g")], 1.0, 0.1, np.random.default_rng(0))
+    start = held(argon, FixAtoms([0, 1]))
+    (varied,) = VariedStarts([RelaxationPair(start, argon(2), "a", "g")], 1.0, 0.1, [0])
     np.testing.assert_array_equal(varied.initial.positions[:2], start.positions[:2])
     assert (varied.initial.positions[2:] != start.positions[2:]).all()
 

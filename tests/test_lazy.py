@@ -143,7 +143,7 @@ class TestSame:
         pairs = read_pairs(as_database(tmp_path, relaxations), lazy=True)
 
         def varied():
-            return VariedStarts(pairs, 0.5, 0.1, np.random.default_rng([4, 0]))
+            return VariedStarts(pairs, 0.5, 0.1, [4, 0])
 
         forth = [p.initial.positions for p in varied()]
         asked = varied()

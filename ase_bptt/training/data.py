@@ -120,7 +120,7 @@ class Order:
         """The batches of an epoch."""
         drawn = self.sampling
         order = torch.randperm(len(pairs), generator=self.generator).tolist()
-        pairs = VariedStarts(pairs, drawn.along, drawn.rattle, np.random.default_rng([drawn.seed, epoch]))
+        pairs = VariedStarts(pairs, drawn.along, drawn.rattle, (drawn.seed, epoch))
         for first in range(0, len(order), drawn.batch_size):
             yield [pairs[k] for k in order[first : first + drawn.batch_size]]
 
@@ -128,8 +128,7 @@ class Order:
 class VariedStarts(Sequence[RelaxationPair]):
     """Pairs with starts drawn on the straight line to the reference (a share of them), and rattled.
 
-    Each start is made when it is asked for, and is the same in whatever order they are: only where the generator stands
-    before each draw is kept.
+    A start is made when it is asked for, and depends on the key and the place of its pair alone.
 
     Parameters
     ----------
@@ -138,17 +137,12 @@ class VariedStarts(Sequence[RelaxationPair]):
         Share of the starts that are drawn on the line.
     rattle : float
         Å.
-    rng : numpy.random.Generator
-        Of NumPy's default kind; drawn from for one pair after the other.
+    key : sequence of int
+        Seeds the random numbers, such as (seed, epoch).
     """
 
-    def __init__(self, pairs: Sequence[RelaxationPair], along: float, rattle: float, rng: np.random.Generator):
-        self._pairs, self._along, self._rattle, self._rng = pairs, along, rattle, rng
-        self._begin: dict[str, Any] = dict(rng.bit_generator.state)
-        self._places: list[int] = []
-        for pair in pairs:
-            self._places.append(rng.bit_generator.state["state"]["state"])
-            self._draw(pair.n_atoms)
+    def __init__(self, pairs: Sequence[RelaxationPair], along: float, rattle: float, key: Sequence[int]):
+        self._pairs, self._along, self._rattle, self._key = pairs, along, rattle, key
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -157,19 +151,15 @@ class VariedStarts(Sequence[RelaxationPair]):
         return varied_pair(self._pairs[k], partial(self._made, k))
 
     def _made(self, k: int) -> RelaxationPair:
-        pair = self._pairs[k]
-        self._rng.bit_generator.state = self._begin | {"state": self._begin["state"] | {"state": self._places[k]}}
-        share, noise = self._draw(pair.n_atoms)
+        pair, rng = self._pairs[k], np.random.default_rng([*self._key, k])
+        share = rng.uniform() if rng.uniform() < self._along else 0.0
+        noise = rng.normal(0, self._rattle, (pair.n_atoms, 3))
         start = pair.initial.copy()
         # Minimum images are expensive.
         shift = share * displacements(pair.relaxed, pair.initial).numpy() if share else 0.0
         # With constraints applied, as in a relaxation.
         start.set_positions(start.positions + shift + noise)
         return dataclasses.replace(pair, initial=start)
-
-    def _draw(self, n_atoms: int) -> tuple[float, np.ndarray]:
-        share = self._rng.uniform() if self._rng.uniform() < self._along else 0.0
-        return share, self._rng.normal(0, self._rattle, (n_atoms, 3))
 
 
 class VariedPair(DeferredPair):
