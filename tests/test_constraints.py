@@ -269,7 +269,7 @@ class TestLosses:
 
 
 def test_training_starts_keep_to_the_constraints():
-    start = held(argon, FixAtoms([0, 1]))
+    start = constrained(argon(), FixAtoms([0, 1]))
     (varied,) = VariedStarts([RelaxationPair(start, argon(2), "a", "g")], 1.0, 0.1, [0])
     np.testing.assert_array_equal(varied.initial.positions[:2], start.positions[:2])
     assert (varied.initial.positions[2:] != start.positions[2:]).all()

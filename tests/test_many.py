@@ -44,9 +44,9 @@ def bursting() -> Atoms:
     return Atoms("Ar2", positions=[[0, 0, 0], [0, 0, 0.02]])
 
 
-# Steps of 0.05 sigma. With ASE's 0.2 the path of BFGS through these potentials, of width 1, is chaotic: moving one atom by
-# 1e-15 moves some ends by more than 1, so that the last bit of a sum, which may differ between a batch and one structure,
-# decides. With 0.05 it moves them by 4e-14.
+# Steps of 0.05 sigma. With ASE's 0.2 the path of BFGS through these potentials, of width 1, is chaotic: moving one atom
+# by 1e-15 moves some ends by more than 1, so that the last bit of a sum decides, which may differ between a batch and
+# one structure. With 0.05 it moves them by 4e-14.
 quasi_newton = partial(BFGS, maxstep=0.05)
 STEPPERS = {
     "fire": partial(FIRE, dt=0.03, dtmax=0.06),
