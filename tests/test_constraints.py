@@ -36,7 +36,7 @@ from ase_bptt import (
 )
 from ase_bptt.constraints import KNOWN
 from ase_bptt.steppers import FIRE, GradientDescent
-from ase_bptt.training.data import VariedStarts
+from ase_bptt.training.training_data import VariedStarts
 
 
 def symmetric() -> Atoms:

@@ -29,7 +29,7 @@ from ase_bptt import TorchCalculator, Trainer, load_potential, read_pairs
 from ase_bptt.losses import rmsd
 from ase_bptt.pairs import lazy
 from ase_bptt.training.distributed import Lost, Ranks, together
-from ase_bptt.training.pair_loss import End
+from ase_bptt.training.pair_loss import PairEnd
 
 TESTS = Path(__file__).parent
 TRAIN = ["--epochs", "3", "--batch-size", "2", "--steps", "2", "--lr", "0.02", "--dtype", "float64"]
@@ -263,7 +263,7 @@ class Second(Ranks):
     def each(self, run):
         self.mine = run()
         others = len(self.items) - len(self.mine)
-        return [[End(False, None, 3, None, None)] * others, self.mine]
+        return [[PairEnd(False, None, 3, None, None)] * others, self.mine]
 
     def sum_(self, tensors):
         pass

@@ -29,7 +29,7 @@ from ase_bptt.drift.curves import (
 from ase_bptt.potential import Prediction
 from ase_bptt.potentials.analytic import LennardJones
 from ase_bptt.potentials.emt import EMT
-from ase_bptt.report.drift import TITLE, drift_figure, drift_section, drift_text
+from ase_bptt.report.drift_report import TITLE, drift_figure, drift_section, drift_text
 from ase_bptt.report.plots import save
 from ase_bptt.terms.probes import CRYSTALS, Crystal, chosen_crystals
 

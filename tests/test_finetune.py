@@ -12,7 +12,7 @@ from helpers.structures import cluster, rattled
 from ase_bptt import RelaxationPair, Trainer, relax
 from ase_bptt.drift.changes import FoldDriftReports
 from ase_bptt.potentials.analytic import LennardJones
-from ase_bptt.report.drift import drift_section
+from ase_bptt.report.drift_report import drift_section
 from ase_bptt.steppers import GradientDescent
 from ase_bptt.training.fine_tune import cross_validate, finetune
 from ase_bptt.training.metrics import Estimate
@@ -83,7 +83,7 @@ class TestCrossValidation:
 
     def test_its_card_has_means_over_the_folds_and_the_worst(self, validated):
         folder, _, outcome = validated
-        drifts = [RunResults.load(folder / f"fold_{k}").drift_report.drift() for k in range(3)]
+        drifts = [RunResults.load(folder / f"fold_{k}").drift_report.drift_report() for k in range(3)]
         found = outcome.todict()["drift"]["all"]
         for name in ("force", "energy", "size"):
             assert found[name] == pytest.approx(np.mean([getattr(d, name) for d in drifts]), rel=1e-12)

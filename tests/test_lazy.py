@@ -26,7 +26,7 @@ from ase_bptt import read_pairs
 from ase_bptt.pairs import InvalidPair, fingerprint, lazy, sources
 from ase_bptt.pairs.groups import split_by_group, split_into_folds, usable
 from ase_bptt.pairs.lazy import LazyPair
-from ase_bptt.training.data import VariedStarts
+from ase_bptt.training.training_data import VariedStarts
 
 N = 7
 

@@ -38,7 +38,7 @@ from ase_bptt.pairs import fingerprint
 from ase_bptt.potentials.analytic import LennardJones
 from ase_bptt.steppers import GradientDescent
 from ase_bptt.training import checkpoint
-from ase_bptt.training.data import VariedStarts
+from ase_bptt.training.training_data import VariedStarts
 
 EPOCHS = 3
 

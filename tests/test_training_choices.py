@@ -23,7 +23,7 @@ from ase_bptt import RelaxationPair, Trainer, load_potential, relax
 from ase_bptt.adjoints import Guided, Implicit, OneStep, Replay
 from ase_bptt.losses import delta_q
 from ase_bptt.neighbors import NeighborList
-from ase_bptt.report.drift import drift_text
+from ase_bptt.report.drift_report import drift_text
 from ase_bptt.steppers import GradientDescent
 from ase_bptt.structures import Structures
 from ase_bptt.terms.labels import Labels

@@ -16,11 +16,11 @@ from ..pairs.groups import split_by_group, split_into_folds, usable
 from ..potential import Potential
 from ..steppers import STEPPERS, Stepper, make_stepper
 from ..training import Trainer
-from ..training.data import combined_hash
 from ..training.distributed import together
 from ..training.fine_tune import cross_validate, finetune
 from ..training.results import RESULTS, RunResults
 from ..training.settings import MOMENTUM, NUMBERS
+from ..training.training_data import combined_hash
 from ..tuning import prepare
 from . import messages, run_folder
 from .flags import (

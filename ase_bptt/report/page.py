@@ -99,7 +99,7 @@ def write_page(
     facts : pairs of str
         Names and values: potential, settings, versions, command, date, ...
     extra : sequence of Section
-        Further sections at the end, such as `report.drift.drift_section`.
+        Further sections at the end, such as `report.drift_report.drift_section`.
 
     Raises
     ------

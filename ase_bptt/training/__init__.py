@@ -1,6 +1,6 @@
 """Fine-tuning: the Trainer, from pairs of structures to the best state on validation.
 
-`settings` says what its keywords mean, `data` holds its pairs, `pair_loss` takes the gradient of a batch, `updates` the
+`settings` says what its keywords mean, `training_data` holds its pairs, `pair_loss` takes the gradient of a batch, `updates` the
 steps of the optimizer; `state` is what it remembers, in the run folder of `checkpoint`. `fine_tune` measures around it.
 """
 
@@ -22,12 +22,12 @@ from ..steppers import Stepper
 from ..terms import Term, make_terms
 from ..utils import check_positive
 from . import checkpoint
-from .data import Order, TrainingData, check_data
 from .distributed import together
 from .metrics import EpochMetrics, Estimate, Progress, estimate, validate
 from .pair_loss import PairLoss
 from .settings import NUMBERS, Loss, OptimizerSettings, RelaxationSettings, SamplingSettings
 from .state import Parts, RunRecord
+from .training_data import Order, TrainingData, check_data
 from .updates import OptimizerFactory, Updates
 
 Pairs = Sequence[RelaxationPair]

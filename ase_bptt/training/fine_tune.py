@@ -16,9 +16,9 @@ from ..evaluation import Evaluation, Row, evaluate
 from ..pairs import RelaxationPair, fingerprint
 from ..pairs.groups import split_into_folds
 from . import Trainer
-from .data import TrainingData
 from .distributed import together
 from .results import BEFORE, RESULTS, SNAPSHOTS, RunResults, merge_folds, read_rows, write_rows
+from .training_data import TrainingData
 
 log = logging.getLogger(__name__)
 Splits = Mapping[str, Sequence[RelaxationPair]]

@@ -24,9 +24,9 @@ from ..steppers import Stepper
 from ..terms import Term
 from ..throughput import relax_all
 from ..throughput.memory import peak_bytes
-from .data import TrainingData
 from .distributed import Ranks
 from .pair_loss import PairLoss
+from .training_data import TrainingData
 
 log = logging.getLogger(__name__)
 

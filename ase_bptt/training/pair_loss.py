@@ -32,7 +32,7 @@ SAMPLED = 8
 """References from which step_size="auto" is resolved."""
 
 
-class End(NamedTuple):
+class PairEnd(NamedTuple):
     """How one pair ended.
 
     Attributes
@@ -104,8 +104,8 @@ class PairLoss:
         """
         total = Total(self.trained())
 
-        def run(mine: list[RelaxationPair]) -> list[End]:
-            ends: dict[int, End] = {}
+        def run(mine: list[RelaxationPair]) -> list[PairEnd]:
+            ends: dict[int, PairEnd] = {}
             for part, (gradients, found) in self._planner.computed(partial(self.gradients, epoch=epoch), mine):
                 total.add(gradients)
                 ends |= zip(part, found, strict=True)
@@ -118,7 +118,7 @@ class PairLoss:
             total.put(len(losses))
         return losses
 
-    def gradients(self, pairs: Sequence[RelaxationPair], epoch: int = 0) -> tuple[Gradients, list[End]]:
+    def gradients(self, pairs: Sequence[RelaxationPair], epoch: int = 0) -> tuple[Gradients, list[PairEnd]]:
         """The gradient of the sum of the losses, and how each pair ended; nothing else is changed by it."""
         relaxation = self.relaxation(pairs, epoch)
         reference = self.potential.batch([p.relaxed for p in pairs])
@@ -134,7 +134,7 @@ class PairLoss:
         warm = self.warm.found(pairs, relaxation, epoch) if self.warm else [None] * len(pairs)
         counted = [loss if fine else None for loss, fine in zip(losses.tolist(), good.tolist(), strict=True)]
         frames = relaxation.nsteps.tolist()
-        return gradients, [End(attached, *found) for found in zip(counted, frames, solves, warm, strict=True)]
+        return gradients, [PairEnd(attached, *found) for found in zip(counted, frames, solves, warm, strict=True)]
 
     def resolve_step_size(self, train: Sequence[RelaxationPair]) -> None:
         """Replace the step size "auto" of the stepper by half of what is stable, measured on some of the references."""
@@ -167,7 +167,7 @@ class PairLoss:
         """Atoms times frames, as many as the last time where it is known."""
         return pair.n_atoms * (1 + self._frames.get(pair.id, self.steps))
 
-    def _recorded(self, pairs: Sequence[RelaxationPair], ends: Sequence[End]) -> list[float]:
+    def _recorded(self, pairs: Sequence[RelaxationPair], ends: Sequence[PairEnd]) -> list[float]:
         """Record and log how the pairs ended; the losses that count."""
         for pair, end in zip(pairs, ends, strict=True):
             self._frames[pair.id] = end.frames

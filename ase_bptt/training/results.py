@@ -14,7 +14,7 @@ from ..drift.changes import DriftReport, FoldDriftReports
 from ..evaluation import BASIN_RULE, Evaluation
 from ..evaluation.compare import Comparison, compare
 from ..pairs import RelaxationPair
-from ..report.drift import drift_figure, drift_section
+from ..report.drift_report import drift_figure, drift_section
 from ..report.page import write_page, write_pictures
 from ..report.plots import save
 from ..report.tables import write_csv

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..pairs import RelaxationPair
 from ..tuning import low_rank
-from .data import Order
 from .distributed import Ranks
 from .pair_loss import PairLoss
+from .training_data import Order
 from .updates import Updates
 
 
