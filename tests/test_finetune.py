@@ -83,7 +83,7 @@ class TestCrossValidation:
 
     def test_its_card_has_means_over_the_folds_and_the_worst(self, validated):
         folder, _, outcome = validated
-        drifts = [RunResults.load(folder / f"fold_{k}").drift_report.drift_report() for k in range(3)]
+        drifts = [RunResults.load(folder / f"fold_{k}").drift_report.drift() for k in range(3)]
         found = outcome.todict()["drift"]["all"]
         for name in ("force", "energy", "size"):
             assert found[name] == pytest.approx(np.mean([getattr(d, name) for d in drifts]), rel=1e-12)

@@ -142,7 +142,7 @@ def _what_else_changed(results: RunResults) -> str:
     report = results.drift_report
     if report is None:
         return ""
-    drift = report.drift_report()
+    drift = report.drift()
     over_folds = ", mean over the folds" if results.folds else ""
     lines = [f"Warning: {warning}" for warning in report.warnings()]
     if drift.n:

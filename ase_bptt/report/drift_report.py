@@ -230,6 +230,6 @@ def _fold_figure(report: FoldDriftReports) -> Figure:
 
 
 def _fold_row(report: FoldDriftReports, kind: str) -> list[str]:
-    row, worst = _drift_row(kind, report.drift_report(kind)), report.worst(kind)
+    row, worst = _drift_row(kind, report.drift(kind)), report.worst(kind)
     row.insert(WORST_FOLD[0], f"{number(worst[1].force, 3)} (fold {worst[0]})" if worst else "-")
     return row

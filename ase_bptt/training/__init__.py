@@ -1,7 +1,7 @@
 """Fine-tuning: the Trainer, from pairs of structures to the best state on validation.
 
-`settings` says what its keywords mean, `training_data` holds its pairs, `pair_loss` takes the gradient of a batch, `updates` the
-steps of the optimizer; `state` is what it remembers, in the run folder of `checkpoint`. `fine_tune` measures around it.
+`settings` are its keywords, `training_data` its pairs, `pair_loss` takes the gradient of a batch, `updates` the steps
+of the optimizer; `state` is what it remembers, in the run folder of `checkpoint`. `fine_tune` measures around it.
 """
 
 from __future__ import annotations
