@@ -78,7 +78,7 @@ print(f"a frame more costs the tape {growth:.1f} MiB")
 assert mib["full", 40] > 1.5 * mib["full", 20]
 assert mib["replay", 40] < 0.2 * mib["full", 40]
 
-# 3. Both are the gradient: along one direction in the weights, it is the slope of a finite difference.
+# 3. Both are the gradient: along one direction in the weights, it is the quotient of a finite difference.
 along = [torch.randn(w.shape, generator=torch.Generator().manual_seed(k)).to(w) for k, w in enumerate(weights)]
 predicted = gradients["replay", 10] @ torch.cat([d.flatten() for d in along])
 ends = []
@@ -89,9 +89,9 @@ for step in (1e-5, -1e-5):
         ends.append(moved(None, 10)[0])
         for weight, direction in zip(weights, along):
             weight -= step * direction
-slope = (ends[0] - ends[1]) / 2e-5
-print(f"slope along a random direction: {predicted:.5f} by Replay, {slope:.5f} by a finite difference")
-assert abs(slope - predicted) < 1e-4 * abs(predicted)
+derivative = (ends[0] - ends[1]) / 2e-5
+print(f"derivative along a random direction: {predicted:.5f} by Replay, {derivative:.5f} by a finite difference")
+assert abs(derivative - predicted) < 1e-4 * abs(predicted)
 
 # 4. What Replay keeps of a frame are the positions and the stepper's state: for plain gradient descent
 #    three numbers of eight bytes an atom, beside megabytes for the graph.

@@ -30,7 +30,7 @@ chgnet = evaluate(load_potential("chgnet", dtype="float64"), pairs)
 #                would leave less than the 0.03 eV/Å to which DFT relaxed.
 #      group     space group of the end, beside that of the DFT structure.
 #    Another basin with small moves (Al_i_20) is a wrong turn on the way: the potential has a minimum by the
-#    DFT structure and misses it. The right basin with a large Delta-Q (SV_01) is the right hollow with its
+#    DFT structure and misses it. The right basin with a large Delta-Q (SV_01) is the right minimum with its
 #    bottom in the wrong place.
 print("mace-si\n                start  Delta-Q    rmsd     max  basin   moves   force   space group, DFT's")
 for row in mace.rows:

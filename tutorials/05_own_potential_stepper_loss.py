@@ -4,7 +4,7 @@
 
 A Rydberg pair potential for copper learns the length of its bond and the width of its well from where small
 clusters end when they relax; the reference, here ASE's EMT, tells it no energy and no force. Prints that
-its forces are the slopes of its energies, its gradient through the new update rule, its parameters before and
+its forces are the negative gradient of its energies, its gradient through the new update rule, its parameters before and
 after, and how far from EMT a larger cluster ends than those it was trained on.
 """
 
@@ -86,7 +86,7 @@ class HeavyBall(Stepper):
         moves = self.step_size * velocities
         square = moves.new_zeros(int(batch[-1]) + 1).index_add(0, batch, moves.square().sum(1))
         far = square > self.maxstep**2
-        # The root's argument is guarded too: its slope at zero is infinite, and infinity times zero is NaN.
+        # The root's argument is guarded too: its derivative at zero is infinite, and infinity times zero is NaN.
         factor = torch.where(far, self.maxstep / torch.where(far, square, 1.0).sqrt(), 1.0)
         return positions + factor[batch, None] * moves, State(atoms={"velocities": velocities})
 
@@ -134,7 +134,7 @@ train, valid, test = (
 atoms = rattled("Cu13", 0)
 atoms.calc = TorchCalculator(Rydberg())
 difference = np.abs(atoms.get_forces() - calculate_numerical_forces(atoms, eps=1e-4)).max()
-print("forces are the slopes of the energies:", difference < 1e-6)
+print("forces are the negative gradient of the energies:", difference < 1e-6)
 assert difference < 1e-6
 
 # The gradient through the new stepper: Replay's is that of the full tape.

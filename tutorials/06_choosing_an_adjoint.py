@@ -1,4 +1,4 @@
-"""Which way to the gradient: what each costs, how near it is to the exact one, and what it cannot know.
+"""Which adjoint: what each costs, how near it is to the exact one, and what it cannot know.
 
     python tutorials/06_choosing_an_adjoint.py
 
@@ -114,10 +114,10 @@ def felt(relaxation):
 
 short = GradientDescent(step_size=0.004)
 print("double well    frames   dL/dheight")
-slopes = {}
+sensitivities = {}
 for frames in (10, 20, 40, 80, 120):
-    slopes[frames] = felt(relax(well, start, stepper=short, steps=frames, fmax=0.0))
-    print(f"Replay         {frames:6}   {slopes[frames]:10.2e}")
+    sensitivities[frames] = felt(relax(well, start, stepper=short, steps=frames, fmax=0.0))
+    print(f"Replay         {frames:6}   {sensitivities[frames]:10.2e}")
 at_end = felt(relax(well, start, stepper=short, adjoint=Implicit(), steps=1000))
 guided = relax(well, start, stepper=short, adjoint=Guided(10), steps=1000)
 print(f"Implicit      the end   {at_end + 0.0:10.2e}")
@@ -125,8 +125,8 @@ print(f"Guided(10)    the end   {felt(guided) + 0.0:10.2e}")
 early = felt(guided.early)
 print(f"              early     {early:10.2e}")
 assert at_end == 0.0
-assert abs(slopes[120]) < abs(slopes[80]) < abs(slopes[40]) < abs(slopes[10])
-assert abs(early - slopes[10]) < 1e-9
+assert abs(sensitivities[120]) < abs(sensitivities[80]) < abs(sensitivities[40]) < abs(sensitivities[10])
+assert abs(early - sensitivities[10]) < 1e-9
 
 # 4. An optimizer of ASE's own may lead to the minimum: whatever it did, the implicit gradient needs the end only.
 pair = pairs["SV_01"]

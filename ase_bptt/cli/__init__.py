@@ -66,10 +66,10 @@ exit codes:
     2  the input cannot be used; one sentence says why and what to do
     3  relax: done, but some structures did not converge or were left out
   130  stopped by Ctrl-C, 143 by SIGTERM or where one of several processes has
-       died; --resume goes on
+       died; --resume continues
 """
 USABLE = (ValueError, OSError, ImportError, NotImplementedError)
-"""What bad input raises: told in a sentence. Anything else is our own mistake, and shows its traceback."""
+"""What bad input raises: one sentence is printed. Anything else is our own mistake, and shows its traceback."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,7 +2,7 @@
 
     python tutorials/ase/lattice_constants.py
 
-Both routes must meet: a stress that is not the slope of the energy would show here.
+Both routes must meet: a stress that is not the derivative of the energy would show here.
 """
 
 from itertools import combinations_with_replacement, product
@@ -44,13 +44,13 @@ def fit(lattice, start, EMT):
         columns = np.column_stack([np.ones(len(points)), points])
         matrix = np.stack([columns[:, i] * columns[:, j] for i, j in terms], axis=1)
         weights = dict(zip(terms, np.linalg.lstsq(matrix, energies, rcond=None)[0]))
-        slope = np.array([weights[0, i + 1] for i in range(len(names))])
+        gradient = np.array([weights[0, i + 1] for i in range(len(names))])
         curvature = np.zeros((len(names), len(names)))
         for (i, j), weight in weights.items():
             if i > 0:
                 curvature[i - 1, j - 1] += weight
                 curvature[j - 1, i - 1] += weight
-        lengths = lengths * (1 - width * np.linalg.solve(curvature, slope))
+        lengths = lengths * (1 - width * np.linalg.solve(curvature, gradient))
     return dict(zip(names, lengths))
 
 

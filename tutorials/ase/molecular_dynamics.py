@@ -1,4 +1,4 @@
-"""Molecular dynamics of copper: the total energy stays where the forces are the slope of the energy.
+"""Molecular dynamics of copper: the total energy stays where the forces are the negative gradient of the energy.
 
     python tutorials/ase/molecular_dynamics.py
 
