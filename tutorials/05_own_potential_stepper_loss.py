@@ -3,9 +3,9 @@
     python tutorials/05_own_potential_stepper_loss.py
 
 A Rydberg pair potential for copper learns the length of its bond and the width of its well from where small
-clusters end when they relax; the reference, here ASE's EMT, tells it no energy and no force. Prints that
-its forces are the negative gradient of its energies, its gradient through the new update rule, its parameters before and
-after, and how far from EMT a larger cluster ends than those it was trained on.
+clusters end when they relax; the reference, here ASE's EMT, gives it no energy and no force. Prints that its
+forces are the negative gradient of its energies, its gradient through the new update rule, its parameters before
+and after, and how far from EMT a larger cluster ends than those it was trained on.
 """
 
 import numpy as np
