@@ -14,7 +14,7 @@ from ase_bptt.neighbors import NeighborList
 from ase_bptt.potentials import load_potential, save_potential
 from ase_bptt.relaxation import relax
 from ase_bptt.structures import Structures
-from ase_bptt.tuning import low_rank as lora
+from ase_bptt.tuning import low_rank
 
 
 def vectors():
@@ -58,7 +58,7 @@ def gradient_of_relaxation(potential):
 def test_it_begins_as_the_identity(make):
     potential = make()
     before = results(potential)
-    added = lora.add(potential)
+    added = low_rank.add(potential)
     assert added > 5
     after = results(potential)
     assert torch.equal(before["energy"], after["energy"])
@@ -68,7 +68,7 @@ def test_it_begins_as_the_identity(make):
 @families
 def test_the_updates_alone_get_gradients_through_a_relaxation(make):
     potential = make()
-    lora.add(potential, rank=2)
+    low_rank.add(potential, rank=2)
     moved(potential)
     gradient_of_relaxation(potential).backward()
     for name, p in potential.named_parameters():
@@ -84,7 +84,7 @@ def test_the_updates_alone_get_gradients_through_a_relaxation(make):
 def test_the_gradient_of_an_update_agrees_with_finite_differences(make):
     """Of the final positions of a few frames: second derivatives of the energy are in it."""
     potential = make()
-    lora.add(potential, rank=2)
+    low_rank.add(potential, rank=2)
     moved(potential)
     gradient_of_relaxation(potential).backward()
     every = [p for p in potential.parameters() if p.grad is not None]
@@ -102,7 +102,7 @@ def test_the_gradient_of_an_update_agrees_with_finite_differences(make):
 @needs_mace
 def test_the_symmetry_is_kept():
     potential = vectors()
-    lora.add(potential)
+    low_rank.add(potential)
     moved(potential)
     atoms = skewed()
     turned = atoms.copy()
@@ -119,17 +119,17 @@ def test_merged_it_is_a_plain_potential_with_the_same_energies(make):
     names = [name for name, _ in potential.named_parameters()]
     frozen = names[0]
     dict(potential.named_parameters())[frozen].requires_grad_(False)
-    lora.add(potential)
+    low_rank.add(potential)
     moved(potential)
     tuned = results(potential)
     assert not same(base, tuned, 1e-3)
-    plain = lora.merged(potential)
+    plain = low_rank.merged(potential)
     assert same(results(plain), tuned)
-    assert not lora.has(plain)
+    assert not low_rank.has(plain)
     # The original is what it was: a copy shares nothing with it.
-    assert lora.has(potential)
+    assert low_rank.has(potential)
     assert same(results(potential), tuned)
-    assert lora.merge(potential) is potential
+    assert low_rank.merge(potential) is potential
     assert same(results(potential), tuned)
     assert [name for name, _ in potential.named_parameters()] == names
     assert [name for name, p in potential.named_parameters() if not p.requires_grad] == [frozen]
@@ -138,13 +138,13 @@ def test_merged_it_is_a_plain_potential_with_the_same_energies(make):
 @families
 def test_a_deep_copy_goes_its_own_way(make):
     potential = make()
-    lora.add(potential)
+    low_rank.add(potential)
     base = results(potential)
     twin = moved(copy.deepcopy(potential))
     assert same(results(potential), base)
     tuned = results(twin)
     assert not same(tuned, base, 1e-3)
-    lora.merge(twin)
+    low_rank.merge(twin)
     assert same(results(potential), base)
     assert same(results(twin), tuned)
 
@@ -152,35 +152,35 @@ def test_a_deep_copy_goes_its_own_way(make):
 @families
 def test_the_state_comes_back(make):
     potential = make()
-    lora.add(potential, rank=3, alpha=6.0)
+    low_rank.add(potential, rank=3, alpha=6.0)
     moved(potential)
     again = make()
-    lora.restore(again, lora.settings(potential))
+    low_rank.restore(again, low_rank.settings(potential))
     again.load_state_dict(potential.state_dict())
     assert same(results(again), results(potential), 1e-15)
-    assert lora.settings(again) == lora.settings(potential)
-    assert lora.settings(lora.merge(again)) is None
+    assert low_rank.settings(again) == low_rank.settings(potential)
+    assert low_rank.settings(low_rank.merge(again)) is None
 
 
 @families
 def test_what_is_saved_is_plain(make, tmp_path):
     potential = make()
-    lora.add(potential)
+    low_rank.add(potential)
     moved(potential)
-    save_potential(lora.merged(potential), tmp_path / "tuned")
+    save_potential(low_rank.merged(potential), tmp_path / "tuned")
     tuned = results(potential)
     ours = load_potential(tmp_path / "tuned")
     native = load_potential(tmp_path / "tuned" / potential.native_name, trust=True, dtype=torch.float64)
     # chgnet's own loader builds in float32.
     for found, tolerance in ((ours, 1e-12), (native, 1e-5 if potential.family == "chgnet" else 1e-12)):
-        assert not lora.has(found)
+        assert not low_rank.has(found)
         assert same(results(found), tuned, tolerance)
 
 
 @needs_mace
 def test_a_change_of_an_update_is_noticed():
     potential = mace_of_irreps()
-    lora.add(potential)
+    low_rank.add(potential)
     weights = Weights(potential)
     before = weights.versions()
     moved(potential)
@@ -194,14 +194,14 @@ def test_a_change_of_an_update_is_noticed():
 @needs_mace
 def test_the_calculator_sees_training_and_merging():
     potential = mace_of_irreps()
-    lora.add(potential)
+    low_rank.add(potential)
     atoms = skewed()
     atoms.calc = TorchCalculator(potential)
     base = atoms.get_potential_energy()
     moved(potential)
     tuned = atoms.get_potential_energy()
     assert abs(tuned - base) > 1e-4
-    lora.merge(potential)
+    low_rank.merge(potential)
     assert atoms.get_potential_energy() == pytest.approx(tuned, abs=1e-10)
 
 
@@ -209,13 +209,13 @@ def test_the_calculator_sees_training_and_merging():
 def test_the_weights_as_they_are_used():
     potential = mace_of_irreps()
     names = [name for name, _ in potential.named_parameters()]
-    lora.add(potential, patterns="*readouts*")
+    low_rank.add(potential, patterns="*readouts*")
     moved(potential)
-    used = lora.weights(potential)
+    used = low_rank.weights(potential)
     assert set(used) == set(names)
     assert used["model.readouts.0.linear.weight"].requires_grad
     assert not used["model.interactions.0.linear.weight"].requires_grad
-    plain = dict(lora.merged(potential).named_parameters())
+    plain = dict(low_rank.merged(potential).named_parameters())
     for name, weight in used.items():
         assert torch.equal(weight, plain[name])
 
@@ -223,7 +223,7 @@ def test_the_weights_as_they_are_used():
 @needs_mace
 def test_the_dtype_can_change():
     potential = moved(mace_of_irreps())
-    lora.add(potential)
+    low_rank.add(potential)
     single = load_potential(moved(potential), dtype="float32")
     assert {p.dtype for p in single.parameters()} == {torch.float32}
     atoms = rattled(bulk("Si"))
@@ -237,11 +237,11 @@ def test_only_what_trains_gets_updates_unless_it_is_named():
     potential = mace_of_irreps()
     potential.requires_grad_(False)
     with pytest.raises(ValueError, match="no linear maps that are to be trained"):
-        lora.add(potential)
+        low_rank.add(potential)
     potential.model.readouts.requires_grad_()
-    assert lora.add(potential) == 3
-    lora.merge(potential)
-    assert lora.add(potential, patterns=["*interactions.0.linear*"]) == 2
+    assert low_rank.add(potential) == 3
+    low_rank.merge(potential)
+    assert low_rank.add(potential, patterns=["*interactions.0.linear*"]) == 2
 
 
 @needs_mace
@@ -257,22 +257,22 @@ def test_only_what_trains_gets_updates_unless_it_is_named():
 def test_what_cannot_be_is_refused_and_nothing_changes(how, match):
     potential = mace_of_irreps()
     with pytest.raises(ValueError, match=match):
-        lora.add(potential, **how)
-    assert not lora.has(potential)
+        low_rank.add(potential, **how)
+    assert not low_rank.has(potential)
     assert all(p.requires_grad for p in potential.parameters())
 
 
 def test_a_potential_without_linear_maps():
     with pytest.raises(ValueError, match="This lj potential has no linear maps,"):
-        lora.add(lennard_jones())
+        low_rank.add(lennard_jones())
     potential = lennard_jones()
-    assert lora.merge(potential) is potential
-    assert lora.merged(potential) is potential
+    assert low_rank.merge(potential) is potential
+    assert low_rank.merged(potential) is potential
 
 
 @needs_mace
 def test_twice_is_refused():
     potential = mace_of_irreps()
-    lora.add(potential)
+    low_rank.add(potential)
     with pytest.raises(ValueError, match="has low-rank updates already"):
-        lora.add(potential)
+        low_rank.add(potential)

@@ -8,8 +8,7 @@ import pytest
 import torch
 from helpers.structures import methanol, skewed
 
-from ase_bptt import TorchCalculator, Trainer, load_potential, relax, save_potential
-from ase_bptt import tuning as trainable
+from ase_bptt import TorchCalculator, Trainer, load_potential, relax, save_potential, tuning
 from ase_bptt.neighbors import NeighborList
 from ase_bptt.pairs import RelaxationPair
 from ase_bptt.potentials.sevennet import SevenNet
@@ -181,7 +180,7 @@ def test_its_layers_hold_every_weight_that_forces_depend_on_once(spec):
     assert len(names) == len(set(names))
     assert every - set(names) == {"model.rescale_atomic_energy.shift"}
     assert "model.onehot_to_feature_x.linear.weight" in found[0]
-    trainable.select(potential, last=1)
+    tuning.select(potential, last=1)
     chosen = {name for name, p in potential.named_parameters() if p.requires_grad}
     assert {"model.4_self_interaction_2.linear.weight", "model.reduce_hidden_to_energy.linear.weight"} <= chosen
     assert not any(name.startswith("model.3_") for name in chosen)

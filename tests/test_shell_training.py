@@ -17,8 +17,7 @@ import ase_bptt
 from ase_bptt import load_potential, save_potential
 from ase_bptt.drift import take_snapshot
 from ase_bptt.evaluation import evaluate
-from ase_bptt.tuning import layers
-from ase_bptt.tuning import low_rank as lora
+from ase_bptt.tuning import layers, low_rank
 
 QUICK = ["--epochs", "2", "--lr", "0.02"]
 
@@ -96,7 +95,7 @@ class TestChoices:
             out, *_ = trained(data, "--last", "1", "--lora", "2", "--steps", "2", potential="mace")
         assert re.search(r"trains [\d,]+ numbers beside [\d,]+ weights \(LoRA, rank 2\)", out)
         after = load_potential("run")
-        assert not lora.has(after)
+        assert not low_rank.has(after)
         both = zip(before.named_parameters(), after.parameters(), strict=True)
         changed = {name for (name, a), b in both if not torch.equal(a, b)}
         assert {name.endswith("weight") for name in changed} == {True}

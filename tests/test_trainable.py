@@ -5,12 +5,11 @@ import torch
 from helpers.potentials import lennard_jones, mace_of_irreps, needs_chgnet, needs_mace, tiny_chgnet
 from helpers.structures import skewed
 
-from ase_bptt import tuning as trainable
+from ase_bptt import tuning
 from ase_bptt.potentials.direct import Direct
 from ase_bptt.relaxation import relax
 from ase_bptt.steppers import GradientDescent
-from ase_bptt.tuning import layers
-from ase_bptt.tuning import low_rank as lora
+from ase_bptt.tuning import layers, low_rank
 
 LAST = [
     pytest.param(mace_of_irreps, 1, "model.readouts.1.", "model.readouts.0.", id="mace", marks=needs_mace),
@@ -35,7 +34,7 @@ def moving(potential):
 @needs_mace
 def test_patterns_choose_and_freeze():
     potential = mace_of_irreps()
-    found = trainable.select(potential, train=["*readouts*", "*products.1.*"], freeze=["*linear_2*"])
+    found = tuning.select(potential, train=["*readouts*", "*products.1.*"], freeze=["*linear_2*"])
     chosen = trained(potential)
     assert all("readouts" in name or "products.1." in name for name in chosen)
     assert "model.readouts.1.linear_1.weight" in chosen
@@ -47,8 +46,8 @@ def test_patterns_choose_and_freeze():
 @needs_mace
 def test_what_was_chosen_before_does_not_matter():
     potential = mace_of_irreps()
-    trainable.select(potential, train="*readouts*")
-    trainable.select(potential, freeze="*node_embedding*")
+    tuning.select(potential, train="*readouts*")
+    tuning.select(potential, freeze="*node_embedding*")
     everything = {name for name, _ in potential.named_parameters()}
     assert trained(potential) == everything - {"model.node_embedding.linear.weight"}
 
@@ -56,7 +55,7 @@ def test_what_was_chosen_before_does_not_matter():
 @pytest.mark.parametrize(("make", "last", "inside", "outside"), LAST)
 def test_the_last_layers(make, last, inside, outside):
     potential = make()
-    trainable.select(potential, last=last)
+    tuning.select(potential, last=last)
     chosen = trained(potential)
     assert all(name in chosen for name, _ in potential.named_parameters() if name.startswith(inside))
     assert not any(name.startswith(outside) for name in chosen)
@@ -77,7 +76,7 @@ def test_layers_hold_every_weight_that_forces_depend_on_once(make):
 @needs_mace
 def test_last_comes_beside_train():
     potential = mace_of_irreps()
-    trainable.select(potential, train="*node_embedding*", last=1)
+    tuning.select(potential, train="*node_embedding*", last=1)
     chosen = trained(potential)
     assert "model.node_embedding.linear.weight" in chosen
     assert "model.readouts.1.linear_1.weight" in chosen
@@ -92,7 +91,7 @@ def test_a_family_can_say_its_layers():
     potential = Own(smooth=True)
     names = [name for name, _ in potential.named_parameters()]
     assert {"epsilon", "sigma"} <= set(names)
-    trainable.select(potential, last=1)
+    tuning.select(potential, last=1)
     assert trained(potential) == {"sigma"}
 
 
@@ -113,31 +112,31 @@ def test_what_cannot_be_is_refused_and_nothing_changes(how, match):
     potential.model.node_embedding.requires_grad_(False)
     before = trained(potential)
     with pytest.raises(ValueError, match=match):
-        trainable.prepare(potential, **how)
+        tuning.prepare(potential, **how)
     assert trained(potential) == before
 
 
 def test_layers_of_a_family_that_has_none():
     with pytest.raises(NotImplementedError, match="layers of the family 'lj' are not known"):
-        trainable.select(lennard_jones(), last=1)
+        tuning.select(lennard_jones(), last=1)
 
 
 @needs_mace
 def test_choosing_comes_before_low_rank_updates():
     potential = mace_of_irreps()
-    lora.add(potential)
+    low_rank.add(potential)
     with pytest.raises(ValueError, match="before low-rank updates"):
-        trainable.select(potential, last=1)
+        tuning.select(potential, last=1)
 
 
 @needs_mace
 def test_what_trains_is_described():
     potential = mace_of_irreps()
     total = sum(p.numel() for p in potential.parameters())
-    assert trainable.prepare(potential) == f"trains all {total:,} weights"
+    assert tuning.prepare(potential) == f"trains all {total:,} weights"
     # readouts.1 of the tiny MACE: 8 to 8 and 8 to 1
-    assert trainable.prepare(potential, train=["*readouts.1*"]) == f"trains 72 of {total:,} weights"
-    words = trainable.prepare(potential, train=["*readouts.1*"], lora=2)
+    assert tuning.prepare(potential, train=["*readouts.1*"]) == f"trains 72 of {total:,} weights"
+    words = tuning.prepare(potential, train=["*readouts.1*"], lora=2)
     # (8 + 8) rank 2, and (8 + 1) rank 1, for a column has no more
     assert words == f"trains 41 numbers beside {total:,} weights (LoRA, rank 2)"
     assert all("readouts.1" in name for name in trained(potential))
@@ -148,7 +147,7 @@ def test_rates_by_pattern_and_for_the_stepper():
     potential = mace_of_irreps()
     step = torch.nn.Parameter(torch.tensor(0.04, dtype=torch.float64))
     momentum = torch.nn.Parameter(torch.tensor(0.0, dtype=torch.float64))
-    made = trainable.groups(
+    made = tuning.groups(
         potential, GradientDescent(step, momentum=momentum), {"*readouts*": 10.0, "*linear*": 0.1}, lr=1e-3
     )
     optimizer = torch.optim.AdamW(made, lr=5e-3)
@@ -166,8 +165,8 @@ def test_rates_by_pattern_and_for_the_stepper():
 @needs_mace
 def test_rates_hold_for_low_rank_updates_under_the_plain_names():
     potential = mace_of_irreps()
-    lora.add(potential)
-    made = trainable.groups(potential, None, {"model.readouts.0.linear.weight": 2.0}, lr=1e-3)
+    low_rank.add(potential)
+    made = tuning.groups(potential, None, {"model.readouts.0.linear.weight": 2.0}, lr=1e-3)
     assert [group["name"] for group in made] == ["weights", "model.readouts.0.linear.weight"]
     assert len(made[1]["params"]) == 2
     assert made[1]["lr"] == pytest.approx(2e-3)
@@ -184,9 +183,9 @@ def test_rates_hold_for_low_rank_updates_under_the_plain_names():
 )
 def test_rates_that_mean_nothing(rates, match):
     potential = mace_of_irreps()
-    trainable.select(potential, train="*readouts*")
+    tuning.select(potential, train="*readouts*")
     with pytest.raises(ValueError, match=match):
-        trainable.groups(potential, None, rates, lr=1e-3)
+        tuning.groups(potential, None, rates, lr=1e-3)
 
 
 @needs_mace
@@ -194,8 +193,8 @@ def test_a_run_trains_what_was_chosen_and_no_more():
     """A step of the optimizer on LoRA's numbers moves the energies, and leaves the pretrained weights."""
     potential = mace_of_irreps()
     base = {k: v.clone() for k, v in potential.state_dict().items()}
-    trainable.prepare(potential, last=1, lora=2)
-    optimizer = torch.optim.AdamW(trainable.groups(potential, lr=2e-3), lr=2e-3, weight_decay=0.0)
+    tuning.prepare(potential, last=1, lora=2)
+    optimizer = torch.optim.AdamW(tuning.groups(potential, lr=2e-3), lr=2e-3, weight_decay=0.0)
     losses = []
     for _ in range(4):
         optimizer.zero_grad()
@@ -205,7 +204,7 @@ def test_a_run_trains_what_was_chosen_and_no_more():
         losses.append(loss.item())
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < losses[0]
-    after = dict(lora.merge(potential).state_dict())
+    after = dict(low_rank.merge(potential).state_dict())
     changed = {name for name, value in base.items() if not torch.equal(value, after[name])}
     assert changed
     assert changed <= set(layers(potential)[-1])

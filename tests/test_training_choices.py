@@ -30,7 +30,7 @@ from ase_bptt.terms.labels import Labels
 from ase_bptt.terms.regularizers import Distillation, WeightAnchor
 from ase_bptt.training.fine_tune import finetune
 from ase_bptt.training.results import RunResults
-from ase_bptt.tuning import low_rank as lora
+from ase_bptt.tuning import low_rank
 
 TIGHT = Implicit(fmax=1e-6, tolerance=1e-8)
 TO_THE_END = {"stepper": None, "steps": None}
@@ -128,14 +128,14 @@ class TestWeights:
     def test_low_rank_updates_go_on_and_are_saved_as_plain_weights(self, tmp_path):
         def make(out):
             potential = quick_mace(14)
-            lora.add(potential, 2)
+            low_rank.add(potential, 2)
             return trainer(potential, steps=2, rates={"*readouts*": 2.0}, out=out)
 
         made = [RelaxationPair(silicon(k), rattled(silicon(k), 0.1, k), f"{k}", f"{k}") for k in range(2)]
         with built_once():
             _, resumed = interrupted(make, tmp_path, made, step=2, epochs=2)
-        assert lora.has(resumed.potential)
-        assert lora.settings(resumed.potential)["rank"] == 2
+        assert low_rank.has(resumed.potential)
+        assert low_rank.settings(resumed.potential)["rank"] == 2
         folder = tmp_path / "run" / "potential"
         saved = [load_potential(folder), load_potential(folder / "mace.model", trust=True)]
         structures = Structures.from_atoms(silicon(5), dtype=torch.float64)
@@ -143,7 +143,7 @@ class TestWeights:
             p.energy_and_forces(structures, NeighborList(p.cutoff)(structures))[0].item()
             for p in (resumed.potential, *saved)
         ]
-        assert not any(lora.has(p) for p in saved)
+        assert not any(low_rank.has(p) for p in saved)
         np.testing.assert_allclose(energies, energies[0], rtol=1e-10)
 
 

@@ -14,7 +14,7 @@ from ase_bptt import RelaxationPair, Trainer
 from ase_bptt.adjoints import Guided
 from ase_bptt.potentials.analytic import DoubleWell
 from ase_bptt.steppers import GradientDescent
-from ase_bptt.training import pair_loss as pairloss
+from ase_bptt.training import pair_loss
 
 STILL = {"along": 0.0, "rattle": 0.0}
 
@@ -32,14 +32,14 @@ def warm(every=2, adjoint="implicit", **changes):
 def watched(run, monkeypatch) -> list:
     """Collects (epoch, relaxation) of each batch that the run relaxes."""
     seen = []
-    real = pairloss.relax
+    real = pair_loss.relax
 
     def relax(*arguments, **settings):
         found = real(*arguments, **settings)
         seen.append((run.epoch, found))
         return found
 
-    monkeypatch.setattr(pairloss, "relax", relax)
+    monkeypatch.setattr(pair_loss, "relax", relax)
     return seen
 
 

@@ -21,8 +21,7 @@ from ..steppers import STEPPERS
 from ..throughput.journal import Journal, run_key
 from ..training.results import RESULTS, summary
 from ..utils import replacing, without_nan, write_json
-from . import messages as words
-from . import run_folder as runfolder
+from . import messages, run_folder
 from .flags import (
     WIDTH,
     add_output,
@@ -78,11 +77,11 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     if arguments.resume:
-        runfolder.take_over(arguments)
+        run_folder.take_over(arguments)
         if (arguments.out / RESULTS).is_file():
             raise FileExistsError(f"The evaluation in {arguments.out} is complete: nothing is left to resume.")
     else:
-        runfolder.refuse_if_there(arguments)
+        run_folder.refuse_if_there(arguments)
     potential = potential_of(arguments)
     other = potential_of(arguments, arguments.against) if arguments.against else None
     pairs = read_grouped(arguments)
@@ -90,8 +89,8 @@ def run(arguments: argparse.Namespace) -> int:
         if each is not None:
             pairs = usable(each, pairs, skip_invalid=arguments.skip_invalid)
     if not (arguments.resume or arguments.dry_run):
-        runfolder.prepare(arguments)
-    say = words.quiet_if(arguments.json)
+        run_folder.prepare(arguments)
+    say = messages.quiet_if(arguments.json)
     kinds = len({p.group for p in pairs})
     say(f"{len(pairs)} relaxations of {kinds} kinds, by {arguments.stepper} to {arguments.fmax} eV/Å")
     if arguments.dry_run:
@@ -189,4 +188,4 @@ def _write(
 def _facts(arguments: argparse.Namespace, potential: Potential) -> dict[str, str]:
     settings = f"{arguments.stepper} to {arguments.fmax} eV/Å, {arguments.steps} frames at most"
     found = {"potential": f"{arguments.potential} ({potential.family})", "relaxation": settings}
-    return found | ({"against": arguments.against} if arguments.against else {}) | words.provenance()
+    return found | ({"against": arguments.against} if arguments.against else {}) | messages.provenance()

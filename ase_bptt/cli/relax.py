@@ -20,7 +20,7 @@ from ..steppers import STEPPERS, make_stepper
 from ..throughput import Relaxed
 from ..throughput.journal import Journal, relax_kept, run_key
 from ..utils import check_writable, replacing, without_nan
-from . import messages as words
+from . import messages
 from .flags import add_output, add_potential, add_room, command, count, flag, positive, potential_of, read_structures
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     done = len(journal.read(structures)) if arguments.resume else 0
     if not arguments.dry_run:
         check_writable(out.parent)
-    say = words.quiet_if(arguments.json)
+    say = messages.quiet_if(arguments.json)
     again = f", {done} of them done before" if done else ""
     say(f"{len(structures)} structures{again}; {arguments.potential}, {arguments.stepper} to {arguments.fmax} eV/Å")
     if arguments.dry_run:

@@ -25,8 +25,7 @@ from ..potential import Potential
 from ..potentials import load_potential, quiet, save_potential, weights_hash
 from ..steppers import STEPPERS, make_stepper
 from ..terms import TERMS
-from ..tuning import describe
-from ..tuning import low_rank as lora
+from ..tuning import describe, low_rank
 from ..utils import UNFINISHED, UNREADABLE, in_short, replacing
 from .distributed import Ranks
 from .settings import NUMBERS
@@ -189,7 +188,7 @@ def rebuild(
         raise ValueError(f"The run in {out} had the terms {', '.join(terms) or 'none'}: give those to resume again.")
     potential = load_potential(out / "potential", device=device).in_form(state.form)
     if state.lora:
-        lora.restore(potential, state.lora)
+        low_rank.restore(potential, state.lora)
     for name, parameter in potential.named_parameters():
         parameter.requires_grad_(name not in state.frozen)
     kept = {name: settings[name] for name in ("loss", "terms", "adjoint")}
