@@ -206,7 +206,7 @@ def refused() -> dict:
         "frames": (calculated(lone, lennard_jones()), "replay", TypeError, "Only 'implicit' and 'one-step'"),
         "calculator": (foreign, "implicit", RuntimeError, "Only a run on Atoms with a TorchCalculator"),
         "constraint": (other, "implicit", NotImplementedError, "FixBondLengths cannot be differentiated"),
-        "skewed": (calculated(scaled, lennard_jones()), "one-step", NotImplementedError, "FixScaled hold forces"),
+        "skewed": (calculated(scaled, lennard_jones()), "one-step", NotImplementedError, "FixScaled constrain forces"),
     }
 
 

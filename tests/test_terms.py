@@ -263,7 +263,7 @@ class TestTeacher:
             gradients = torch.autograd.grad(value, [plain.sigma, plain.epsilon])
             found.append([value.item(), *(gradient.item() for gradient in gradients)])
         assert found[1] == pytest.approx(found[0], rel=1e-12)
-        assert "going on with half as many" in caplog.text
+        assert "continuing with half as many" in caplog.text
 
     def test_probes_that_the_potential_does_not_know_are_left_out(self, pairs):
         distillation = Distillation(size=10)

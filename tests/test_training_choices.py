@@ -75,9 +75,9 @@ class TestAdjoints:
         ],
     )
     def test_every_adjoint_trains(self, pairs, adjoint, changes):
-        run = trainer(adjoint=adjoint, **changes).fit(pairs, epochs=3)
+        run = trainer(adjoint=adjoint, **changes).fit(pairs, epochs=4)
         losses = [row["train_loss"] for row in run.history]
-        assert losses[2] < 0.7 * losses[0]
+        assert losses[-1] < 0.7 * losses[0]
         assert 2.4 < run.potential.sigma.item() < 2.6
         assert all(row["skipped"] == 0 and row.get("unsolved", 0) == 0 for row in run.history)
 
