@@ -555,7 +555,7 @@ class TestRelaxation:
     def test_a_record_is_48_bytes_an_atom_and_step(self):
         opt = optimizer()
         opt.run(fmax=0.0, steps=50)
-        frames = opt._recording.trajectory.frames
+        frames = opt.relaxation.trajectory.frames
         assert len(frames) == 50
         stored = [t for positions, state in frames for t in (positions, *state.atoms.values())]
         assert sum(t.untyped_storage().nbytes() for t in stored) == 48 * 4 * 50

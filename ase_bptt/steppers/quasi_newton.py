@@ -47,8 +47,8 @@ class BFGS(Learner):
             h if len(h) else _identity(count * x.shape[1], x) * self.alpha for h, count in zip(hessians, counts)
         )
         if state.atoms["positions"].shape[1]:
-            moved = (x - state.atoms["positions"][:, 0]).split(counts)
-            change = (state.atoms["forces"][:, 0] - f).split(counts)
+            moved = _apart(x - state.atoms["positions"][:, 0], counts)
+            change = _apart(state.atoms["forces"][:, 0] - f, counts)
             # One that has just joined the batch has not moved yet.
             known = tuple(
                 _updated(h, s.flatten(), y.flatten()) if len(before) else h
@@ -60,7 +60,7 @@ class BFGS(Learner):
         state = self.observe(positions, forces, state, batch)
         x, f, hessians = state.atoms["positions"][:, 0], state.atoms["forces"][:, 0], state.lists["hessian"]
         counts = _counts(batch, len(hessians))
-        moves = torch.cat([_newton(h, part.flatten()).view_as(part) for h, part in zip(hessians, f.split(counts))])
+        moves = torch.cat([_newton(h, part.flatten()).view_as(part) for h, part in zip(hessians, _apart(f, counts))])
         moves = shortened(moves, batch, len(hessians), self.maxstep)
         return (x + moves).to(positions.dtype), state
 
@@ -68,6 +68,15 @@ class BFGS(Learner):
 def _counts(batch: Tensor, n: int) -> list[int]:
     counts: list[int] = torch.bincount(batch, minlength=n).tolist()
     return counts
+
+
+def _apart(rows: Tensor, counts: list[int]) -> list[Tensor]:
+    """The rows of each structure, in memory of their own.
+
+    A view of the batch may begin anywhere, and BLAS adds up in another order where a vector is not aligned: the last
+    bits would not be those of the structure alone, and BFGS amplifies them from frame to frame.
+    """
+    return [part.clone() for part in rows.split(counts)]
 
 
 def _identity(size: int, like: Tensor) -> Tensor:
