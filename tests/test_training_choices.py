@@ -75,9 +75,13 @@ class TestAdjoints:
         ],
     )
     def test_every_adjoint_trains(self, pairs, adjoint, changes):
-        run = trainer(adjoint=adjoint, **changes).fit(pairs, epochs=4)
-        losses = [row["train_loss"] for row in run.history]
-        assert losses[-1] < 0.7 * losses[0]
+        run = trainer(adjoint=adjoint, **changes).fit(pairs, epochs=5)
+        # From the same starts: those of two epochs differ by more than what is learnt between them.
+        before, after = (
+            np.mean(trainer(potential, adjoint=adjoint, **changes).backward(pairs))
+            for potential in (untuned(), run.potential)
+        )
+        assert after < 0.7 * before
         assert 2.4 < run.potential.sigma.item() < 2.6
         assert all(row["skipped"] == 0 and row.get("unsolved", 0) == 0 for row in run.history)
 
