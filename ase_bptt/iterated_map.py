@@ -159,7 +159,6 @@ class Trajectory:
     weights: Versions = ()
     adjoint_norms: Tensor | None = None
     solves: tuple[Any, ...] = ()
-    _recomputed: dict[int, Kept] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.weights = self.weights or self.map.fingerprint()
@@ -188,29 +187,33 @@ class Trajectory:
             if not any(n - kept.last <= old < n for n in self.nsteps):
                 self.frames[old] = None
 
-    def before(self, t: int, members: list[int] | None = None) -> Kept:
-        """Positions and stepper state before frame t, where and in the dtype the potential computes.
+    def kept(self, t: int) -> Kept | None:
+        """Positions and stepper state before frame t, where and in the dtype the potential computes; None if not kept.
 
-        Of all structures that took the frame, or of these among them.
+        Of all structures that took the frame; `ase_bptt.adjoints.backward_sweep.Frames` recomputes those not kept.
         """
-        if self.frames[t] is None and t not in self._recomputed:
-            self._recompute(t - t % self.checkpointing.every)
-        positions, state = self._placed(t) if self.frames[t] is not None else self._recomputed[t]
-        if members is None or members == self.moving(t):
-            return positions, state
-        rows, atoms = self._places(t, members)
-        return positions[atoms], state.select(atoms, torch.tensor(rows, device=positions.device))
+        like, kept = self.start.positions, self.frames[t]
+        if kept is None:
+            return None
+        positions, state = kept
+        return positions.to(like), state.map(lambda s: s.to(like) if s.is_floating_point() else s.to(like.device))
 
     def forces_before(self, t: int, members: list[int]) -> Tensor | None:
         """The forces by which these structures took frame t, where they are kept."""
         forces = self.forces[t] if t < len(self.forces) else None
         if forces is None or members == self.moving(t):
             return forces
-        return forces[self._places(t, members)[1]]
+        return forces[self.places(t, members)[1]]
 
     def moving(self, t: int) -> list[int]:
         """The structures that took frame t."""
         return [k for k, n in enumerate(self.nsteps) if n > t]
+
+    def places(self, t: int, members: list[int]) -> tuple[list[int], Tensor]:
+        """Where these structures, and their atoms, are among those that took frame t."""
+        moving = self.moving(t)
+        rows = [moving.index(k) for k in members]
+        return rows, self.start.select(moving).atoms_of(rows)
 
     def check_weights(self) -> None:
         """Raise RuntimeError if the weights are not those of the run any more."""
@@ -220,32 +223,3 @@ class Trajectory:
                 "gradient would belong to another model: call backward before the optimizer's step, or "
                 "relax again."
             )
-
-    def _places(self, t: int, members: list[int]) -> tuple[list[int], Tensor]:
-        """Where these structures, and their atoms, stand among those that took frame t."""
-        moving = self.moving(t)
-        rows = [moving.index(k) for k in members]
-        return rows, self.start.select(moving).atoms_of(rows)
-
-    def _placed(self, t: int) -> Kept:
-        like, kept = self.start.positions, self.frames[t]
-        if kept is None:
-            raise RuntimeError(f"The state before frame {t} of this relaxation was not kept.")
-        positions, state = kept
-        return positions.to(like), state.map(lambda s: s.to(like) if s.is_floating_point() else s.to(like.device))
-
-    @torch.no_grad()
-    def _recompute(self, first: int) -> None:
-        """Find the states of the frames from the kept one `first` to the next kept one."""
-        positions, state = self._placed(first)
-        now = self.moving(first)
-        structures, neighbors = self.start.select(now).replace(positions=positions), self.map.neighbor_list()
-        self._recomputed = {}
-        for t in range(first + 1, min(first + self.checkpointing.every, len(self.frames))):
-            _, forces = self.map.potential.energy_and_forces(structures, neighbors(structures))
-            structures, state = self.map.advance(structures, state, forces)
-            stay = [now.index(k) for k in self.moving(t)]
-            if len(stay) < len(now):
-                state = state.select(structures.atoms_of(stay), torch.tensor(stay, device=positions.device))
-                structures, now = structures.select(stay), self.moving(t)
-            self._recomputed[t] = (structures.positions, state)

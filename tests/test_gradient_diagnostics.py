@@ -13,6 +13,7 @@ from torch import nn
 
 from ase_bptt import Potential, Prediction, Status, Structures, relax
 from ase_bptt.adjoints import Guided, Implicit, Replay, Truncated
+from ase_bptt.adjoints.backward_sweep import Frames
 from ase_bptt.diagnostics.gradient_report import diagnose_gradients
 from ase_bptt.diagnostics.gradients import spectral_radius
 from ase_bptt.stability import resolve_step_size, stability_limit
@@ -82,7 +83,7 @@ def test_of_gradient_descent_in_a_bowl_it_is_that_of_theory(step_size, momentum,
 def dense_radius(run, motions: np.ndarray, fixed=()) -> float:
     """From all eigenvalues of the last frame's Jacobian, without rigid motions and fixed coordinates."""
     record = run.trajectory
-    x, state = record.before(run.nsteps.item() - 1)
+    x, state = Frames(record).before(run.nsteps.item() - 1)
     n = x.numel()
     count = len(state.atoms)
 
@@ -134,7 +135,7 @@ def test_of_a_network():
     potential = MACE(tiny_mace(elements=(14,), atomic_inter_scale=20.0, max_ell=1)).requires_grad_()
     trimer = Atoms("Si3", positions=[[0, 0, 0], [2.3, 0.1, 0], [0.9, 2.0, 0.3]])
     run = relax(potential, trimer, stepper=GradientDescent(step_size=0.02, momentum=0.7), steps=10)
-    motions = rigid(run.trajectory.before(run.nsteps.item() - 1)[0].numpy())
+    motions = rigid(Frames(run.trajectory).before(run.nsteps.item() - 1)[0].numpy())
     assert spectral_radius(run)[0] == pytest.approx(dense_radius(run, motions), rel=0.01)
 
 

@@ -7,12 +7,58 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..iterated_map import IteratedMap, Trajectory
+from ..iterated_map import IteratedMap, Kept, Trajectory
 from ..neighbors import Edges
 from ..potential import Potential
 from ..steppers import State
 from ..structures import Structures
 from ..utils import added, vjp
+
+
+class Frames:
+    """The state before each frame of a trajectory; those in between checkpoints are recomputed.
+
+    Attributes
+    ----------
+    trajectory : Trajectory
+    recomputed : dict
+        The states between two checkpoints, by frame; only the latest such stretch is in memory.
+    """
+
+    def __init__(self, trajectory: Trajectory):
+        self.trajectory = trajectory
+        self.recomputed: dict[int, Kept] = {}
+
+    def before(self, t: int, members: list[int] | None = None) -> Kept:
+        """Positions and stepper state before frame t, of all structures that took it, or of these among them."""
+        trajectory = self.trajectory
+        found = trajectory.kept(t)
+        if found is None and t not in self.recomputed:
+            self._recompute(t - t % trajectory.checkpointing.every)
+        positions, state = self.recomputed[t] if found is None else found
+        if members is None or members == trajectory.moving(t):
+            return positions, state
+        rows, atoms = trajectory.places(t, members)
+        return positions[atoms], state.select(atoms, torch.tensor(rows, device=positions.device))
+
+    @torch.no_grad()
+    def _recompute(self, first: int) -> None:
+        """Find the states of the frames from the kept one `first` to the next kept one."""
+        trajectory, iterated = self.trajectory, self.trajectory.map
+        kept = trajectory.kept(first)
+        if kept is None:
+            raise RuntimeError(f"The state before frame {first} of this relaxation was not kept.")
+        (positions, state), now = kept, trajectory.moving(first)
+        structures, neighbors = trajectory.start.select(now).replace(positions=positions), iterated.neighbor_list()
+        self.recomputed = {}
+        for t in range(first + 1, min(first + trajectory.checkpointing.every, len(trajectory.frames))):
+            _, forces = iterated.potential.energy_and_forces(structures, neighbors(structures))
+            structures, state = iterated.advance(structures, state, forces)
+            stay = [now.index(k) for k in trajectory.moving(t)]
+            if len(stay) < len(now):
+                state = state.select(structures.atoms_of(stay), torch.tensor(stay, device=positions.device))
+                structures, now = structures.select(stay), trajectory.moving(t)
+            self.recomputed[t] = (structures.positions, state)
 
 
 class BackwardSweep:
@@ -45,6 +91,7 @@ class BackwardSweep:
         self.to_weights: list[Tensor | None] = [None] * len(weights)
         self.to_cells = torch.zeros_like(trajectory.start.cells) if with_cells else None
         self.neighbors = trajectory.map.neighbor_list()
+        self.frames = Frames(trajectory)
         self.norms = [self._norm()]
 
     def run(self, window: int | None) -> None:
@@ -68,7 +115,7 @@ class BackwardSweep:
     def _through(self, t: int, now: list[int], before: list[int], state_adjoint: State | None) -> State:
         """Frame t of the structures `now`, where `before` took part in the frame after it."""
         start, iterated = self.trajectory.start, self.trajectory.map
-        positions, state = self.trajectory.before(t, now)
+        positions, state = self.frames.before(t, now)
         # Structures that stopped after frame t enter with a state that nothing depends on.
         state_adjoint = _matched(state_adjoint, state, before, now, start.counts)
         atoms, members = start.atoms_of(now), start.select(now)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..adjoints import Solve
+from ..adjoints.backward_sweep import Frames
 from ..adjoints.hessian_solve import ZeroModes
 from ..iterated_map import Status, Trajectory
 from ..result import Relaxation
@@ -101,7 +102,7 @@ def _last_frame(trajectory: Trajectory, k: int) -> tuple[Structures, State]:
     if not 0 <= t < len(trajectory.frames):
         there = alone.replace(positions=trajectory.final.detach()[trajectory.start.atoms_of([k])])
         return there, trajectory.map.start(there)
-    positions, state = trajectory.before(t, [k])
+    positions, state = Frames(trajectory).before(t, [k])
     return alone.replace(positions=positions), state
 
 

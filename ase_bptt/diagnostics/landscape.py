@@ -10,6 +10,7 @@ import torch
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
+from ..adjoints.backward_sweep import Frames
 from ..iterated_map import Status
 from ..losses import SAME_END, delta_q, max_displacement
 from ..pairs import RelaxationPair
@@ -176,12 +177,12 @@ def _settling(
 
 def _paths(run: Relaxation, reference: Structures) -> list[list[float]]:
     """Delta-Q of each structure before each of its frames, and at its end."""
-    trajectory = run.trajectory
+    trajectory, frames = run.trajectory, Frames(run.trajectory)
     paths: list[list[float]] = [[] for _ in run.status]
     for t in range(len(trajectory.frames)):
         moving = trajectory.moving(t)
         if moving:
-            there = trajectory.start.select(moving).replace(positions=trajectory.before(t)[0])
+            there = trajectory.start.select(moving).replace(positions=frames.before(t)[0])
             for k, distance in zip(moving, delta_q(there, reference.select(moving)).tolist(), strict=True):
                 paths[k].append(distance)
     for path, distance in zip(paths, delta_q(run, reference).tolist(), strict=True):

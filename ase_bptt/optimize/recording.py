@@ -84,7 +84,7 @@ class Recording:
             adjoint.check(trajectory.map, trajectory.start)
         # A trajectory of its own: the run may continue.
         frames = list(trajectory.frames)
-        own = replace(trajectory, frames=frames, nsteps=[len(frames)], ends={}, _recomputed={})
+        own = replace(trajectory, frames=frames, nsteps=[len(frames)], ends={})
         return _as_left(own, atoms, adjoint, fmax)
 
     def _continues(self, trajectory: Trajectory, atoms: Atoms) -> bool:
