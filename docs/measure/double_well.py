@@ -32,8 +32,8 @@ start = Atoms("Ar2", positions=[[0, 0, 0], [0, 0, 3.02]])
 def felt(relaxation):
     """|dL/dheight| in Å^2/eV, for the squared distance of the length from the minimum at 2.5 Å."""
     length = (relaxation.positions[1] - relaxation.positions[0]).norm()
-    (slope,) = torch.autograd.grad((length - 2.5).square(), potential.height)
-    return abs(slope.item())
+    (derivative,) = torch.autograd.grad((length - 2.5).square(), potential.height)
+    return abs(derivative.item())
 
 
 def run(adjoint, steps, fmax):
