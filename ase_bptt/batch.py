@@ -39,7 +39,7 @@ class Batch:
     state : State
         The stepper's, before the next frame.
     energies, forces : Tensor, shapes (n,) and (n_atoms, 3)
-        There, after `evaluate`.
+        At `structures`; valid after `evaluate`.
     members : list of int, length n
         The index of the structure in each place.
     frames : list of int, length n
@@ -87,13 +87,13 @@ class Batch:
             found = torch.cat((self._measures().double(), question)).tolist()
         n = len(self)
         self._answer = found[3 * n :]
-        fmax, energy, place = found[:n], found[n : 2 * n], found[2 * n : 3 * n]
+        force, energy, total = found[:n], found[n : 2 * n], found[2 * n : 3 * n]
         stopping = {}
         for k in range(n):
             if self.frames[k] == 0:
                 self._first_energies[k] = energy[k]
-            finite = all(map(math.isfinite, (fmax[k], energy[k], place[k])))
-            status = self._status(k, fmax[k], energy[k]) if finite else Status.DIVERGED
+            finite = all(map(math.isfinite, (force[k], energy[k], total[k])))
+            status = self._status(k, force[k], energy[k]) if finite else Status.DIVERGED
             if status is not None:
                 stopping[k] = status
         return stopping
@@ -169,13 +169,13 @@ class Batch:
         self._edges = self._answer = None
 
     def _measures(self) -> Tensor:
-        """Largest force, energy and place of each, shape (3 n,)."""
+        """Largest force, energy and sum of the coordinates of each, shape (3 n,)."""
         # An atom at NaN has no neighbours and so no force: the positions are asked, too.
-        place = self.structures.sum(self.structures.positions).sum(1)
-        return torch.cat((self.structures.largest_force(self.forces), self.energies, place))
+        total = self.structures.sum(self.structures.positions).sum(1)
+        return torch.cat((self.structures.largest_force(self.forces), self.energies, total))
 
-    def _status(self, k: int, fmax: float, energy: float) -> Status | None:
-        if fmax < self.fmax:
+    def _status(self, k: int, largest_force: float, energy: float) -> Status | None:
+        if largest_force < self.fmax:
             return Status.CONVERGED
         if self.frames[k] < self.steps:
             return None

@@ -83,8 +83,10 @@ class End:
 
     Attributes
     ----------
-    positions, forces : Tensor, shape (n_atoms, 3)
-        In Å, on whatever graph they are, and in eV/Å, detached, without constraints.
+    positions : Tensor, shape (n_atoms, 3)
+        In Å, attached to whatever graph the frames were recorded on.
+    forces : Tensor, shape (n_atoms, 3)
+        In eV/Å, detached; constraints are not applied.
     energy : Tensor, shape ()
         In eV, detached.
     status : Status
@@ -106,9 +108,9 @@ class Checkpointing:
     Attributes
     ----------
     every : int
-        Each so many frames.
+        Keep every `every`-th frame.
     last : int or None
-        Of each structure no more than this many, its last ones.
+        Keep only the last `last` frames of each structure.
     forces : bool
         The forces of each frame, too.
     """
@@ -123,15 +125,15 @@ Kept = tuple[Tensor, State]
 
 @dataclass(eq=False)
 class Trajectory:
-    """What a run leaves behind, from which any frame can be computed again.
+    """What a run leaves behind, from which the frames that `checkpointing` covers can be computed again.
 
     Attributes
     ----------
     map : IteratedMap
     start : Structures
         Before the first frame; its positions may require gradients.
-    checkpointing : Checkpointing
-        Which frames are kept.
+    checkpointing : Checkpointing or None
+        Which frames are kept; None where none are.
     frames : list of (Tensor, State), None for those that are not kept
         Positions and stepper state before each frame, detached, of the structures that were still
         moving: those with ``nsteps > t``, in order.
@@ -151,7 +153,7 @@ class Trajectory:
 
     map: IteratedMap
     start: Structures
-    checkpointing: Checkpointing = Checkpointing()
+    checkpointing: Checkpointing | None = None
     frames: list[Kept | None] = field(default_factory=list)
     forces: list[Tensor | None] = field(default_factory=list)
     nsteps: list[int] = field(default_factory=list)
@@ -177,7 +179,7 @@ class Trajectory:
 
     def keep(self, positions: Tensor, state: State, forces: Tensor | None = None) -> None:
         """Keep the state before a frame, if it is one of those that are kept."""
-        t, kept = len(self.frames), self.checkpointing
+        t, kept = len(self.frames), self.checkpointing or Checkpointing()
         wanted = t % kept.every == 0
         self.frames.append((positions.detach(), state.map(Tensor.detach)) if wanted else None)
         self.forces.append(forces.detach() if forces is not None and kept.forces else None)

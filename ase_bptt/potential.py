@@ -1,7 +1,7 @@
 """The contract between a potential and everything above it.
 
-An adapter (`ase_bptt.potentials`) supplies energies from live positions, cells and edges. Forces,
-stress, the graph of a graph, dtype and device are handled here, once.
+An adapter (`ase_bptt.potentials`) supplies energies from positions, cells and edges that are attached to
+autograd. Forces, stress, second derivatives, dtype and device are handled here, once.
 """
 
 from __future__ import annotations
@@ -46,9 +46,10 @@ class Prediction:
 class Potential(nn.Module):
     """Base class of the adapters: one subclass for each family of potentials.
 
-    A subclass sets the class attributes, `cutoff`, and implements `forward`. To be found by name
-    and to be saved, it also implements `from_name`, `from_native`, `config`, `from_config` and
-    `save_native`; a subclass registers in the entry-point group ``ase_bptt.potentials``.
+    A subclass sets `family` and `cutoff` and implements `forward`. Further, as far as it offers them: by name,
+    `from_name`; to be saved, `config` and `from_config`; to read the family's checkpoints, `owns` and `from_native`;
+    to write them, `native_name` and `save_native`. It registers in the entry-point group ``ase_bptt.potentials``.
+    `ase_bptt.potentials.analytic.Parametrised` does most of it for potentials that their arguments define.
     """
 
     family: ClassVar[str]

@@ -2,7 +2,8 @@
 
 `Loop.run` is the loop of arXiv 2512.01067, to be read first. How one frame moves is the stepper's business
 (`ase_bptt.steppers`), how the loop is differentiated the adjoint's (`ase_bptt.adjoints`), which is given the loop and
-runs it; which structure is where is the batch's (`ase_bptt.batch`).
+runs it; which structure is where is the batch's (`ase_bptt.batch`). Where nothing requires gradients and structures are
+many, `ase_bptt.throughput.InFlight` drives the same batch, with a queue.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Loop:
         self, potential: Potential, stepper: Stepper | str | None, start: Structures, *, fmax: float, steps: int
     ):
         self.start, self.fmax, self.steps = start, fmax, steps
-        self.map = self._map = _iterated_map(potential, stepper, start)
+        self.map = self._map = _iterated_map(potential, stepper, start)  # of the first frames, and of those to come
         self._batch = Batch(self.map, start, fmax, steps)
         self._ends: dict[int, End] = {}
 
@@ -57,24 +58,39 @@ class Loop:
         Parameters
         ----------
         frames : int or None
-            None is the loop's steps.
+            Counted from the start, not from the last call; None is the loop's steps.
         checkpointing : Checkpointing or None
             The frames whose states the trajectory keeps; None keeps none.
         on_tape : bool
             Have autograd record every frame.
+
+        Returns
+        -------
+        Trajectory
+            Its structures that have not stopped are at their last frame so far, with the status OUT_OF_STEPS.
+
+        Raises
+        ------
+        ValueError
+            For checkpointing where the run continues: a trajectory is kept from its start.
         """
         batch, last = self._batch, self.steps if frames is None else min(frames, self.steps)
-        trajectory = Trajectory(self.map, self.start, checkpointing or Checkpointing())
+        first = batch.frames[0] if len(batch) else last + 1
+        if checkpointing is not None and (first > 0 or self._ends):
+            raise ValueError("A trajectory is kept from its start: give checkpointing to the first run of a loop.")
+        trajectory = Trajectory(self.map, self.start, checkpointing)
         trajectory.end(self._ends)
         with torch.set_grad_enabled(on_tape):
-            for t in range(min(batch.frames, default=last + 1), last + 1):
+            for t in range(first, last + 1):
                 forces = batch.evaluate()  # F(X(t))
-                following = self._map.advance(batch.structures, batch.state, forces)  # X(t+1) = step(X(t), F(X(t)))
+                # X(t+1) = step(X(t), F(X(t))), before it is known who stops: both need one transfer from the device.
+                following = self._map.advance(batch.structures, batch.state, forces)
                 stopped = batch.stopped(following)  # forces below fmax, out of steps, or not finite
-                trajectory.end(batch.remove(stopped))
+                left = batch.remove(stopped)
+                trajectory.end(left)
                 if not len(batch) or t == last:
                     break
-                if stopped:
+                if left:  # the others again, by themselves
                     following = self._map.advance(batch.structures, batch.state, batch.forces)
                 if checkpointing is not None:
                     trajectory.keep(batch.structures.positions, batch.state, batch.forces)
@@ -116,7 +132,8 @@ def relax(
     steps : int
         Frames at most.
     adjoint : Adjoint or str
-        `Replay` by default; none under ``torch.no_grad()`` and where nothing requires gradients.
+        `Replay` by default. Under ``torch.no_grad()``, and where nothing requires gradients, it attaches none, and
+        only decides how far to relax (`Implicit`: to its fmax) and by which steppers (`Guided`).
     cell : "fixed"
         Reserved for variable cells.
     warm_start : Structures or list of Atoms, optional
@@ -127,6 +144,10 @@ def relax(
     ------
     NotImplementedError
         For variable cells, and for constraints and elements that are not known, by name.
+    TypeError
+        For a stepper that cannot be differentiated where the adjoint goes through its frames.
+    ValueError
+        For unknown names of steppers and adjoints.
     """
     if cell != "fixed":
         raise NotImplementedError(f"Only cell='fixed' relaxes so far, got {cell!r}.")

@@ -8,7 +8,9 @@ from helpers.potentials import lennard_jones, needs_mace, tiny_mace
 from helpers.structures import argon, cluster, silicon, skewed
 
 from ase_bptt import Relaxation, Status, Structures, relax
+from ase_bptt.iterated_map import Checkpointing
 from ase_bptt.potentials.analytic import LennardJones
+from ase_bptt.relaxation import Loop
 from ase_bptt.steppers import FIRE, GradientDescent
 
 
@@ -309,3 +311,14 @@ def test_structures_in_another_precision_are_computed_in_the_potentials():
     run.positions.square().sum().backward()
     assert start.positions.grad.dtype is torch.float64
     assert start.positions.grad.abs().max() > 0
+
+
+def test_a_loop_continues_where_it_paused_and_keeps_a_trajectory_from_its_start_alone():
+    potential, settings = lennard_jones(), {"fmax": 1e-3, "steps": 30}
+    whole = Loop(potential, "fire", Structures.from_atoms([cluster(), cluster(seed=2)]), **settings).run()
+    loop = Loop(potential, "fire", Structures.from_atoms([cluster(), cluster(seed=2)]), **settings)
+    paused = loop.run(frames=4)
+    assert paused.nsteps == [4, 4]
+    with pytest.raises(ValueError, match="kept from its start"):
+        loop.run(checkpointing=Checkpointing())
+    assert torch.equal(loop.run().final, whole.final)

@@ -26,7 +26,7 @@ class Attached(NamedTuple):
     Attributes
     ----------
     trajectory : Trajectory
-        It does not know these positions, for their graph holds it.
+        It has no reference to these positions, since their graph refers to it.
     positions : Tensor, shape (n_atoms, 3)
         In Å.
     early : Attached or None
@@ -43,8 +43,9 @@ class Adjoint:
     """How a relaxation is differentiated: by `apply`, which is given the loop, runs it, and attaches a gradient.
 
     A subclass says what it needs of the loop and how the gradient at the relaxed positions reaches the weights and the
-    initial positions: most need `attach` alone. It may run the loop as it likes and read the trajectory, and changes
-    neither; it knows nothing of how a stepper moves.
+    initial positions: most need `attach` alone, and `checkpointing` where frames are needed. It may run the loop, in
+    parts (`Loop.run` with frames) and with another stepper (`Loop.switch`). It reads the trajectory and writes only
+    what it reports there, `adjoint_norms` or `solves`. It calls the step, and knows none of its formulas.
     """
 
     name: ClassVar[str]
@@ -128,13 +129,15 @@ class FullTape(Adjoint):
     def attach(self, trajectory: Trajectory) -> Tensor:
         """The positions, guarded against weights that change before the backward pass."""
         start = trajectory.start
-        return _Guarded.apply(trajectory.final, trajectory, start.positions, start.cells, *trajectory.map.parameters())
+        return _WeightsChecked.apply(
+            trajectory.final, trajectory, start.positions, start.cells, *trajectory.map.parameters()
+        )
 
     def check_recorded(self) -> None:
         raise TypeError("An ASE run leaves no tape behind: take adjoint='replay', or ase_bptt.relax.")
 
 
-class _Guarded(torch.autograd.Function):
+class _WeightsChecked(torch.autograd.Function):
     """The identity, refusing to go backward with other weights than forward.
 
     What the relaxation depends on is handed in beside it, so that there is a graph without any frame, too, as with

@@ -1,4 +1,8 @@
-"""The adjoint equations of the frames, last to first, each frame recomputed from its stored state."""
+"""The adjoint equations of the frames, last to first, each recomputed from its kept state.
+
+The product of a vector with the Jacobian of a frame (`frame_vjp`) comes from second derivatives, or from differences
+of gradients of the energy (`force_vjp`).
+"""
 
 from __future__ import annotations
 
@@ -34,7 +38,7 @@ class Frames:
         trajectory = self.trajectory
         found = trajectory.kept(t)
         if found is None and t not in self.recomputed:
-            self._recompute(t - t % trajectory.checkpointing.every)
+            self._recompute(t)
         positions, state = self.recomputed[t] if found is None else found
         if members is None or members == trajectory.moving(t):
             return positions, state
@@ -42,16 +46,18 @@ class Frames:
         return positions[atoms], state.select(atoms, torch.tensor(rows, device=positions.device))
 
     @torch.no_grad()
-    def _recompute(self, first: int) -> None:
-        """Find the states of the frames from the kept one `first` to the next kept one."""
+    def _recompute(self, t: int) -> None:
+        """Find the states of the frames between two kept ones, with frame t among them."""
         trajectory, iterated = self.trajectory, self.trajectory.map
+        every = trajectory.checkpointing.every if trajectory.checkpointing else 1
+        first = t - t % every
         kept = trajectory.kept(first)
         if kept is None:
             raise RuntimeError(f"The state before frame {first} of this relaxation was not kept.")
         (positions, state), now = kept, trajectory.moving(first)
         structures, neighbors = trajectory.start.select(now).replace(positions=positions), iterated.neighbor_list()
         self.recomputed = {}
-        for t in range(first + 1, min(first + trajectory.checkpointing.every, len(trajectory.frames))):
+        for t in range(first + 1, min(first + every, len(trajectory.frames))):
             _, forces = iterated.potential.energy_and_forces(structures, neighbors(structures))
             structures, state = iterated.advance(structures, state, forces)
             stay = [now.index(k) for k in trajectory.moving(t)]

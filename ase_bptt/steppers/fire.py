@@ -24,9 +24,14 @@ class FIRE(Stepper):
         First time step.
     maxstep : float
         Å. As in ASE, caps the norm of the whole structure's step, not of each atom's.
-    dtmax, Nmin, finc, fdec, astart, fa, a
-        Largest time step; downhill steps before it grows; its growth and its fall; mixing after
-        an uphill step; decay of the mixing; first mixing.
+    dtmax : float
+        Largest time step.
+    Nmin : int
+        Downhill steps before the time step grows.
+    finc, fdec : float or Parameter
+        Factors by which the time step grows, and shrinks after an uphill step.
+    astart, fa, a : float or Parameter
+        Mixing of velocity and force after an uphill step; the factor by which it decays; its first value.
     """
 
     name = "fire"

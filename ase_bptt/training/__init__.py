@@ -50,9 +50,9 @@ class Trainer:
     loss : callable or str
         ``loss(relaxation, reference) -> Tensor (n,)``, or a name in `ase_bptt.losses.LOSSES`.
     optimizer : callable
-        ``optimizer(parameters) -> torch.optim.Optimizer``; AdamW with `lr` by default.
+        ``optimizer(parameters) -> torch.optim.Optimizer``; AdamW with `lr` by default. Its rates fall by a half cosine.
     lr : float
-        Learning rate of the default optimizer at the start; it falls to zero by a half cosine.
+        Learning rate of the default optimizer at the start.
     steps : int or None
         Frames of an unroll. Few (8 to 40) teach which basin to fall into; a converged run does not. None is 10, and
         300 at most for adjoints that need the minimum.

@@ -1,4 +1,4 @@
-"""The loss of a batch of pairs: relax each from its start, and compare the ends with the references."""
+"""The gradient of the loss of a batch of pairs: relax each from its start, or a warm one, and compare the ends."""
 
 from __future__ import annotations
 
