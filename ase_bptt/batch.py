@@ -62,18 +62,22 @@ class Batch:
         self._first_energies = [math.nan] * len(structures)
         self._neighbors: NeighborList = iterated.neighbor_list()
         self._edges: Edges | None = None
+        self._evaluated = False
         self._answer: list[float] | None = None
 
     def __len__(self) -> int:
         return len(self.members)
 
     def evaluate(self) -> Tensor:
-        """Compute energies and forces; the forces, in eV/Å, shape (n_atoms, 3)."""
+        """Compute energies and forces, unless they are known; the forces, in eV/Å, shape (n_atoms, 3)."""
+        if self._evaluated and not torch.is_grad_enabled():
+            return self.forces
         if self._edges is None:
             self._edges = self._neighbors(self.structures)
         self.energies, self.forces = self.map.potential.energy_and_forces(
             self.structures, self._edges, create_graph=torch.is_grad_enabled()
         )
+        self._evaluated = True
         return self.forces
 
     def stopped(self, following: tuple[Structures, State]) -> dict[int, Status]:
@@ -104,7 +108,7 @@ class Batch:
         # Nothing has changed before there are edges for it: memory may run out there.
         self._edges = self._neighbors.edges(following[0], answer)
         self.structures, self.state = following
-        self._answer = None
+        self._evaluated, self._answer = False, None
         self.frames = [t + 1 for t in self.frames]
 
     def ends(self, stopped: dict[int, Status]) -> dict[int, End]:
@@ -138,18 +142,18 @@ class Batch:
         """Have the structures of another batch continue in this one, behind its own, before `evaluate`."""
         self.structures = self.structures.joined(other.structures)
         self.state = self.state.joined(other.state)
-        self.members += other.members
+        self.members = self.members + other.members
         self.frames += other.frames
         self._first_energies += other._first_energies
         self._neighbors.extend(self.structures)
-        self._edges = None
+        self._edges, self._evaluated = None, False
 
     def split(self) -> Batch:
         """The second half of the structures, as a batch of its own, before `evaluate` or after it failed."""
         half = (len(self) + 1) // 2
         other = copy(self)
         for one in (self, other):
-            one._neighbors = self.map.neighbor_list()
+            one._neighbors, one._evaluated = self.map.neighbor_list(), False
         other._keep(list(range(half, len(self))))
         self._keep(list(range(half)))
         return other

@@ -9,6 +9,7 @@ many, `ase_bptt.throughput.InFlight` drives the same batch, with a queue.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from ase import Atoms
@@ -47,13 +48,16 @@ class Loop:
     ):
         self.start, self.fmax, self.steps = start, fmax, steps
         self.map = self._map = _iterated_map(potential, stepper, start)  # of the first frames, and of those to come
-        self._batch = Batch(self.map, start, fmax, steps)
         self._ends: dict[int, End] = {}
 
-    def run(
-        self, *, frames: int | None = None, checkpointing: Checkpointing | None = None, on_tape: bool = False
-    ) -> Trajectory:
+    @cached_property
+    def _batch(self) -> Batch:
+        return Batch(self._map, self.start, self.fmax, self.steps)
+
+    def run(self, *, frames: int | None = None, checkpointing: Checkpointing | None = None) -> Trajectory:
         """Run until every structure has stopped, or has taken so many frames; a second call continues from there.
+
+        Where gradients are enabled autograd records every frame; adjoints that need no tape run it without.
 
         Parameters
         ----------
@@ -61,8 +65,6 @@ class Loop:
             Counted from the start, not from the last call; None is the loop's steps.
         checkpointing : Checkpointing or None
             The frames whose states the trajectory keeps; None keeps none.
-        on_tape : bool
-            Have autograd record every frame.
 
         Returns
         -------
@@ -80,21 +82,21 @@ class Loop:
             raise ValueError("A trajectory is kept from its start: give checkpointing to the first run of a loop.")
         trajectory = Trajectory(self.map, self.start, checkpointing)
         trajectory.end(self._ends)
-        with torch.set_grad_enabled(on_tape):
-            for t in range(first, last + 1):
-                forces = batch.evaluate()  # F(X(t))
-                # X(t+1) = step(X(t), F(X(t))), before it is known who stops: both need one transfer from the device.
-                following = self._map.advance(batch.structures, batch.state, forces)
-                stopped = batch.stopped(following)  # forces below fmax, out of steps, or not finite
-                left = batch.remove(stopped)
-                trajectory.end(left)
-                if not len(batch) or t == last:
-                    break
-                if left:  # the others again, by themselves
-                    following = self._map.advance(batch.structures, batch.state, batch.forces)
-                if checkpointing is not None:
-                    trajectory.keep(batch.structures.positions, batch.state, batch.forces)
-                batch.move(following)
+        for t in range(first, last + 1):
+            forces = batch.evaluate()  # F(X(t))
+            # X(t+1) = step(X(t), F(X(t))), before it is known who stops: both need one transfer from the device.
+            following = self._map.advance(batch.structures, batch.state, forces)
+            stopped = batch.stopped(following)  # forces below fmax, out of steps, or not finite
+            left = batch.remove(stopped)
+            trajectory.end(left)
+            if not len(batch) or t == last:
+                break
+            if left:  # the others again, by themselves
+                del following
+                following = self._map.advance(batch.structures, batch.state, batch.forces)
+            if checkpointing is not None:
+                trajectory.keep(batch.structures.positions, batch.state, batch.forces)
+            batch.move(following)
         self._ends = dict(trajectory.ends)
         trajectory.end(batch.ends(dict.fromkeys(range(len(batch)), Status.OUT_OF_STEPS)))
         return trajectory
@@ -103,7 +105,8 @@ class Loop:
         """Have another stepper take the frames to come, from its first state; None changes nothing."""
         if stepper is not None:
             self._map = _iterated_map(self.map.potential, stepper, self.start)
-            self._batch.restart(self._map)
+            if "_batch" in vars(self):
+                self._batch.restart(self._map)
 
 
 def relax(
@@ -164,6 +167,12 @@ def relax(
     warm = None
     if warm_start is not None:
         near, *_ = _structures(warm_start, potential)
+        if not chosen.needs_minimum or near.counts != start.counts or not torch.equal(near.numbers, start.numbers):
+            raise ValueError(
+                f"A warm start is for adjoints that need the minimum, not {chosen.name!r}, and of the same structures: "
+                "take 'implicit', 'guided' or 'one-step', and give the same atoms in the same order."
+            )
+        chosen.check(loop.map, near)
         warm = Loop(potential, stepper, near, fmax=fmax, steps=steps)
     return Relaxation.of(chosen.apply(loop, warm=warm), sources, single)
 

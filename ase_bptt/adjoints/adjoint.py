@@ -58,7 +58,8 @@ class Adjoint:
 
     def run(self, loop: Loop) -> Trajectory:
         """Run the loop where nothing requires gradients."""
-        return loop.run()
+        with torch.no_grad():
+            return loop.run()
 
     def apply(self, loop: Loop, *, warm: Loop | None = None) -> Attached:
         """Run the loop, and attach the gradient to where it ends.
@@ -70,7 +71,8 @@ class Adjoint:
         warm : Loop or None
             The same structures from a start near their minima, for those that need the minimum.
         """
-        trajectory = loop.run(checkpointing=self.checkpointing)
+        with torch.no_grad():
+            trajectory = loop.run(checkpointing=self.checkpointing)
         return Attached(trajectory, self.attach(trajectory))
 
     def attach(self, trajectory: Trajectory) -> Tensor:
@@ -123,7 +125,7 @@ class FullTape(Adjoint):
     name = "full"
 
     def apply(self, loop: Loop, *, warm: Loop | None = None) -> Attached:
-        trajectory = loop.run(on_tape=True)
+        trajectory = loop.run()
         return Attached(trajectory, self.attach(trajectory))
 
     def attach(self, trajectory: Trajectory) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from ..iterated_map import Checkpointing, IteratedMap, Trajectory
@@ -59,6 +60,7 @@ class Guided(Adjoint):
         object.__setattr__(self, "tail", tail)
         object.__setattr__(self, "solve", self.solve if solve is None else Implicit(**solve))
 
+    @torch.no_grad()
     def run(self, loop: Loop) -> Trajectory:
         loop.run(frames=self.first)
         loop.switch(self.tail)
@@ -66,7 +68,8 @@ class Guided(Adjoint):
 
     def apply(self, loop: Loop, *, warm: Loop | None = None) -> Attached:
         """The first frames choose the basin, and so they start where the structures do, whatever start is warm."""
-        first = loop.run(frames=self.first, checkpointing=Checkpointing())
+        with torch.no_grad():
+            first = loop.run(frames=self.first, checkpointing=Checkpointing())
         to_minimum = loop if warm is None else warm
         to_minimum.switch(self.tail)
         end = self.solve.apply(to_minimum)

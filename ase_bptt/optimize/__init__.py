@@ -20,6 +20,8 @@ from ..result import Relaxation
 from .bptt_optimizer import BPTTOptimizer, not_differentiable, stop
 from .recording import BROKEN, read_restart, unreadable, write_restart
 
+__all__ = ["BFGS", "FIRE", "LBFGS", "BFGSLineSearch", "QuasiNewton"]
+
 
 class FIRE(BPTTOptimizer):
     """FIRE with the arguments of `ase.optimize.FIRE`, in their order.

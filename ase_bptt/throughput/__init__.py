@@ -200,11 +200,19 @@ class InFlight:
             if found is None:
                 self._halve(batch)
                 continue
+            following: tuple[Structures, State] | None
             ((following, stopped),) = found
+            # The step of a batch that has changed must not fill the memory beside the next one.
+            del found
+            if stopped:
+                following = None
             yield from batch.remove(stopped).items()
             if not len(batch):
                 self._batch = None
-            elif fits(partial(self._move, batch, None if stopped else following)) is None:
+                continue
+            moved = fits(partial(self._move, batch, following))
+            following = None
+            if moved is None:
                 self._halve(batch)
 
     def _evaluate(self, batch: Batch) -> tuple[tuple[Structures, State], dict[int, Status]]:

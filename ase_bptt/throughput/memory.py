@@ -97,7 +97,8 @@ def measure(
         found = fits(partial(peak_bytes, partial(run, [items[k] for k in batch]), device))
         if found is None:
             continue
-        ((_, peak),) = found
+        peak = found[0][1]
+        del found  # what was computed must not be there beside the next batch
         rows.append([1.0, sum(of[k].atoms for k in batch), sum(of[k].edges for k in batch)])
         peaks.append(max(1, peak))
     if not peaks:
