@@ -72,8 +72,8 @@ class Status(enum.Enum):
         return {
             Status.CONVERGED: "All forces fell below fmax.",
             Status.OUT_OF_STEPS: "The last step was taken before all forces fell below fmax: give it more steps.",
-            Status.DIVERGED: "Its forces are not finite, or it ended higher in energy than it began: "
-            "the step size is too large for its stiffest bond, or the potential has a hole there.",
+            Status.DIVERGED: "Its forces are not finite, or it ended higher in energy than it started: "
+            "the step size is too large for its stiffest bond, or the potential is too attractive at short range.",
         }[self]
 
 
