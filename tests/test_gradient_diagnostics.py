@@ -296,7 +296,7 @@ def test_the_frames_that_the_gradient_reaches_are_those_of_the_adjoint(adjoint, 
     (one,) = diagnose_gradients(run).structures
     assert one.back_to == back_to
     assert 0 < one.growth < one.peak == 1
-    assert (one.solve is not None) is adjoint.name == "guided"
+    assert (one.solve is not None) is adjoint.needs_minimum
 
 
 def test_before_a_backward_pass_there_are_limits_and_radii_only():
