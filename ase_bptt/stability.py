@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -26,7 +27,10 @@ FLAT = 1e-3
 """eV/Å^2: curvatures below this are rounding."""
 LOOSE = 0.1
 """Å^2/eV. Taken for the limit where nothing is stiff; half of it is the default step of gradient descent."""
+SAMPLED = 8
+"""Structures at least, where there are so many, on which a step size that is "auto" is resolved."""
 Product = Callable[[np.ndarray], np.ndarray]
+Item = TypeVar("Item")
 
 
 def resolve_step_size(stepper: Stepper, potential: Potential, structures: Structures | Sequence[Atoms]) -> Stepper:
@@ -56,6 +60,11 @@ def resolve_step_size(stepper: Stepper, potential: Potential, structures: Struct
     resolved = stepper.resolve_step_size(limit if math.isfinite(limit) else LOOSE)
     LOG.info("step_size='auto' is %s Å^2/eV (limit %.3g)", resolved.todict()["step_size"], limit)
     return resolved
+
+
+def sample(items: Sequence[Item]) -> Sequence[Item]:
+    """A few of many, evenly spaced: enough to resolve a step size on."""
+    return items[:: max(1, len(items) // SAMPLED)]
 
 
 def stability_limit(potential: Potential, structures: Structures | Sequence[Atoms], *, seed: int = 0) -> float:

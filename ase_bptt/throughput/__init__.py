@@ -22,7 +22,7 @@ from ..neighbors import NeighborList
 from ..optimize.bptt_optimizer import BPTTOptimizer
 from ..potential import Potential
 from ..relaxation import relax
-from ..stability import resolve_step_size
+from ..stability import resolve_step_size, sample
 from ..steppers import State, Stepper, make_stepper
 from ..structures import Structures
 from .memory import fits, in_parts, report_out_of_memory
@@ -32,8 +32,6 @@ LARGE = 400
 """Atoms above which structures are given to BFGS one by one."""
 ATOMS = 256
 """Atoms relaxed together by default on a processor."""
-SAMPLED = 8
-"""Structures on which a step size that is "auto" is found."""
 
 
 class Relaxed(NamedTuple):
@@ -98,7 +96,7 @@ def _in_flight(
     steps: int,
     limits: tuple[int | None, float | None],
 ) -> InFlight:
-    some = structures[:: max(1, len(structures) // SAMPLED)]
+    some = sample(structures)
     iterated = IteratedMap(potential, resolve_step_size(make_stepper(stepper), potential, some))
     costs, room = _costs(iterated, structures, *limits)
     if iterated.stepper.name == "bfgs":

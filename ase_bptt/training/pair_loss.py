@@ -19,7 +19,7 @@ from ..pairs import RelaxationPair
 from ..potential import Potential
 from ..relaxation import relax
 from ..result import Relaxation
-from ..stability import resolve_step_size
+from ..stability import resolve_step_size, sample
 from ..steppers import Stepper
 from ..throughput.packing import Planner
 from ..utils import Gradients
@@ -28,8 +28,6 @@ from .settings import Loss, RelaxationSettings
 from .updates import Total, trained_parameters
 
 log = logging.getLogger(__name__)
-SAMPLED = 8
-"""References from which step_size="auto" is resolved."""
 
 
 class PairEnd(NamedTuple):
@@ -138,7 +136,7 @@ class PairLoss:
 
     def resolve_step_size(self, train: Sequence[RelaxationPair]) -> None:
         """Replace the step size "auto" of the stepper by half of what is stable, measured on some of the references."""
-        some = [p.relaxed for p in train[:: max(1, len(train) // SAMPLED)]]
+        some = [p.relaxed for p in sample(train)]
         self.stepper = resolve_step_size(self.stepper, self.potential, some)
 
     def trained(self) -> list[nn.Parameter]:
