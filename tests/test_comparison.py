@@ -105,14 +105,14 @@ def test_swapped_the_change_is_the_inverse():
         # Low and high change places.
         np.testing.assert_allclose(a, 1 / b[[0, 2, 1]], rtol=1e-2)
     assert one.p_value == pytest.approx(other.p_value)
-    assert (one.nearer, one.farther) == (other.farther, other.nearer)
+    assert (one.better, one.worse) == (other.worse, other.better)
 
 
 def test_nothing_changed_between_two_that_are_identical():
     found = compare(BEFORE, BEFORE)
     assert numbers(found.mean) == [0, 0, 0]
     assert numbers(found.geometric_mean) == [0, 0, 0]
-    assert (found.p_value, found.nearer, found.farther, found.basins_won, found.basins_lost) == (1, 0, 0, 0, 0)
+    assert (found.p_value, found.better, found.worse, found.basins_won, found.basins_lost) == (1, 0, 0, 0, 0)
 
 
 def test_one_group_has_no_interval_and_prints_none():
@@ -129,10 +129,25 @@ def test_an_interval_is_printed():
 
 
 def test_structures_and_basins_are_counted():
-    before = evaluation([1, 1, 1, 1], "abcd", [True, False, False, True])
-    after = evaluation([0.5, 0.95, 1.05, 1.2], "abcd", [False, True, True, True])
+    before = evaluation([1, 1, 1, 0.01], "abcd", [True, False, False, True])
+    # The last two changed by less than 1 %, and by less than 0.005 amu^1/2 Å.
+    after = evaluation([0.5, 1.02, 0.995, 0.006], "abcd", [False, True, True, True])
     found = compare(before, after)
-    assert (found.n, found.nearer, found.farther, found.basins_won, found.basins_lost) == (4, 1, 1, 2, 1)
+    assert (found.n, found.better, found.worse, found.tied, found.improved) == (4, 1, 1, 2, 0.25)
+    assert (found.basins_won, found.basins_lost) == (2, 1)
+    assert found.median_improvement == pytest.approx((0.005 + 0.4) / 2)
+
+
+@pytest.mark.parametrize(("factor", "harmful"), [(0.9, False), (1.0, False), (1.1, True)])
+def test_harm_is_a_higher_geometric_mean(factor, harmful):
+    assert compare(BEFORE, evaluation(FIRST * factor, GROUPS)).harmful == harmful
+
+
+def test_a_summary_has_quartiles_and_a_geometric_mean():
+    found = evaluation([1, 2, 4, 10], "abcd")
+    assert found.geometric_mean == pytest.approx(80**0.25)
+    assert found.quartiles == (1.75, 5.5)
+    assert found.closer_than_start == 0.75  # all started at 9
 
 
 @pytest.mark.parametrize(
@@ -175,6 +190,6 @@ def test_it_can_be_written_as_json():
 def test_a_structure_that_diverged_rose_and_is_left_out_of_the_rest():
     sound = compare(evaluation([1, 2, 4], "abc"), evaluation([0.5, 1, 3], "abc"))
     found = compare(evaluation([1, 2, 4, 3], "abcd"), evaluation([0.5, 1, 3, float("nan")], "abcd"))
-    assert (found.n, found.groups, found.left_out, found.farther) == (4, 3, 1, sound.farther + 1)
+    assert (found.n, found.groups, found.left_out, found.worse) == (4, 3, 1, sound.worse + 1)
     assert found.mean == sound.mean
     assert found.p_value == sound.p_value

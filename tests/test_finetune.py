@@ -9,7 +9,8 @@ import pytest
 import torch
 from helpers.structures import cluster, rattled
 
-from ase_bptt import RelaxationPair, Trainer, relax
+from ase_bptt import RelaxationPair, Trainer, load_potential, relax
+from ase_bptt.cli.messages import conclusion
 from ase_bptt.drift.changes import FoldDriftReports
 from ase_bptt.potentials.analytic import LennardJones
 from ase_bptt.report.drift_report import drift_section
@@ -57,7 +58,7 @@ def validated(pairs, tmp_path_factory):
 class TestCrossValidation:
     def test_each_pair_is_measured_once_where_it_was_held_out(self, validated, pairs):
         folder, made, outcome = validated
-        assert made == [folder / f"fold_{k}" for k in range(3)]
+        assert made == [*(folder / f"fold_{k}" for k in range(3)), folder / "all_pairs"]
         assert [row.id for row in outcome.after.rows] == [p.id for p in pairs]
         for k in range(3):
             part = RunResults.load(folder / f"fold_{k}")
@@ -70,7 +71,37 @@ class TestCrossValidation:
         assert outcome.after.mean < 0.7 * outcome.before.mean
         assert outcome.comparison.mean.high < 0
         assert outcome.todict()["folds"] == 3
-        assert outcome.todict()["checkpoint"] is None
+
+    def test_it_ends_in_a_potential_trained_on_all_pairs(self, validated, pairs):
+        folder, _, outcome = validated
+        assert outcome.todict()["checkpoint"] == str(folder / "potential")
+        assert not outcome.kept_as_it_was
+        assert outcome.best_epoch == round(
+            np.mean([RunResults.load(folder / f"fold_{k}").best_epoch for k in range(3)])
+        )
+        alone = maker([])(None).fit(pairs, epochs=outcome.best_epoch).potential
+        assert load_potential(folder / "potential").sigma.item() == alone.sigma.item() != 2.65
+
+    @pytest.mark.parametrize("folds", [None, 3])
+    def test_a_potential_that_is_worse_on_what_was_held_out_is_not_handed_back(self, pairs, tmp_path, folds):
+        """The untuned potential is right about the held-out structures, and the training pairs are of another one."""
+        with torch.no_grad():
+            ends = relax(lennard_jones(2.65), [p.initial for p in pairs], fmax=1e-3, steps=300).to_atoms()
+        right = [dataclasses.replace(p, relaxed=end) for p, end in zip(pairs, ends, strict=True)]
+        parts = [{"train": pairs[:2], "valid": pairs[2:4], "test": right[4:]}]
+        make = maker([], terms=())
+        if folds:
+            data = [make(None).check(**part) for part in parts]
+            found = cross_validate(make, right[4:], tmp_path, folds=data, epochs=2)
+        else:
+            found = finetune(make(tmp_path), parts[0], tmp_path, epochs=2)
+        assert found.rejected
+        assert found.kept_as_it_was
+        assert found.comparison.geometric_mean.value > 0
+        assert RunResults.load(tmp_path).todict() == found.todict()
+        assert found.todict()["kept_as_it_was"] is True
+        assert load_potential(tmp_path / "potential").sigma.item() == 2.65
+        assert "the potential was kept as it was" in " ".join(conclusion(found).split())
 
     def test_its_folder_tells_all(self, validated):
         folder, _, outcome = validated
@@ -100,9 +131,7 @@ class TestCrossValidation:
         folds = list(validated[2].drift_report.folds)
         (dimer,) = folds[1].before.dimers
         curve = folds[1].before.dimers[dimer]
-        falling = dataclasses.replace(
-            curve, energies=tuple(-40.0 if k < 3 else e for k, e in enumerate(curve.energies))
-        )
+        falling = dataclasses.replace(curve, energies=tuple(-40.0 if e > 5.0 else e for e in curve.energies))
         spoilt = dataclasses.replace(folds[1].after, dimers={dimer: falling})
         card = FoldDriftReports((folds[0], dataclasses.replace(folds[1], after=spoilt), folds[2]))
         (said,) = card.warnings()
@@ -146,7 +175,7 @@ class TestCrossValidation:
             cross_validate(dying, pairs, tmp_path, folds=3, epochs=2)
         assert [p.name for p in made] == ["fold_0", "fold_1"]
         again = cross_validate(maker(made), pairs, tmp_path, folds=3, epochs=2)
-        assert [p.name for p in made] == ["fold_0", "fold_1", "fold_2"]
+        assert [p.name for p in made] == ["fold_0", "fold_1", "fold_2", "all_pairs"]
         assert again.after == whole.after
         assert again.before == whole.before
 

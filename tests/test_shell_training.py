@@ -63,7 +63,7 @@ class TestChoices:
         assert "after 300 frames of gd and bfgs at most, gradient by guided:5" in out
         assert "trains 1 of 2 weights" in out
         results = json.loads(Path("run/results.json").read_text())
-        kept = float(rows[results["best_epoch"] - 1]["step_size"]) if results["best_epoch"] else 0.05
+        kept = float(rows[results["best_epoch"]]["step_size"]) if results["best_epoch"] else 0.05
         assert facts()["learnt"] == f"step_size 0.05 -> {kept:.4g}"
         assert float(rows[-1]["step_size"]) != 0.05
 

@@ -532,7 +532,9 @@ class TestFiles:
         assert list(rows[0]) == [
             "epoch", "train_loss", "gradient_norm", "skipped", "lr", "valid_score", "valid_delta_q", "seconds"
         ]  # fmt: skip
-        assert [{k: float(v) for k, v in row.items()} for row in rows] == run.history
+        assert [{k: float(v) for k, v in row.items()} for row in rows[1:]] == run.history
+        untuned = {k: float(v) for k, v in rows[0].items() if v != "nan"}
+        assert untuned == run.record.untuned | {"epoch": 0.0}
         assert [row["epoch"] for row in run.history] == [1, 2]
         assert all(row["seconds"] > 0 and row["skipped"] == 0 for row in run.history)
 

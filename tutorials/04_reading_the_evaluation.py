@@ -62,7 +62,7 @@ print(f"\nCHGNet against mace-si, {found.n} structures in {found.groups} groups"
 print(f"mean:           {found.mean}")
 print(f"geometric mean: {found.geometric_mean}")
 print(f"p-value:        {found.p_value:.2f}")
-print(f"nearer by a tenth at least: {found.nearer}, farther: {found.farther}")
+print(f"better: {found.better}, worse: {found.worse}, tied: {found.tied}")
 print(f"basins won: {found.basins_won}, lost: {found.basins_lost}")
 
 # 5. Why the mean says so much and the geometric mean so little: look at the row that changed most. One structure

@@ -25,11 +25,13 @@ from ..evaluation import BASIN_RULE
 from ..pairs import RelaxationPair
 from ..report import change
 from ..report.tables import comparison_text, table
+from ..terms.labels import Labels
 from ..training import Trainer
 from ..training.distributed import Ranks, leave
 from ..training.metrics import Estimate
 from ..training.results import DRIFT_PICTURE, DRIFT_REPORT, RunResults
 from ..training.settings import NUMBERS
+from ..training.state import KEPT_AS_IT_WAS
 from ..tuning import describe
 from .flags import WIDTH
 
@@ -54,14 +56,15 @@ def introduction(
         f"{arguments.potential}, fine-tuned {'through' if few else 'at minima, after'} {frames}, gradient by "
         f"{arguments.adjoint}, {arguments.epochs} epochs{again}{many}\n"
         f"{describe(trainer.potential)}\n"
-        f"relaxations: {sizes}; kinds are never split\n"
+        + "".join(f"labels: {term}\n" for term in trainer.terms if isinstance(term, Labels))
+        + f"relaxations: {sizes}; kinds are never split\n"
         f"run folder: {arguments.out}"
     )
 
 
 def planned(arguments: argparse.Namespace, splits: Mapping[str, Sequence[RelaxationPair]], found: Estimate) -> int:
     """Print the plan of a dry run, and return the exit code."""
-    runs = arguments.__dict__.get("folds") or 1
+    runs = 1 + (arguments.__dict__.get("folds") or 0)  # the last of a cross-validation is on all pairs
     seconds = runs * found.seconds
     if arguments.json:
         kinds = {name: {"n": len(v), "kinds": len({p.group for p in v})} for name, v in splits.items()}
@@ -71,7 +74,7 @@ def planned(arguments: argparse.Namespace, splits: Mapping[str, Sequence[Relaxat
     where = torch.get_num_threads()
     for name, pairs in splits.items():
         print(f"  {name}: {', '.join(p.id for p in pairs)}")
-    times = "" if runs == 1 else f" for each of {runs} folds"
+    times = "" if runs == 1 else f" for {runs - 1} folds and the training on all pairs"
     print(f"estimated time and memory: {found}{times}, on {arguments.device or f'this machine, {where} threads'}")
     print(f"would be written: {arguments.out}/ with potential/, checkpoint.pt, results.json, table.csv, report.html")
     print("A dry run: nothing was trained, nothing was written.")
@@ -119,21 +122,38 @@ def conclude(arguments: argparse.Namespace, results: RunResults) -> None:
 def conclusion(results: RunResults) -> str:
     """The tables, and where everything is."""
     before, after = results.before_bfgs, results.after_bfgs
-    place = f"{results.out}/fold_*/potential" if results.folds else f"{results.out / 'potential'}"
+    place = results.out / "potential"
     kept = ""
-    if results.best_epoch is not None:
-        what = f"the weights after epoch {results.best_epoch}" if results.best_epoch else "the untuned weights"
+    if results.folds and not results.kept_as_it_was:
         kept = (
-            f"\nkept: {what} of {len(results.history)} epochs, the best by the mean logarithm on the validation pairs\n"
+            f"\nThe potential in {place} was trained on all pairs, for {results.best_epoch} epochs, the mean of the "
+            "best of each fold.\nThe figures are those of the folds, each pair where it was held out.\n"
         )
+    elif results.best_epoch:
+        kept = (
+            f"\nBest on the validation structures (mean logarithm of Delta-Q): epoch {results.best_epoch} of "
+            f"{results.epochs}.\n"
+        )
+    if results.kept_as_it_was:
+        kept = f"{kept}\n{fill(_no_gain(results), WIDTH)}\n"
     return (
         f"{kept}\nHeld out, relaxed by FIRE to fmax 0.02 eV/Å\n{table(results.before, results.after)}\n"
         f"{fill(BASIN_RULE, WIDTH)}\n\n"
         f"{comparison_text(results.comparison)}\n"
         f"relaxed by BFGS instead: mean {before.mean:.2f} before, {after.mean:.2f} after, "
         f"{change(before.mean, after.mean)}\n\n{_what_else_changed(results)}"
-        f"{results.seconds:.0f} s; tuned potential in {place}, all figures and pictures in "
-        f"{results.out / 'report.html'}"
+        f"{results.seconds:.0f} s; {'untuned' if results.kept_as_it_was else 'tuned'} potential in {place}, "
+        f"all figures and pictures in {results.out / 'report.html'}"
+    )
+
+
+def _no_gain(results: RunResults) -> str:
+    """Why the potential is the untuned one."""
+    if results.best_epoch == 0:
+        return f"Warning: {KEPT_AS_IT_WAS}"
+    return (
+        "Warning: the potential was kept as it was: the tuned one, whose figures stand below, is worse on the held-out "
+        "structures (geometric mean of Delta-Q). Give more kinds of structures, or a lower learning rate."
     )
 
 

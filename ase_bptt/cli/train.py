@@ -177,7 +177,8 @@ ARGUMENTS = ("loss", *NUMBERS)
 TERMS = {
     "pull": "weight of a pull to the pretrained weights",
     "teacher": "weight of the pretrained energies and forces on probes",
-    "reference": "weight of the energies and forces of reference frames",
+    "reference": "weight of the energies and forces of reference frames (default: 1 where there are any; 0: structures "
+    "alone)",
 }
 
 
@@ -228,9 +229,9 @@ def _add_weights(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_terms(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("further terms of the loss (default: none)")
+    group = parser.add_argument_group("further terms of the loss")
     for name, text in TERMS.items():
-        flag(group, parser, f"--{name}", text, type=positive, metavar="X")
+        flag(group, parser, f"--{name}", text, type=weight, metavar="X")
 
 
 def new_trainer(arguments: argparse.Namespace, out: Path | None) -> Trainer:
@@ -246,7 +247,10 @@ def new_trainer(arguments: argparse.Namespace, out: Path | None) -> Trainer:
     potential = potential_of(arguments)
     prepare(potential, train=arguments.train, freeze=arguments.freeze, last=arguments.last, lora=arguments.lora)
     numbers = {name: getattr(arguments, name) for name in ARGUMENTS if getattr(arguments, name, None) is not None}
+    terms: list[dict[str, Any]]
     terms = [{"name": name, "weight": getattr(arguments, name)} for name in TERMS if getattr(arguments, name)]
+    if arguments.reference is None:
+        terms.append({"name": "reference", "required": False})
     stepper = _stepper(arguments, chosen)
     return Trainer(potential, stepper=stepper, adjoint=chosen, **numbers, terms=terms, out=out)
 
@@ -264,6 +268,11 @@ def adjoint(text: str) -> str:
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return text
+
+
+def weight(text: str) -> float:
+    """Zero or a positive number."""
+    return 0.0 if text.strip() in ("0", "0.0") else positive(text)
 
 
 def step_size(text: str) -> float | str:

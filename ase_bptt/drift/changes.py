@@ -19,8 +19,12 @@ from ..utils import without_nan, write_json
 from . import ProbeResult, Snapshot, take_snapshot
 from .curves import ShortRangeInstability, short_range_instability
 
-NEARER, DEEPER = 0.05, 0.5
-"""Å and eV: an instability has grown if it begins so much farther out, is so much deeper, or its barrier is lower."""
+NEARER, DEEPER, GROWN = 0.05, 0.5, 0.1
+"""Å, eV and share: an instability has grown if it begins so much farther out or its barrier is so much lower."""
+OUT_OF_REACH = 10.0
+"""eV: a barrier that no relaxation crosses."""
+STIFFER = 0.2
+"""Share by which a bulk modulus may change without a warning."""
 
 
 @dataclass(frozen=True)
@@ -90,11 +94,13 @@ class DriftReport:
         }
 
     def warnings(self) -> list[str]:
-        """A sentence for each instability that has appeared or grown, and each crystal that has lost its minimum."""
+        """A sentence for each instability that has appeared or grown, and each crystal that is another one now."""
         found = [_sentence(name, b, a) for name, (b, a) in self.instabilities.items() if a and _worse(b, a)]
         for name, b in self.before.crystals.items():
             if math.isfinite(b.lattice_constant) and not math.isfinite(self.after.crystals[name].lattice_constant):
                 found.append(f"{name}: the crystal no longer has a minimum of the energy where it had one before.")
+            else:
+                found += _softened(name, b.bulk_modulus, self.after.crystals[name].bulk_modulus)
         lost = sum(_sound(b) and not _finite(a) for b, a in zip(self.before.probes, self.after.probes, strict=True))
         if lost:
             found.append(f"On {lost} of {len(self.before.probes)} probes energies or forces are no longer finite.")
@@ -149,10 +155,25 @@ def _rms(values: np.ndarray) -> float:
 
 
 def _worse(before: ShortRangeInstability | None, after: ShortRangeInstability) -> bool:
+    if after.barrier > OUT_OF_REACH:
+        return False
     if before is None:
         return True
-    lower = after.barrier < before.barrier - DEEPER
-    return lower or after.distance > before.distance + NEARER or after.depth > before.depth + DEEPER
+    if after.depth < before.depth:
+        return False
+    lower = after.barrier < min(before.barrier - DEEPER, (1 - GROWN) * before.barrier)
+    farther = after.distance > max(before.distance + NEARER, (1 + GROWN) * before.distance)
+    return lower or farther or after.depth > max(before.depth + DEEPER, (1 + GROWN) * before.depth)
+
+
+def _softened(name: str, before: float, after: float) -> Iterator[str]:
+    # Without a modulus, before or after, the comparison is false.
+    if abs(after / before - 1) > STIFFER:
+        yield (
+            f"{name}: its bulk modulus has changed by {100 * (after / before - 1):+.0f} %, from {before:.0f} to "
+            f"{after:.0f} GPa: where elastic or thermal properties matter, train with --teacher 1 "
+            '(terms=["teacher"]), which holds the potential to what it was away from the pairs.'
+        )
 
 
 def _sentence(name: str, before: ShortRangeInstability | None, after: ShortRangeInstability) -> str:

@@ -21,6 +21,8 @@ from ..steppers import Stepper
 from ..throughput import TOGETHER, Relaxed, single_points
 from ..throughput.journal import Journal, relax_kept
 
+FLOOR = 1e-3
+"""amu^1/2 Å: the least Delta-Q of which a logarithm is taken; smaller values count as this."""
 BASIN_RULE = (
     "right basin: relaxed from the initial and from the reference structure, the two ends are within "
     f"{SAME_END} Å of each other at the farthest atom (drift removed)"
@@ -104,6 +106,26 @@ class Evaluation:
         return median(row.delta_q for row in self.rows) if math.isfinite(self.mean) else math.nan
 
     @property
+    def geometric_mean(self) -> float:
+        """Geometric mean of Delta-Q, amu^1/2 Å, where values below `FLOOR` count as that."""
+        if not math.isfinite(self.mean):
+            return math.nan
+        return math.exp(fmean(math.log(max(row.delta_q, FLOOR)) for row in self.rows))
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """Lower and upper quartile of Delta-Q, amu^1/2 Å."""
+        if not math.isfinite(self.mean):
+            return math.nan, math.nan
+        low, high = np.quantile([row.delta_q for row in self.rows], [0.25, 0.75])
+        return float(low), float(high)
+
+    @property
+    def closer_than_start(self) -> float:
+        """Share of structures that end closer to the reference than they started."""
+        return fmean(row.delta_q < row.unrelaxed for row in self.rows)
+
+    @property
     def mean_unrelaxed(self) -> float:
         """Mean Delta-Q of the starts, amu^1/2 Å."""
         return fmean(row.unrelaxed for row in self.rows)
@@ -133,7 +155,10 @@ class Evaluation:
             "kinds": len(self.by_group()),
             "mean": self.mean,
             "median": self.median,
+            "geometric_mean": self.geometric_mean,
+            "quartiles": list(self.quartiles),
             "mean_unrelaxed": self.mean_unrelaxed,
+            "closer_than_start": self.closer_than_start,
             "basins": self.basins,
             "symmetry_kept": self.symmetry_kept,
             "rows": [asdict(row) | {"displacements": list(row.displacements)} for row in self.rows],

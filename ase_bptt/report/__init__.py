@@ -133,8 +133,12 @@ def comparison_sentences(comparison: Comparison, labels: tuple[str, str] = LABEL
         f"Mean Delta-Q: {_interval(c.mean, c.groups)}.",
         f"Geometric mean of Delta-Q, in which each structure counts alike: {_interval(c.geometric_mean, c.groups)}.",
         _test(c),
-        f"Delta-Q fell by more than a tenth in {plural(c.nearer, 'structure')} and rose by more than a tenth "
-        f"in {c.farther}.",
+        f"Better (by more than 1 % and 0.005 amu^1/2 Å): {c.better} of {c.n}; worse: {c.worse}."
+        + (
+            f" Median over structures: {_percent(-c.median_improvement)}."
+            if math.isfinite(c.median_improvement)
+            else ""
+        ),
         f"Right basin: {c.basins_won} won, {c.basins_lost} lost.",
         *([f"Left out of means and test: {plural(c.left_out, 'structure')} that diverged."] if c.left_out else []),
     ]

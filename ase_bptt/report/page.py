@@ -241,7 +241,8 @@ def bars(evaluation: Evaluation, after: Evaluation | None, labels: tuple[str, st
 
 def learning(history: Sequence[dict[str, float]], best_epoch: int | None) -> Picture:
     """Loss and validation over the epochs."""
-    alt = f"Training loss {_course(history, 'train_loss')} over {plural(len(history), 'epoch')}"
+    epochs = sum(row["epoch"] > 0 for row in history)
+    alt = f"Training loss {_course(history, 'train_loss')} over {plural(epochs, 'epoch')}"
     caption = "The loss on the training structures; nothing was validated, so the last weights were kept."
     if any(math.isfinite(row["valid_delta_q"]) for row in history):
         alt += f"; validation Delta-Q {_course(history, 'valid_delta_q')}"
@@ -251,7 +252,7 @@ def learning(history: Sequence[dict[str, float]], best_epoch: int | None) -> Pic
             kept = "No epoch was better than the weights before training, which were kept."
         caption = (
             "Above, the loss on the training structures; below, mean Delta-Q of the validation structures, fully "
-            f"relaxed. {kept} "
+            f"relaxed; epoch 0 is the untuned potential. {kept} "
             "Epochs are judged by the mean of the logarithm of Delta-Q, so the best need not be the lowest point."
         )
     return picture_of(learning_curve(history, best_epoch), f"{alt}.", caption)
@@ -277,4 +278,5 @@ def write_pictures(
 
 
 def _course(history: Sequence[dict[str, float]], name: str) -> str:
-    return f"from {history[0][name]:.3g} to {history[-1][name]:.3g}"
+    values = [row[name] for row in history if row["epoch"] > 0 or math.isfinite(row[name])]
+    return f"from {values[0]:.3g} to {values[-1]:.3g}" if values else "not measured"

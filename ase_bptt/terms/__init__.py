@@ -72,11 +72,14 @@ def make_term(settings: dict[str, Any] | str) -> Term:
     return TERMS[name](**settings)
 
 
-def make_terms(terms: Sequence[Term | dict[str, Any] | str] | str) -> list[Term]:
+def make_terms(terms: Sequence[Term | dict[str, Any] | str] | str | None) -> list[Term]:
     """Copies of terms, or as `make_term` makes them; ValueError for two of one name.
 
-    Copies, since a term remembers the potential that its training started from.
+    None is `Labels`, where the pairs have any. Copies, since a term remembers the potential that its training
+    started from.
     """
+    if terms is None:
+        return [Labels(required=False)]
     given = [terms] if isinstance(terms, str) else terms
     made = [make_term(term) if isinstance(term, (dict, str)) else copy.deepcopy(term) for term in given]
     if len({term.name for term in made}) < len(made):

@@ -47,6 +47,8 @@ class Labels:
         the end of a leg is taken, and the mean over the frames is added. Zero leaves it out.
     legs, steps : int
         Legs of the path, and frames of each, by plain gradient descent.
+    required : bool
+        Refuse pairs of which none has a labelled frame; otherwise the term is then zero.
     """
 
     name: ClassVar[str] = "reference"
@@ -61,13 +63,14 @@ class Labels:
         path: float = 0.0,
         legs: int = 4,
         steps: int = 3,
+        required: bool = True,
     ):
         check_positive(weight=weight)
         check_count(per_pair=per_pair, frames=frames, legs=legs, steps=steps)
         if path < 0:
             raise ValueError(f"The weight of the path must not be negative, got {path}.")
         self.weight, self.energies, self.per_pair, self.frames = weight, energies, per_pair, frames
-        self.path, self.legs, self.steps = path, legs, steps
+        self.path, self.legs, self.steps, self.required = path, legs, steps, required
         self._elements: list[int] = []
         self._counts = np.zeros((0, 0))
         self._differences = np.zeros(0)
@@ -87,7 +90,7 @@ class Labels:
         # Reading frames from files is slow, and the same pairs are checked more than once before a training.
         if self._kept.pairs != list(pairs):
             self._kept = LabelledFrames(pairs, self.frames, self.energies)
-        if not self._kept.labelled:
+        if self.required and not self._kept.labelled:
             wanted = "energy and forces" if self.energies else "forces"
             raise ValueError(
                 f"None of the training pairs has a frame with {wanted}: read them from files that hold "
@@ -104,7 +107,8 @@ class Labels:
         """
         self.check(pairs)
         found = self._kept.labelled
-        log.info("reference frames with energies and forces: of %d of %d pairs", len(found), len(pairs))
+        if not found:
+            return
         first = 0
         for name, frames in found.items():
             self._rows[name] = range(first, first := first + len(frames))
@@ -184,8 +188,15 @@ class Labels:
         self._loaded = state["differences"].numpy()
 
     def todict(self) -> dict[str, Any]:
-        names = ("name", "weight", "energies", "per_pair", "frames", "path", "legs", "steps")
+        names = ("name", "weight", "energies", "per_pair", "frames", "path", "legs", "steps", "required")
         return {name: getattr(self, name) for name in names}
+
+    def __str__(self) -> str:
+        labelled = self._kept.labelled
+        if not labelled:
+            return "none, for no frame has an energy and forces: structures alone"
+        n = sum(map(len, labelled.values()))
+        return f"energies and forces of {n} frames of {len(labelled)} of {len(self._kept.pairs)} training pairs"
 
 
 def _targets(potential: Potential, frames: Sequence[Atoms]) -> Targets:

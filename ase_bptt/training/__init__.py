@@ -6,6 +6,7 @@ of the optimizer; `state` is what it remembers, in the run folder of `checkpoint
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,66 +30,61 @@ from .settings import NUMBERS, Loss, OptimizerSettings, RelaxationSettings, Samp
 from .state import Parts, RunRecord
 from .training_data import Order, TrainingData, check_data
 from .updates import OptimizerFactory, Updates
-
 Pairs = Sequence[RelaxationPair]
 
 
 class Trainer:
     """Fine-tune a potential so that its relaxations end where the reference's do (arXiv 2512.01067).
 
-    Under `torchrun`, or in a process group of your own, all processes build the same Trainer and share each batch.
+    In a process group (`torchrun`), all processes build the same Trainer and share each batch.
 
     Parameters
     ----------
     potential : Potential, module or spec
         As for `load_potential`; a module is trained in place, and its frozen weights stay.
     stepper : Stepper or str
-        The map to unroll: by default the paper's gradient descent, with momentum; for `Implicit` and `OneStep` BFGS.
+        The map to unroll: the paper's gradient descent, with momentum, or for `Implicit` and `OneStep` BFGS.
     adjoint : Adjoint or str
-        `Replay` by default, or another of `ase_bptt.adjoints`. With `Guided`, the loss counts at the relaxed structure
-        and, times the weight of the adjoint, after the first frames.
+        `Replay` by default, or another of `ase_bptt.adjoints`, such as `Guided` with its two losses.
     loss : callable or str
         ``loss(relaxation, reference) -> Tensor (n,)``, or a name in `ase_bptt.losses.LOSSES`.
     optimizer : callable
-        ``optimizer(parameters) -> torch.optim.Optimizer``; AdamW with `lr` by default. Its rates fall by a half cosine.
+        ``optimizer(parameters) -> torch.optim.Optimizer``; AdamW by default. Its rates fall by a half cosine.
     lr : float
-        Learning rate of the default optimizer at the start.
+        Learning rate of AdamW at the start.
     steps : int or None
-        Frames of an unroll. Few (8 to 40) teach which basin to fall into; a converged run does not. None is 10, and
-        300 at most for adjoints that need the minimum.
+        Frames of an unroll: few (8 to 40) teach which basin to fall into. None is 10, or 300 at most for a minimum.
     fmax : float
         eV/Å: structures stop below this, in training.
     batch_size : int
         Pairs in one step of the optimizer.
     memory : float or None
-        GiB that may be used at once: a batch that needs more is computed in parts, with the same gradient.
-        None is 80 % of what is free on a GPU, and no limit elsewhere.
+        GiB that may be used at once (None: 80 % of what is free on a GPU); a larger batch is computed in parts.
     clip : float
         Largest norm of the gradient.
     patience : int or None
-        Stop after so many epochs without a better validation score (the mean `log_delta_q` of the validation
-        structures, relaxed by FIRE); None never stops early.
+        Epochs without a better validation score (mean `log_delta_q` after FIRE) until it stops; None never does.
     along : float
-        Share of the training starts that are drawn, in each epoch again, on the straight line from the initial to the
-        reference structure. They teach its basin even where no relaxation from the initial structure reaches it.
+        Share of the training starts that are drawn, in each epoch, on the straight line from the initial structure to
+        the reference: they teach its basin even where no relaxation reaches it.
     rattle : float
-        Standard deviation in Å of the noise on every training start.
+        Å, standard deviation of the noise on every training start.
     seed : int
         Of the order of the pairs, of their starts and of what the terms draw.
     warm : int
-        With `Implicit`, `OneStep` or `Guided`: start the relaxation to the minimum where it ended in the epoch before,
-        but from the initial structure in every `warm`-th epoch (0: in all). Warm starts are not augmented.
+        With `Implicit`, `OneStep` or `Guided`: relax to the minimum from where it ended in the epoch before, but from
+        the initial structure in every `warm`-th epoch (0: in all). Warm starts are not augmented.
     learn : str or sequence of str
-        Hyperparameters of the stepper that are trained, too, such as "step_size": those of a copy of the stepper,
-        while Parameters that it has already are trained in place.
+        Hyperparameters that are trained, too, such as "step_size", in a copy of the stepper; its Parameters in place.
     rates : mapping of str to float, optional
-        Factors on `lr` by patterns for the names of weights (`ase_bptt.tuning.groups`).
-    terms : sequence of Term or str
-        Further terms of the loss, against forgetting (`ase_bptt.terms`); with weight 1 where only a name is given.
+        Factors on `lr` by patterns of the weights' names (`ase_bptt.tuning.groups`).
+    terms : sequence of Term or str, or None
+        Further terms of the loss (`ase_bptt.terms`); with weight 1 where only a name is given. None is the energies
+        and forces of the pairs' frames, where they hold any; () is the structures alone.
     out : path, optional
         Run folder: settings.json, metrics.csv, checkpoint.pt, potential/ (the best so far).
     progress : bool or None
-        A bar on standard error, by default if it is a terminal, or else a line in the log (INFO) for each epoch.
+        A bar on standard error (None: if it is a terminal), or else a line in the log (INFO) for each epoch.
     """
 
     def __init__(
@@ -112,7 +108,7 @@ class Trainer:
         warm: int = 0,
         learn: Sequence[str] = (),
         rates: Mapping[str, float] | None = None,
-        terms: Sequence[Term | dict[str, Any] | str] = (),
+        terms: Sequence[Term | dict[str, Any] | str] | None = None,
         out: str | Path | None = None,
         progress: bool | None = None,
     ):
@@ -150,14 +146,14 @@ class Trainer:
 
     @property
     def best_epoch(self) -> int:
-        """The one with the best validation score; 0 is the potential before training."""
+        """The epoch with the best validation score, whose weights `fit` leaves; 0 is the untuned potential."""
         return self.record.best_epoch
 
     def fit(self, train: Pairs, valid: Pairs = (), *, epochs: int = 16) -> Trainer:
         """Train, and leave potential and stepper in their best state on the validation pairs.
 
-        Without validation pairs the last state is kept. A resumed Trainer continues after its last complete epoch, and
-        needs the same pairs and epochs.
+        Without validation pairs the last state is kept. Where no epoch is better than the untuned potential, that is
+        kept, with a `NoGain` warning. A resumed Trainer continues, and needs the same pairs and epochs.
 
         Raises
         ------
@@ -166,9 +162,11 @@ class Trainer:
         NotImplementedError
             Before any work: for constraints or elements that cannot be treated, by name.
         """
-        data = self.check(train, valid)
-        self.start(data, epochs=epochs)
-        return self.run(data)
+        self.start(data := self.check(train, valid), epochs=epochs)
+        self.run(data)
+        if valid:
+            self.record.warn_without_gain()
+        return self
 
     def check(self, train: Pairs, valid: Pairs = (), test: Pairs = ()) -> TrainingData:
         """The pairs, once everything about them is checked that can be checked before any work; raises as `fit`."""
@@ -189,6 +187,7 @@ class Trainer:
     def _start_new(self, data: TrainingData, epochs: int) -> None:
         self.record.fingerprint, self.record.epochs = data.fingerprint, epochs
         self.parts.share(self.ranks, self.record)
+        self.record.initial = copy.deepcopy(self.potential.state_dict())
         self.pair_loss.resolve_step_size(data.train)
         self.record.initial_hyperparameters = self.stepper.hyperparameters()
         self.potential.metadata = checkpoint.provenance(self.potential, data.fingerprint, self.settings())
@@ -199,7 +198,8 @@ class Trainer:
         """Train the epochs that are left of a run that was started on these pairs; ends in the best state."""
         record = self.record
         if record.epoch == 0:
-            self._keep(self._validate(data.valid)["valid_score"], data.valid)
+            record.untuned = self._validate(data.valid)
+            self._keep(record.untuned["valid_score"], data.valid)
         with Progress(record.epochs, len(data.train), done=record.epoch, bar=self.progress) as progress:
             while record.epoch < record.epochs and not record.out_of_patience(self.optimization.patience):
                 clock = time.monotonic()

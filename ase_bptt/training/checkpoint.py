@@ -55,7 +55,7 @@ def write(out: Path, settings: dict[str, Any], state: TrainerState, potential: P
     out.mkdir(parents=True, exist_ok=True)
     with replacing(out / "settings.json") as path:
         path.write_text(json.dumps(settings, indent=1) + "\n")
-    write_metrics(out, state.history)
+    write_metrics(out, state.rows)
     with replacing(out / LAST) as path:
         torch.save(state.to_dict(), path)
         if state.best:
@@ -65,12 +65,12 @@ def write(out: Path, settings: dict[str, Any], state: TrainerState, potential: P
             (out / PREVIOUS).unlink(missing_ok=True)
 
 
-def write_metrics(out: Path, history: Sequence[dict[str, float]]) -> None:
-    """Write metrics.csv, a row for each epoch."""
+def write_metrics(out: Path, rows: Sequence[dict[str, float]]) -> None:
+    """Write metrics.csv, a row for each epoch and one for the untuned potential."""
     with replacing(out / "metrics.csv") as path, path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(history[0]) if history else ["epoch"])
+        writer = csv.DictWriter(file, list(rows[-1]) if rows else ["epoch"])
         writer.writeheader()
-        writer.writerows(history)
+        writer.writerows(rows)
 
 
 def read(out: str | Path) -> tuple[dict[str, Any], TrainerState, bool]:
@@ -159,7 +159,7 @@ def rewind(out: Path, potential: Potential, state: TrainerState, ranks: Ranks) -
     ranks.each(lambda: None)  # all have read the files that are written now
     if ranks.writes:
         save_potential(potential, out / "potential")
-        write_metrics(out, state.history)
+        write_metrics(out, state.rows)
 
 
 def rebuild(

@@ -13,6 +13,7 @@ from ase import Atoms
 from ..drift import Snapshot, take_snapshot
 from ..drift.changes import DriftReport
 from ..evaluation import Evaluation, Row, evaluate
+from ..evaluation.compare import compare
 from ..pairs import RelaxationPair, fingerprint
 from ..pairs.groups import split_into_folds
 from . import Trainer
@@ -35,7 +36,7 @@ def finetune(
     """Train on "train", choose the epoch on "valid", measure on "test"; write the run folder.
 
     The untuned potential is measured first, and the results are kept in before.json, for a run that is stopped and
-    resumed.
+    resumed. Where the tuned one is worse on "test", potential/ holds the untuned one, and the results say so.
 
     Parameters
     ----------
@@ -55,9 +56,12 @@ def finetune(
     first = _snapshot_before(trainer, data.test, out / SNAPSHOTS[0])
     before, before_bfgs = _before(trainer, data.test, out / BEFORE)
     trainer.run(data)
-    trainer.save(out / "potential")
     after, after_bfgs = _measure(trainer, data.test)
     last = take_snapshot(trainer.potential, data.test)
+    rejected = compare(before, after).harmful
+    if rejected:
+        trainer.potential.load_state_dict(trainer.record.initial)
+    trainer.save(out / "potential")
     # A resumed run adds up what its epochs took, since nobody knows how long it was stopped.
     seconds = max(time.monotonic() - clock, sum(row["seconds"] for row in trainer.history))
     results = RunResults(
@@ -66,9 +70,10 @@ def finetune(
         after,
         before_bfgs,
         after_bfgs,
-        trainer.history,
+        trainer.record.rows,
         seconds,
         best_epoch=trainer.best_epoch,
+        rejected=rejected,
         facts=dict(facts or {}) | _step_size(trainer, given) | _learnt(trainer),
         drift_report=DriftReport(first, last, (before, after)),
     )
@@ -88,7 +93,10 @@ def cross_validate(
     facts: dict[str, str] | None = None,
     resume: Callable[[Path], Trainer] = Trainer.resume,
 ) -> RunResults:
-    """Fine-tune once for each fold of the groups, and measure every pair where it was held out.
+    """Fine-tune once for each fold of the groups, and measure every pair where it was held out; then train on all.
+
+    The potential in `out` is trained on all pairs, for as many epochs as the folds kept on average. It has seen them
+    all, so the figures are those of the folds. Where these are worse than the untuned potential, it is the untuned one.
 
     Parameters
     ----------
@@ -122,9 +130,26 @@ def cross_validate(
         results.append(_fold(make, resume, part, out / f"fold_{k}", epochs, facts))
     seconds = max(time.monotonic() - clock, sum(r.seconds for r in results))
     merged = merge_folds(results, pairs, out, seconds=seconds, facts=facts or {})
-    if together().writes:
+    trainer = _on_all_pairs(merged, make, resume, pairs)
+    trainer.save(out / "potential")
+    if trainer.ranks.writes:
         merged.write()
     return merged
+
+
+def _on_all_pairs(
+    folds: RunResults,
+    make: Callable[[Path], Trainer],
+    resume: Callable[[Path], Trainer],
+    pairs: Sequence[RelaxationPair],
+) -> Trainer:
+    """The Trainer of the potential that a cross-validation hands back."""
+    folder = folds.out / "all_pairs"
+    trainer = resume(folder) if together().once((folder / "checkpoint.pt").is_file) else make(folder)
+    if folds.kept_as_it_was or not folds.best_epoch:
+        return trainer
+    log.info("training on all %d pairs, for %d epochs", len(pairs), folds.best_epoch)
+    return trainer.fit(pairs, epochs=folds.best_epoch)
 
 
 def _fold(

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from ..drift import Snapshot
@@ -37,13 +38,16 @@ class RunResults:
         A row for each epoch, as in metrics.csv; empty for a cross-validation.
     seconds : float
     best_epoch : int or None
-        The one whose weights were kept; 0 is the untuned potential.
+        The one whose weights were kept; 0 is the untuned potential. Of a cross-validation, the mean over the folds:
+        so many epochs train the potential on all pairs.
     folds : int or None
         Of a cross-validation, whose evaluations are those of all folds together.
     facts : dict
         Names and values for the head of the page: potential, settings, versions.
     drift_report : DriftReport, FoldDriftReports or None
         What else has changed in the potential.
+    rejected : bool
+        Whether the tuned potential was worse on the held-out structures, so that the untuned one is handed back.
     """
 
     out: Path
@@ -57,6 +61,17 @@ class RunResults:
     folds: int | None = None
     facts: dict[str, str] = field(default_factory=dict)
     drift_report: DriftReport | FoldDriftReports | None = None
+    rejected: bool = False
+
+    @property
+    def kept_as_it_was(self) -> bool:
+        """Whether the potential that is handed back is the untuned one."""
+        return self.rejected or self.best_epoch == 0
+
+    @property
+    def epochs(self) -> int:
+        """Those that were run."""
+        return int(self.history[-1]["epoch"]) if self.history else 0
 
     @property
     def comparison(self) -> Comparison:
@@ -71,10 +86,11 @@ class RunResults:
             "comparison": self.comparison.todict(),
             "drift": None if self.drift_report is None else {k: vars(d) for k, d in self.drift_report.drifts.items()},
             "warnings": [] if self.drift_report is None else self.drift_report.warnings(),
-            "checkpoint": None if self.folds else str(self.out / "potential"),
+            "checkpoint": str(self.out / "potential"),
             "run": str(self.out),
             "folds": self.folds,
-            "epochs": len(self.history),
+            "kept_as_it_was": self.kept_as_it_was,
+            "epochs": self.epochs,
             "best_epoch": self.best_epoch,
             "seconds": round(self.seconds, 1),
         }
@@ -136,6 +152,7 @@ class RunResults:
             folds=results["folds"],
             facts=results["facts"],
             drift_report=report,
+            rejected=results["kept_as_it_was"] and results["best_epoch"] != 0,
         )
 
 
@@ -152,9 +169,13 @@ def summary(before: Evaluation | None, after: Evaluation) -> dict[str, Any]:
         "kinds": len(after.by_group()),
         "mean_unrelaxed": after.mean_unrelaxed,
     }
-    for name in ("mean", "median", "basins"):
-        found[f"{name}_before"] = None if before is None else getattr(before, name)
-        found[f"{name}_after"] = getattr(after, name)
+    for key, name in (("mean", "mean"), ("median", "median"), ("geometric", "geometric_mean"), ("basins", "basins")):
+        found[f"{key}_before"] = None if before is None else getattr(before, name)
+        found[f"{key}_after"] = getattr(after, name)
+    gain = None if before is None else compare(before, after)
+    found["improved"] = gain and gain.improved
+    found["median_improvement"] = gain and gain.median_improvement
+    found["interval"] = gain and [gain.geometric_mean.low, gain.geometric_mean.high]
     return found
 
 
@@ -191,7 +212,7 @@ def merge_folds(
     facts : mapping of str to str
         As for `finetune`.
     """
-    return RunResults(
+    merged = RunResults(
         out,
         before=_in_order([fold.before for fold in folds], pairs),
         after=_in_order([fold.after for fold in folds], pairs),
@@ -199,10 +220,13 @@ def merge_folds(
         after_bfgs=_in_order([fold.after_bfgs for fold in folds], pairs),
         history=[],
         seconds=seconds,
+        best_epoch=round(fmean(fold.best_epoch or 0 for fold in folds)),
         folds=len(folds),
         facts=dict(facts) | _learnt_by_folds(folds),
         drift_report=drift_of_folds(folds),
     )
+    merged.rejected = merged.comparison.harmful
+    return merged
 
 
 def _in_order(evaluations: Sequence[Evaluation], pairs: Sequence[RelaxationPair]) -> Evaluation:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -17,6 +18,15 @@ from .pair_loss import PairLoss
 from .training_data import Order
 from .updates import Updates
 
+KEPT_AS_IT_WAS = (
+    "The potential was kept as it was: after no epoch did the validation structures end closer to their references. "
+    "Give more kinds of structures, or a lower learning rate."
+)
+
+
+class NoGain(UserWarning):
+    """No epoch was better on the validation pairs than the untuned potential, whose weights are therefore kept."""
+
 
 @dataclass(kw_only=True)
 class RunRecord:
@@ -30,6 +40,10 @@ class RunRecord:
         Of the pairs; empty before the run is started.
     history : list of dict
         A row of metrics.csv for each epoch.
+    untuned : dict
+        Validation before the first epoch: what `validate` returned, the row of epoch 0.
+    initial : dict of str to Tensor
+        State dict of the potential before training.
     best : dict
         State dicts of the "potential" and the "stepper" in their best state; empty before the first validation.
     best_loss : float
@@ -44,10 +58,18 @@ class RunRecord:
     epochs: int = 0
     fingerprint: str = ""
     history: list[dict[str, float]] = field(default_factory=list)
+    untuned: dict[str, float] = field(default_factory=dict)
+    initial: dict[str, Tensor] = field(default_factory=dict)
     best: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     best_loss: float = float("inf")
     best_epoch: int = 0
     initial_hyperparameters: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> list[dict[str, float]]:
+        """The history, after the untuned potential as epoch 0, which has no training loss."""
+        blank = dict.fromkeys(self.history[0], float("nan")) if self.history else {}
+        return [blank | {"epoch": 0, **self.untuned}, *self.history] if self.untuned else self.history
 
     def check(self, fingerprint: str, epochs: int) -> None:
         """Raise ValueError for other pairs or epochs than those that the run was started with."""
@@ -64,6 +86,11 @@ class RunRecord:
         """Keep copies of state dicts as those of the best epoch, which is the present one."""
         self.best_loss, self.best_epoch = min(self.best_loss, score), self.epoch
         self.best = copy.deepcopy(state_dicts)
+
+    def warn_without_gain(self) -> None:
+        """Warn, in the name of the caller's caller, where the untuned potential was the best."""
+        if self.best_epoch == 0:
+            warnings.warn(KEPT_AS_IT_WAS, NoGain, stacklevel=3)
 
     def out_of_patience(self, patience: int | None) -> bool:
         """Whether the best state is so many epochs old."""
