@@ -1,0 +1,164 @@
+"""Tables and figures of docs/evidence.rst, from the cells that benchmarks/study.py has run.
+
+    python benchmarks/evidence.py [--folder docs/measured/study]
+
+Writes docs/measured/evidence_*.txt and docs/evidence_*.png. All seeds and folds of a method are pooled; intervals are
+95 %, by bootstrap over kinds, so that neither seeds nor rattles of a kind count as independent. Cells that were not run
+are counted and named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+
+import numpy as np
+from methods import METHODS, VARIANTS
+from study import CELLS, ON_DFT, Cell, plan
+
+from ase_bptt.evaluation import Evaluation
+from ase_bptt.evaluation.compare import Comparison, compare
+from ase_bptt.report.plots import new_figure, save
+
+DOCS = CELLS.parent.parent
+MATCHED = 0.25
+"""Largest displacement over (V/n)^(1/3) below which the field counts two structures as matched."""
+HEAD = (
+    f"{'method':22} {'cells':>7} {'n':>4} {'mean':>6} {'quartiles':>11} {'median':>6} {'geom.':>6} "
+    f"{'change of geom.':>18} {'of the mean':>18} {'better':>7} {'tied':>5} {'closer':>7} {'median':>7} "
+    f"{'basins':>8} {'matched':>8} {'RMSD':>6} {'force':>6} {'drift':>6}"
+)
+LEGEND = """\
+Delta-Q in amu^1/2 Å by FIRE to 0.02 eV/Å; change of the geometric mean and of the mean against the untuned
+potential, with 95 % intervals over kinds; better: share that improved by more than 1 % and 0.005 amu^1/2 Å; closer:
+share that ends closer to the reference than it started; median: of the relative improvement; basins: won and lost;
+matched: share whose largest displacement is below 0.25 (V/n)^(1/3), and the mean RMSD of those, in that unit; force:
+mean absolute error on the reference frames, meV/Å; drift: root mean square change of the forces on other structures,
+meV/Å (DFT set only)."""
+
+
+class Pool:
+    """All cells of one method that were run, with the untuned potential on the same structures.
+
+    Parameters
+    ----------
+    cells : sequence of Cell
+        Of one set, potential and method.
+    side : str
+        "test" or "valid".
+    """
+
+    def __init__(self, cells: Sequence[Cell], side: str = "test"):
+        self.planned = len(cells)
+        self.cells = [cell for cell in cells if cell.file.exists()]
+        self.found = [json.loads(cell.file.read_text()) for cell in self.cells]
+        self.rows = [row for found in self.found for row in found[side]["fire"]]
+        self.untuned = [row for cell in self.cells for row in untuned(cell, side)]
+        self.force_error = np.mean([found[side]["force_error"] for found in self.found]) if self.found else np.nan
+        drifts = [found["drift"]["force"] for found in self.found if found.get("drift")]
+        self.drift = np.mean(drifts) if drifts else np.nan
+
+    @property
+    def evaluation(self) -> Evaluation:
+        """Of the tuned potentials."""
+        return evaluation(self.rows)
+
+    @property
+    def comparison(self) -> Comparison:
+        """Against the untuned potential."""
+        return compare(evaluation(self.untuned), self.evaluation)
+
+    def line(self, name: str) -> str:
+        """A line of the table."""
+        if not self.cells:
+            return f"{name:22} {f'0 of {self.planned}':>7}  not run"
+        e, c = self.evaluation, self.comparison
+        matched = [row["scaled_rmsd"] for row in self.rows if row["scaled_displacement"] < MATCHED]
+        low, high = e.quartiles
+        return (
+            f"{name:22} {f'{len(self.cells)} of {self.planned}':>7} {len(self.rows):>4} {e.mean:>6.2f} "
+            f"{f'{low:.2f}-{high:.2f}':>11} {e.median:>6.2f} {e.geometric_mean:>6.2f} {c.geometric_mean!s:>18} "
+            f"{c.mean!s:>18} {c.improved:>7.0%} {c.tied / c.n:>5.0%} {e.closer_than_start:>7.0%} "
+            f"{c.median_improvement:>+7.0%} {f'+{c.basins_won} -{c.basins_lost}':>8} "
+            f"{len(matched) / len(self.rows):>8.0%} "
+            f"{np.mean(matched):>6.3f} {1000 * self.force_error:>6.0f} {1000 * self.drift:>6.0f}"
+        )
+
+
+def untuned(cell: Cell, side: str) -> list[dict]:
+    """Rows of the untuned potential on the cell's structures: they do not depend on the seed."""
+    found = json.loads(cell._replace(method="untuned", seed=0).file.read_text())
+    return found[side]["fire"]
+
+
+def evaluation(rows: Sequence[dict]) -> Evaluation:
+    """As `ase_bptt.evaluation` has it; null was not a number."""
+    blank = {"displacements": (), "space_group": "", "reference_space_group": ""}
+    keep = [{k: np.nan if v is None else v for k, v in row.items() if not k.startswith("scaled_")} for row in rows]
+    return Evaluation.from_rows([row | blank for row in keep])
+
+
+def table(title: str, pools: dict[str, Pool]) -> str:
+    """A title, a line for each method, and the legend."""
+    return "\n".join([title, "", HEAD, "-" * len(HEAD), *(pool.line(name) for name, pool in pools.items()), "", LEGEND])
+
+
+def pools(set_: str, potential: str, methods: Sequence[str], side: str = "test") -> dict[str, Pool]:
+    """By method."""
+    cells = [cell for cell in plan() if (cell.set, cell.potential) == (set_, potential)]
+    return {name: Pool([c for c in cells if c.method == name], side) for name in methods}
+
+
+def learning_curves(side: str = "test"):
+    """Change of the geometric mean against the share of the training kinds, with intervals."""
+    figure = new_figure(3.6)
+    axes = figure.subplots()
+    for name, marker in (("default", "o"), ("structures", "s"), ("forces", "^")):
+        shares = {float(v.split(" at ")[1].rstrip("%")): v for v in VARIANTS if v.startswith(f"{name} at ")} | {
+            100.0: name
+        }
+        found = {x: Pool([Cell("surrogate", "mace-si", m, 0, 0)], side) for x, m in shares.items()}
+        changes = {x: pool.comparison.geometric_mean for x, pool in found.items() if pool.cells}
+        if changes:
+            y = np.array([(c.value, c.low, c.high) for c in changes.values()])
+            axes.errorbar(
+                list(changes), 100 * y[:, 0], 100 * np.abs(y[:, 1:].T - y[:, 0]), marker=marker, capsize=3, label=name
+            )
+    axes.axhline(0, color="0.6", linewidth=1)
+    axes.set_xlabel("share of the training kinds (%)")
+    axes.set_ylabel("change of the geometric\nmean of Delta-Q (%)")
+    axes.legend()
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.parse_args()
+    written = {
+        "surrogate_validation": table(
+            "Surrogate set (reference: 7net-mf-0, not DFT), mace-si, validation kinds: what recipes were chosen by",
+            pools("surrogate", "mace-si", list(METHODS), "valid")),
+        "surrogate": table("Surrogate set (reference: 7net-mf-0, not DFT), mace-si, test kinds",
+                           pools("surrogate", "mace-si", list(METHODS))),
+        "robustness": table("Surrogate set, mace-si, test kinds: one setting changed, or a share of the training kinds",
+                            pools("surrogate", "mace-si", ["default", *VARIANTS])),
+    }  # fmt: skip
+    for potential in ON_DFT:
+        name = potential.replace(":", "-").replace(".", "")
+        methods = ("untuned", "default", "structures", "forces")
+        written[f"dft_{name}"] = table(f"si_defects (DFT), {potential}, held-out kinds of all folds that were run",
+                                       pools("si_defects", potential, methods))  # fmt: skip
+    for name, text in written.items():
+        (CELLS.parent / f"evidence_{name}.txt").write_text(text + "\n")
+        print(text, end="\n\n")
+    save(learning_curves(), DOCS / "evidence_learning.png")
+    missing = [cell for cell in plan() if not cell.file.exists()]
+    text = "\n".join(" ".join(map(str, cell)) for cell in missing) or "none"
+    (CELLS.parent / "evidence_not_run.txt").write_text(text + "\n")
+    hours = sum(json.loads(f.read_text())["processor_seconds"] for f in CELLS.rglob("*.json")) / 3600
+    print(f"{len(plan()) - len(missing)} of {len(plan())} cells run, {hours:.1f} core hours of training and measuring")
+
+
+if __name__ == "__main__":
+    main()
