@@ -11,7 +11,7 @@ from helpers.potentials import lennard_jones
 from helpers.structures import argon, cluster, constrained
 
 from ase_bptt import Status, relax
-from ase_bptt.steppers import FIRE
+from ase_bptt.steppers import FIRE, GradientDescent
 from ase_bptt.throughput import Relaxed, relax_all
 
 SETTINGS = {"fmax": 0.02, "steps": 200}
@@ -87,6 +87,22 @@ def test_what_diverges_says_so_and_holds_nobody_up(constrain):
         broken.set_constraint(FixAtoms([3]))
     ends = whole(relax_all(lennard_jones(), [broken, argon(2)], stepper=fire(), **SETTINGS))
     assert [end.status for end in ends] == [Status.DIVERGED, Status.CONVERGED]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_what_is_thrown_beyond_all_bounds_diverges_where_it_was_and_the_others_go_on(dtype):
+    unbound = GradientDescent(0.002, maxstep=1e14)
+    broken = argon(4)
+    broken.positions[1] = broken.positions[0] + [0.05, 0, 0]
+    potential = lennard_jones().to(dtype)
+    alone = relax(potential, argon(2), stepper=unbound, **SETTINGS)
+    ends = whole(relax_all(potential, [broken, argon(2)], stepper=unbound, **SETTINGS))
+    assert [end.status for end in ends] == [Status.DIVERGED, Status.CONVERGED]
+    assert ends[1].nsteps == int(alone.nsteps[0])
+    with torch.enable_grad():
+        found = relax(potential.requires_grad_(), [broken, argon(2)], stepper=unbound, **SETTINGS)
+    assert found.status == (Status.DIVERGED, Status.CONVERGED)
+    assert found.positions.isfinite().all()
 
 
 def test_the_structures_given_are_left_as_they_are():

@@ -178,7 +178,7 @@ class TestClashes:
     @pytest.mark.parametrize("cell", [[5, 5, 0], [[5, 0, 0], [0, 5, 0], [5, 5, 0]]])
     def test_a_periodic_cell_without_a_volume_is_refused(self, cell):
         atoms = Atoms("Si2", positions=[[0, 0, 0], [2, 0, 0]], cell=cell, pbc=True)
-        with pytest.raises(InvalidPair, match=r"cell vectors span nothing; set its cell or its pbc\."):
+        with pytest.raises(InvalidPair, match=r"Si2 is periodic along .* (zero|dependent): set its cell or its pbc"):
             check_pair(atoms, atoms, "x")
 
     def test_work_grows_with_the_number_of_atoms_not_with_its_square(self):

@@ -138,6 +138,39 @@ class TestRefusing:
         assert (json.loads(out)["n"], json.loads(out)["left_out"]) == (2, 1)
         assert "Left out: structure 1 of mixed.extxyz" in err
 
+    @pytest.mark.parametrize(
+        ("spoil", "dtype", "words"),
+        [
+            (lambda a: a.set_cell([1e-3] * 3), "float64", "images of its atoms lie within"),
+            (lambda a: a.set_cell([20, 20, 0]), "float64", "periodic along a cell vector of length zero"),
+            (lambda a: a.translate([0, 0, 1e7]), "float32", "float32 does not resolve"),
+            (lambda a: a.translate([0, 0, 1e15]), "float64", "float64 does not resolve"),
+        ],
+        ids=["tiny", "flat", "far", "astronomical"],
+    )
+    def test_an_extreme_geometry_is_named_and_the_others_are_relaxed(self, starts, spoil, dtype, words):
+        bad = starts[1].copy()
+        bad.set_cell([20, 20, 20])
+        bad.pbc = True
+        spoil(bad)
+        write("mixed.traj", [starts[0], bad, starts[2]])
+        arguments = ("relax", "mixed.traj", "--potential", "./lj", "--dtype", dtype, "--fmax", 0.05)
+        is_refused(run(*arguments), "structure 1 of mixed.traj", words)
+        code, out, err = run(*arguments, "--skip-invalid", "--json")
+        assert code == 3
+        assert (json.loads(out)["converged"], json.loads(out)["left_out"]) == (2, 1)
+        assert "Left out: structure 1 of mixed.traj" in err
+
+    def test_a_far_atom_and_a_long_cell_are_no_reason_to_refuse(self, starts):
+        far, long = starts[0].copy(), starts[1].copy()
+        far.positions[0, 2] += 1e7
+        long.set_cell([20, 20, 1e6])
+        long.pbc = True
+        write("sparse.traj", [far, long, starts[2]])
+        code, out, err = run("relax", "sparse.traj", "--potential", "./lj", "--json")
+        assert code == 0, err
+        assert json.loads(out)["converged"] == 3
+
     def test_a_folder_instead_of_files(self, starts, tmp_path):
         (tmp_path / "many").mkdir()
         is_refused(run("relax", "many", "--potential", "./lj"), "many is a folder", "POSCAR")

@@ -112,11 +112,11 @@ def check_pair(initial: Atoms, relaxed: Atoms, name: str) -> None:
 
 def check_distances(atoms: Atoms, where: str) -> None:
     """Raise InvalidPair where two atoms, or an atom and an image, are nearer than `CLASH`, or the cell is flat."""
-    periodic = atoms.cell.array[atoms.pbc]
-    if len(periodic) and np.linalg.matrix_rank(periodic) < len(periodic):
-        raise InvalidPair(f"{where} the periodic cell vectors span nothing; set its cell or its pbc.")
     structures = Structures.from_atoms(atoms)
-    found = find_edges(structures, CLASH)
+    try:
+        found = find_edges(structures, CLASH)
+    except ValueError as error:
+        raise InvalidPair(f"{where} {error}") from error
     if len(found.i):
         distances = found.vectors(structures).norm(dim=1)
         k = int(distances.argmin())
