@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from ase.calculators.lj import LennardJones as AseLennardJones
-from ase.constraints import FixAtoms, FixBondLengths
+from ase.constraints import ExternalForce, FixAtoms, FixBondLengths, Hookean
 from ase.optimize import BFGS
 from ase.optimize import FIRE as AseFIRE
 from helpers.potentials import lennard_jones
@@ -70,6 +70,23 @@ def test_constraints_are_obeyed_as_ase_obeys_them(constraint, stepper, optimizer
     assert end.nsteps == run.nsteps
     np.testing.assert_allclose(end.atoms.get_forces(), twin.get_forces(), atol=1e-6)
     assert len(end.atoms.constraints) == 1
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [Hookean(0, [5.0, 0, 0], rt=1.0, k=0.3), Hookean(0, 1, rt=0.8, k=2.0), ExternalForce(0, 2, 0.1), FixAtoms([0])],
+    ids=["spring to a point", "spring of a bond", "external force", "fixed atoms"],
+)
+def test_the_energy_of_a_constraint_counts_once(constraint):
+    start = constrained(argon(), constraint)
+    (end,) = whole(relax_all(lennard_jones(), [start], stepper=fire(), fmax=0.05, steps=20))
+    live = end.atoms.copy()
+    live.calc = AseLennardJones(smooth=True, rc=2.4, ro=1.8)
+    np.testing.assert_allclose(end.atoms.get_potential_energy(), live.get_potential_energy(), atol=1e-8)
+    np.testing.assert_allclose(end.atoms.get_forces(), live.get_forces(), atol=1e-7)
+    # What is stored, and written to files, is the potential's alone.
+    for name in ("energy", "forces"):
+        np.testing.assert_allclose(end.atoms.calc.results[name], live.calc.results[name], atol=1e-7)
 
 
 def test_constrained_and_free_ones_come_back_in_order():

@@ -150,7 +150,7 @@ def _as_left(trajectory: Trajectory, atoms: Atoms, adjoint: Adjoint, fmax: float
     broken, converged = not np.isfinite(forces).all(), np.linalg.norm(acting, axis=1).max() < fmax
     end = End(
         positions=torch.tensor(atoms.positions).to(like),
-        energy=torch.tensor(atoms.get_potential_energy()).to(like),
+        energy=torch.tensor(atoms.calc.get_property("energy", atoms)).to(like),
         forces=torch.tensor(forces).to(like),
         status=Status.DIVERGED if broken else Status.CONVERGED if converged else Status.OUT_OF_STEPS,
         nsteps=trajectory.nsteps[0],

@@ -137,7 +137,8 @@ def _by_ase(potential: Potential, start: Atoms, stepper: Stepper | str, fmax: fl
     with BPTTOptimizer(atoms, stepper=make_stepper(stepper), logfile=None, record=False) as optimizer:
         try:
             status = Status.CONVERGED if optimizer.run(fmax=fmax, steps=steps) else Status.OUT_OF_STEPS
-            results = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces(apply_constraint=False)}
+            # Of the potential alone: the atoms keep their constraints, and ASE adds the energy of those that have one.
+            results = {name: atoms.calc.get_property(name, atoms) for name in ("energy", "forces")}
         except CalculationFailed:
             status = Status.DIVERGED
             results = {"energy": float("nan"), "forces": np.full((len(atoms), 3), np.nan)}
