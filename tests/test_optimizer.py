@@ -13,14 +13,14 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
 from ase.calculators.lj import LennardJones as AseLennardJones
 from ase.constraints import FixBondLengths
-from ase.filters import FrechetCellFilter
+from ase.filters import FrechetCellFilter, StrainFilter, UnitCellFilter
 from ase.io import Trajectory, read
 from ase.mep import NEB
 from ase.optimize.optimize import RestartError
 from helpers.potentials import lennard_jones, needs_mace, tiny_mace
 from helpers.structures import argon, cluster, skewed
 
-from ase_bptt import BPTTOptimizer, Relaxation, Status, TorchCalculator, relax
+from ase_bptt import BPTTOptimizer, Relaxation, Status, TorchCalculator, optimize, relax
 from ase_bptt.steppers import FIRE, GradientDescent
 
 STEPPERS = {"fire": {"dt": 0.03, "dtmax": 0.06}, "gd": {"step_size": 0.002, "momentum": 0.4}}
@@ -218,19 +218,39 @@ class TestRestart:
         assert abs(found - expected[INTERRUPTED[stepper] :]).max() > 1e-6
 
 
-def test_a_restart_on_a_cell_filter_keeps_what_strain_is_measured_from():
-    def filtered(atoms):
-        return FrechetCellFilter(with_calculator(atoms))
+FILTERS = {
+    "frechet": FrechetCellFilter,
+    "frechet under pressure": lambda atoms: FrechetCellFilter(atoms, mask=[1, 1, 0, 0, 0, 1], scalar_pressure=0.05),
+    "unit cell": UnitCellFilter,
+    "strain": StrainFilter,
+    "strain along two axes": lambda atoms: StrainFilter(atoms, mask=[1, 0, 1, 0, 1, 0]),
+}
 
-    whole, atoms, first = argon(), argon(), argon()
-    optimizer(filtered(whole)).run(fmax=0.0, steps=20)
-    optimizer(filtered(first), restart="a.json").run(fmax=0.0, steps=8)
-    atoms.set_cell(first.cell)
-    atoms.positions = first.positions
-    optimizer(filtered(atoms), restart="a.json").run(fmax=0.0, steps=12)
+
+@pytest.mark.parametrize("kind", FILTERS)
+@pytest.mark.parametrize("name", ["FIRE", "BFGS", "LBFGS", "QuasiNewton"])
+def test_a_restart_on_a_cell_filter_keeps_what_strain_is_measured_from(name, kind):
+    def run(atoms, steps, **arguments):
+        # A line search computes a geometry again after a restart, and another neighbour list could round otherwise.
+        atoms.calc = TorchCalculator(lennard_jones(), skin=0.0)
+        numbers = {"dt": 0.02} if name == "FIRE" else {}
+        getattr(optimize, name)(FILTERS[kind](atoms), logfile=None, **numbers, **arguments).run(fmax=0.0, steps=steps)
+
+    whole, first = argon(), argon()
+    run(whole, 6)
+    run(first, 3, restart="a.json")
+    again = first.copy()
+    assert abs(whole.cell.array - again.cell.array).max() > 1e-4
+    run(again, 3, restart="a.json")
     assert abs(whole.cell.array - argon().cell.array).max() > 1e-3
-    np.testing.assert_allclose(atoms.cell.array, whole.cell.array, rtol=0, atol=1e-12)
-    np.testing.assert_allclose(atoms.positions, whole.positions, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(again.cell.array, whole.cell.array, rtol=0, atol=1e-10)
+    np.testing.assert_allclose(again.positions, whole.positions, rtol=0, atol=1e-10)
+
+
+def test_the_restart_file_of_another_filter_is_refused():
+    optimizer(StrainFilter(with_calculator(argon())), restart="a.json").run(fmax=0.0, steps=2)
+    with pytest.raises(RestartError, match="Could not decode the restart file"):
+        optimizer(FrechetCellFilter(with_calculator(argon())), restart="a.json")
 
 
 def mixed(make):

@@ -190,6 +190,23 @@ def read_restart(optimizer: Optimizer) -> Any:
     return decode(Path(str(optimizer.restart)).read_text(), always_array=False)
 
 
+REFERENCES = ("orig_cell", "origcell", "strain")
+"""What ASE's cell filters measure their strain from, or keep of it; without it a restart takes another path."""
+
+
+def filter_to_json(target: Any) -> dict[str, Any]:
+    """What a filter holds beside its atoms, as nested lists; nothing of Atoms and bands."""
+    return {name: np.asarray(getattr(target, name)).tolist() for name in REFERENCES if hasattr(target, name)}
+
+
+def filter_from_json(saved: dict[str, Any], target: Any) -> None:
+    """Give a filter what another one held; ValueError where it holds other things."""
+    if saved.keys() != filter_to_json(target).keys():
+        raise ValueError(f"it belongs to a run on another kind of filter than {type(target).__name__}")
+    for name, value in saved.items():
+        setattr(target, name, np.array(value, dtype=float).reshape(np.shape(getattr(target, name))))
+
+
 def unreadable(optimizer: Optimizer, error: Exception) -> RestartError:
     """The error that says what is wrong with a restart file."""
     return RestartError(
