@@ -42,7 +42,6 @@ class Recording:
         self.trajectory: Trajectory | None = None
         self._started = Atoms()
         self._started_with: dict[str, Any] = {}
-        self._constraints: list[Any] = []
         self._expected: np.ndarray | None = None
 
     def keep(self, atoms: Any, positions: Tensor, state: State) -> None:
@@ -54,7 +53,6 @@ class Recording:
             start = potential.batch(atoms)
             self.trajectory = Trajectory(IteratedMap(potential, self.stepper), start, self.kept)
             self._started, self._started_with = atoms.copy(), self.stepper.todict()
-            self._constraints = list(atoms.constraints)
         self.trajectory.keep(positions, state)
 
     def moved(self, x: np.ndarray) -> None:
@@ -89,12 +87,32 @@ class Recording:
 
     def _continues(self, trajectory: Trajectory, atoms: Atoms) -> bool:
         """Whether these atoms, constraints, weights and hyperparameters are what the last frame that was kept left."""
-        changed = not same_but_positions(self._started, atoms)
-        changed = changed and bool(compare_atoms(self._started, atoms, excluded_properties={"positions"}))
         as_left = self._expected is not None and np.array_equal(self._expected, atoms.positions.ravel())
-        same_constraints = list(map(id, self._constraints)) == list(map(id, atoms.constraints))
         same = atoms.calc.potential is trajectory.map.potential and trajectory.map.fingerprint() == trajectory.weights
-        return as_left and same and same_constraints and not changed and self.stepper.todict() == self._started_with
+        return as_left and same and _same_atoms(self._started, atoms) and self.stepper.todict() == self._started_with
+
+
+def _same_atoms(a: Atoms, b: Atoms) -> bool:
+    """Whether two structures differ in nothing but their positions that a frame depends on."""
+    if not same_but_positions(a, b):
+        # ASE does not compare masses, by which constraints of the centre of mass weigh.
+        differ = compare_atoms(a, b, excluded_properties={"positions"})
+        if differ or not np.array_equal(a.get_masses(), b.get_masses()):
+            return False
+    return _equal([*map(vars, a.constraints)], [*map(vars, b.constraints)]) and (
+        [*map(type, a.constraints)] == [*map(type, b.constraints)]
+    )
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two nests of lists and dictionaries hold the same numbers and words; nothing else is looked into."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_equal(value, b[name]) for name, value in a.items())
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    if isinstance(a, np.ndarray | np.generic | int | float | str):
+        return type(a) is type(b) and np.array_equal(a, b)
+    return True
 
 
 def as_relaxation(
