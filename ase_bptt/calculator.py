@@ -80,7 +80,7 @@ class TorchCalculator(Calculator):
 
     @potential.setter
     def potential(self, potential: str | Path | nn.Module) -> None:
-        self._use(as_potential(potential), self._neighbors.skin, potential)
+        self._use(as_potential(potential), self._skin, potential)
 
     def set(self, **changes: Any) -> dict[str, Any]:
         """Change what the calculator computes with: potential, device, dtype, skin (and trust, for a potential).
@@ -115,7 +115,7 @@ class TorchCalculator(Calculator):
     def _use(self, potential: Potential, skin: float, given: str | Path | nn.Module) -> None:
         """Compute with this potential, which was given by this name or module, from now on."""
         self._neighbors = NeighborList(potential.cutoff, skin)
-        self._potential = potential
+        self._potential, self._skin = potential, skin
         self._given = str(given) if isinstance(given, str | Path) else potential.family
         basic = [name for name in BASIC if name != "stress" or potential.conservative]
         self.implemented_properties = [*basic, *potential.atomic_properties]
@@ -127,7 +127,7 @@ class TorchCalculator(Calculator):
 
     def _described(self) -> dict[str, Any]:
         """What goes into trajectories and databases: JSON only, the module stays out."""
-        return {"potential": self._given, "dtype": _name(self.potential.dtype), "skin": self._neighbors.skin}
+        return {"potential": self._given, "dtype": _name(self.potential.dtype), "skin": self._skin}
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """What changed since the last calculation; changed weights count as changed positions."""
