@@ -14,9 +14,24 @@ import torch
 from ase import Atoms
 from torch import Tensor
 
+from .geometry import angles, distances
 from .neighbors.lattice import nearest_lattice_vectors, reduced, reduced_cells
 from .result import Relaxation
 from .structures import Structures, as_structures
+from .utils import safe_sqrt
+
+__all__ = [
+    "angles",
+    "delta_q",
+    "displacements",
+    "distances",
+    "log_delta_q",
+    "max_displacement",
+    "named_loss",
+    "rmsd",
+    "root_delta_q",
+    "squared_delta_q",
+]
 
 Comparable = Relaxation | Structures | Atoms | Sequence[Atoms]
 SCALE = 0.1
@@ -125,12 +140,6 @@ def _root_mean_square(d: Tensor, of: Structures) -> Tensor:
 
 def _largest(d: Tensor, of: Structures) -> Tensor:
     return safe_sqrt(of.max(d.square().sum(1)))
-
-
-def safe_sqrt(square: Tensor) -> Tensor:
-    """sqrt with gradient zero at zero."""
-    positive = square > 0
-    return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), torch.zeros_like(square))
 
 
 def _pair(a: Comparable, b: Comparable) -> tuple[Structures, Structures]:

@@ -74,7 +74,8 @@ def reduced(cell: bytes, pbc: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray
     Takes the bytes of a cell, float64 of shape (3, 3), in Å, and of its pbc, bool of shape (3,).
     """
     vectors, periodic = np.frombuffer(cell).reshape(3, 3), np.frombuffer(pbc, dtype=bool)
-    reduced, _ = minkowski_reduce(complete_cell(vectors), periodic)
+    # Perpendicular vectors where it is not periodic: a tilted one would spoil the fractions along the others.
+    reduced, _ = minkowski_reduce(complete_cell(np.where(periodic[:, None], vectors, 0.0)), periodic)
     shortest = np.linalg.norm(reduced[periodic], axis=1).min(initial=np.inf)
     return reduced, np.linalg.inv(reduced), periodic.astype(float), np.asarray(shortest)
 
@@ -105,6 +106,26 @@ def nearest_lattice_vectors(d: Tensor, cells: Tensor, inverses: Tensor, periodic
     candidates = (whole.unsqueeze(1) + around * mask.unsqueeze(1)) @ cell
     nearest = (d.unsqueeze(1) - candidates).square().sum(2).argmin(1)
     return candidates[torch.arange(len(d), device=d.device), nearest]
+
+
+def minimum_images(d: Tensor, structures: Structures, owner: Tensor) -> Tensor:
+    """The shortest of the periodic images of each row of d, shape (n_rows, 3), in Å.
+
+    Parameters
+    ----------
+    d : Tensor, shape (n_rows, 3)
+        In Å. The result is differentiable in d and in the cells.
+    structures : Structures
+    owner : Tensor of int64, shape (n_rows,)
+        The structure of each row.
+    """
+    exact = d.detach().double()
+    cells, inverses, mask, _ = reduced_cells(structures, exact)
+    nearest = nearest_lattice_vectors(exact, cells, inverses, mask, owner)
+    # Whole numbers of cell vectors, so that the images move with the cells.
+    periodic = structures.cells.detach().double() * structures.pbc[:, :, None]
+    whole = (nearest.unsqueeze(1) @ torch.linalg.pinv(periodic)[owner]).round().to(d.dtype)
+    return d - (whole @ structures.cells[owner]).squeeze(1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,6 +21,7 @@ from ..constraints import KNOWN, unknown_of
 from ..iterated_map import Checkpointing, End, IteratedMap, Status, Trajectory
 from ..result import Relaxation
 from ..steppers import GradientDescent, State, Stepper
+from ..structures import Structures
 from ..utils import replacing
 
 PASSING = {"positions", "initial_charges", "initial_magmoms"}
@@ -50,7 +51,7 @@ class Recording:
             return
         if self.trajectory is None or not self._continues(self.trajectory, atoms):
             potential = atoms.calc.potential
-            start = potential.batch(atoms)
+            start = _leaf(potential.batch(atoms))
             self.trajectory = Trajectory(IteratedMap(potential, self.stepper), start, self.kept)
             self._started, self._started_with = atoms.copy(), self.stepper.todict()
         self.trajectory.keep(positions, state)
@@ -78,7 +79,7 @@ class Recording:
             raise RuntimeError(
                 "The atoms were changed after the last step of this run: take its relaxation before that."
             )
-        if trajectory.map.parameters():
+        if torch.is_grad_enabled():
             adjoint.check(trajectory.map, trajectory.start)
         # A trajectory of its own: the run may continue.
         frames = list(trajectory.frames)
@@ -125,7 +126,7 @@ def as_relaxation(
     atoms : Atoms
         Relaxed, with a TorchCalculator.
     initial : Atoms, optional
-        Where the relaxation started, for the result; no gradient flows there.
+        Where the relaxation started, for the result; the gradient there is zero.
     adjoint : Implicit or OneStep
         Those that need no frames.
     nsteps : int
@@ -156,7 +157,7 @@ def as_relaxation(
     start = potential.batch(atoms)
     if initial is not None:
         start = start.replace(positions=torch.tensor(initial.positions).to(start.positions))
-    trajectory = Trajectory(IteratedMap(potential, GradientDescent()), start, nsteps=[nsteps])
+    trajectory = Trajectory(IteratedMap(potential, GradientDescent()), _leaf(start), nsteps=[nsteps])
     chosen.check(trajectory.map, start)
     return _as_left(trajectory, atoms, chosen, fmax)
 
@@ -174,8 +175,12 @@ def _as_left(trajectory: Trajectory, atoms: Atoms, adjoint: Adjoint, fmax: float
         nsteps=trajectory.nsteps[0],
     )
     trajectory.end({0: end})
-    positions = adjoint.attach(trajectory) if trajectory.map.parameters() else trajectory.final
-    return Relaxation.of(Attached(trajectory, positions), (atoms,), single=True)
+    return Relaxation.of(Attached(trajectory, adjoint.attach(trajectory)), (atoms,), single=True)
+
+
+def _leaf(start: Structures) -> Structures:
+    """The same start, at whose positions gradients arrive."""
+    return start.replace(positions=start.positions.detach().requires_grad_())
 
 
 def _check_differentiable(atoms: Any) -> None:
