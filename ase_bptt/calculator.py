@@ -94,8 +94,8 @@ class TorchCalculator(Calculator):
             What is other than before; results are dropped where there is any.
         """
         for name in sorted(changes.keys() - SETTABLE):
-            known = "it can change potential, device, dtype and skin"
-            warnings.warn(f"TorchCalculator.set leaves {name!r} aside: {known}.", stacklevel=2)
+            said = f"TorchCalculator.set leaves {name!r} aside: it can change potential, device, dtype and skin."
+            warnings.warn(said, stacklevel=2)
         # ASE's constructor comes here before there is anything to change.
         if not changes.keys() & SETTABLE:
             return {}

@@ -67,6 +67,15 @@ def formula(structures: Structures, k: int) -> str:
     return Symbols(numbers).get_chemical_formula()
 
 
+def periodic_cell(cell: np.ndarray, periodic: np.ndarray) -> np.ndarray:
+    """The cell (3, 3) with unit vectors at right angles to the others in place of those that are not periodic.
+
+    Such a vector means nothing, and a tilted one would spoil the fractions along the others: ASE's `find_mic` misses
+    the nearest image where it is given one.
+    """
+    return complete_cell(np.where(np.asarray(periodic)[:, None], cell, 0.0))
+
+
 @lru_cache(maxsize=4096)
 def reduced(cell: bytes, pbc: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Minkowski-reduced cell, its inverse, which of its vectors are periodic (as 0 and 1), and their least length.
@@ -74,8 +83,7 @@ def reduced(cell: bytes, pbc: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray
     Takes the bytes of a cell, float64 of shape (3, 3), in Å, and of its pbc, bool of shape (3,).
     """
     vectors, periodic = np.frombuffer(cell).reshape(3, 3), np.frombuffer(pbc, dtype=bool)
-    # Perpendicular vectors where it is not periodic: a tilted one would spoil the fractions along the others.
-    reduced, _ = minkowski_reduce(complete_cell(np.where(periodic[:, None], vectors, 0.0)), periodic)
+    reduced, _ = minkowski_reduce(periodic_cell(vectors, periodic), periodic)
     shortest = np.linalg.norm(reduced[periodic], axis=1).min(initial=np.inf)
     return reduced, np.linalg.inv(reduced), periodic.astype(float), np.asarray(shortest)
 
@@ -151,7 +159,7 @@ class Compact:
     @classmethod
     def of(cls, x: np.ndarray, cell: np.ndarray, periodic: np.ndarray, cutoff: float) -> Compact:
         """The compact form for a search within the cutoff (Å); x must be finite, and not empty."""
-        box, operation = complete_cell(np.where(periodic[:, None], cell, 0.0)), np.eye(3, dtype=int)
+        box, operation = periodic_cell(cell, periodic), np.eye(3, dtype=int)
         lengths = np.linalg.norm(box, axis=1)
         if (heights(box) < FLAT * lengths)[periodic].any():
             box, operation = (np.array(found) for found in minkowski_reduce(box, periodic))

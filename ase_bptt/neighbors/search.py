@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from ase.geometry.cell import complete_cell
 from torch import Tensor
 from vesin import NeighborList as VesinNeighborList
 
 from ..structures import Structures
-from .lattice import IMAGES, Compact, check_lattices, formula, heights
+from .lattice import IMAGES, Compact, check_lattices, formula, heights, periodic_cell
 
 Found = tuple[Tensor, Tensor, Tensor, "Tensor | None"]
 """i, j, shifts and mirror of one structure, as `ase_bptt.neighbors.Edges` has them."""
@@ -145,7 +144,7 @@ def search_on_device(
         In Å.
     """
     device = positions.device
-    full = np.stack([complete_cell(np.where(p[:, None], c, 0.0)) for c, p in zip(cells, pbc, strict=True)])
+    full = np.stack([periodic_cell(c, p) for c, p in zip(cells, pbc, strict=True)])
     vectors, inverses = (torch.from_numpy(x).to(device) for x in (full, np.linalg.inv(full)))
     owner = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(device)
     # Atoms may be anywhere: each is wrapped into its cell, and the lattice vector is kept.
@@ -174,9 +173,8 @@ def _reach(cells: np.ndarray, pbc: np.ndarray, cutoff: float) -> np.ndarray:
     """How many periodic images to search on each side of each direction, shape (n, 3)."""
     reach = np.zeros(pbc.shape, np.int64)
     for k, (cell, periodic) in enumerate(zip(cells, pbc, strict=True)):
-        heights = 1 / np.linalg.norm(np.linalg.inv(complete_cell(np.where(periodic[:, None], cell, 0.0))), axis=0)
         # Two atoms of one cell may be nearly a whole cell apart already.
-        reach[k] = np.where(periodic, np.floor(cutoff / heights) + 1, 0)
+        reach[k] = np.where(periodic, np.floor(cutoff / heights(periodic_cell(cell, periodic))) + 1, 0)
     return reach
 
 
