@@ -73,7 +73,8 @@ def periodic_cell(cell: np.ndarray, periodic: np.ndarray) -> np.ndarray:
     Such a vector means nothing, and a tilted one would spoil the fractions along the others: ASE's `find_mic` misses
     the nearest image where it is given one.
     """
-    return complete_cell(np.where(np.asarray(periodic)[:, None], cell, 0.0))
+    periodic = np.asarray(periodic)
+    return cell if periodic.all() else complete_cell(np.where(periodic[:, None], cell, 0.0))
 
 
 @lru_cache(maxsize=4096)
@@ -149,26 +150,36 @@ class Compact:
         In Å.
     box : array, shape (3, 3)
         Vectors as rows, in Å; those that are not periodic span the atoms.
+    heights : array, shape (3,)
+        Distance between opposite faces of the box, in Å.
     """
 
     positions: np.ndarray
     box: np.ndarray
+    heights: np.ndarray
     _away: np.ndarray
     _operation: np.ndarray
 
     @classmethod
     def of(cls, x: np.ndarray, cell: np.ndarray, periodic: np.ndarray, cutoff: float) -> Compact:
         """The compact form for a search within the cutoff (Å); x must be finite, and not empty."""
-        box, operation = periodic_cell(cell, periodic), np.eye(3, dtype=int)
-        lengths = np.linalg.norm(box, axis=1)
-        if (heights(box) < FLAT * lengths)[periodic].any():
+        box, operation = np.array(periodic_cell(cell, periodic)), np.eye(3, dtype=int)
+        inverse = np.linalg.inv(box)
+        if (heights(inverse) < FLAT * np.linalg.norm(box, axis=1))[periodic].any():
             box, operation = (np.array(found) for found in minkowski_reduce(box, periodic))
-        fractional = x @ np.linalg.inv(box)
+            inverse = np.linalg.inv(box)
+        fractional, height = x @ inverse, heights(inverse)
         away = np.floor(fractional) * periodic
-        inside, fractional = x - away @ box, fractional - away
+        inside = x - away @ box if away.any() else x
         for axis in range(3):
-            inside, box[axis] = _without_gaps(inside, fractional[:, axis], box, axis, bool(periodic[axis]), cutoff)
-        return cls(inside, box, away, operation)
+            # A cell that is no longer than that has no gap.
+            if not periodic[axis] or height[axis] > GAP * cutoff:
+                along = fractional[:, axis] - away[:, axis]
+                gap = GAP * cutoff / height[axis]
+                inside, length = _without_gaps(inside, along, box[axis], gap, bool(periodic[axis]))
+                box[axis] *= length
+                height[axis] *= length
+        return cls(inside, box, height, away, operation)
 
     def shifts(self, found: np.ndarray) -> np.ndarray:
         """Shifts that were found in the compact box, as whole numbers of its vectors, in those of the given cell."""
@@ -176,24 +187,26 @@ class Compact:
 
     def wrapped(self, i: np.ndarray, j: np.ndarray) -> np.ndarray:
         """What is to be added to these shifts, since atoms i and j were wrapped."""
-        return (self._away[i] - self._away[j]) @ self._operation
+        return (self._away[i] - self._away[j]) @ self._operation if self._away.any() else np.zeros((len(i), 3))
 
 
-def heights(box: np.ndarray) -> np.ndarray:
-    """Distance between opposite faces of a box, shape (3,), in Å."""
-    return 1 / np.linalg.norm(np.linalg.inv(box), axis=0)
+def heights(inverse: np.ndarray) -> np.ndarray:
+    """Distances between opposite faces of a box in Å, shape (3,), from its inverse."""
+    return 1 / np.linalg.norm(inverse, axis=0)
 
 
-def _without_gaps(x: np.ndarray, along: np.ndarray, box: np.ndarray, axis: int, periodic: bool, cutoff: float) -> Any:
-    """Positions without what is empty along one vector of the box, and that vector, which spans the atoms."""
-    height = heights(box)[axis]
+def _without_gaps(
+    x: np.ndarray, along: np.ndarray, vector: np.ndarray, gap: float, periodic: bool
+) -> tuple[np.ndarray, float]:
+    """Positions without what is empty along a vector of the box, and the part of it that then holds the atoms.
+
+    Gaps are shortened to this one, a fraction of the vector, as `along` are the atoms' places.
+    """
     order = np.argsort(along, kind="stable")
     steps = np.diff(along[order])
-    last = 1 - (along[order[-1]] - along[order[0]])
-    excess = np.maximum(np.append(steps, last if periodic else 0.0) - GAP * cutoff / height, 0.0)
-    vector = box[axis]
+    last = 1 - (along[order[-1]] - along[order[0]]) if periodic else 0.0
+    excess = np.maximum(np.append(steps, last) - gap, 0.0)
     if excess.any():
         x = x.copy()
         x[order[1:]] -= np.cumsum(excess[:-1])[:, None] * vector
-    span = 1.0 if periodic else np.sum(steps) + cutoff / height
-    return x, vector * (span - excess.sum())
+    return x, float((1.0 if periodic else steps.sum() + gap) - excess.sum())

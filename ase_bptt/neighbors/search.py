@@ -60,15 +60,15 @@ def _of_one(x: np.ndarray, cell: np.ndarray, periodic: np.ndarray, cutoff: float
         none = np.zeros(0, np.int64)
         return none, none, np.zeros((0, 3)), none
     compact = Compact.of(x, cell, periodic, cutoff)
-    if len(x) * (2 * cutoff / heights(compact.box) + 1)[periodic].prod() > IMAGES:
+    if len(x) * (2 * cutoff / compact.heights + 1)[periodic].prod() > IMAGES:
         raise _TooManyImages
     # Without periodicity no distance exceeds the span, and the cost of a search grows with the cube of its radius.
     least = cutoff if periodic.any() else min(cutoff, _span(x))
-    reach = _reach_of_bins(compact.box, least)
+    reach = _reach_of_bins(compact.heights, least)
     find = VesinNeighborList(cutoff=reach, full_list=True, n_threads=1)
-    i, j, shifts, lengths = find.compute(compact.positions, compact.box, periodic, "ijSd")
-    if reach > least:
-        i, j, shifts = (column[lengths < least] for column in (i, j, shifts))
+    i, j, shifts, *lengths = find.compute(compact.positions, compact.box, periodic, "ijS" if reach == least else "ijSd")
+    for length in lengths:
+        i, j, shifts = (column[length < least] for column in (i, j, shifts))
     i, j, whole = (column.astype(np.int64) for column in (i, j, compact.shifts(shifts)))
     # One order for one geometry, whenever the list was built: sums repeat bit for bit.
     code = edge_codes(i, j, whole, len(x))
@@ -83,14 +83,14 @@ class _TooManyImages(ValueError):
     """A cell far smaller than the cutoff."""
 
 
-def _reach_of_bins(box: np.ndarray, cutoff: float) -> float:
-    """The cutoff, or a longer one for boxes that vesin would sort into so many bins that it divides by zero.
+def _reach_of_bins(heights: np.ndarray, cutoff: float) -> float:
+    """The cutoff, or a longer one for boxes of heights that vesin would sort into so many bins that it divides by zero.
 
     It has `BINS` at most, shared out in proportion to the heights of the box, and rounds down to none of them where
     one direction is much shorter than another.
     """
     while True:
-        bins = np.maximum(np.trunc(heights(box) / cutoff), 1)
+        bins = np.maximum(np.trunc(heights / cutoff), 1)
         if bins.prod() <= BINS or (bins * np.cbrt(BINS / bins.prod())).min() >= 2:
             return cutoff
         cutoff *= 1.25
@@ -174,7 +174,7 @@ def _reach(cells: np.ndarray, pbc: np.ndarray, cutoff: float) -> np.ndarray:
     reach = np.zeros(pbc.shape, np.int64)
     for k, (cell, periodic) in enumerate(zip(cells, pbc, strict=True)):
         # Two atoms of one cell may be nearly a whole cell apart already.
-        reach[k] = np.where(periodic, np.floor(cutoff / heights(periodic_cell(cell, periodic))) + 1, 0)
+        reach[k] = np.where(periodic, np.floor(cutoff / heights(np.linalg.inv(periodic_cell(cell, periodic)))) + 1, 0)
     return reach
 
 
