@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .iterated_map import End, IteratedMap, Status
 from .neighbors import Edges, NeighborList
+from .neighbors.lattice import farthest
 from .steppers import State
 from .structures import Structures
 
@@ -88,16 +89,19 @@ class Batch:
         """
         with torch.no_grad():
             question = self._neighbors.question(following[0])
-            found = torch.cat((self._measures().double(), question)).tolist()
+            found = torch.cat((self._measures(following[0]).double(), question)).tolist()
         n = len(self)
-        self._answer = found[3 * n :]
-        force, energy, total = found[:n], found[n : 2 * n], found[2 * n : 3 * n]
+        self._answer = found[4 * n :]
+        force, energy, total, reach = (found[first : first + n] for first in range(0, 4 * n, n))
         stopping = {}
         for k in range(n):
             if self.frames[k] == 0:
                 self._first_energies[k] = energy[k]
             finite = all(map(math.isfinite, (force[k], energy[k], total[k])))
             status = self._status(k, force[k], energy[k]) if finite else Status.DIVERGED
+            # No edges can be searched for so far away, and the others must go on.
+            if status is None and self._limit < reach[k] < math.inf:
+                status = Status.DIVERGED
             if status is not None:
                 stopping[k] = status
         return stopping
@@ -172,11 +176,16 @@ class Batch:
         self._neighbors.keep(stay, self.structures)
         self._edges = self._answer = None
 
-    def _measures(self) -> Tensor:
-        """Largest force, energy and sum of the coordinates of each, shape (3 n,)."""
+    def _measures(self, following: Structures) -> Tensor:
+        """Largest force, energy and sum of the coordinates of each, and its largest coordinate next, shape (4 n,)."""
         # An atom at NaN has no neighbours and so no force: the positions are asked, too.
         total = self.structures.sum(self.structures.positions).sum(1)
-        return torch.cat((self.structures.largest_force(self.forces), self.energies, total))
+        reach = following.max(following.positions.abs().amax(1))
+        return torch.cat((self.structures.largest_force(self.forces), self.energies, total, reach))
+
+    @property
+    def _limit(self) -> float:
+        return farthest(self.structures.positions.dtype)
 
     def _status(self, k: int, largest_force: float, energy: float) -> Status | None:
         if largest_force < self.fmax:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from .potentials import as_potential
 from .structures import Structures
 
 BASIC = ["energy", "free_energy", "forces", "stress"]
+SETTABLE = frozenset({"potential", "device", "dtype", "skin", "trust"})
+"""What `TorchCalculator.set` can change."""
 
 
 class TorchCalculator(Calculator):
@@ -50,8 +53,9 @@ class TorchCalculator(Calculator):
     Attributes
     ----------
     potential : Potential
-        Its ``requires_grad`` flags are yours, and are never touched. ASE cannot see it when weights
-        change, so results are also dropped whenever a weight has been changed in place.
+        May be set, to what the constructor takes. Its ``requires_grad`` flags are yours, and are never
+        touched. ASE cannot see it when weights change, so results are also dropped whenever a weight has
+        been changed in place.
     """
 
     implemented_properties = [*BASIC, "energies", "stresses", "magmoms"]  # noqa: RUF012 (ASE's contract)
@@ -67,21 +71,63 @@ class TorchCalculator(Calculator):
         trust: bool = False,
         **kwargs: Any,
     ):
-        self.potential = as_potential(potential, device=device, dtype=dtype, trust=trust)
-        basic = [name for name in BASIC if name != "stress" or self.potential.conservative]
-        self.implemented_properties = [*basic, *self.potential.atomic_properties]
-        self._neighbors = NeighborList(self.potential.cutoff, skin)
-        self._weights = Weights(self.potential)
+        super().__init__(**kwargs)
+        self._use(as_potential(potential, device=device, dtype=dtype, trust=trust), skin, potential)
+
+    @property
+    def potential(self) -> Potential:
+        return self._potential
+
+    @potential.setter
+    def potential(self, potential: str | Path | nn.Module) -> None:
+        self._use(as_potential(potential), self._skin, potential)
+
+    def set(self, **changes: Any) -> dict[str, Any]:
+        """Change what the calculator computes with: potential, device, dtype, skin (and trust, for a potential).
+
+        A dtype or a device alone makes a copy of the potential, as in the constructor. Names that are not known are
+        left aside with a warning.
+
+        Returns
+        -------
+        dict
+            What is other than before; results are dropped where there is any.
+        """
+        for name in sorted(changes.keys() - SETTABLE):
+            said = f"TorchCalculator.set leaves {name!r} aside: it can change potential, device, dtype and skin."
+            warnings.warn(said, stacklevel=2)
+        # ASE's constructor comes here before there is anything to change.
+        if not changes.keys() & SETTABLE:
+            return {}
+        before, old = self._described() | {"device": self.potential.device}, self.potential
+        skin, given = changes.get("skin", before["skin"]), changes.get("potential", before["potential"])
+        # The name that is there already means the potential that is there, whatever has been learnt since.
+        potential = old if isinstance(given, str | Path) and str(given) == before["potential"] else given
+        asked = {name: changes[name] for name in ("device", "dtype") if changes.get(name) is not None}
+        potential = as_potential(potential, trust=changes.get("trust", False), **asked)
+        if potential is old and skin == before["skin"]:
+            return {}
+        self._use(potential, skin, given)
+        after = self._described() | {"device": self.potential.device}
+        changed = {name: value for name, value in after.items() if value != before[name]}
+        return changed if potential is old or changed else {"potential": after["potential"]}
+
+    def _use(self, potential: Potential, skin: float, given: str | Path | nn.Module) -> None:
+        """Compute with this potential, which was given by this name or module, from now on."""
+        self._neighbors = NeighborList(potential.cutoff, skin)
+        self._potential, self._skin = potential, skin
+        self._given = str(given) if isinstance(given, str | Path) else potential.family
+        basic = [name for name in BASIC if name != "stress" or potential.conservative]
+        self.implemented_properties = [*basic, *potential.atomic_properties]
+        self._weights = Weights(potential)
         self._calculated_with: Versions = ()
         self._prepared: tuple[Potential, Atoms, Structures] | None = None
-        # Parameters go into trajectories and databases: JSON only, the module stays out.
-        described = str(potential) if isinstance(potential, str | Path) else self.potential.family
-        super().__init__(
-            potential=described,
-            dtype=str(self.potential.dtype).removeprefix("torch."),
-            skin=skin,
-            **kwargs,
-        )
+        self.parameters.update(self._described())
+        self.reset()
+
+    def _described(self) -> dict[str, Any]:
+        """What goes into trajectories and databases: JSON only, the module stays out."""
+        return {"potential": self._given, "dtype": _name(self.potential.dtype), "skin": self._skin}
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """What changed since the last calculation; changed weights count as changed positions."""
@@ -149,6 +195,8 @@ class TorchCalculator(Calculator):
                 return last.replace(positions=torch.tensor(atoms.positions, device=device, dtype=dtype))
         structures = Structures.from_atoms(atoms, device=device, dtype=dtype)
         self.potential.check(structures)
+        # The module may have been cast where it is.
+        self.parameters.update(self._described())
         self._prepared = self.potential, atoms, structures
         return structures
 
@@ -168,6 +216,10 @@ def same_but_positions(a: Atoms, b: Atoms) -> bool:
     if not ((a.cell.array == b.cell.array).all() and (a.pbc == b.pbc).all()):
         return False
     return all(np.array_equal(value, b.arrays[name]) for name, value in a.arrays.items() if name != "positions")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _numpy(tensor: torch.Tensor) -> np.ndarray:

@@ -7,19 +7,31 @@ gradient where the match is exact.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
-from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
 from ase import Atoms
-from ase.geometry.cell import complete_cell
-from ase.geometry.minkowski_reduction import minkowski_reduce
 from torch import Tensor
 
+from .geometry import angles, distances
+from .neighbors.lattice import nearest_lattice_vectors, reduced, reduced_cells
 from .result import Relaxation
 from .structures import Structures, as_structures
+from .utils import safe_sqrt
+
+__all__ = [
+    "angles",
+    "delta_q",
+    "displacements",
+    "distances",
+    "log_delta_q",
+    "max_displacement",
+    "named_loss",
+    "rmsd",
+    "root_delta_q",
+    "squared_delta_q",
+]
 
 Comparable = Relaxation | Structures | Atoms | Sequence[Atoms]
 SCALE = 0.1
@@ -130,12 +142,6 @@ def _largest(d: Tensor, of: Structures) -> Tensor:
     return safe_sqrt(of.max(d.square().sum(1)))
 
 
-def safe_sqrt(square: Tensor) -> Tensor:
-    """sqrt with gradient zero at zero."""
-    positive = square > 0
-    return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), torch.zeros_like(square))
-
-
 def _pair(a: Comparable, b: Comparable) -> tuple[Structures, Structures]:
     """Both as batches, the reference detached and in the dtype and on the device of the other."""
     now = a.structures if isinstance(a, Relaxation) else as_structures(a)
@@ -197,11 +203,7 @@ def lattice_translations(d: Tensor, of: Structures, weights: Tensor) -> Tensor:
     """
     if not bool(of.pbc.any()):
         return torch.zeros_like(d)
-    reduced = [
-        _reduced(c.tobytes(), p.tobytes())
-        for c, p in zip(of.cells.detach().double().cpu().numpy(), of.pbc.cpu().numpy(), strict=True)
-    ]
-    cells, inverses, periodic, shortest = (torch.from_numpy(np.stack(x)).to(d) for x in zip(*reduced, strict=True))
+    cells, inverses, periodic, shortest = reduced_cells(of, d)
     ends, certain = np.cumsum(of.counts), torch.zeros_like(shortest, dtype=torch.bool)
     best, best_score = torch.zeros_like(d), torch.full_like(of.volumes.detach(), torch.inf)
     for anchor in range(-1, min(ANCHORS, max(of.counts))):
@@ -211,7 +213,7 @@ def lattice_translations(d: Tensor, of: Structures, weights: Tensor) -> Tensor:
         ]
         drift = torch.zeros_like(of.cells[:, 0]) if anchor < 0 else _passing(d[rows], of)
         for _ in range(3):
-            translation = _nearest(d - drift[of.batch], cells, inverses, periodic, of.batch)
+            translation = nearest_lattice_vectors(d - drift[of.batch], cells, inverses, periodic, of.batch)
             drift = _mean(d - translation, of, weights)
         rest = d - translation - drift[of.batch]
         squares = rest.square().sum(1)
@@ -225,31 +227,9 @@ def lattice_translations(d: Tensor, of: Structures, weights: Tensor) -> Tensor:
     return best
 
 
-def _nearest(d: Tensor, cells: Tensor, inverses: Tensor, periodic: Tensor, batch: Tensor) -> Tensor:
-    """The lattice vector nearest to each row of d, shape (n_atoms, 3).
-
-    Rounding in a Minkowski-reduced cell misses by at most one cell in each direction.
-    """
-    cell, mask = cells[batch], periodic[batch]
-    whole = ((d.unsqueeze(1) @ inverses[batch]).squeeze(1)).round() * mask
-    around = torch.tensor(list(product((0, -1, 1), repeat=3)), dtype=d.dtype, device=d.device)
-    candidates = (whole.unsqueeze(1) + around * mask.unsqueeze(1)) @ cell
-    nearest = (d.unsqueeze(1) - candidates).square().sum(2).argmin(1)
-    return candidates[torch.arange(len(d), device=d.device), nearest]
-
-
-@lru_cache(maxsize=4096)
-def _reduced(cell: bytes, pbc: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Minkowski-reduced cell, its inverse, which of its vectors are periodic (as 0 and 1), and their least length."""
-    vectors, periodic = np.frombuffer(cell).reshape(3, 3), np.frombuffer(pbc, dtype=bool)
-    reduced, _ = minkowski_reduce(complete_cell(vectors), periodic)
-    shortest = np.linalg.norm(reduced[periodic], axis=1).min(initial=np.inf)
-    return reduced, np.linalg.inv(reduced), periodic.astype(float), np.asarray(shortest)
-
-
 def shortest_lattice_vector(atoms: Atoms) -> float:
     """Length in Å of the shortest translation that the periodic directions have; infinite where there are none."""
-    return float(_reduced(atoms.cell.array.tobytes(), atoms.pbc.tobytes())[3])
+    return float(reduced(atoms.cell.array.tobytes(), atoms.pbc.tobytes())[3])
 
 
 def _aligned(now: Structures, then: Structures, d: Tensor, weights: Tensor) -> Tensor:

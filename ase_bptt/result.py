@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .adjoints import Attached, Solve
 from .iterated_map import Status, Trajectory
-from .structures import Structures
+from .structures import Structures, unrounded
 
 __all__ = ["Relaxation", "Status"]
 
@@ -164,15 +164,16 @@ class Relaxation:
     def to_atoms(self) -> Any:
         """The relaxed Atoms with energy and forces: one for Atoms, a list for a list.
 
-        Everything else of the Atoms that were given (info, arrays, constraints) is kept.
+        Everything else of the Atoms that were given (info, arrays, constraints) is kept, and atoms that have not moved
+        are where they were to the last bit.
         """
         relaxed = self.structures.to_atoms()
+        positions = self.positions.split(self.start.counts)
         energies = self._energies.cpu().double().tolist()
         forces = self.forces.cpu().double().split(self.start.counts)
         for k, atoms in enumerate(relaxed):
             if self._sources is not None:
-                positions = atoms.positions
                 relaxed[k] = atoms = self._sources[k].copy()
-                atoms.positions = positions
+                atoms.positions = unrounded(positions[k], atoms.positions)
             atoms.calc = SinglePointCalculator(atoms, energy=energies[k], forces=forces[k].numpy())
         return relaxed[0] if self._single else relaxed

@@ -226,6 +226,22 @@ class Structures:
         return per_atom.new_zeros(len(self)).scatter_reduce(0, self.batch, per_atom, "amax")
 
 
+def unrounded(positions: Tensor, given: np.ndarray) -> np.ndarray:
+    """Positions (Å) as float64, with the digits of those given that the precision of a potential had rounded away.
+
+    What has not moved is where it was, to the last bit; what is in double precision already stays as it is.
+
+    Parameters
+    ----------
+    positions : Tensor, shape (n_atoms, 3)
+    given : array of float64, shape (n_atoms, 3)
+        What they were, or are, before they were rounded.
+    """
+    exact = torch.from_numpy(np.array(given, dtype=float))
+    rounded = exact.to(positions.dtype).double()
+    return (positions.detach().cpu().double() + (exact - rounded)).numpy()
+
+
 def as_structures(
     structures: Structures | Atoms | Sequence[Atoms],
     *,

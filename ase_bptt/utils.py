@@ -140,6 +140,12 @@ def added(some: Gradients, others: Gradients) -> list[Tensor | None]:
     return [a if b is None else b if a is None else a + b for a, b in zip(some, others, strict=True)]
 
 
+def safe_sqrt(square: Tensor) -> Tensor:
+    """sqrt with gradient zero at zero."""
+    positive = square > 0
+    return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), torch.zeros_like(square))
+
+
 Versions = tuple[tuple[int, int], ...]
 
 

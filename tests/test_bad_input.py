@@ -202,7 +202,7 @@ FAULTS = [
     ),
     Fault("cell", stretched(0.02), ("cell changes by 0.020",), stretched(5e-4)),
     Fault("pbc", bounded(True, True, False), ("periodic boundaries change",), bounded(True, True, True)),
-    Fault("flat cell", flat(0.0), ("cell vectors span nothing",), flat(20.0)),
+    Fault("flat cell", flat(0.0), ("is periodic along a cell vector of length zero",), flat(20.0)),
     Fault("NaN", set_position(0, np.nan), ("not a finite number",), set_position(0, 3.0)),
     Fault("infinite", set_position(1, np.inf), ("not a finite number",), set_position(1, 3.0)),
     Fault("clash", approach(0, 0.45), ("initial structure", "0 and 1 are 0.45 Å", "0.5 Å"), approach(0, 0.55)),

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 from ase.calculators.lj import LennardJones as AseLennardJones
-from ase.constraints import FixAtoms, FixBondLengths
+from ase.constraints import ExternalForce, FixAtoms, FixBondLengths, Hookean
 from ase.optimize import BFGS
 from ase.optimize import FIRE as AseFIRE
 from helpers.potentials import lennard_jones
 from helpers.structures import argon, cluster, constrained
 
 from ase_bptt import Status, relax
-from ase_bptt.steppers import FIRE
+from ase_bptt.steppers import FIRE, GradientDescent
 from ase_bptt.throughput import Relaxed, relax_all
 
 SETTINGS = {"fmax": 0.02, "steps": 200}
@@ -72,6 +72,23 @@ def test_constraints_are_obeyed_as_ase_obeys_them(constraint, stepper, optimizer
     assert len(end.atoms.constraints) == 1
 
 
+@pytest.mark.parametrize(
+    "constraint",
+    [Hookean(0, [5.0, 0, 0], rt=1.0, k=0.3), Hookean(0, 1, rt=0.8, k=2.0), ExternalForce(0, 2, 0.1), FixAtoms([0])],
+    ids=["spring to a point", "spring of a bond", "external force", "fixed atoms"],
+)
+def test_the_energy_of_a_constraint_counts_once(constraint):
+    start = constrained(argon(), constraint)
+    (end,) = whole(relax_all(lennard_jones(), [start], stepper=fire(), fmax=0.05, steps=20))
+    live = end.atoms.copy()
+    live.calc = AseLennardJones(smooth=True, rc=2.4, ro=1.8)
+    np.testing.assert_allclose(end.atoms.get_potential_energy(), live.get_potential_energy(), atol=1e-8)
+    np.testing.assert_allclose(end.atoms.get_forces(), live.get_forces(), atol=1e-7)
+    # What is stored, and written to files, is the potential's alone.
+    for name in ("energy", "forces"):
+        np.testing.assert_allclose(end.atoms.calc.results[name], live.calc.results[name], atol=1e-7)
+
+
 def test_constrained_and_free_ones_come_back_in_order():
     structures = [constrained(argon(), FixAtoms([0])), argon(2), constrained(cluster(), FixAtoms([1])), argon(3)]
     found = list(relax_all(lennard_jones(), structures, stepper=fire(), **SETTINGS))
@@ -87,6 +104,22 @@ def test_what_diverges_says_so_and_holds_nobody_up(constrain):
         broken.set_constraint(FixAtoms([3]))
     ends = whole(relax_all(lennard_jones(), [broken, argon(2)], stepper=fire(), **SETTINGS))
     assert [end.status for end in ends] == [Status.DIVERGED, Status.CONVERGED]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_what_is_thrown_beyond_all_bounds_diverges_where_it_was_and_the_others_go_on(dtype):
+    unbound = GradientDescent(0.002, maxstep=1e14)
+    broken = argon(4)
+    broken.positions[1] = broken.positions[0] + [0.05, 0, 0]
+    potential = lennard_jones().to(dtype)
+    alone = relax(potential, argon(2), stepper=unbound, **SETTINGS)
+    ends = whole(relax_all(potential, [broken, argon(2)], stepper=unbound, **SETTINGS))
+    assert [end.status for end in ends] == [Status.DIVERGED, Status.CONVERGED]
+    assert ends[1].nsteps == int(alone.nsteps[0])
+    with torch.enable_grad():
+        found = relax(potential.requires_grad_(), [broken, argon(2)], stepper=unbound, **SETTINGS)
+    assert found.status == (Status.DIVERGED, Status.CONVERGED)
+    assert found.positions.isfinite().all()
 
 
 def test_the_structures_given_are_left_as_they_are():

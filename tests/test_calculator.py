@@ -17,7 +17,7 @@ from ase.filters import FrechetCellFilter
 from ase.io import Trajectory, read, write
 from ase.mep import DimerControl, MinModeAtoms, MinModeTranslate
 from ase.optimize import BFGS
-from helpers.potentials import lennard_jones, needs_chgnet, needs_mace, tiny_mace
+from helpers.potentials import lennard_jones, needs_chgnet, needs_mace, tiny_mace, wide_lennard_jones
 from helpers.structures import argon, cluster, methanol, silicon, skewed
 
 from ase_bptt import TorchCalculator
@@ -379,3 +379,80 @@ def test_a_dimer_climbs_to_the_saddle_that_ases_calculator_leads_to():
     assert ours == pytest.approx(theirs, abs=1e-8)
     assert ours < 0
     assert m == n > 3
+
+
+class TestSet:
+    """What is set takes effect, and the parameters that go into files are those that are computed with."""
+
+    def test_a_potential_and_its_dtype_take_effect(self):
+        atoms = silicon()
+        atoms.calc = TorchCalculator(wide_lennard_jones(2.5), skin=0.3)
+        before = atoms.get_potential_energy()
+        other = wide_lennard_jones(2.7)
+        assert atoms.calc.set(potential=other, dtype="float32") == {"dtype": "float32"}
+        assert atoms.calc.potential.dtype is torch.float32
+        assert atoms.calc.parameters == {"potential": "lj", "dtype": "float32", "skin": 0.3}
+        assert other.dtype is torch.float64
+        fresh = silicon()
+        fresh.calc = TorchCalculator(other, dtype="float32")
+        assert atoms.get_potential_energy() == fresh.get_potential_energy() != before
+
+    def test_dtype_alone_makes_a_copy_that_keeps_the_weights(self):
+        potential = wide_lennard_jones(2.5)
+        calculator = TorchCalculator(potential)
+        assert calculator.set(dtype=torch.float32) == {"dtype": "float32"}
+        assert calculator.potential is not potential
+        assert potential.dtype is torch.float64
+
+    def test_what_is_there_already_changes_nothing(self):
+        atoms = silicon()
+        atoms.calc = TorchCalculator("emt", skin=0.3)
+        atoms.symbols[:] = "Cu"
+        energy, potential = atoms.get_potential_energy(), atoms.calc.potential
+        assert atoms.calc.set(**atoms.calc.parameters) == {}
+        assert atoms.calc.set(potential=potential, device="cpu") == {}
+        assert atoms.calc.potential is potential
+        assert atoms.calc.results["energy"] == energy
+
+    def test_a_skin_takes_effect(self):
+        atoms = silicon()
+        atoms.calc = TorchCalculator(wide_lennard_jones(2.5), skin=0.3)
+        energy = atoms.get_potential_energy()
+        assert atoms.calc.set(skin=1.0) == {"skin": 1.0}
+        assert (atoms.calc.parameters["skin"], atoms.calc.results) == (1.0, {})
+        assert atoms.get_potential_energy() == pytest.approx(energy, abs=1e-12)
+        with pytest.raises(ValueError, match="skin must not be negative"):
+            atoms.calc.set(skin=-1.0)
+        assert atoms.calc.parameters["skin"] == 1.0
+
+    def test_a_potential_of_another_cutoff_may_be_assigned(self):
+        short, long = wide_lennard_jones(2.5), wide_lennard_jones(2.5, rc=8.0)
+        atoms, fresh = silicon(), silicon()
+        atoms.calc = TorchCalculator(short)
+        atoms.get_potential_energy()
+        atoms.calc.potential = long
+        fresh.calc = TorchCalculator(long)
+        assert atoms.get_potential_energy() == fresh.get_potential_energy()
+        np.testing.assert_array_equal(atoms.get_forces(), fresh.get_forces())
+
+    def test_a_module_that_was_cast_where_it_is_is_recorded_as_it_is(self):
+        atoms = silicon()
+        atoms.calc = TorchCalculator(wide_lennard_jones(2.5))
+        atoms.get_potential_energy()
+        atoms.calc.potential.to(torch.float32)
+        atoms.get_potential_energy()
+        assert atoms.calc.parameters["dtype"] == "float32"
+
+    def test_names_that_are_not_known_leave_no_trace(self):
+        calculator = TorchCalculator(wide_lennard_jones(2.5))
+        with pytest.warns(UserWarning, match="leaves 'nonsense' aside: it can change potential, device"):
+            assert calculator.set(nonsense=3) == {}
+        assert "nonsense" not in calculator.parameters
+
+    def test_what_cannot_be_loaded_changes_nothing(self):
+        calculator = TorchCalculator(wide_lennard_jones(2.5))
+        parameters, potential = dict(calculator.parameters), calculator.potential
+        for wrong in ({"potential": "no such"}, {"dtype": "float8"}):
+            with pytest.raises(ValueError, match="There is no"):
+                calculator.set(**wrong)
+        assert (calculator.parameters, calculator.potential) == (parameters, potential)

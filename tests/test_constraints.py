@@ -36,6 +36,7 @@ from ase_bptt import (
 )
 from ase_bptt.constraints import KNOWN
 from ase_bptt.steppers import FIRE, GradientDescent
+from ase_bptt.throughput import relax_all
 from ase_bptt.training.training_data import VariedStarts
 
 
@@ -139,6 +140,39 @@ def test_forces_on_fixed_atoms_do_not_count():
     assert found.status[0] is Status.CONVERGED
     assert int(found.nsteps[0]) == 0
     assert found.forces.abs().max() > 0.1
+
+
+HOLDING = {
+    "atoms": (FixAtoms([0, 2]), [[0], [2]]),
+    "axes": (FixCartesian([1, 3], [True, False, True]), [[1, 1, 3, 3], [0, 2, 0, 2]]),
+    "every atom": (FixAtoms([0, 1, 2, 3]), [[0, 1, 2, 3]]),
+}
+
+
+@pytest.mark.parametrize("name", HOLDING)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("away", [0.123456789, 1000.123456789])
+def test_what_does_not_move_comes_back_bit_for_bit(name, dtype, away):
+    constraint, held = HOLDING[name]
+    start = constrained(argon(), constraint)
+    start.positions += away
+    potential, still = lennard_jones().to(dtype), tuple(held)
+    twin = start.copy()
+    twin.calc = TorchCalculator(potential)
+    with BPTTOptimizer(twin, logfile=None, stepper=fire()) as optimizer:
+        optimizer.run(fmax=1e-9, steps=4)
+    (_, queued), *_ = relax_all(potential, [start], stepper=fire(), fmax=1e-9, steps=4)
+    found = relax(potential, start, stepper=fire(), fmax=1e-9, steps=4)
+    ends = [found.to_atoms(), found[0].to_atoms(), queued.atoms]
+    if optimizer.nsteps:
+        ends.append(optimizer.relaxation.to_atoms())
+    for end in [twin, *ends]:
+        np.testing.assert_array_equal(end.positions[still], start.positions[still])
+        np.testing.assert_allclose(end.positions, twin.positions, atol=1e-3 if dtype is torch.float32 else 1e-9)
+    np.testing.assert_array_equal(ends[-1].positions, twin.positions)
+    for adjoint in ("replay", "full", "guided:2", "implicit"):
+        unmoved = relax(potential, [start, start], steps=0, adjoint=adjoint).to_atoms()
+        np.testing.assert_array_equal([atoms.positions for atoms in unmoved], [start.positions] * 2)
 
 
 GRADIENT_CASES = ["atoms", "scaled", "line", "com", "subset", "symmetry", "several"]

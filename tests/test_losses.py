@@ -327,3 +327,14 @@ def test_the_shortest_lattice_vector_is_found_in_skewed_cells(seed):
 
 def test_where_nothing_is_periodic_it_is_infinite():
     assert shortest_lattice_vector(Atoms("H", cell=[1, 1, 1])) == np.inf
+
+
+@pytest.mark.parametrize("tilt", [[0, 0, 6.0], [7.0, 3.0, 6.0], [-40.0, 31.0, 6.0], [0, 0, 0]])
+def test_a_cell_vector_that_is_not_periodic_does_not_matter(tilt):
+    b, a = slab(), slab()
+    a.positions += np.array([[0.1, 0, 2.5], [-0.2, 0.1, -1.9], [0, 0, 3.0]])
+    a.positions[1] += 2 * a.cell[0] - a.cell[1]
+    expected = delta_q(a, b)
+    for atoms in (a, b):
+        atoms.set_cell([*atoms.cell[:2], tilt])
+    assert delta_q(a, b) == pytest.approx(expected, rel=1e-9)

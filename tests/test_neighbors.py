@@ -1,11 +1,16 @@
+import re
+import time
+
 import numpy as np
 import pytest
 import torch
 from ase import Atoms
 from ase.build import bulk, molecule
+from ase.calculators.emt import EMT
 from ase.neighborlist import neighbor_list
 from helpers.structures import silicon
 
+from ase_bptt import TorchCalculator, load_potential, relax
 from ase_bptt.neighbors import NeighborList, find_edges, search_each
 from ase_bptt.neighbors.search import feasible, search_on_device
 from ase_bptt.structures import Structures
@@ -138,9 +143,130 @@ def test_it_is_rebuilt_after_any_other_change(change):
     assert neighbors.builds == 2
 
 
-def test_a_periodic_direction_without_a_cell_vector_is_refused():
-    with pytest.raises(ValueError, match="periodic along a cell vector of length zero"):
-        find_edges(Structures.from_atoms(Atoms("H", pbc=(True, False, False))), 3.0)
+def sparse(kind: str) -> Atoms:
+    """A structure in far more space than its atoms need."""
+    atoms = bulk("Cu", cubic=True)
+    if kind == "far above a slab":
+        atoms.pbc = (1, 1, 0)
+        atoms.positions[0, 2] += 1e7
+    elif kind == "far below a wire":
+        atoms.pbc = (0, 0, 1)
+        atoms.positions[1, :2] -= 3e6
+    elif kind == "far in a molecule":
+        atoms.pbc = False
+        atoms.positions[2] += 1e7
+    elif kind == "a long cell":
+        atoms.set_cell([3.6, 3.6, 1e6])
+    elif kind == "a long cell in two directions":
+        atoms.set_cell([1e6, 3.6, 1e7])
+        atoms.positions[0, 0] += 4e5
+    elif kind == "many images away":
+        atoms.positions[1] += 1e6 * atoms.cell[2] - 3e6 * atoms.cell[0]
+    elif kind == "a skewed cell":
+        cell = atoms.cell.array
+        atoms.set_cell(np.stack([cell[0], cell[1] + 300 * cell[0], cell[2] - 500 * cell[1]]))
+    elif kind == "a gas":
+        spread = np.random.default_rng(0).uniform(0, 1e6, (300, 2))
+        spread = np.repeat(spread, 2, axis=0)
+        heights = np.tile([0.0, 2.5], 300)
+        atoms = Atoms("Cu600", positions=np.column_stack([spread, heights]), cell=[1e6, 1e6, 8], pbc=True)
+    return atoms
+
+
+SPARSE = {
+    "far above a slab": 48,
+    "far below a wire": 22,
+    "far in a molecule": 6,
+    "a long cell": 80,
+    "a long cell in two directions": 22,
+    "many images away": 168,
+    "a skewed cell": 168,
+    "a gas": 600,
+}
+
+
+@pytest.mark.parametrize("kind", SPARSE)
+def test_sparse_structures_cost_their_atoms_and_not_their_box(kind):
+    structures = Structures.from_atoms(sparse(kind))
+    start = time.perf_counter()
+    edges = find_edges(structures, 5.0)
+    assert time.perf_counter() - start < 1.0
+    assert edges.mirror is not None
+    assert len(edges.i) == SPARSE[kind]
+    assert edges.vectors(structures).norm(dim=1).max() < 5.0
+
+
+@pytest.mark.parametrize("kind", SPARSE)
+def test_energies_of_sparse_structures_are_those_of_ases_emt(kind):
+    atoms = sparse(kind)
+    found = load_potential("emt").results(structures := Structures.from_atoms(atoms), find_edges(structures, 7.5))
+    if kind in ("many images away", "a skewed cell"):  # the same crystal
+        atoms = bulk("Cu", cubic=True)
+    if kind != "a gas":  # ASE's own takes minutes
+        atoms.calc = EMT()
+        np.testing.assert_allclose(found["energy"].item(), atoms.get_potential_energy(), atol=1e-7)
+
+
+def test_bins_of_the_search_are_never_so_many_that_it_divides_by_zero():
+    rng = np.random.default_rng(0)
+    flat = np.column_stack([rng.uniform(0, 1e6, (2000, 2)), rng.uniform(0, 4, 2000)])
+    atoms = Atoms("H2000", positions=flat, cell=[1e6, 1e6, 4], pbc=True)
+    # Every atom meets its own images along the short vector, and nothing else.
+    assert len(find_edges(Structures.from_atoms(atoms), 5.0).i) == 2 * 2000
+
+
+def flawed(kind: str) -> Atoms:
+    atoms = bulk("Cu", cubic=True)
+    if kind == "no cell":
+        atoms.cell[:] = 0
+    elif kind == "no cell in one direction":
+        atoms = Atoms("Cu4", positions=atoms.positions, pbc=(True, False, False))
+    elif kind == "flat":
+        atoms.set_cell([[3, 0, 0], [6, 0, 0], [0, 0, 3]])
+    elif kind == "infinite":
+        atoms.set_cell([3, np.inf, 3])
+    elif kind == "nan":
+        atoms.set_cell([3, np.nan, 3])
+    elif kind == "tiny":
+        atoms.set_cell([1e-3] * 3)
+    elif kind == "astronomical":
+        atoms.positions[0] += 1e14
+    elif kind == "far in single precision":
+        atoms.positions[0] += 1e5
+    return atoms
+
+
+FLAWS = {
+    "no cell": "Cu4 is periodic along a cell vector of length zero: set its cell or its pbc.",
+    "no cell in one direction": "Cu4 is periodic along a cell vector of length zero: set its cell or its pbc.",
+    "flat": "Cu4 is periodic along cell vectors that are linearly dependent: set its cell or its pbc.",
+    "infinite": "Cu4 has a cell vector that is not finite, or too long to compute with: set its cell.",
+    "nan": "Cu4 has a cell vector that is not finite, or too long to compute with: set its cell.",
+    "tiny": "Cu4 has a cell so small that more than 67108864 images of its atoms lie within 5 Å: check its cell "
+    "and its units.",
+    "astronomical": "Cu4 has an atom more than 4,503,599,627,370 Å from the origin, where float64 does not resolve "
+    "0.001 Å: move the structure to the origin, or compute in float64.",
+    "far in single precision": "Cu4 has an atom more than 8,389 Å from the origin, where float32 does not resolve "
+    "0.001 Å: move the structure to the origin, or compute in float64.",
+}
+
+
+@pytest.mark.parametrize("kind", FLAWS)
+def test_what_cannot_be_searched_is_refused_in_one_sentence(kind):
+    dtype = torch.float32 if "single" in kind else torch.float64
+    structures = Structures.from_atoms([silicon(), flawed(kind)], dtype=dtype)
+    with pytest.raises(ValueError, match=re.escape(FLAWS[kind])):
+        find_edges(structures, 5.0)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FLAWS if "single" not in kind])
+def test_the_same_sentence_ends_a_calculation_and_a_relaxation(kind):
+    atoms = flawed(kind)
+    with pytest.raises(ValueError, match=r"Cu4 (is periodic|has a)"):
+        relax(load_potential("emt"), atoms, steps=1)
+    atoms.calc = TorchCalculator("emt")
+    with pytest.raises(ValueError, match=r"Cu4 (is periodic|has a)"):
+        atoms.get_potential_energy()
 
 
 def test_a_negative_skin_is_refused():

@@ -1,17 +1,29 @@
 """ase-bptt relax: every structure comes back where it would have ended alone, in the format that was asked for."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
-from ase.constraints import FixAtoms
+from ase.constraints import (
+    FixAtoms,
+    FixBondLengths,
+    FixCartesian,
+    FixCom,
+    FixedLine,
+    FixedPlane,
+    FixScaled,
+    Hookean,
+)
 from ase.db import connect
 from ase.io import read, write
+from ase.io.formats import filetype
 from helpers.potentials import needs_mace, wide_lennard_jones
 from helpers.shell import cluster_relaxation, is_refused, run
 from helpers.structures import cluster, silicon
 
 from ase_bptt import relax, save_potential
+from ase_bptt.cli.relax import warn_of_lost_constraints
 
 
 @pytest.fixture
@@ -100,6 +112,66 @@ def test_constraints_are_obeyed_and_kept(starts):
     assert not free.constraints
 
 
+CONSTRAINTS = {
+    "FixAtoms": FixAtoms([0, 3]),
+    "FixCartesian": FixCartesian([1], [True, False, True]),
+    "FixScaled": FixScaled([0], [True, True, False]),
+    "FixedPlane": FixedPlane([2], [0, 0, 1]),
+    "FixedLine": FixedLine([2], [1, 1, 1]),
+    "FixCom": FixCom(),
+    "Hookean": Hookean(0, [0.0, 0.0, 0.0], rt=1.0, k=0.1),
+    "FixBondLengths": FixBondLengths([[0, 1]]),
+}
+HELD = {
+    "r.traj": set(CONSTRAINTS),
+    "r.db": set(CONSTRAINTS),
+    "r.extxyz": {"FixAtoms", "FixCartesian"},
+    "POSCAR": {"FixAtoms", "FixScaled", "FixedPlane"},
+    "r.cif": set(),
+}
+
+
+@pytest.mark.parametrize("out", HELD)
+@pytest.mark.parametrize("name", CONSTRAINTS)
+def test_constraints_that_a_format_cannot_hold_are_told_before_they_are_lost(tmp_path, caplog, out, name):
+    atoms = cluster_relaxation(0)[0]
+    atoms.set_cell([20, 20, 20])
+    atoms.pbc = True
+    atoms.set_constraint(CONSTRAINTS[name])
+    free = atoms.copy()
+    free.set_constraint()
+    warn_of_lost_constraints(Path(out), filetype(out, read=False), [free, atoms])
+    if name in HELD[out]:
+        assert not caplog.text
+    else:
+        assert f"{out}: this format cannot hold the constraints {name}, which 1 of the structures has" in caplog.text
+    assert not list(tmp_path.iterdir())
+
+
+def test_of_several_constraints_only_those_that_are_lost_are_told(starts):
+    start = starts[0]
+    start.set_constraint([FixAtoms([0]), FixedLine([1], [1, 1, 1]), FixedPlane([2], [0, 0, 1])])
+    write("held.traj", [start, starts[1]])
+    code, _, err = run("relax", "held.traj", "--potential", "./lj")
+    assert code == 0
+    assert "relaxed.extxyz: this format cannot hold the constraints FixedLine, FixedPlane, which 1 of" in err
+    assert ".traj or .db" in err
+    held, free = read("relaxed.extxyz", index=":")
+    assert [type(c).__name__ for c in held.constraints] == ["FixAtoms"]
+    assert not free.constraints
+    code, _, err = run("relax", "held.traj", "--potential", "./lj", "--out", "relaxed.traj", "--dry-run")
+    assert "cannot hold" not in err
+
+
+def test_each_axis_of_a_constraint_is_asked_for(caplog):
+    along, oblique = cluster_relaxation(0)[0], cluster_relaxation(1)[0]
+    for atoms, axis in ((along, [0, 0, 1]), (oblique, [0, 1, 1])):
+        atoms.set_cell([20, 20, 20])
+        atoms.set_constraint(FixedLine([0], axis))
+    warn_of_lost_constraints(Path("POSCAR"), "vasp", [along, along, oblique])
+    assert "FixedLine, which 1 of the structures has" in caplog.text
+
+
 def test_a_dry_run_writes_nothing(starts, tmp_path):
     before = sorted(tmp_path.rglob("*"))
     code, out, _ = relaxed("--dry-run")
@@ -137,6 +209,39 @@ class TestRefusing:
         assert code == 3
         assert (json.loads(out)["n"], json.loads(out)["left_out"]) == (2, 1)
         assert "Left out: structure 1 of mixed.extxyz" in err
+
+    @pytest.mark.parametrize(
+        ("spoil", "dtype", "words"),
+        [
+            (lambda a: a.set_cell([1e-3] * 3), "float64", "images of its atoms lie within"),
+            (lambda a: a.set_cell([20, 20, 0]), "float64", "periodic along a cell vector of length zero"),
+            (lambda a: a.translate([0, 0, 1e7]), "float32", "float32 does not resolve"),
+            (lambda a: a.translate([0, 0, 1e15]), "float64", "float64 does not resolve"),
+        ],
+        ids=["tiny", "flat", "far", "astronomical"],
+    )
+    def test_an_extreme_geometry_is_named_and_the_others_are_relaxed(self, starts, spoil, dtype, words):
+        bad = starts[1].copy()
+        bad.set_cell([20, 20, 20])
+        bad.pbc = True
+        spoil(bad)
+        write("mixed.traj", [starts[0], bad, starts[2]])
+        arguments = ("relax", "mixed.traj", "--potential", "./lj", "--dtype", dtype, "--fmax", 0.05)
+        is_refused(run(*arguments), "structure 1 of mixed.traj", words)
+        code, out, err = run(*arguments, "--skip-invalid", "--json")
+        assert code == 3
+        assert (json.loads(out)["converged"], json.loads(out)["left_out"]) == (2, 1)
+        assert "Left out: structure 1 of mixed.traj" in err
+
+    def test_a_far_atom_and_a_long_cell_are_no_reason_to_refuse(self, starts):
+        far, long = starts[0].copy(), starts[1].copy()
+        far.positions[0, 2] += 1e7
+        long.set_cell([20, 20, 1e6])
+        long.pbc = True
+        write("sparse.traj", [far, long, starts[2]])
+        code, out, err = run("relax", "sparse.traj", "--potential", "./lj", "--json")
+        assert code == 0, err
+        assert json.loads(out)["converged"] == 3
 
     def test_a_folder_instead_of_files(self, starts, tmp_path):
         (tmp_path / "many").mkdir()

@@ -36,6 +36,7 @@ from .flags import (
     read_grouped,
     seed,
 )
+from .relax import warn_of_lost_constraints
 
 DESCRIPTION = """\
 Relax from each initial structure, and measure how far from the reference it
@@ -172,6 +173,7 @@ def _write(
     out: Path = arguments.out
     labels = _labels(arguments)
     first, second = (found, None) if reference is None else (reference, found)
+    warn_of_lost_constraints(out / ENDS, "extxyz", found.ends)
     with replacing(out / ENDS) as path:
         write(path, list(found.ends), format="extxyz")
     write_csv(out / "table.csv", first, second)

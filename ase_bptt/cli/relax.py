@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import tempfile
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ase import Atoms
-from ase.io import write
+from ase.io import read, write
 from ase.io.formats import filetype, ioformats
 
 from ..iterated_map import Status
@@ -67,6 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     names, structures, left_out = read_structures(arguments.files, potential, skip_invalid=arguments.skip_invalid)
     if len(structures) > 1 and ioformats[_format(out)].single:
         raise ValueError(f"{out}: this format holds one structure, and there are {len(structures)}: take .extxyz.")
+    warn_of_lost_constraints(out, _format(out), structures)
     settings = {"stepper": arguments.stepper, "step_size": arguments.step_size, "fmax": arguments.fmax,
                 "steps": arguments.steps}  # fmt: skip
     journal = Journal(_journal(out), run_key(potential, structures, settings))
@@ -146,6 +149,64 @@ def _write(out: Path, ends: list[Relaxed]) -> None:
         frames.append(end.atoms)
     with replacing(out) as path:
         write(path, frames if len(frames) > 1 else frames[0], format=_format(out))
+
+
+def warn_of_lost_constraints(out: Path, format: str, structures: Sequence[Atoms]) -> None:
+    """Warn where a file of this format does not give back all constraints that are on these structures.
+
+    Found by writing and reading one structure of each kind of constraints: what a format holds is the business of ASE.
+    """
+    kinds: dict[tuple[str, ...], list[Atoms]] = {}
+    for atoms in structures:
+        if atoms.constraints:
+            kinds.setdefault(tuple(sorted(map(_kind, atoms.constraints))), []).append(atoms)
+    lost = {names: _lost(some[0], out.name, format) for names, some in kinds.items()}
+    names = sorted(set().union(*lost.values()))
+    if names:
+        n = sum(len(kinds[kind]) for kind in lost if lost[kind])
+        log.warning(
+            "%s: this format cannot hold the constraints %s, which %d of the structures %s; they are obeyed here, but "
+            "whoever reads the file will not find them: a name that ends with .traj or .db keeps all.",
+            out, ", ".join(names), n, "has" if n == 1 else "have",
+        )  # fmt: skip
+
+
+def _kind(constraint: Any) -> str:
+    """Of a constraint all that a format's room for it may depend on: atoms apart, its axes."""
+    return f"{type(constraint).__name__} {getattr(constraint, 'mask', '')} {getattr(constraint, 'dir', '')}"
+
+
+def _lost(atoms: Atoms, name: str, format: str) -> set[str]:
+    """Class names of the constraints that are not the same after writing and reading."""
+    every = atoms.constraints
+    if _same_constraints(atoms, every, name, format):
+        return set()
+    alone = {type(c).__name__ for c in every if not _same_constraints(atoms, [c], name, format)}
+    return alone or {type(c).__name__ for c in every}
+
+
+def _same_constraints(atoms: Atoms, constraints: list[Any], name: str, format: str) -> bool:
+    """Whether these constraints, written and read, change positions and forces as they did."""
+    bare = Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc, constraint=constraints)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            write(Path(folder) / name, bare, format=format)
+            found = bare.copy()
+            back: Any = read(Path(folder) / name, format=format)
+            found.set_constraint(back.constraints)
+        return bool(np.allclose(_effect(bare), _effect(found), atol=1e-4))
+    # A format that cannot be read, or one that refuses the constraint.
+    except Exception:
+        return False
+
+
+def _effect(atoms: Atoms) -> np.ndarray:
+    """Where the constraints let the atoms move, and the forces that they leave, for fixed random ones."""
+    steps, forces = np.random.default_rng(0).normal(0.0, 0.1, (2, len(atoms), 3))
+    for constraint in atoms.constraints:
+        constraint.adjust_forces(atoms, forces)
+    atoms.set_positions(atoms.positions + steps)
+    return np.stack([atoms.positions, forces])
 
 
 def _planned(arguments: argparse.Namespace, structures: list[Atoms], left_out: int) -> int:

@@ -88,12 +88,15 @@ def search_each(structures: Structures, cutoff: float, members: Sequence[int] | 
     """The edges closer than the cutoff (Å) of each structure, or of these members, as indices into that structure.
 
     All in both directions, sorted by i, j and shifts. Any mix of boundary conditions, skewed cells, cells smaller than
-    the cutoff and atoms outside of their cell.
+    the cutoff and atoms outside of their cell. The cost is that of the atoms and their edges, however large the cell is
+    and however far apart the atoms are.
 
     Raises
     ------
     ValueError
-        For a structure that is periodic along a cell vector of length zero.
+        Naming the structure: for one that is periodic along a cell vector of length zero, or along vectors that are
+        linearly dependent; with an atom so far from the origin that the precision does not resolve its position; or
+        with a cell that is tiny beside the cutoff.
     """
     some = structures if members is None else structures.select(members)
     return [Edges(*found) for found in search_structures(some, cutoff)]

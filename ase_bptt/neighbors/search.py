@@ -7,32 +7,42 @@ from typing import Any
 
 import numpy as np
 import torch
-from ase.geometry.cell import complete_cell
 from torch import Tensor
 from vesin import NeighborList as VesinNeighborList
 
 from ..structures import Structures
+from .lattice import IMAGES, Compact, check_lattices, formula, heights, periodic_cell
 
 Found = tuple[Tensor, Tensor, Tensor, "Tensor | None"]
 """i, j, shifts and mirror of one structure, as `ase_bptt.neighbors.Edges` has them."""
 CANDIDATES = 2**27
 """Distances of one structure that are computed on a device at most."""
+BINS = 1e5
+"""Into which vesin sorts atoms, at most."""
 BLOCK = 2**20
 """Distances that are computed at once; each takes about 300 bytes."""
 
 
 def search_structures(structures: Structures, cutoff: float) -> list[Found]:
     """The edges closer than the cutoff (Å) of each structure; `ase_bptt.neighbors.search_each` says more."""
+    check_lattices(structures)
     positions = structures.positions.detach().double()
     cells = structures.cells.detach().double().cpu().numpy()
     pbc = structures.pbc.cpu().numpy()
     like = structures.positions
     if like.device.type != "cpu" and feasible(structures.counts, cells, pbc, cutoff):
-        _check_cells(cells, pbc)
         found = search_on_device(positions, structures.counts, cells, pbc, cutoff)
         return [(i, j, shifts.to(like.dtype), mirror) for i, j, shifts, mirror in found]
     rows = positions.cpu().split(structures.counts)
-    every = [_of_one(x.numpy(), cell, p, cutoff) for x, cell, p in zip(rows, cells, pbc, strict=True)]
+    every = []
+    for k, (x, cell, periodic) in enumerate(zip(rows, cells, pbc, strict=True)):
+        try:
+            every.append(_of_one(x.numpy(), cell, periodic, cutoff))
+        except _TooManyImages as error:
+            raise ValueError(
+                f"{formula(structures, k)} has a cell so small that more than {IMAGES} images of its atoms lie within "
+                f"{cutoff:g} Å: check its cell and its units."
+            ) from error
     return [
         (
             torch.from_numpy(i).to(like.device),
@@ -44,24 +54,46 @@ def search_structures(structures: Structures, cutoff: float) -> list[Found]:
     ]
 
 
-def _of_one(
-    x: np.ndarray, cell: np.ndarray, periodic: np.ndarray, cutoff: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
+def _of_one(x: np.ndarray, cell: np.ndarray, periodic: np.ndarray, cutoff: float) -> tuple[Any, Any, Any, Any]:
     """The edges of one structure, by vesin; none where a position is not finite."""
-    if not np.isfinite(x).all():
+    if not np.isfinite(x).all() or not len(x):
         none = np.zeros(0, np.int64)
         return none, none, np.zeros((0, 3)), none
+    compact = Compact.of(x, cell, periodic, cutoff)
+    if len(x) * (2 * cutoff / compact.heights + 1)[periodic].prod() > IMAGES:
+        raise _TooManyImages
     # Without periodicity no distance exceeds the span, and the cost of a search grows with the cube of its radius.
-    reach = cutoff if periodic.any() else min(cutoff, _span(x))
+    least = cutoff if periodic.any() else min(cutoff, _span(x))
+    reach = _reach_of_bins(compact.heights, least)
     find = VesinNeighborList(cutoff=reach, full_list=True, n_threads=1)
-    i, j, shifts = find.compute(x, _filled(cell, periodic, x), periodic, "ijS")
-    i, j, whole = (column.astype(np.int64) for column in (i, j, shifts))
+    i, j, shifts, *lengths = find.compute(compact.positions, compact.box, periodic, "ijS" if reach == least else "ijSd")
+    for length in lengths:
+        i, j, shifts = (column[length < least] for column in (i, j, shifts))
+    i, j, whole = (column.astype(np.int64) for column in (i, j, compact.shifts(shifts)))
     # One order for one geometry, whenever the list was built: sums repeat bit for bit.
     code = edge_codes(i, j, whole, len(x))
     order = np.argsort(code)
-    i, j, whole, shifts = i[order], j[order], whole[order], shifts[order]
+    i, j, whole = i[order], j[order], whole[order]
     mirror = np.searchsorted(code[order], edge_codes(j, i, -whole, len(x)))
+    shifts = whole + compact.wrapped(i, j)
     return i, j, shifts, mirror if _is_mirror(i, j, shifts, mirror) else None
+
+
+class _TooManyImages(ValueError):
+    """A cell far smaller than the cutoff."""
+
+
+def _reach_of_bins(heights: np.ndarray, cutoff: float) -> float:
+    """The cutoff, or a longer one for boxes of heights that vesin would sort into so many bins that it divides by zero.
+
+    It has `BINS` at most, shared out in proportion to the heights of the box, and rounds down to none of them where
+    one direction is much shorter than another.
+    """
+    while True:
+        bins = np.maximum(np.trunc(heights / cutoff), 1)
+        if bins.prod() <= BINS or (bins * np.cbrt(BINS / bins.prod())).min() >= 2:
+            return cutoff
+        cutoff *= 1.25
 
 
 def _is_mirror(i: np.ndarray, j: np.ndarray, shifts: np.ndarray, mirror: np.ndarray) -> bool:
@@ -83,25 +115,6 @@ def edge_codes(i: Any, j: Any, shifts: Any, n_atoms: Any) -> Any:
     for axis in range(3):
         code = code * (2 * reach + 1) + shifts[:, axis] + reach
     return code
-
-
-def _filled(cell: np.ndarray, periodic: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """The cell with every non-periodic or missing vector replaced by one that spans the atoms.
-
-    A search grid needs a volume. Where a direction is not periodic the given vector is unrelated to the
-    atoms (it may be zero, or far too short), so a perpendicular one takes its place.
-    """
-    if periodic.all():
-        return cell
-    _check_cells(cell[None], periodic[None])
-    filled = complete_cell(np.where(periodic[:, None], cell, 0.0))
-    filled[~periodic] *= _span(positions)
-    return filled
-
-
-def _check_cells(cells: np.ndarray, pbc: np.ndarray) -> None:
-    if (np.linalg.norm(cells, axis=2)[pbc] == 0).any():
-        raise ValueError("A structure is periodic along a cell vector of length zero: set its cell or its pbc.")
 
 
 def _span(positions: np.ndarray) -> float:
@@ -131,7 +144,7 @@ def search_on_device(
         In Å.
     """
     device = positions.device
-    full = np.stack([complete_cell(np.where(p[:, None], c, 0.0)) for c, p in zip(cells, pbc, strict=True)])
+    full = np.stack([periodic_cell(c, p) for c, p in zip(cells, pbc, strict=True)])
     vectors, inverses = (torch.from_numpy(x).to(device) for x in (full, np.linalg.inv(full)))
     owner = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(device)
     # Atoms may be anywhere: each is wrapped into its cell, and the lattice vector is kept.
@@ -160,9 +173,8 @@ def _reach(cells: np.ndarray, pbc: np.ndarray, cutoff: float) -> np.ndarray:
     """How many periodic images to search on each side of each direction, shape (n, 3)."""
     reach = np.zeros(pbc.shape, np.int64)
     for k, (cell, periodic) in enumerate(zip(cells, pbc, strict=True)):
-        heights = 1 / np.linalg.norm(np.linalg.inv(complete_cell(np.where(periodic[:, None], cell, 0.0))), axis=0)
         # Two atoms of one cell may be nearly a whole cell apart already.
-        reach[k] = np.where(periodic, np.floor(cutoff / heights) + 1, 0)
+        reach[k] = np.where(periodic, np.floor(cutoff / heights(np.linalg.inv(periodic_cell(cell, periodic)))) + 1, 0)
     return reach
 
 

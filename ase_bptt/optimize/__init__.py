@@ -18,7 +18,7 @@ import torch
 
 from ..result import Relaxation
 from .bptt_optimizer import BPTTOptimizer, not_differentiable, stop
-from .recording import BROKEN, read_restart, unreadable, write_restart
+from .recording import BROKEN, filter_from_json, filter_to_json, read_restart, unreadable, write_restart
 
 __all__ = ["BFGS", "FIRE", "LBFGS", "BFGSLineSearch", "QuasiNewton"]
 
@@ -232,9 +232,7 @@ class BFGSLineSearch(ase.optimize.BFGSLineSearch):
             if np.shape(state["r0"]) != (self.optimizable.ndofs(),):
                 raise ValueError(f"it is of {np.size(state['r0'])} variables, not {self.optimizable.ndofs()}")
             vars(self).update(state)
-            if saved["orig_cell"] is not None:
-                filtered: Any = self.atoms
-                filtered.orig_cell = saved["orig_cell"]
+            filter_from_json(saved["filter"], self.atoms)
         except BROKEN as error:
             raise unreadable(self, error) from error
         self.load_restart = True
@@ -242,7 +240,7 @@ class BFGSLineSearch(ase.optimize.BFGSLineSearch):
     def dump(self, data: Any) -> None:
         """Write the restart file with what the next step needs, which is more than ASE's data."""
         state = {name: getattr(self, name) for name in self.REMEMBERED}
-        write_restart(self, state | {"orig_cell": getattr(self.atoms, "orig_cell", None)})
+        write_restart(self, state | {"filter": filter_to_json(self.atoms)})
 
     def step(self, gradient: Any = None) -> None:
         """One search along a line."""

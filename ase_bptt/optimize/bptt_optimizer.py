@@ -27,6 +27,8 @@ from .recording import (
     PASSING,
     Recording,
     as_relaxation,
+    filter_from_json,
+    filter_to_json,
     read_restart,
     state_from_json,
     state_to_json,
@@ -162,13 +164,11 @@ class BPTTOptimizer(Optimizer):
     def _saved(self) -> dict[str, Any]:
         """All that the next step depends on, besides the atoms, as JSON."""
         assert self._state is not None
-        # A cell filter measures its strain from here; without it a restart takes another path.
-        orig_cell = getattr(self.atoms, "orig_cell", None)
         return {
             "stepper": self.stepper.name,
             "numbers": self.stepper.todict(),
             **state_to_json(self._state),
-            "orig_cell": None if orig_cell is None else np.asarray(orig_cell).tolist(),
+            "filter": filter_to_json(self.atoms),
         }
 
     def _take(self, saved: dict[str, Any]) -> None:
@@ -179,9 +179,7 @@ class BPTTOptimizer(Optimizer):
             numbers = {name: value for name, value in saved["numbers"].items() if name != "name"}
             self.stepper = self._recording.stepper = make_stepper(self.stepper.name, **numbers)
         self._state = state_from_json(saved, self._first_state())
-        if saved["orig_cell"] is not None:
-            filtered: Any = self.atoms
-            filtered.orig_cell = np.array(saved["orig_cell"])
+        filter_from_json(saved["filter"], self.atoms)
 
     def replay_trajectory(self, traj: Any) -> None:
         """Learn curvatures from a trajectory, as ASE's rule of this name does.
@@ -215,6 +213,12 @@ class BPTTOptimizer(Optimizer):
     @property
     def relaxation(self) -> Relaxation:
         """The differentiable Relaxation of the run so far.
+
+        After ``backward`` the gradient is in the weights of the potential and, by the start, in
+        ``relaxation.start.positions.grad``, shape (n_atoms, 3). Both add up over several calls. The run so far
+        began with the first step, or with the first one after somebody else had changed atoms, weights or
+        hyperparameters, or after a restart from a file, which keeps no frames: what the stepper carried over is then
+        taken as given.
 
         Raises
         ------

@@ -21,6 +21,7 @@ from ..constraints import KNOWN, unknown_of
 from ..iterated_map import Checkpointing, End, IteratedMap, Status, Trajectory
 from ..result import Relaxation
 from ..steppers import GradientDescent, State, Stepper
+from ..structures import Structures
 from ..utils import replacing
 
 PASSING = {"positions", "initial_charges", "initial_magmoms"}
@@ -42,7 +43,6 @@ class Recording:
         self.trajectory: Trajectory | None = None
         self._started = Atoms()
         self._started_with: dict[str, Any] = {}
-        self._constraints: list[Any] = []
         self._expected: np.ndarray | None = None
 
     def keep(self, atoms: Any, positions: Tensor, state: State) -> None:
@@ -51,10 +51,9 @@ class Recording:
             return
         if self.trajectory is None or not self._continues(self.trajectory, atoms):
             potential = atoms.calc.potential
-            start = potential.batch(atoms)
+            start = _leaf(potential.batch(atoms))
             self.trajectory = Trajectory(IteratedMap(potential, self.stepper), start, self.kept)
             self._started, self._started_with = atoms.copy(), self.stepper.todict()
-            self._constraints = list(atoms.constraints)
         self.trajectory.keep(positions, state)
 
     def moved(self, x: np.ndarray) -> None:
@@ -80,7 +79,7 @@ class Recording:
             raise RuntimeError(
                 "The atoms were changed after the last step of this run: take its relaxation before that."
             )
-        if trajectory.map.parameters():
+        if torch.is_grad_enabled():
             adjoint.check(trajectory.map, trajectory.start)
         # A trajectory of its own: the run may continue.
         frames = list(trajectory.frames)
@@ -89,12 +88,32 @@ class Recording:
 
     def _continues(self, trajectory: Trajectory, atoms: Atoms) -> bool:
         """Whether these atoms, constraints, weights and hyperparameters are what the last frame that was kept left."""
-        changed = not same_but_positions(self._started, atoms)
-        changed = changed and bool(compare_atoms(self._started, atoms, excluded_properties={"positions"}))
         as_left = self._expected is not None and np.array_equal(self._expected, atoms.positions.ravel())
-        same_constraints = list(map(id, self._constraints)) == list(map(id, atoms.constraints))
         same = atoms.calc.potential is trajectory.map.potential and trajectory.map.fingerprint() == trajectory.weights
-        return as_left and same and same_constraints and not changed and self.stepper.todict() == self._started_with
+        return as_left and same and _same_atoms(self._started, atoms) and self.stepper.todict() == self._started_with
+
+
+def _same_atoms(a: Atoms, b: Atoms) -> bool:
+    """Whether two structures differ in nothing but their positions that a frame depends on."""
+    if not same_but_positions(a, b):
+        # ASE does not compare masses, by which constraints of the centre of mass weigh.
+        differ = compare_atoms(a, b, excluded_properties={"positions"})
+        if differ or not np.array_equal(a.get_masses(), b.get_masses()):
+            return False
+    return _equal([*map(vars, a.constraints)], [*map(vars, b.constraints)]) and (
+        [*map(type, a.constraints)] == [*map(type, b.constraints)]
+    )
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two nests of lists and dictionaries hold the same numbers and words; nothing else is looked into."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_equal(value, b[name]) for name, value in a.items())
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    if isinstance(a, np.ndarray | np.generic | int | float | str):
+        return type(a) is type(b) and np.array_equal(a, b)
+    return True
 
 
 def as_relaxation(
@@ -107,7 +126,7 @@ def as_relaxation(
     atoms : Atoms
         Relaxed, with a TorchCalculator.
     initial : Atoms, optional
-        Where the relaxation started, for the result; no gradient flows there.
+        Where the relaxation started, for the result; the gradient there is zero.
     adjoint : Implicit or OneStep
         Those that need no frames.
     nsteps : int
@@ -138,7 +157,7 @@ def as_relaxation(
     start = potential.batch(atoms)
     if initial is not None:
         start = start.replace(positions=torch.tensor(initial.positions).to(start.positions))
-    trajectory = Trajectory(IteratedMap(potential, GradientDescent()), start, nsteps=[nsteps])
+    trajectory = Trajectory(IteratedMap(potential, GradientDescent()), _leaf(start), nsteps=[nsteps])
     chosen.check(trajectory.map, start)
     return _as_left(trajectory, atoms, chosen, fmax)
 
@@ -150,14 +169,18 @@ def _as_left(trajectory: Trajectory, atoms: Atoms, adjoint: Adjoint, fmax: float
     broken, converged = not np.isfinite(forces).all(), np.linalg.norm(acting, axis=1).max() < fmax
     end = End(
         positions=torch.tensor(atoms.positions).to(like),
-        energy=torch.tensor(atoms.get_potential_energy()).to(like),
+        energy=torch.tensor(atoms.calc.get_property("energy", atoms)).to(like),
         forces=torch.tensor(forces).to(like),
         status=Status.DIVERGED if broken else Status.CONVERGED if converged else Status.OUT_OF_STEPS,
         nsteps=trajectory.nsteps[0],
     )
     trajectory.end({0: end})
-    positions = adjoint.attach(trajectory) if trajectory.map.parameters() else trajectory.final
-    return Relaxation.of(Attached(trajectory, positions), (atoms,), single=True)
+    return Relaxation.of(Attached(trajectory, adjoint.attach(trajectory)), (atoms,), single=True)
+
+
+def _leaf(start: Structures) -> Structures:
+    """The same start, at whose positions gradients arrive."""
+    return start.replace(positions=start.positions.detach().requires_grad_())
 
 
 def _check_differentiable(atoms: Any) -> None:
@@ -188,6 +211,23 @@ def read_restart(optimizer: Optimizer) -> Any:
     """What the restart file holds; ValueError where it is not JSON."""
     # ASE's own reader warns of every class but BFGS on a cell filter.
     return decode(Path(str(optimizer.restart)).read_text(), always_array=False)
+
+
+REFERENCES = ("orig_cell", "origcell", "strain")
+"""What ASE's cell filters measure their strain from, or keep of it; without it a restart takes another path."""
+
+
+def filter_to_json(target: Any) -> dict[str, Any]:
+    """What a filter holds beside its atoms, as nested lists; nothing of Atoms and bands."""
+    return {name: np.asarray(getattr(target, name)).tolist() for name in REFERENCES if hasattr(target, name)}
+
+
+def filter_from_json(saved: dict[str, Any], target: Any) -> None:
+    """Give a filter what another one held; ValueError where it holds other things."""
+    if saved.keys() != filter_to_json(target).keys():
+        raise ValueError(f"it belongs to a run on another kind of filter than {type(target).__name__}")
+    for name, value in saved.items():
+        setattr(target, name, np.array(value, dtype=float).reshape(np.shape(getattr(target, name))))
 
 
 def unreadable(optimizer: Optimizer, error: Exception) -> RestartError:

@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
-from ase.geometry import complete_cell, find_mic
+from ase.geometry import find_mic
 from ase.io.jsonio import encode
 from scipy.optimize import linear_sum_assignment
 
 from ..losses import lattice_translations, shortest_lattice_vector
 from ..neighbors import find_edges
+from ..neighbors.lattice import periodic_cell
 from ..structures import Structures
 
 log = logging.getLogger(__name__)
@@ -112,11 +113,11 @@ def check_pair(initial: Atoms, relaxed: Atoms, name: str) -> None:
 
 def check_distances(atoms: Atoms, where: str) -> None:
     """Raise InvalidPair where two atoms, or an atom and an image, are nearer than `CLASH`, or the cell is flat."""
-    periodic = atoms.cell.array[atoms.pbc]
-    if len(periodic) and np.linalg.matrix_rank(periodic) < len(periodic):
-        raise InvalidPair(f"{where} the periodic cell vectors span nothing; set its cell or its pbc.")
     structures = Structures.from_atoms(atoms)
-    found = find_edges(structures, CLASH)
+    try:
+        found = find_edges(structures, CLASH)
+    except ValueError as error:
+        raise InvalidPair(f"{where} {error}") from error
     if len(found.i):
         distances = found.vectors(structures).norm(dim=1)
         k = int(distances.argmin())
@@ -145,8 +146,9 @@ def unwrapped(initial: Atoms, relaxed: Atoms) -> Atoms:
         translations = lattice_translations(nearest - mean, free, torch.ones_like(free.masses))
         nearest = nearest - translations
     # A drift by a whole cell vector is none.
-    whole = mean.numpy() - find_mic(mean.numpy(), initial.cell, initial.pbc)[0]
-    shifts = np.rint(((nearest - moves).numpy() - whole) @ np.linalg.inv(complete_cell(initial.cell))) * initial.pbc
+    lattice = periodic_cell(initial.cell.array, initial.pbc)
+    whole = mean.numpy() - find_mic(mean.numpy(), lattice, initial.pbc)[0]
+    shifts = np.rint(((nearest - moves).numpy() - whole) @ np.linalg.inv(lattice)) * initial.pbc
     if not shifts.any():
         return relaxed
     found = relaxed.copy()
@@ -172,11 +174,11 @@ def warn_of_order(initial: Atoms, relaxed: Atoms, name: str) -> None:
 
 def _reassigned(initial: Atoms, relaxed: Atoms) -> float:
     """Root mean square displacement in Å with the atoms of each element assigned to its final sites at least cost."""
-    total = 0.0
+    total, lattice = 0.0, periodic_cell(initial.cell.array, initial.pbc)
     for z in np.unique(initial.numbers):
         of = initial.numbers == z
         ends = relaxed.positions[of]
-        squares = np.stack([find_mic(ends - x, initial.cell, initial.pbc)[1] ** 2 for x in initial.positions[of]])
+        squares = np.stack([find_mic(ends - x, lattice, initial.pbc)[1] ** 2 for x in initial.positions[of]])
         total += squares[linear_sum_assignment(squares)].sum()
     return float(np.sqrt(total / len(initial)))
 

@@ -11,6 +11,7 @@ import numpy as np
 from ase import Atoms
 
 from ..constraints import KNOWN, unknown
+from ..neighbors.lattice import check_lattices
 from ..potential import Potential
 from ..structures import Structures
 from . import InvalidPair, RelaxationPair, check_distances
@@ -115,7 +116,12 @@ def check_structure(potential: Potential, atoms: Atoms, name: str) -> None:
     if not (np.isfinite(atoms.positions).all() and np.isfinite(atoms.cell.array).all()):
         raise InvalidPair(f"{name}: a position or its cell is not a finite number; write the file again.")
     check_distances(atoms, f"{name}:")
-    _check_elements(potential, Structures.from_atoms(atoms), name)
+    structures = potential.batch(atoms)
+    _check_elements(potential, structures, name)
+    try:
+        check_lattices(structures)
+    except ValueError as error:
+        raise InvalidPair(f"{name}: {error}") from error
 
 
 def check_usable(potential: Potential, pair: RelaxationPair) -> None:

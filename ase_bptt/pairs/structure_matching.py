@@ -13,6 +13,8 @@ from scipy.optimize import linear_sum_assignment
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
+from ..neighbors.lattice import periodic_cell
+
 TOLERANCE = 0.05
 """Å: two structures are the same if their distances differ by less, as root mean square."""
 LARGEST = 4
@@ -169,9 +171,10 @@ def _rows_match(x: np.ndarray, y: np.ndarray, largest: float) -> bool:
 def _distances(atoms: Atoms) -> np.ndarray:
     """Distances between the nearest images of each two atoms, shape (n, n), in Å."""
     x, found = atoms.positions, np.zeros((len(atoms), len(atoms)))
+    lattice = periodic_cell(atoms.cell.array, atoms.pbc)
     # In blocks of rows: the images of all atoms of a large structure at once would fill the memory.
     rows = max(1, 20_000 // len(atoms))
     for k in range(0, len(atoms), rows):
         vectors = x[None] - x[k : k + rows, None]
-        found[k : k + rows] = find_mic(vectors.reshape(-1, 3), atoms.cell, atoms.pbc)[1].reshape(-1, len(atoms))
+        found[k : k + rows] = find_mic(vectors.reshape(-1, 3), lattice, atoms.pbc)[1].reshape(-1, len(atoms))
     return found

@@ -24,7 +24,7 @@ from ..potential import Potential
 from ..relaxation import relax
 from ..stability import resolve_step_size, sample
 from ..steppers import State, Stepper, make_stepper
-from ..structures import Structures
+from ..structures import Structures, unrounded
 from .memory import fits, in_parts, report_out_of_memory
 from .packing import Planner
 
@@ -125,7 +125,7 @@ def _costs(
 def _relaxed(start: Atoms, end: End) -> Relaxed:
     """Everything of the structure that was given, where it ended."""
     atoms = start.copy()
-    atoms.positions = end.positions.cpu().double().numpy()
+    atoms.positions = unrounded(end.positions, start.positions)
     forces = end.forces.cpu().double().numpy()
     atoms.calc = SinglePointCalculator(atoms, energy=float(end.energy), forces=forces)
     return Relaxed(atoms, end.status, end.nsteps)
@@ -137,7 +137,8 @@ def _by_ase(potential: Potential, start: Atoms, stepper: Stepper | str, fmax: fl
     with BPTTOptimizer(atoms, stepper=make_stepper(stepper), logfile=None, record=False) as optimizer:
         try:
             status = Status.CONVERGED if optimizer.run(fmax=fmax, steps=steps) else Status.OUT_OF_STEPS
-            results = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces(apply_constraint=False)}
+            # Of the potential alone: the atoms keep their constraints, and ASE adds the energy of those that have one.
+            results = {name: atoms.calc.get_property(name, atoms) for name in ("energy", "forces")}
         except CalculationFailed:
             status = Status.DIVERGED
             results = {"energy": float("nan"), "forces": np.full((len(atoms), 3), np.nan)}

@@ -45,8 +45,10 @@ class TorchMorse(TorchCalculator):
         rho0: float = 6.0,
         rcut1: float = 1.9,
         rcut2: float = 2.7,
+        A: float | None = None,
         **kwargs: Any,
     ):
+        # ASE's tests give A, of which its MorsePotential takes no notice.
         super().__init__(Morse(epsilon, rho0, r0, rcut1, rcut2), **kwargs)
         if neighbor_list is not None:
             self._neighbors = _Found(neighbor_list, self.potential.cutoff)
