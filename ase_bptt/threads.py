@@ -76,6 +76,13 @@ def quiet() -> Iterator[None]:
                     warnings.filters.remove(_FILTER)  # type: ignore[attr-defined]
 
 
+def alone() -> bool:
+    """Whether no other thread computes in this process; tqdm's, which watches its bars, does not."""
+    return threading.active_count() == 1 or all(
+        t is threading.current_thread() or type(t).__name__ == "TMonitor" for t in threading.enumerate()
+    )
+
+
 def view(module: nn.Module, **children: Any) -> Any:
     """A module that shares all with another one, but for these children and for attributes that are set on it.
 

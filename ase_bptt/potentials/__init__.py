@@ -24,7 +24,7 @@ from .. import __version__
 from ..potential import Potential
 from ..threads import Building, quiet
 from ..tuning.low_rank import merged
-from ..utils import UNREADABLE, in_short, replacing
+from ..utils import UNREADABLE, in_short, outside_inference_mode, replacing
 
 log = logging.getLogger(__name__)
 GROUP = "ase_bptt.potentials"
@@ -68,6 +68,7 @@ def load_potential(
     return as_potential(spec, device=device, dtype=dtype, trust=trust).requires_grad_()
 
 
+@outside_inference_mode
 def as_potential(
     spec: str | Path | nn.Module,
     *,
@@ -81,6 +82,11 @@ def as_potential(
             raise ValueError(f"There is no dtype {dtype!r}; there are {', '.join(DTYPES)}.")
         dtype = DTYPES[dtype]
     if isinstance(spec, nn.Module):
+        if any(t.is_inference() for t in (*spec.parameters(), *spec.buffers())):
+            raise ValueError(
+                f"The weights of this {type(spec).__name__} were made under torch.inference_mode(), and nothing can be "
+                "differentiated with them, so that there are no forces: build or load it outside of that block."
+            )
         module = copy.deepcopy(spec) if _differs(spec, device, dtype) else spec
         potential = module if isinstance(module, Potential) else from_native(module, "this module")
     else:
