@@ -103,8 +103,8 @@ class _Copy:
         self._kinds = _kinds(tensors)
         self._on_host = all(t.is_cpu and t.is_contiguous() for t in tensors)
         self._bytes = _bytes(tensors, self._on_host)
-        # A bytearray compares itself with an array as fast as the memory can be read.
-        self._copies: list[Any] = [bytearray(b) if self._on_host else b.clone() for b in self._bytes]
+        # A bytearray compares itself with an array as fast as memory can be read.
+        self._copies: list[Any] = [bytearray(b) for b in self._bytes] if self._on_host else self._bytes
 
     def equals(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these have the same shapes and the same bytes: NaN equals itself, and 0 is not -0."""
@@ -126,7 +126,7 @@ def _bytes(tensors: Sequence[Tensor], on_host: bool) -> list[Any]:
     """Each tensor's bytes where they lie; elsewhere than on the host a copy of them, as one tensor for each device."""
     pieces: dict[torch.device, list[Tensor]] = {}
     for t in tensors:
-        pieces.setdefault(t.device, []).append(t.detach().reshape(-1).view(torch.uint8))
+        pieces.setdefault(t.device, []).append(t.detach().contiguous().view(-1).view(torch.uint8))
     if on_host:
         return [piece.numpy() for some in pieces.values() for piece in some]
     return [torch.cat(some) for some in pieces.values()]
