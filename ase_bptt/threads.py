@@ -153,8 +153,8 @@ class Building(TorchFunctionMode):
         args = tuple(self.dtype if x is default else x for x in args)
         kwargs = {name: self.dtype if x is default else x for name, x in kwargs.items()}
         found = function(*args, **kwargs)
-        if function in FACTORIES and "dtype" not in kwargs and found.dtype is default:
-            found = function(*args, **kwargs, dtype=self.dtype)
+        if function in FACTORIES and kwargs.get("dtype") is None and found.dtype is default:
+            found = function(*args, **{**kwargs, "dtype": self.dtype})
         return found
 
 
