@@ -20,11 +20,12 @@ from ase.calculators.calculator import (
 from ase.stress import full_3x3_to_voigt_6_stress
 from torch import nn
 
-from .iterated_map import Versions, Weights
 from .neighbors import NeighborList
 from .potential import Potential
 from .potentials import as_potential
 from .structures import Structures
+from .utils import outside_inference_mode
+from .weights import Version, weights_version
 
 BASIC = ["energy", "free_energy", "forces", "stress"]
 SETTABLE = frozenset({"potential", "device", "dtype", "skin", "trust"})
@@ -54,8 +55,8 @@ class TorchCalculator(Calculator):
     ----------
     potential : Potential
         May be set, to what the constructor takes. Its ``requires_grad`` flags are yours, and are never
-        touched. ASE cannot see it when weights change, so results are also dropped whenever a weight has
-        been changed in place.
+        touched. ASE cannot see it when weights change, so results are also dropped whenever a weight or a
+        buffer has been changed, in whatever way.
     """
 
     implemented_properties = [*BASIC, "energies", "stresses", "magmoms"]  # noqa: RUF012 (ASE's contract)
@@ -119,8 +120,7 @@ class TorchCalculator(Calculator):
         self._given = str(given) if isinstance(given, str | Path) else potential.family
         basic = [name for name in BASIC if name != "stress" or potential.conservative]
         self.implemented_properties = [*basic, *potential.atomic_properties]
-        self._weights = Weights(potential)
-        self._calculated_with: Versions = ()
+        self._calculated_with: Version = ()
         self._prepared: tuple[Potential, Atoms, Structures] | None = None
         self.parameters.update(self._described())
         self.reset()
@@ -139,10 +139,11 @@ class TorchCalculator(Calculator):
             changes = [] if distance == 0 else super().check_state(atoms, tol=tol)
         else:
             changes = super().check_state(atoms, tol=tol)
-        if not changes and self._calculated_with != self._versions():
+        if not changes and self._calculated_with != weights_version(self.potential):
             changes = ["positions"]
         return changes
 
+    @outside_inference_mode
     def calculate(
         self,
         atoms: Atoms | None = None,
@@ -160,7 +161,7 @@ class TorchCalculator(Calculator):
             raise CalculationFailed(f"A position of {atoms.symbols} is not a finite number.")
         structures = self._structures(atoms)
         edges = self._neighbors(structures)
-        self._calculated_with = self._versions()
+        self._calculated_with = weights_version(self.potential)
         found = self.potential.results(structures, edges)
         arrays = {name: _numpy(value) for name, value in found.items()}
         energy = float(arrays["energy"][0])
@@ -199,11 +200,6 @@ class TorchCalculator(Calculator):
         self.parameters.update(self._described())
         self._prepared = self.potential, atoms, structures
         return structures
-
-    def _versions(self) -> Versions:
-        if self._weights.modules != (self.potential,):
-            self._weights = Weights(self.potential)
-        return self._weights.versions()
 
 
 def same_but_positions(a: Atoms, b: Atoms) -> bool:

@@ -15,7 +15,7 @@ from .neighbors import NeighborList
 from .potential import Potential
 from .steppers import State, Stepper
 from .structures import Structures
-from .utils import Versions, Weights
+from .weights import weights_version
 
 
 @dataclass(eq=False)
@@ -51,13 +51,9 @@ class IteratedMap:
         every = (*self.potential.parameters(), *self.stepper.parameters())
         return [p for p in every if p.requires_grad]
 
-    @cached_property
-    def _weights(self) -> Weights:
-        return Weights(self.potential, self.stepper)
-
-    def fingerprint(self) -> Versions:
-        """Changes whenever a weight is changed in place or replaced."""
-        return self._weights.versions()
+    def fingerprint(self) -> tuple[Any, ...]:
+        """Changes whenever a weight, a buffer or a hyperparameter of the stepper is changed or replaced."""
+        return (*weights_version(self.potential, self.stepper), self.stepper.todict())
 
 
 class Status(enum.Enum):
@@ -149,6 +145,8 @@ class Trajectory:
         |dL/dX(t)| of each structure before each frame and at the end, after a backward pass through the frames.
     solves : tuple
         How the equation of each structure was solved, after a backward pass through the minimum.
+    warns : bool
+        Whether that backward pass warns of structures whose equation was not solved; False where `solves` is read.
     """
 
     map: IteratedMap
@@ -158,9 +156,10 @@ class Trajectory:
     forces: list[Tensor | None] = field(default_factory=list)
     nsteps: list[int] = field(default_factory=list)
     ends: dict[int, End] = field(default_factory=dict)
-    weights: Versions = ()
+    weights: tuple[Any, ...] = ()
     adjoint_norms: Tensor | None = None
     solves: tuple[Any, ...] = ()
+    warns: bool = True
 
     def __post_init__(self) -> None:
         self.weights = self.weights or self.map.fingerprint()

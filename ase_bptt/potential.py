@@ -22,6 +22,14 @@ from torch import Tensor, nn
 
 from .neighbors import Edges
 from .structures import Structures
+from .threads import alone
+from .utils import autograd_enabled, savable
+
+NO_GRADIENT = (
+    "The energy of this {family} potential has no gradient with respect to the positions, so that there are no forces: "
+    "its forward leaves autograd (detach, item, numpy, no_grad). Compute the energy from the tensors that it is given, "
+    "or set conservative = False and override energy_and_forces, where forces are predicted directly."
+)
 
 
 @dataclass(eq=False)
@@ -87,17 +95,26 @@ class Potential(nn.Module):
         With create_graph both stay differentiable in whatever the positions and weights depend
         on; otherwise both are detached. A direct-force potential overrides this call.
         """
-        positions = structures.positions
-        if not (create_graph and positions.requires_grad):
-            positions = positions.detach().requires_grad_()
-        with torch.enable_grad(), nullcontext() if create_graph else self._weights_aside():
-            energy = self(structures.replace(positions=positions), edges).energy
-            # A lone atom's energy may not depend on its position at all.
-            if not energy.requires_grad:
-                return energy, torch.zeros_like(positions)
-            (gradient,) = torch.autograd.grad(energy.sum(), positions, create_graph=create_graph, allow_unused=True)
-        forces = torch.zeros_like(positions) if gradient is None else -gradient
-        return (energy, forces) if create_graph else (energy.detach(), forces.detach())
+        with autograd_enabled():
+            structures, edges = savable(structures), savable(edges)
+            positions = structures.positions
+            if not (create_graph and positions.requires_grad):
+                positions = positions.detach().requires_grad_()
+            with nullcontext() if create_graph else self._weights_aside():
+                energy = self(structures.replace(positions=positions), edges).energy
+                gradient, *_ = self._gradients(energy, [positions], create_graph)
+        assert gradient is not None
+        return (energy, -gradient) if create_graph else (energy.detach(), -gradient.detach())
+
+    def _gradients(self, energy: Tensor, inputs: list[Tensor], create_graph: bool = False) -> Sequence[Tensor | None]:
+        """The gradients of the energy with respect to the positions, which must exist, and to other inputs."""
+        found: Sequence[Tensor | None] = [None]
+        if energy.requires_grad:
+            found = torch.autograd.grad(energy.sum(), inputs, create_graph=create_graph, allow_unused=True)
+        if found[0] is None:
+            # To take the forces as zero would call any structure relaxed.
+            raise RuntimeError(NO_GRADIENT.format(family=self.family))
+        return found
 
     def results(self, structures: Structures, edges: Edges) -> dict[str, Tensor]:
         """Everything of one pass, detached: energy (n,), forces (n_atoms, 3), stress (n, 3, 3).
@@ -111,14 +128,12 @@ class Potential(nn.Module):
             return {"energy": energy.detach(), "forces": forces.detach()}
         # Where the cells act through the offsets alone, as in most families, this graph is as small as that
         # of the forces: no atom and no pair has to be strained in it.
-        inputs = [x.detach().requires_grad_() for x in (structures.positions, structures.cells)]
-        inputs.append(edges.offsets(structures).detach().requires_grad_())
-        with torch.enable_grad(), self._weights_aside():
+        with autograd_enabled(), self._weights_aside():
+            structures, edges = savable(structures), savable(edges)
+            offsets = edges.offsets(structures)
+            inputs = [x.detach().requires_grad_() for x in (structures.positions, structures.cells, offsets)]
             prediction = self(structures.replace(positions=inputs[0], cells=inputs[1]), edges.with_offsets(inputs[2]))
-            total = prediction.energy.sum()
-            gradients: tuple[Tensor | None, ...] = (None, None, None)
-            if total.requires_grad:
-                gradients = torch.autograd.grad(total, inputs, allow_unused=True)
+            gradients = self._gradients(prediction.energy, inputs)
         derivatives = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, gradients, strict=True)]
         with torch.no_grad():
             virial = _virial(structures, edges, inputs, derivatives)
@@ -133,8 +148,12 @@ class Potential(nn.Module):
 
     @contextmanager
     def _weights_aside(self) -> Iterator[None]:
-        """Keep the weights out of a graph that is for forces alone: it is smaller and faster without them."""
-        live = [p for p in self._parameters_at_first if p.requires_grad]
+        """Keep the weights out of a graph that is for forces alone: it takes a third less memory without them.
+
+        All threads share their flags, and a thread that takes a gradient meanwhile would lose it: where there are
+        others, the weights stay.
+        """
+        live = [p for p in self._parameters_at_first if p.requires_grad] if alone() else []
         try:
             for p in live:
                 p.requires_grad_(False)

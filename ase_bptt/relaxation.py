@@ -25,6 +25,7 @@ from .result import Relaxation
 from .stability import resolve_step_size
 from .steppers import Stepper, make_stepper
 from .structures import Structures
+from .utils import outside_inference_mode
 
 
 class Loop:
@@ -109,6 +110,7 @@ class Loop:
                 self._batch.restart(self._map)
 
 
+@outside_inference_mode
 def relax(
     potential: Potential | nn.Module | str,
     structures: Structures | Atoms | Sequence[Atoms],

@@ -16,7 +16,7 @@ from torch import Tensor
 from .constraints import Map, Projection, drift, fixed, maps_of
 
 LASTING = frozenset({"batch", "force_map", "step_map", "movable", "drift"})
-"""Properties that are the same in all frames of a batch."""
+"""Properties that are the same in all frames of a batch; kept, so that none may be a tensor of inference mode."""
 
 
 @dataclass(eq=False)
@@ -104,6 +104,7 @@ class Structures:
         return sorted({name for names in self.constraints for name in names})
 
     @cached_property
+    @torch.inference_mode(False)
     def batch(self) -> Tensor:
         """Index of the structure that each atom belongs to, shape (n_atoms,)."""
         counts = torch.tensor(self.counts, dtype=torch.int64, device=self.numbers.device)
@@ -115,16 +116,19 @@ class Structures:
         return torch.linalg.det(self.cells).abs()
 
     @cached_property
+    @torch.inference_mode(False)
     def force_map(self) -> Projection | None:
         """The constraints' map of forces."""
         return Projection([forces for forces, _ in self.maps], self.counts, self.masses) if self.maps else None
 
     @cached_property
+    @torch.inference_mode(False)
     def step_map(self) -> Projection | None:
         """The constraints' map of steps."""
         return Projection([steps for _, steps in self.maps], self.counts, self.masses) if self.maps else None
 
     @cached_property
+    @torch.inference_mode(False)
     def movable(self) -> Tensor:
         """1 for each atom that can move, 0 for fixed atoms, shape (n_atoms,)."""
         if not self.maps:
@@ -133,6 +137,7 @@ class Structures:
         return 1 - torch.as_tensor(np.concatenate(stuck)).to(self.masses)
 
     @cached_property
+    @torch.inference_mode(False)
     def drift(self) -> Tensor | None:
         """Projectors onto the translations that the constraints allow, shape (n, 3, 3); None without constraints."""
         if not self.maps:

@@ -8,14 +8,18 @@ import math
 import operator
 import os
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import fields, replace
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T", bound=Any)
 UNFINISHED = ".*.part.*"
 """Pattern of the temporary names, for removing what a killed run has left."""
 REFUSED = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR})
@@ -123,6 +127,36 @@ def check_count(**numbers: Any) -> None:
             raise ValueError(f"{name} must be a whole number, at least 1, got {given}.")
 
 
+@contextmanager
+def autograd_enabled(enabled: bool = True) -> Iterator[None]:
+    """Have autograd record, or not, whatever mode the caller is in: under inference mode nothing is ever recorded."""
+    with torch.inference_mode(False), torch.set_grad_enabled(enabled):
+        yield
+
+
+def outside_inference_mode(function: F) -> F:
+    """A function that leaves torch's inference mode where it is called under it, and records nothing then.
+
+    What it makes and keeps can be used after the caller's block, which tensors of inference mode cannot.
+    """
+
+    @wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_inference_mode_enabled():
+            return function(*args, **kwargs)
+        with autograd_enabled(False):
+            return function(*args, **kwargs)
+
+    return cast(F, wrapped)
+
+
+def savable(value: T) -> T:
+    """The same dataclass with copies of the tensors that were made under inference mode: autograd cannot save those."""
+    made = {field.name: getattr(value, field.name) for field in fields(value)}
+    copies = {name: t.clone() for name, t in made.items() if isinstance(t, Tensor) and t.is_inference()}
+    return replace(value, **copies) if copies else value
+
+
 Gradients = Sequence[Tensor | None]
 
 
@@ -144,34 +178,3 @@ def safe_sqrt(square: Tensor) -> Tensor:
     """sqrt with gradient zero at zero."""
     positive = square > 0
     return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), torch.zeros_like(square))
-
-
-Versions = tuple[tuple[int, int], ...]
-
-
-class Weights:
-    """The parameters of some modules, found once: to walk through a module costs as much as the energy of a small cell.
-
-    A parameter that is changed in place or replaced is noticed; a module that is put in later, or a
-    parameter of TorchScript's that is replaced, is not.
-    """
-
-    def __init__(self, *modules: nn.Module):
-        self.modules = modules
-        self._find()
-
-    def _find(self) -> None:
-        self._slots: list[tuple[Mapping[str, Tensor | None], str]] = []
-        for module in (part for whole in self.modules for part in whole.modules()):
-            held: Mapping[str, Tensor | None] = module._parameters
-            if isinstance(module, torch.jit.ScriptModule):  # holds no dictionary
-                held = dict(module.named_parameters(recurse=False))
-            self._slots += [(held, name) for name in held]
-
-    def versions(self) -> Versions:
-        """Changes whenever a weight is changed in place or replaced."""
-        # A weight that was given a low-rank update lies elsewhere since, beside the parameters of the update.
-        if not all(name in held for held, name in self._slots):
-            self._find()
-        found = (held.get(name) for held, name in self._slots)
-        return tuple((p.data_ptr(), p._version) for p in found if p is not None)

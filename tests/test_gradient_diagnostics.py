@@ -12,7 +12,7 @@ from helpers.structures import argon, cluster, rattled
 from torch import nn
 
 from ase_bptt import Potential, Prediction, Status, Structures, relax
-from ase_bptt.adjoints import Guided, Implicit, Replay, Truncated
+from ase_bptt.adjoints import GradientWarning, Guided, Implicit, Replay, Truncated
 from ase_bptt.adjoints.backward_sweep import Frames
 from ase_bptt.diagnostics.gradient_report import diagnose_gradients
 from ase_bptt.diagnostics.gradients import spectral_radius
@@ -260,14 +260,17 @@ def test_a_saddle_is_reported_by_the_radius_and_by_the_solve():
     assert run.status == (Status.CONVERGED,)
     assert spectral_radius(run)[0] == pytest.approx(1.1, rel=1e-3)
     assert "no minimum but a saddle" in alarm_of(diagnose_gradients(run))
-    implicit = differentiated(bowl, bowl_start(0.0), stepper="bfgs", adjoint="implicit")
+    with pytest.warns(GradientWarning, match="saddle"):
+        implicit = differentiated(bowl, bowl_start(0.0), stepper="bfgs", adjoint="implicit")
     assert "unsolved (saddle)" in alarm_of(diagnose_gradients(implicit))
 
 
 def test_an_implicit_gradient_that_is_not_solved_is_reported():
-    run = differentiated(Bowl(), bowl_start(), stepper="bfgs", adjoint=Implicit(max_iterations=1))
+    with pytest.warns(GradientWarning, match="max_iterations"):
+        run = differentiated(Bowl(), bowl_start(), stepper="bfgs", adjoint=Implicit(max_iterations=1))
     assert "raise max_iterations" in alarm_of(diagnose_gradients(run))
-    run = differentiated(Bowl(), bowl_start(0.3), stepper="bfgs", adjoint="implicit", steps=1)
+    with pytest.warns(GradientWarning, match="more steps"):
+        run = differentiated(Bowl(), bowl_start(0.3), stepper="bfgs", adjoint="implicit", steps=1)
     assert "more steps" in alarm_of(diagnose_gradients(run))
     assert diagnose_gradients(run).structures[0].solve.iterations == 0
 

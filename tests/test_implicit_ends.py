@@ -1,5 +1,7 @@
 """What the implicit gradient says where there is no minimum, or none that it can treat; and what it leaves at zero."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from ase import Atoms
@@ -9,7 +11,7 @@ from helpers.potentials import Bowl, lennard_jones
 from helpers.structures import cluster, constrained, pentamer, skewed, vacancy
 
 from ase_bptt import Status, Structures, relax
-from ase_bptt.adjoints import Guided, Implicit, OneStep, SolveStatus
+from ase_bptt.adjoints import GradientWarning, Guided, Implicit, OneStep, SolveStatus
 from ase_bptt.potentials.analytic import LennardJones
 from ase_bptt.steppers import BFGS
 
@@ -39,9 +41,10 @@ def test_a_saddle_is_reported_and_leaves_the_others_alone(make):
     alone = relax(potential, sound, **arguments)
     assert relaxation.status == (Status.CONVERGED, Status.CONVERGED)
     n = structures.counts[0]
-    found = gradient(
-        list(potential.parameters()), bend(relaxation.positions[:n]) + sum_of_distances(relaxation.positions[n:], sound)
-    )
+    loss = bend(relaxation.positions[:n]) + sum_of_distances(relaxation.positions[n:], sound)
+    with pytest.warns(GradientWarning, match=rf"Gradient of structure 0 \(Ar{n}\): .* saddle and no minimum") as told:
+        found = gradient(list(potential.parameters()), loss)
+    assert len(told) == 1
     expected = gradient(list(potential.parameters()), sum_of_distances(alone.positions, sound))
     assert [solve.status for solve in relaxation.solves] == [SolveStatus.SADDLE, SolveStatus.SOLVED]
     assert "no minimum" in relaxation.solves[0].status.sentence
@@ -58,7 +61,9 @@ def test_too_few_iterations_are_reported_with_the_residual_left():
         relaxation = relax(
             potential, batch(potential.atoms(0.1)), stepper=NEWTON, adjoint=Implicit(max_iterations=cap), steps=400
         )
-        (w,) = gradient([potential.load], relaxation.positions.flatten() @ pull)
+        capped = pytest.warns(GradientWarning, match=r"\(Ar4\): .* raise max_iterations")
+        with capped if cap < 9 else nullcontext():
+            (w,) = gradient([potential.load], relaxation.positions.flatten() @ pull)
         (solve,) = relaxation.solves
         left = (potential.hessian.detach() @ w - pull).norm() / pull.norm()
         assert solve.residual == pytest.approx(left.item(), rel=1e-6)
@@ -92,12 +97,14 @@ def test_a_member_that_did_not_relax_gives_no_gradient(adjoint):
     relaxation, alone = (relax(potential, s, **arguments) for s in (structures, sound))
     assert relaxation.status == (Status.OUT_OF_STEPS, Status.CONVERGED)
     weights = list(potential.parameters())
-    found = gradient(weights, sum_of_distances(relaxation.positions, structures))
+    with pytest.warns(GradientWarning, match="structure 0 .* give it more steps"):
+        found = gradient(weights, sum_of_distances(relaxation.positions, structures))
     torch.testing.assert_close(found, gradient(weights, sum_of_distances(alone.positions, sound)), rtol=1e-12, atol=0)
     assert [solve.status for solve in relaxation.solves] == [SolveStatus.UNRELAXED, SolveStatus.SOLVED]
     assert "more steps" in relaxation.solves[0].status.sentence
     nothing = relax(potential, batch(vacancy(0.1)), **arguments)
-    assert all(g == 0 for g in torch.autograd.grad(nothing.positions.square().sum(), weights))
+    with pytest.warns(GradientWarning, match="no minimum to take a gradient"):
+        assert all(g == 0 for g in torch.autograd.grad(nothing.positions.square().sum(), weights))
 
 
 @pytest.mark.parametrize("adjoint", [Implicit(), OneStep()], ids=lambda a: a.name)

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -207,3 +208,22 @@ def test_its_checkpoints_are_known_by_what_they_hold():
     assert SevenNet.owns({"model_state_dict": {}, "config": {}})
     assert not SevenNet.owns({"model": {"model_args": {}, "state_dict": {}}})
     assert not SevenNet.owns(torch.nn.Linear(1, 1))
+
+
+@needs_sevennet
+@pytest.mark.filterwarnings("ignore")
+def test_threads_share_one_model_whose_settings_stay():
+    potential = load_potential("sevennet")
+    potential.model.set_is_batch_data(False)  # as sevenn's own calculator leaves it
+    structures = [skewed(seed=k) for k in range(4)]
+
+    def forces(atoms):
+        atoms = atoms.copy()
+        atoms.calc = TorchCalculator(potential)
+        return atoms.get_forces()
+
+    expected = [forces(atoms) for atoms in structures]
+    with ThreadPoolExecutor(4) as pool:
+        np.testing.assert_allclose(list(pool.map(forces, structures)), expected, atol=1e-5)
+    assert not potential.model.is_batch_data
+    assert not any(getattr(layer, "_is_batch_data", False) for layer in potential.model)

@@ -11,7 +11,7 @@ from typing import Any
 from .adjoint import Adjoint, Attached, FullTape
 from .guided import Guided
 from .hessian_solve import Solve, SolveStatus
-from .implicit import AtMinimum, Implicit, OneStep
+from .implicit import AtMinimum, GradientWarning, Implicit, OneStep
 from .replay import Replay, Truncated
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "AtMinimum",
     "Attached",
     "FullTape",
+    "GradientWarning",
     "Guided",
     "Implicit",
     "OneStep",

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from ase.symbols import Symbols
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..iterated_map import IteratedMap, Status, Trajectory
 from ..structures import Structures
-from ..utils import check_count, check_positive
+from ..utils import check_count, check_positive, outside_inference_mode
 from .adjoint import Adjoint, Attached
 from .hessian_solve import Solve, SolveStatus, ZeroModes, conjugate_gradients
 
 if TYPE_CHECKING:
     from ..relaxation import Loop
 
+
+class GradientWarning(UserWarning):
+    """The backward pass could not solve for the gradient of a structure at its minimum."""
+
+
+SHOWN = 5
+"""Structures that a warning names."""
 Product = Callable[[Tensor], Tensor]
 
 
@@ -63,7 +72,7 @@ class AtMinimum(Adjoint):
         return super().apply(loop if warm is None else warm)
 
     def attach(self, trajectory: Trajectory) -> Tensor:
-        """The positions as one node of the graph."""
+        """The positions as one node of the graph, whose backward pass warns of structures that it could not solve."""
         start, final = trajectory.start, trajectory.final.detach()
         return _AtMinimum.apply(self, trajectory, final, start.positions, start.cells, *trajectory.map.parameters())
 
@@ -164,6 +173,7 @@ class _AtMinimum(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @outside_inference_mode
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         trajectory: Trajectory = ctx.trajectory
         trajectory.check_weights()
@@ -183,7 +193,25 @@ class _AtMinimum(torch.autograd.Function):
             queue = iter(pulled)
             to_weights = [None if zero is None else zero + next(queue) for zero in to_weights]
         trajectory.solves = tuple(solves.values())
+        if trajectory.warns:
+            _warn(trajectory)
         return None, None, None, torch.zeros_like(positions), to_cells, *to_weights
+
+
+def _warn(trajectory: Trajectory) -> None:
+    """Warn of the structures whose gradient is not that of a minimum, by their place in the batch and their formula."""
+    numbers = trajectory.start.numbers.cpu().split(trajectory.start.counts)
+    by_status: dict[SolveStatus, list[str]] = {}
+    for k, solve in enumerate(trajectory.solves):
+        if solve.status is not SolveStatus.SOLVED:
+            by_status.setdefault(solve.status, []).append(f"{k} ({Symbols(numbers[k].numpy())})")
+    for status, places in by_status.items():
+        some = ", ".join(places[:SHOWN]) + f" and {len(places) - SHOWN} more" * (len(places) > SHOWN)
+        warnings.warn(
+            f"Gradient of structure {some}: {status.sentence}",
+            GradientWarning,
+            stacklevel=2,
+        )
 
 
 def _vjp_at_minimum(

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from ..iterated_map import Checkpointing, IteratedMap, Trajectory
 from ..structures import Structures
-from ..utils import check_count, check_positive
+from ..utils import check_count, check_positive, outside_inference_mode
 from .adjoint import Adjoint
 from .backward_sweep import BackwardSweep, check_smooth
 
@@ -123,6 +123,7 @@ class _Replayed(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @outside_inference_mode
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         ctx.trajectory.check_weights()
         _ = ctx.saved_tensors  # raises where they changed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from ase.units import GPa
 
 from ..potential import Potential
 from ..terms.probes import Crystal
+from ..threads import quiet
 from ..throughput import single_points
 
 STEP, FINE, ROUNDS = 0.02, 0.008, 8
@@ -86,9 +86,8 @@ def birch_murnaghan(volumes: np.ndarray, energies: np.ndarray) -> tuple[float, f
         return np.nan, np.nan
     # Energies from the lowest one, or a large total energy would cost the fit digits.
     equation = EquationOfState(volumes, energies - energies.min(), eos="birchmurnaghan")
-    with warnings.catch_warnings():
-        # Where there is no minimum the fit runs into negative volumes, and says so.
-        warnings.simplefilter("ignore")
+    # Where there is no minimum the fit runs into negative volumes, and says so.
+    with quiet():
         try:
             volume, _, modulus = equation.fit(warn=False)
         except RuntimeError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import fmean, median
@@ -18,6 +17,7 @@ from ..losses import SAME_END, delta_q, displacements, max_displacement, rmsd
 from ..pairs import RelaxationPair
 from ..potential import Potential
 from ..steppers import Stepper
+from ..threads import quiet
 from ..throughput import TOGETHER, Relaxed, single_points
 from ..throughput.journal import Journal, relax_kept
 
@@ -244,9 +244,8 @@ def space_group(atoms: Atoms, symprec: float = SYMPREC) -> str:
     if not atoms.pbc.all() or not np.isfinite(atoms.positions).all():
         return ""
     crystal = (atoms.cell.array, atoms.get_scaled_positions(), atoms.numbers)
-    with warnings.catch_warnings():
-        # By its version, spglib returns None with a DeprecationWarning where it finds none, or raises.
-        warnings.simplefilter("ignore", DeprecationWarning)
+    # By its version, spglib returns None with a DeprecationWarning where it finds none, or raises.
+    with quiet():
         try:
             return spglib.get_spacegroup(crystal, symprec=symprec) or ""
         except spglib.SpglibError:

@@ -71,6 +71,7 @@ class Edges:
         return new
 
     @cached_property
+    @torch.inference_mode(False)
     def one_way_first(self) -> Tensor | None:
         """Order in which one of each edge and its reverse comes first, then the reverses in the same order.
 

@@ -22,6 +22,7 @@ from ..iterated_map import Checkpointing, Status
 from ..result import Relaxation
 from ..stability import resolve_step_size
 from ..steppers import STEPPERS, Learner, State, Stepper, make_stepper
+from ..utils import outside_inference_mode
 from .recording import (
     BROKEN,
     PASSING,
@@ -114,6 +115,7 @@ class BPTTOptimizer(Optimizer):
         """Write the restart file, where there is one."""
         write_restart(self, data)
 
+    @outside_inference_mode
     def step(self, forces: Any = None) -> None:
         """One frame through the Optimizable."""
         gradient = self._get_gradient(forces)

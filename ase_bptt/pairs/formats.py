@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import logging
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import takewhile
@@ -15,6 +14,7 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read
 
+from ..threads import quiet
 from . import InvalidPair
 
 log = logging.getLogger(__name__)
@@ -99,8 +99,7 @@ def check_content(path: Path) -> None:
 def readable(path: Path) -> Iterator[None]:
     """Turn any error of ASE's readers into an InvalidPair of one sentence, and silence their warnings."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet():
             yield
     except InvalidPair:
         raise

@@ -9,12 +9,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib
-import io
 import json
 import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
@@ -25,8 +22,9 @@ from torch import nn
 
 from .. import __version__
 from ..potential import Potential
+from ..threads import Building, quiet
 from ..tuning.low_rank import merged
-from ..utils import UNREADABLE, in_short, replacing
+from ..utils import UNREADABLE, in_short, outside_inference_mode, replacing
 
 log = logging.getLogger(__name__)
 GROUP = "ase_bptt.potentials"
@@ -70,6 +68,7 @@ def load_potential(
     return as_potential(spec, device=device, dtype=dtype, trust=trust).requires_grad_()
 
 
+@outside_inference_mode
 def as_potential(
     spec: str | Path | nn.Module,
     *,
@@ -83,10 +82,16 @@ def as_potential(
             raise ValueError(f"There is no dtype {dtype!r}; there are {', '.join(DTYPES)}.")
         dtype = DTYPES[dtype]
     if isinstance(spec, nn.Module):
+        if any(t.is_inference() for t in (*spec.parameters(), *spec.buffers())):
+            raise ValueError(
+                f"The weights of this {type(spec).__name__} were made under torch.inference_mode(), and nothing can be "
+                "differentiated with them, so that there are no forces: build or load it outside of that block."
+            )
         module = copy.deepcopy(spec) if _differs(spec, device, dtype) else spec
         potential = module if isinstance(module, Potential) else from_native(module, "this module")
     else:
-        potential = _from_spec(str(spec), trust).requires_grad_()
+        with Building():
+            potential = _from_spec(str(spec), trust).requires_grad_()
         potential.metadata = dict(potential.metadata) or {"source": str(spec)}
     return potential.to(device=device, dtype=dtype)
 
@@ -235,18 +240,8 @@ def weights_hash(potential: Potential) -> str:
 
 
 def _rebuild(adapter: type[Potential], config: dict[str, Any], dtype: torch.dtype) -> Potential:
-    with _default_dtype(dtype), torch.random.fork_rng():
+    with Building(dtype):
         return adapter.from_config(config).to(dtype)
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def _differs(module: nn.Module, device: torch.device | str | None, dtype: torch.dtype | None) -> bool:
@@ -264,8 +259,11 @@ def require(module: str, *, extra: str) -> ModuleType:
 
     The extra of a family is called as the family is; others, such as "cueq", add to one.
     """
+    known = sys.modules.get(module)
+    if known is not None and not getattr(known.__spec__, "_initializing", False):
+        return known
     try:
-        with quiet():
+        with Building(), quiet():
             return importlib.import_module(module)
     except ImportError as error:
         package = module.split(".", 1)[0]
@@ -275,11 +273,3 @@ def require(module: str, *, extra: str) -> ModuleType:
             f"This potential needs the package {package!r}, which does not import here ({error}): "
             f'install it by pip install "ase_bptt[{extra}]"{where}.'
         ) from error
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep what a family prints, and its import warnings, from standard output, which belongs to the caller."""
-    with redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

@@ -13,8 +13,9 @@ from ..neighbors import Edges
 from ..neighbors.search import edge_codes
 from ..potential import Potential, Prediction
 from ..structures import Structures
+from ..threads import quiet
 from ..tuning import staged
-from . import quiet, require
+from . import require
 
 VARIANTS = ("0.3.0", "0.2.0", "r2scan")
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..neighbors import Edges
 from ..potential import Prediction
 from ..structures import Structures
+from ..threads import Building
 from ..tuning import staged
 from .analytic import Parametrised
 
@@ -51,8 +52,7 @@ class Direct(Parametrised):
         super().__init__()
         self.cutoff = float(cutoff)
         self.settings = {"width": int(width), "layers": int(layers), "basis": int(basis), "seed": int(seed)}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with Building(seed=seed):
             self.elements = nn.Embedding(ELEMENTS, width)
             self.filters = nn.ModuleList(nn.Linear(basis, width, bias=False) for _ in range(layers))
             self.updates = nn.ModuleList(_two_layers(width, width) for _ in range(layers))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from ..neighbors import Edges
 from ..potential import Potential, Prediction
 from ..structures import Structures
+from ..threads import view
 from ..tuning import staged
 from .mace_files import (
     LONG_RANGE,
@@ -22,8 +22,8 @@ from .mace_files import (
     describe,
     is_accelerated,
     load_foundation,
-    marked_as_it_is,
     plain,
+    rightly_marked,
 )
 
 NEUTRAL = {"total_charge": 0.0, "total_spin": 1.0}
@@ -100,17 +100,18 @@ class MACE(Potential):
             "unit_shifts": shifts,
             "cell": structures.cells.reshape(-1, 3),
         }
-        once = nullcontext() if order is None else each_distance_once(self.model, len(order))
+        model = self.model if order is None else each_distance_once(self.model, len(order))
         # TorchScript optimises its graphs after some calls, and they then round differently: a resumed run
         # would not repeat an uninterrupted one bit for bit.
-        with once, torch.jit.optimized_execution(False):
-            out = self.model(data, training=True, compute_force=False)
+        with torch.jit.optimized_execution(False):
+            out = model(data, training=True, compute_force=False)
         return Prediction(out["energy"], atomic_energies=out["node_energy"].to(positions))
 
     def _composition(self, structures: Structures) -> dict[str, Tensor]:
         """What depends on the elements and counts alone; kept, for it is the same in every frame of a run."""
         made_for = (structures.numbers, structures.counts, structures.positions.dtype)
-        if self._made is None or any(a is not b for a, b in zip(self._made[0], made_for, strict=True)):
+        known = self._made  # read once: other threads may put theirs there
+        if known is None or any(a is not b for a, b in zip(known[0], made_for, strict=True)):
             elements = nn.functional.one_hot(self._column[structures.numbers], len(self.atomic_numbers or ()))
             ends = torch.tensor(structures.counts, device=structures.batch.device).cumsum(0)
             made = {
@@ -120,8 +121,8 @@ class MACE(Potential):
                 "head": torch.full_like(ends, self.head),
                 **{name: structures.positions.new_full(ends.shape, value) for name, value in self._constants.items()},
             }
-            self._made = made_for, {name: value.detach() for name, value in made.items()}
-        return self._made[1]
+            self._made = known = made_for, {name: value.detach() for name, value in made.items()}
+        return known[1]
 
     def layers(self) -> list[list[str]]:
         """Names of the weights, layer by layer, for `ase_bptt.tuning.select`."""
@@ -176,17 +177,10 @@ class MACE(Potential):
         return cls(build(config), head=config.get("head"))
 
     def save_native(self, path: Path) -> None:
-        before = vars(self.model).pop("metadata", None)
-        try:
-            heads = _heads(self.model)
-            chosen = {"head": heads[self.head]} if len(heads) > 1 else {}
-            self.model.metadata = dict(self.metadata) | chosen
-            with marked_as_it_is(self.model):
-                torch.save(self.model, path)
-        finally:
-            del self.model.metadata
-            if before is not None:
-                self.model.metadata = before
+        heads = _heads(self.model)
+        model = view(rightly_marked(self.model))
+        model.metadata = dict(self.metadata) | ({"head": heads[self.head]} if len(heads) > 1 else {})
+        torch.save(model, path)
 
 
 def _heads(model: Any) -> list[str]:
@@ -217,38 +211,35 @@ def _further_inputs(model: Any) -> dict[str, float]:
     return {name: NEUTRAL[name] for name in wanted}
 
 
-@contextmanager
-def each_distance_once(model: Any, n_edges: int) -> Iterator[None]:
-    """Within this context the radial networks of a MACE compute each edge and its reverse once.
+def each_distance_once(model: Any, n_edges: int) -> Any:
+    """A view of a MACE whose radial networks compute each edge and its reverse once.
 
-    They map a distance to the weights of a tensor product, and take a quarter of the time. The model must be called
-    with the edges in the order of `Edges.one_way_first`.
+    They map a distance to the weights of a tensor product, and take a quarter of the time. The view must be called with
+    the edges in the order of `Edges.one_way_first`. The model itself stays as it is, for other threads may be using it.
     """
     one_way = n_edges // 2
     features: list[Any] = [None, None]  # of both directions, and of one
 
-    def halve_lengths(module: nn.Module, given: tuple) -> tuple:
-        lengths, elements, ends, numbers = given
-        return lengths[:one_way], elements, ends[:, :one_way], numbers
-
-    def double_features(module: nn.Module, given: tuple, found: Any) -> Any:
+    def embedding(lengths: Tensor, elements: Tensor, ends: Tensor, numbers: Tensor) -> Any:
+        found = model.radial_embedding(lengths[:one_way], elements, ends[:, :one_way], numbers)
         # The features, from some version on with the cutoff function that is still to be applied.
         several = found if isinstance(found, tuple) else (found,)
         both = tuple(None if x is None else torch.cat((x, x)) for x in several)
         features[:] = both[0], several[0]
         return both if isinstance(found, tuple) else both[0]
 
-    def halve_features(module: nn.Module, given: tuple) -> tuple:
-        # Some interactions add the features of the two atoms, which are not the same both ways.
-        return (features[1],) if len(given) == 1 and given[0] is features[0] else given
+    def once(radial: nn.Module) -> Callable[..., Tensor]:
+        def weights(*given: Tensor) -> Tensor:
+            # Some interactions add the features of the two atoms, which are not the same both ways.
+            if len(given) != 1 or given[0] is not features[0]:
+                return radial(*given)
+            found = radial(features[1])
+            return torch.cat((found, found))
 
-    def double_weights(module: nn.Module, given: tuple, found: Tensor) -> Tensor:
-        return torch.cat((found, found)) if given[0] is features[1] else found
+        return weights
 
-    hooks = [(model.radial_embedding, halve_lengths, double_features)]
-    hooks += [(layer.conv_tp_weights, halve_features, double_weights) for layer in model.interactions]
-    with ExitStack() as registered:
-        for module, before, after in hooks:
-            registered.enter_context(module.register_forward_pre_hook(before))
-            registered.enter_context(module.register_forward_hook(after))
-        yield
+    layers = {
+        name: view(layer, conv_tp_weights=once(layer.conv_tp_weights))
+        for name, layer in model.interactions._modules.items()
+    }
+    return view(model, radial_embedding=embedding, interactions=view(model.interactions, **layers))

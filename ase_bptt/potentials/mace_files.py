@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import quiet, require
+from ..threads import Building, quiet, view
+from . import require
 
 log = logging.getLogger(__name__)
 GATES = {"silu": torch.nn.functional.silu, "tanh": torch.tanh, "abs": torch.abs, "None": None}
@@ -155,26 +156,30 @@ def plain(model: Any) -> Any:
 
 
 def _converted(convert: Callable[..., Any], model: Any) -> Any:
-    dtype = torch.get_default_dtype()
-    with quiet(), torch.random.fork_rng(), marked_as_it_is(model):
+    # Here alone torch's default dtype is changed for a moment, for all threads: mace-torch sets it to the model's,
+    # passes it on to cuEquivariance, and leaves it so.
+    with _converting, quiet(), Building():
+        dtype = torch.get_default_dtype()
         try:
-            made = convert(model, device=str(model.r_max.device))
+            made = convert(rightly_marked(model), device=str(model.r_max.device))
         finally:
             torch.set_default_dtype(dtype)
     return made.to(model.r_max.device).train(model.training)
 
 
-@contextmanager
-def marked_as_it_is(model: Any) -> Iterator[None]:
-    """mace-torch converts by the mark of the product basis, and cannot where it is wrong."""
-    wrong = getattr(model, "use_reduced_cg", False) and not is_reduced(model)
-    if wrong:
-        model.use_reduced_cg = False
-    try:
-        yield
-    finally:
-        if wrong:
-            model.use_reduced_cg = True
+_converting = threading.Lock()
+
+
+def rightly_marked(model: Any) -> Any:
+    """The model, or a view of it whose product basis is marked as what it is.
+
+    mace-torch converts by the mark, and cannot where it is wrong.
+    """
+    if not getattr(model, "use_reduced_cg", False) or is_reduced(model):
+        return model
+    marked = view(model)
+    marked.use_reduced_cg = False
+    return marked
 
 
 def is_reduced(model: Any) -> bool:

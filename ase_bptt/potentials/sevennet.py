@@ -6,7 +6,6 @@ import json
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,16 @@ from torch import Tensor, nn
 from ..neighbors import Edges
 from ..potential import Potential, Prediction
 from ..structures import Structures
+from ..threads import quiet, view
 from ..tuning import staged
-from . import quiet, require
+from . import require
 
 VARIANTS = ("7net-0", "7net-l3i5", "7net-mf-0", "7net-0_22may2024")
 """What the package sevenn carries; it would download others."""
 BACKENDS = {"cuequivariance_config": {"use": False}, "use_flash_tp": False, "use_oeq": False}
 ENERGY = "atomic_energy"
+IN_BATCHES = "_is_batch_data"
+"""Attribute of sevenn's layers: whether they are given batches of structures."""
 
 
 class SevenNet(Potential):
@@ -78,8 +80,8 @@ class SevenNet(Potential):
             data["modal_type"] = torch.full_like(data["batch"][: len(structures)], self.modals[self.modal])
         dtype = self.dtype
         # TorchScript's optimised graphs round differently after some calls; see MACE.
-        with torch.jit.optimized_execution(False), self._in_batches():
-            for layer in self.model:
+        with torch.jit.optimized_execution(False):
+            for layer in self._layers_for_batches():
                 data = layer(data)
                 if ENERGY in data:
                     break
@@ -88,15 +90,13 @@ class SevenNet(Potential):
         atomic = data[ENERGY].squeeze(1)
         return Prediction(structures.sum(atomic), atomic_energies=atomic)
 
-    @contextmanager
-    def _in_batches(self) -> Iterator[None]:
-        """Set the layers to batches of structures; sevenn's calculator sets them to single ones."""
-        before = self.model.is_batch_data
-        self.model.set_is_batch_data(True)
-        try:
-            yield
-        finally:
-            self.model.set_is_batch_data(before)
+    def _layers_for_batches(self) -> Iterator[Any]:
+        """The layers, set to batches of structures; sevenn's calculator sets the model itself to single ones."""
+        for layer in self.model:
+            if hasattr(layer, IN_BATCHES):
+                layer = view(layer)
+                setattr(layer, IN_BATCHES, True)
+            yield layer
 
     def layers(self) -> list[list[str]]:
         """Names of the weights, layer by layer, for `ase_bptt.tuning.select`."""

@@ -30,6 +30,7 @@ from .settings import NUMBERS, Loss, OptimizerSettings, RelaxationSettings, Samp
 from .state import Parts, RunRecord
 from .training_data import Order, TrainingData, check_data
 from .updates import OptimizerFactory, Updates
+
 Pairs = Sequence[RelaxationPair]
 
 

@@ -22,9 +22,10 @@ from .. import __version__
 from ..adjoints import ADJOINTS
 from ..losses import LOSSES
 from ..potential import Potential
-from ..potentials import load_potential, quiet, save_potential, weights_hash
+from ..potentials import load_potential, save_potential, weights_hash
 from ..steppers import STEPPERS, make_stepper
 from ..terms import TERMS
+from ..threads import quiet
 from ..tuning import describe, low_rank
 from ..utils import UNFINISHED, UNREADABLE, in_short, replacing
 from .distributed import Ranks

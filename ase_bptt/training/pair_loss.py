@@ -156,10 +156,12 @@ class PairLoss:
         """The differentiable relaxation of a batch."""
         initial = self.potential.batch([p.initial for p in pairs])
         warm = None if self.warm is None else self.potential.batch(self.warm.starts(pairs, epoch))
-        return relax(
+        found = relax(
             self.potential, initial, stepper=self.stepper, fmax=self.fmax, steps=self.steps, adjoint=self.adjoint,
             warm_start=warm,
         )  # fmt: skip
+        found.trajectory.warns = False  # they are counted, and logged by the pair's name
+        return found
 
     def _cost(self, pair: RelaxationPair) -> float:
         """Atoms times frames, as many as the last time where it is known."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from ..pairs import RelaxationPair
 from ..potential import Potential
 from ..steppers import Stepper
 from ..terms import Term, add_gradients
+from ..threads import quiet
 from ..tuning import groups
 from ..utils import Gradients, added
 from .distributed import Ranks
@@ -113,9 +113,8 @@ class Updates:
 
     def decay(self) -> None:
         """Lower the learning rates to those of the next step."""
-        with warnings.catch_warnings():
-            # A first step that was left out, for its pairs diverged, counts too.
-            warnings.filterwarnings("ignore", ".*optimizer.step", UserWarning)
+        # A first step that was left out, for its pairs diverged, counts too: torch would warn of it.
+        with quiet():
             self._schedule.step()
 
     def clear(self) -> None:
