@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from torch import nn
 from .iterated_map import Versions, Weights
 from .neighbors import NeighborList
 from .potential import Potential
-from .potentials import as_potential
+from .potentials import as_potential, families, family
 from .structures import Structures
+from .suggestions import keywords, unknown_keyword
 
 BASIC = ["energy", "free_energy", "forces", "stress"]
 
@@ -37,15 +39,23 @@ class TorchCalculator(Calculator):
     Parameters
     ----------
     potential : str, Path, module or Potential
-        As for `load_potential`; a Potential without dtype and device is used as it is.
-    device, dtype
-        Where to compute and in which precision; None keeps the potential's.
+        As for `load_potential`: there is no default. A module or Potential without dtype and device is used as it is.
+    device : torch.device or str, optional
+        By default the GPU where PyTorch finds one, else the CPU; a module that is given stays where it is.
+    dtype : torch.dtype or str, optional
+        Precision; None keeps the potential's.
     skin : float
         In Å: the neighbour list is rebuilt after an atom moved more than half of it.
     trust : bool
         Allow a native checkpoint, which is a pickle and can run any code.
     **kwargs
-        ASE's own: atoms, label, directory, ...
+        ASE's own: atoms, directory, label, restart.
+
+    Raises
+    ------
+    TypeError
+        Without a potential, and for keywords that are not known, with the nearest; for those of MACECalculator,
+        CHGNetCalculator and SevenNetCalculator with the one that does the same here.
 
     Attributes
     ----------
@@ -59,7 +69,7 @@ class TorchCalculator(Calculator):
 
     def __init__(
         self,
-        potential: str | Path | nn.Module = "mace-si",
+        potential: str | Path | nn.Module | None = None,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
@@ -67,6 +77,12 @@ class TorchCalculator(Calculator):
         trust: bool = False,
         **kwargs: Any,
     ):
+        _check_keywords(kwargs)
+        if potential is None:
+            raise TypeError(
+                "TorchCalculator needs a potential: give the name of one ('chgnet', 'mace:medium'), a folder of ours, "
+                "a native checkpoint with trust=True, or a module."
+            )
         self.potential = as_potential(potential, device=device, dtype=dtype, trust=trust)
         basic = [name for name in BASIC if name != "stress" or self.potential.conservative]
         self.implemented_properties = [*basic, *self.potential.atomic_properties]
@@ -156,6 +172,16 @@ class TorchCalculator(Calculator):
         if self._weights.modules != (self.potential,):
             self._weights = Weights(self.potential)
         return self._weights.versions()
+
+
+def _check_keywords(given: Mapping[str, Any]) -> None:
+    """Raise TypeError for the first keyword that neither TorchCalculator nor ASE's Calculator knows."""
+    ours, of_ase = keywords(TorchCalculator.__init__), keywords(Calculator.__init__)
+    for name in given:
+        if name not in of_ase:
+            known = [*ours, *(name for name in of_ase if name != "ignore_bad_restart_file")]  # which is deprecated
+            advice = {k: said for each in families() for k, said in family(each).foreign_keywords.items()}
+            raise unknown_keyword("TorchCalculator", name, known, advice)
 
 
 def same_but_positions(a: Atoms, b: Atoms) -> bool:

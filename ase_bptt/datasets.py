@@ -10,6 +10,7 @@ from .pairs import RelaxationPair
 from .pairs.groups import classes
 from .pairs.reading import read_pairs
 from .pairs.structure_matching import same_structure
+from .suggestions import unknown_name
 
 FOLDER = Path(__file__).parent / "data" / "si_defects"
 FOLDS = 5
@@ -34,7 +35,7 @@ def si_defects(split: str = "all", *, fold: int = DEMO_FOLD) -> list[RelaxationP
         0 to 4, together a five-fold cross-validation; the demo's by default.
     """
     if split not in SPLITS:
-        raise ValueError(f"There is no split {split!r}; there are {', '.join(SPLITS)}.")
+        raise unknown_name("split", split, SPLITS)
     if fold not in range(FOLDS):
         raise ValueError(f"There is no fold {fold!r}; there are 0 to {FOLDS - 1}.")
     pairs = _grouped_by_kind()

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .result import Relaxation
 from .structures import Structures, as_structures
+from .suggestions import named
 
 Comparable = Relaxation | Structures | Atoms | Sequence[Atoms]
 SCALE = 0.1
@@ -277,7 +278,5 @@ LOSSES: dict[str, Callable[..., Any]] = {
 
 
 def named_loss(name: str) -> Callable[..., Any]:
-    """The loss of this name; ValueError with the names there are."""
-    if name not in LOSSES:
-        raise ValueError(f"There is no loss {name!r}; there are {', '.join(LOSSES)}.")
-    return LOSSES[name]
+    """The loss of this name, in any case; ValueError with the names there are."""
+    return named(LOSSES, name, "loss")

@@ -63,6 +63,8 @@ class Potential(nn.Module):
     """Whether its forces are the negative gradient of its energy."""
     atomic_properties: ClassVar[tuple[str, ...]] = ()
     """Which of ASE's 'energies', 'stresses', 'magmoms' the family has."""
+    foreign_keywords: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """Keywords of the family's own ASE calculator, each with what to do here: `TorchCalculator` refuses them so."""
 
     metadata: Mapping[str, Any] = MappingProxyType({})
     """Where the weights come from, as JSON; goes along into the files that are written."""

@@ -211,13 +211,13 @@ class TestTrain:
         assert settings["loss"] == "rmsd"
 
     @needs_mace
-    def test_the_embedded_potential_is_the_default(self, tmp_path):
+    def test_the_embedded_potential_by_its_name(self, tmp_path):
         pairs = {p.id: p for p in si_defects()}
         (tmp_path / "pairs").mkdir()
         for name in ("crystal_00", "P_s_00", "Ge_s_21"):
             write(tmp_path / "pairs" / f"{name}.extxyz", [pairs[name].initial, pairs[name].relaxed])
         with mock.patch("ase_bptt.training.fine_tune.evaluate", partial(evaluate, steps=5)):
-            code, _, err = run("train", "pairs", "--epochs", 1, "--steps", 1)
+            code, _, err = run("train", "pairs", "--potential", "mace-si", "--epochs", 1, "--steps", 1)
         assert code == 0, err
         assert json.loads(open_text("ase-bptt-run/settings.json"))["family"] == "mace"
 
@@ -368,7 +368,9 @@ class TestRefusing:
         is_refused(run("train", data / "pairs", "--potential", "native.model"), "--trust")
 
     def test_three_files(self, data):
-        is_refused(run("train", "a", "b", "c"), "one file or folder of relaxations, or two files")
+        is_refused(
+            run("train", "a", "b", "c", "--potential", data / "lj"), "one file or folder of relaxations, or two files"
+        )
 
     def test_too_few_kinds(self, data, tmp_path):
         result = run("train", data / "pairs" / "0.extxyz", "--potential", data / "lj")

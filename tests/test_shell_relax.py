@@ -131,7 +131,7 @@ class TestRefusing:
     @needs_mace
     def test_an_unknown_element_names_its_structure_and_is_left_out_if_asked(self, tmp_path):
         write("mixed.extxyz", [silicon(), cluster(), silicon(2)])
-        arguments = ("relax", "mixed.extxyz", "--steps", 3)
+        arguments = ("relax", "mixed.extxyz", "--potential", "mace-si", "--steps", 3)
         is_refused(run(*arguments), "structure 1 of mixed.extxyz", "Ar")
         code, out, err = run(*arguments, "--skip-invalid", "--json")
         assert code == 3

@@ -27,7 +27,6 @@ from .flags import (
     add_output,
     add_pairs,
     add_potential,
-    best_device,
     between,
     command,
     count,
@@ -254,7 +253,7 @@ def new_trainer(arguments: argparse.Namespace, out: Path | None) -> Trainer:
 def resumed_trainer(arguments: argparse.Namespace, out: Path) -> Trainer:
     """The Trainer of a run that was stopped."""
     with signals_deferred():
-        return Trainer.resume(out, device=arguments.device or best_device())
+        return Trainer.resume(out, device=arguments.device)
 
 
 def adjoint(text: str) -> str:

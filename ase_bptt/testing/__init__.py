@@ -13,6 +13,7 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator
 
 from ..potential import Potential
+from ..suggestions import unknown_name
 from .case import TOLERANCES, Case, Failed, Measured, Report
 from .checks import CHECKS, parity
 
@@ -64,7 +65,7 @@ def check_potential(
     """
     unknown = set(skip) - CHECKS.keys()
     if unknown:
-        raise ValueError(f"There is no check {min(unknown)!r} to skip; there are {', '.join(CHECKS)}.")
+        raise unknown_name("check", min(unknown), CHECKS)
     _check_declared(potential)
     report = Report(potential.family, str(potential.dtype).removeprefix("torch."), atoms.get_chemical_formula())
     twin = copy.deepcopy(potential).requires_grad_()
