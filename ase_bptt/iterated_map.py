@@ -100,6 +100,9 @@ class End:
     status: Status
     nsteps: int
 
+    def __repr__(self) -> str:
+        return f"End({len(self.positions)} atoms, {self.status.value} after {self.nsteps} frames)"
+
 
 @dataclass(frozen=True)
 class Checkpointing:
@@ -161,6 +164,10 @@ class Trajectory:
     weights: Versions = ()
     adjoint_norms: Tensor | None = None
     solves: tuple[Any, ...] = ()
+
+    def __repr__(self) -> str:
+        kept = "kept" if self.checkpointing else "not kept"
+        return f"Trajectory of {len(self.start)} structures, {max(self.nsteps, default=0)} frames, {kept}"
 
     def __post_init__(self) -> None:
         self.weights = self.weights or self.map.fingerprint()

@@ -150,17 +150,13 @@ def _pair(a: Comparable, b: Comparable) -> tuple[Structures, Structures]:
     if now.counts != then.counts or not torch.equal(now.numbers, then.numbers):
         raise ValueError(
             "Only structures of the same atoms in the same order can be compared: "
-            f"{_formulas(now)} is not {_formulas(then)}."
+            f"{', '.join(now.formulas(3))} is not {', '.join(then.formulas(3))}."
         )
     return now, then
 
 
 def _like(value: Tensor, x: Tensor) -> Tensor:
     return value.to(x) if value.is_floating_point() else value.to(x.device)
-
-
-def _formulas(structures: Structures) -> str:
-    return ", ".join(a.get_chemical_formula() for a in structures.to_atoms()[:3])
 
 
 def _mean(d: Tensor, of: Structures, weights: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ from .iterated_map import Status, Trajectory
 from .structures import Structures
 
 __all__ = ["Relaxation", "Status"]
+SHOWN = 20
+"""Lines that a Relaxation prints at most."""
 
 
 @dataclass(eq=False)
@@ -85,6 +87,17 @@ class Relaxation:
 
     def __len__(self) -> int:
         return len(self.start)
+
+    def __repr__(self) -> str:
+        """A line for each structure, and of many the first."""
+        shown = len(self) if len(self) <= SHOWN else SHOWN - 1
+        fmax = self.start.largest_force(self.forces).tolist()
+        lines = [
+            f"Relaxation{'' if self._single else f'[{k}]'}: {formula}, {self.status[k].value} after "
+            f"{int(self.nsteps[k])} frames, energy {float(self._energies[k]):.4f} eV, fmax {fmax[k]:.4f} eV/Å"
+            for k, formula in enumerate(self.start.formulas(shown))
+        ]
+        return "\n".join(lines if shown == len(self) else [*lines, f"Relaxation: and {len(self) - shown} others"])
 
     @property
     def structures(self) -> Structures:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from ase import Atoms
+from ase.symbols import Symbols
 from torch import Tensor
 
 from .constraints import Map, Projection, drift, fixed, maps_of
@@ -93,6 +94,16 @@ class Structures:
 
     def __len__(self) -> int:
         return len(self.counts)
+
+    def __repr__(self) -> str:
+        more = ", ..." if len(self) > 3 else ""
+        found = f"Structures({', '.join(self.formulas(3))}{more}; {len(self)} of {self.n_atoms} atoms in all"
+        return f"{found}, {str(self.positions.dtype).removeprefix('torch.')} on {self.positions.device})"
+
+    def formulas(self, most: int | None = None) -> list[str]:
+        """Chemical formula of each structure, or of so many of them at most."""
+        numbers = self.numbers.cpu().split(self.counts)[:most]
+        return [str(Symbols(z.numpy()).get_chemical_formula()) for z in numbers]
 
     @property
     def n_atoms(self) -> int:

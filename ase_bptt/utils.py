@@ -104,6 +104,11 @@ def _refused(error: OSError | RuntimeError) -> bool:
     return any(word in str(error) for word in ("PytorchStreamWriter", "inline_container", "iostream error"))
 
 
+def best_device() -> torch.device:
+    """The GPU where PyTorch finds one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def as_device(device: torch.device | str | None) -> torch.device:
     """A device that is here; None is the GPU where PyTorch finds one, else the CPU.
 
@@ -113,7 +118,7 @@ def as_device(device: torch.device | str | None) -> torch.device:
         For a device that is not here, with what to do.
     """
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return best_device()
     try:
         found = torch.empty(0, device=device).device
         if found.type != "meta":  # torch takes this one, too, but it holds no numbers

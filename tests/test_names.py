@@ -17,6 +17,7 @@ from ase_bptt.optimize import BFGS, FIRE, LBFGS
 from ase_bptt.steppers import make_stepper
 from ase_bptt.suggestions import nearest
 from ase_bptt.terms import make_terms
+from ase_bptt.utils import best_device
 
 
 @pytest.mark.parametrize(
@@ -157,9 +158,7 @@ class TestNames:
             call()
 
     def test_a_hyperparameter_of_another_stepper(self):
-        with pytest.raises(
-            TypeError, match="The stepper 'bfgs' has no keyword 'memory' .it belongs to stepper='lbfgs'"
-        ):
+        with pytest.raises(TypeError, match=r"'bfgs' has no keyword 'memory' .it belongs to stepper='lbfgs'"):
             make_stepper("bfgs", memory=3)
 
 
@@ -240,8 +239,11 @@ class TestDevice:
         assert code == 2
         assert sentence in err.splitlines()[-1]
 
-    def test_the_default(self):
-        assert load_potential("lj").device == TorchCalculator("lj").potential.device == torch.device("cpu")
+    def test_the_default(self, monkeypatch):
+        assert load_potential("lj").device == TorchCalculator("lj").potential.device == best_device()
+        assert best_device() == torch.device("cpu")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        assert best_device() == torch.device("cuda")
 
 
 def test_a_potential_goes_to_the_gpu_by_default_and_a_module_stays(monkeypatch):

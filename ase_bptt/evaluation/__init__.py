@@ -87,6 +87,12 @@ class Evaluation:
     rows: tuple[Row, ...]
     ends: tuple[Atoms, ...] = field(default=(), compare=False, repr=False)
 
+    def __repr__(self) -> str:
+        return (
+            f"Evaluation of {len(self.rows)} structures: Delta-Q {self.mean:.2f} on average, median {self.median:.2f} "
+            f"amu^1/2 Å, right basins {self.basins:.0%}"
+        )
+
     @classmethod
     def from_rows(cls, rows: Sequence[dict[str, Any]]) -> Evaluation:
         """From the rows that `todict` gives."""

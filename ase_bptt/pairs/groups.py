@@ -17,6 +17,8 @@ from . import InvalidPair, RelaxationPair, check_distances
 from .structure_matching import composition, find_duplicates, first_connected
 
 log = logging.getLogger(__name__)
+FEW = 5
+"""A validation or test set of fewer structures than this is warned of."""
 
 
 def with_groups(pairs: Sequence[RelaxationPair]) -> list[RelaxationPair]:
@@ -52,7 +54,15 @@ def split_by_group(
     order = _shuffled(pairs, 3, "training, validation and test need one each", seed)
     n_valid, n_test = (max(1, round(f * len(order))) for f in fractions)
     side = {g: "test" if k < n_test else "valid" if k < n_test + n_valid else "train" for k, g in enumerate(order)}
-    return {name: [p for p in pairs if side[p.group] == name] for name in ("train", "valid", "test")}
+    splits = {name: [p for p in pairs if side[p.group] == name] for name in ("train", "valid", "test")}
+    held_out = {name: len(splits[name]) for name in ("valid", "test")}
+    if min(held_out.values()) < FEW:
+        log.warning(
+            "Of %d relaxations, %d choose the best epoch and %d measure the gain, and so few tell nothing about other "
+            "structures: hold out each group once (--folds %d in the shell, split_into_folds in Python), or add more.",
+            len(pairs), *held_out.values(), min(5, len(order)),
+        )  # fmt: skip
+    return splits
 
 
 def split_into_folds(

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from . import InvalidPair, RelaxationPair, check_pair, unwrapped, warn_of_order
+from . import InvalidPair, RelaxationPair, check_pair, unwrapped, warn_of_moves
 from .formats import relaxation_files
 from .groups import with_groups
 from .lazy import DESCRIPTORS, Index, PairTable, lazy_pairs
@@ -152,7 +152,7 @@ def _pair(source: Source, root: Path, group: str | None) -> RelaxationPair:
         )  # fmt: skip
     check_pair(found.initial, found.relaxed, source.name)
     relaxed = unwrapped(found.initial, found.relaxed)
-    warn_of_order(found.initial, relaxed, source.name)
+    warn_of_moves(found.initial, relaxed, source.name)
     named = "" if not group else _group(found, group, short(source.name, root), root)
     return dataclasses.replace(found, relaxed=relaxed, group=named)
 
