@@ -69,7 +69,9 @@ class Parser(argparse.ArgumentParser):
         near = nearest(name, [*flags, *positional])
         if near in positional:
             return f"There is no flag {name}: {near} is given without a flag."
-        return f"There is no flag {name}" + (f": did you mean {near}?" if near else f"; {self.prog} --help lists them.")
+        if near:
+            return f"There is no flag {name}: did you mean {near}?"
+        return f"There is no flag {name}; {self.prog} --help lists them."
 
 
 def command(commands: Any, usage: str, actions: Actions, summary: str, description: str) -> argparse.ArgumentParser:
