@@ -62,6 +62,14 @@ class TorchCalculator(Calculator):
     potential : Potential
         Its ``requires_grad`` flags are yours, and are never touched. ASE cannot see it when weights
         change, so results are also dropped whenever a weight has been changed in place.
+
+    Examples
+    --------
+    >>> from ase.build import molecule
+    >>> atoms = molecule("N2")
+    >>> atoms.calc = TorchCalculator("emt")
+    >>> print(f"{atoms.get_potential_energy():.3f} eV")
+    0.549 eV
     """
 
     implemented_properties = [*BASIC, "energies", "stresses", "magmoms"]  # noqa: RUF012 (ASE's contract)

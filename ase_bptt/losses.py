@@ -2,6 +2,13 @@
 
 All of them use true minimum images, leave out the drift of the whole structure, and have a zero
 gradient where the match is exact.
+
+>>> from ase import Atoms
+>>> a, b = Atoms("H2", [(0, 0, 0), (0, 0, 1)]), Atoms("H2", [(0, 0, 0), (0, 0, 2)])
+>>> list(LOSSES)
+['delta_q', 'root_delta_q', 'log_delta_q', 'squared_delta_q', 'rmsd', 'max_displacement']
+>>> [round(loss(a, b), 3) for loss in LOSSES.values()]
+[0.71, 0.812, 2.092, 0.504, 0.5, 0.5]
 """
 
 from __future__ import annotations
@@ -22,6 +29,9 @@ from .result import Relaxation
 from .structures import Structures, as_structures
 from .suggestions import named
 
+__all__ = [
+    "LOSSES", "delta_q", "displacements", "log_delta_q", "max_displacement", "rmsd", "root_delta_q", "squared_delta_q",
+]  # fmt: skip
 Comparable = Relaxation | Structures | Atoms | Sequence[Atoms]
 SCALE = 0.1
 """amu^1/2 Å: below this, `log_delta_q` is nearly proportional to Delta-Q."""
@@ -51,6 +61,14 @@ def delta_q(a: Comparable, b: Comparable, *, align: bool = False) -> Any:
     ------
     ValueError
         Where the two do not hold the same atoms.
+
+    Examples
+    --------
+    >>> from ase.build import molecule
+    >>> a, b = molecule("N2"), molecule("N2")
+    >>> b.set_distance(0, 1, a.get_distance(0, 1) + 0.1)
+    >>> print(f"{delta_q(a, b):.4f} amu^1/2 Å")
+    0.2646 amu^1/2 Å
     """
     return _distance(a, b, align, _root_sum_square, by_mass=True)
 
@@ -97,6 +115,9 @@ def displacements(a: Comparable, b: Comparable, *, align: bool = False, by_mass:
 
     Minimal over lattice translations of each atom and over rigid translations of each structure,
     in the sum of squares, weighted by mass or not.
+
+    >>> displacements(Atoms('H2', [(0, 0, 0), (0, 0, 2)]), Atoms('H2', [(0, 0, 0), (0, 0, 1)]))[:, 2].tolist()
+    [-0.5, 0.5]
     """
     now, then = _pair(a, b)
     weights = then.movable * then.masses if by_mass else then.movable

@@ -42,6 +42,18 @@ class Relaxation:
     early : Relaxation or None
         Where the batch was after its first frames, with a gradient of its own; the adjoint `Guided` asks for
         it. None where nothing requires gradients.
+
+    Examples
+    --------
+    >>> from ase.build import molecule
+    >>> from ase_bptt import relax
+    >>> relaxation = relax("emt", [molecule("N2"), molecule("CO")], fmax=0.01)
+    >>> relaxation.positions.shape, relaxation.energies.shape
+    (torch.Size([4, 3]), torch.Size([2]))
+    >>> relaxation[1]
+    Relaxation: CO, converged after 18 frames, energy 0.6703 eV, fmax 0.0099 eV/Å
+    >>> [len(atoms) for atoms in relaxation.to_atoms()]
+    [2, 2]
     """
 
     start: Structures

@@ -41,6 +41,18 @@ class Structures:
         Class names of the constraints on each of the Atoms it came from.
     maps : tuple of (maps of forces, maps of steps), length n
         Those of the constraints that are linear maps, as `ase_bptt.constraints.maps_of` gives them.
+
+    Examples
+    --------
+    >>> from ase.build import molecule
+    >>> from ase_bptt import Structures, delta_q, relax
+    >>> start = Structures.from_atoms([molecule("N2"), molecule("CO")])
+    >>> start
+    Structures(N2, CO; 2 in all, 4 atoms, float64 on cpu)
+    >>> start = start.replace(positions=start.positions.requires_grad_())
+    >>> delta_q(relax("emt", start, steps=2), [molecule("N2"), molecule("CO")]).sum().backward()
+    >>> start.positions.grad.shape
+    torch.Size([4, 3])
     """
 
     positions: Tensor
@@ -97,8 +109,8 @@ class Structures:
 
     def __repr__(self) -> str:
         more = ", ..." if len(self) > 3 else ""
-        found = f"Structures({', '.join(self.formulas(3))}{more}; {len(self)} of {self.n_atoms} atoms in all"
-        return f"{found}, {str(self.positions.dtype).removeprefix('torch.')} on {self.positions.device})"
+        size = f"{self.n_atoms} atoms, {str(self.positions.dtype).removeprefix('torch.')} on {self.positions.device}"
+        return f"Structures({', '.join(self.formulas(3))}{more}; {len(self)} in all, {size})"
 
     def formulas(self, most: int | None = None) -> list[str]:
         """Chemical formula of each structure, or of so many of them at most."""

@@ -47,12 +47,12 @@ def test_others_take_one_line():
     pair = RelaxationPair(members[1], members[1], "a", "b", frames=[members[1]] * 50)
     n = sum(map(len, members))
     for found, text in (
-        (relaxation.start, f", ...; 4 of {n} atoms in all, float64 on cpu)"),
-        (Structures.from_atoms(members[0]), f"Structures(Ar{len(members[0])}; 1 of"),
-        (relaxation.trajectory, "Trajectory of 4 structures, 2 frames, kept"),
+        (relaxation.start, f", ...; 4 in all, {n} atoms, float64 on cpu)"),
+        (Structures.from_atoms(members[0]), f"Structures(Ar{len(members[0])}; 1 in all, "),
+        (relaxation.trajectory, "Trajectory(4 in all, 2 frames at most, kept)"),
         (relaxation.trajectory.ends[0], "out of steps after 2 frames"),
         (pair, f"RelaxationPair('a', {members[1].symbols}, group 'b')"),
-        (evaluate(potential, [pair], steps=2), "Evaluation of 1 structures: Delta-Q "),
+        (evaluate(potential, [pair], steps=2), "Evaluation(1 in all, Delta-Q "),
     ):
         assert text in str(found)
         assert len(str(found).splitlines()) == 1

@@ -2,6 +2,10 @@
 
 They differ in cost and in what the gradient knows: `FullTape` and `Replay` are exact, `Truncated` leaves out the first
 frames, `Implicit` and `OneStep` need the end only, `Guided` takes the beginning and the end.
+
+>>> from ase_bptt import adjoints
+>>> list(adjoints.ADJOINTS)
+['full', 'replay', 'truncated', 'implicit', 'one-step', 'guided']
 """
 
 from __future__ import annotations
@@ -51,8 +55,8 @@ def make_adjoint(adjoint: str | dict[str, Any] | Adjoint | None) -> Adjoint | No
 
     Examples
     --------
-    >>> print(make_adjoint("guided:20"))
-    guided:20
+    >>> make_adjoint("truncated:20")
+    Truncated(window=20)
     """
     if adjoint is None or isinstance(adjoint, Adjoint):
         return adjoint

@@ -89,8 +89,8 @@ class Evaluation:
 
     def __repr__(self) -> str:
         return (
-            f"Evaluation of {len(self.rows)} structures: Delta-Q {self.mean:.2f} on average, median {self.median:.2f} "
-            f"amu^1/2 Å, right basins {self.basins:.0%}"
+            f"Evaluation({len(self.rows)} in all, Delta-Q {self.mean:.2f} on average, median {self.median:.2f} "
+            f"amu^1/2 Å, right basins {self.basins:.0%})"
         )
 
     @classmethod
@@ -174,6 +174,18 @@ def evaluate(
         Keeps the ends as they are found; structures that are in it already are not relaxed again.
     progress : bool or None
         A progress bar on standard error; None shows it only on a terminal.
+
+    Examples
+    --------
+    >>> from ase.build import molecule
+    >>> from ase_bptt import RelaxationPair, evaluate, load_potential
+    >>> stretched = molecule("N2")
+    >>> stretched.set_distance(0, 1, 1.3)
+    >>> found = evaluate(load_potential("emt"), [RelaxationPair(stretched, molecule("N2"), "N2", "N2")])
+    >>> found
+    Evaluation(1 in all, Delta-Q 0.35 on average, median 0.35 amu^1/2 Å, right basins 100%)
+    >>> found.rows[0].status
+    'converged'
     """
     starts = [p.initial for p in pairs] + [p.relaxed for p in pairs]
     ends = relax_kept(

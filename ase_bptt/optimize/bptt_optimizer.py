@@ -65,6 +65,20 @@ class BPTTOptimizer(Optimizer):
         For keywords that neither the stepper nor ASE's Optimizer has, with the nearest, or the stepper that has it.
     ValueError
         For unknown names of steppers and adjoints, with the nearest.
+
+    Examples
+    --------
+    >>> from ase.build import molecule
+    >>> from ase_bptt import BPTTOptimizer, TorchCalculator
+    >>> atoms = molecule("N2")
+    >>> atoms.calc = TorchCalculator("emt")
+    >>> optimizer = BPTTOptimizer(atoms, logfile=None)
+    >>> bool(optimizer.run(fmax=0.01))
+    True
+    >>> bond = optimizer.relaxation.positions.diff(dim=0).norm()
+    >>> bond.backward()  # into the weights of the potential, where it has any
+    >>> print(f"{bond:.3f} Å")
+    0.998 Å
     """
 
     def __init__(

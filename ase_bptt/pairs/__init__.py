@@ -47,6 +47,14 @@ class RelaxationPair:
     frames : sequence of Atoms
         All frames of the relaxation, first and last included, with energies and forces where the reference has
         them; empty where there are none. `read_pairs` provides them for files of frames, and reads them on access.
+
+    Examples
+    --------
+    >>> from ase.build import molecule
+    >>> from ase_bptt import RelaxationPair
+    >>> pair = RelaxationPair(molecule("N2"), molecule("N2"), "N2 from a guess", group="N2")
+    >>> pair
+    RelaxationPair('N2 from a guess', N2, group 'N2')
     """
 
     initial: Atoms

@@ -50,6 +50,13 @@ def split_by_group(
         Of the order of the groups.
     fractions : two floats
         Shares of the groups for "valid" and "test"; each gets one at least.
+
+    Examples
+    --------
+    >>> from ase_bptt import datasets, split_by_group
+    >>> splits = split_by_group(datasets.si_defects())
+    >>> {name: len(pairs) for name, pairs in splits.items()}
+    {'train': 27, 'valid': 7, 'test': 10}
     """
     order = _shuffled(pairs, 3, "training, validation and test need one each", seed)
     n_valid, n_test = (max(1, round(f * len(order))) for f in fractions)
@@ -88,6 +95,12 @@ def split_into_folds(
         Where k is less than 3.
     InvalidPair
         Where there are fewer groups than folds.
+
+    Examples
+    --------
+    >>> from ase_bptt import datasets, split_into_folds
+    >>> [len(fold["test"]) for fold in split_into_folds(datasets.si_defects(), 5)]
+    [9, 9, 9, 9, 8]
     """
     if k < 3:
         raise ValueError(f"A cross-validation needs 3 folds at least, for training, validation and test; got {k}.")

@@ -64,6 +64,13 @@ def read_pairs(
         Where there is nothing to read.
     InvalidPair
         Naming the structure, the file and what to do.
+
+    Examples
+    --------
+    >>> from ase_bptt import datasets, read_pairs
+    >>> pairs = read_pairs(datasets.FOLDER / "V_00.extxyz")
+    >>> pairs[0].id, len(pairs[0].frames)
+    ('V_00', 12)
     """
     root = Path(initial)
     if lazy:

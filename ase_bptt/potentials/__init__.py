@@ -47,6 +47,9 @@ def load_potential(
 ) -> Potential:
     """Load a potential; all its parameters require gradients afterwards.
 
+    >>> load_potential("lj", dtype="float32").dtype
+    torch.float32
+
     Parameters
     ----------
     spec : str, Path or nn.Module
@@ -197,6 +200,12 @@ def save_potential(potential: Potential, folder: str | Path) -> None:
     ------
     FileExistsError
         For a training run's folder, whose own potential would be loaded instead.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_potential(load_potential("morse"), folder)
+    ...     load_potential(folder).family
+    'morse'
     """
     folder = Path(folder)
     if (folder / RUN_POTENTIAL / "model.json").is_file():

@@ -2,6 +2,10 @@
 
 They are pure and out of place, so that autograd can follow them, and hold nothing of a run: what
 travels from frame to frame is in the State. The same code moves ASE's optimizer and the tape.
+
+>>> from ase_bptt import steppers
+>>> list(steppers.STEPPERS)
+['gd', 'fire', 'bfgs', 'lbfgs']
 """
 
 from __future__ import annotations
