@@ -40,6 +40,11 @@ def si_defects(split: str = "all", *, fold: int = DEMO_FOLD) -> list[RelaxationP
     fold : int
         0 to 4, together a five-fold cross-validation; the demo's by default.
 
+    Raises
+    ------
+    ValueError
+        For a split or fold that there is not.
+
     Examples
     --------
     >>> from ase_bptt import datasets

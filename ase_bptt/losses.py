@@ -44,7 +44,7 @@ ANCHORS = 8
 
 
 def delta_q(a: Comparable, b: Comparable, *, align: bool = False) -> Any:
-    """Delta-Q = sqrt(sum_i m_i |dR_i|^2) in amu^1/2 Å, the configuration coordinate of defect physics.
+    """Delta-Q = sqrt(sum_i m_i |dR_i|^2) in amu^1/2 Å (Alkauskas et al., Phys. Rev. B 90, 075202 (2014)).
 
     Parameters
     ----------

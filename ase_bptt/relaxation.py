@@ -143,6 +143,11 @@ def relax(
         The same structures near their minima, for adjoints that need the minimum and not the path to it: the
         relaxation to the minimum starts there.
 
+    Returns
+    -------
+    Relaxation
+        Positions in Å, energies in eV; print it for a line each.
+
     Raises
     ------
     NotImplementedError

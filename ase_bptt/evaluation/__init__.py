@@ -162,6 +162,9 @@ def evaluate(
 
     Parameters
     ----------
+    potential : Potential
+        Its weights are not changed.
+    pairs : list of RelaxationPair
     stepper : Stepper or str
         A stepper or its name.
     fmax : float
@@ -174,6 +177,18 @@ def evaluate(
         Keeps the ends as they are found; structures that are in it already are not relaxed again.
     progress : bool or None
         A progress bar on standard error; None shows it only on a terminal.
+
+    Returns
+    -------
+    Evaluation
+        A `Row` for each pair, in order, in amu^1/2 Å, Å and eV/Å.
+
+    Raises
+    ------
+    NotImplementedError
+        For elements that the potential does not know, by name.
+    ValueError
+        For an unknown name of a stepper.
 
     Examples
     --------

@@ -117,6 +117,10 @@ def as_relaxation(
     ------
     ValueError
         Where a force is larger than the adjoint's fmax, or the initial structure holds other atoms or another cell.
+    TypeError
+        For an adjoint that needs frames.
+    RuntimeError, NotImplementedError
+        Without a TorchCalculator; for constraints that cannot be differentiated, by name.
 
     Examples
     --------

@@ -51,6 +51,11 @@ def split_by_group(
     fractions : two floats
         Shares of the groups for "valid" and "test"; each gets one at least.
 
+    Raises
+    ------
+    InvalidPair
+        Where there are fewer than three groups.
+
     Examples
     --------
     >>> from ase_bptt import datasets, split_by_group

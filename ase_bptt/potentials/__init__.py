@@ -196,16 +196,16 @@ def save_potential(potential: Potential, folder: str | Path) -> None:
     Low-rank updates (`ase_bptt.tuning.low_rank`) are folded into the weights that are written; the potential keeps them
     apart. Files that are there already are replaced whole, or not at all.
 
-    Raises
-    ------
-    FileExistsError
-        For a training run's folder, whose own potential would be loaded instead.
-
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save_potential(load_potential("morse"), folder)
     ...     load_potential(folder).family
     'morse'
+
+    Raises
+    ------
+    FileExistsError
+        For a training run's folder, whose own potential would be loaded instead.
     """
     folder = Path(folder)
     if (folder / RUN_POTENTIAL / "model.json").is_file():
