@@ -15,6 +15,7 @@ from ase.symbols import Symbols
 from torch import Tensor
 
 from .constraints import Map, Projection, drift, fixed, maps_of
+from .utils import as_device
 
 LASTING = frozenset({"batch", "force_map", "step_map", "movable", "drift"})
 """Properties that are the same in all frames of a batch."""
@@ -77,6 +78,8 @@ class Structures:
             atoms = [atoms]
         if not atoms:
             raise ValueError("There is no structure in this list: give at least one Atoms object.")
+        if isinstance(device, str):
+            device = as_device(device)
         floats = partial(torch.tensor, dtype=dtype or torch.float64, device=device)
         return cls(
             positions=floats(np.concatenate([a.positions for a in atoms])),

@@ -221,6 +221,11 @@ class TestTrain:
         assert code == 0, err
         assert json.loads(open_text("ase-bptt-run/settings.json"))["family"] == "mace"
 
+    def test_few_files_are_told_that_their_test_tells_nothing(self, data):
+        code, _, err = run("train", data / "pairs", "--potential", data / "lj", "--dry-run")
+        assert code == 0, err
+        assert "Of 5 relaxations, 2 choose the best epoch and 1 measure the gain, and so few tell nothing" in err
+
     def test_bad_pairs_are_left_out_if_asked_to(self, data, tmp_path, caplog):
         folder = tmp_path / "pairs"
         folder.mkdir()

@@ -10,7 +10,17 @@ from helpers.potentials import lennard_jones, needs_chgnet, needs_mace
 from helpers.shell import run
 from helpers.structures import argon
 
-from ase_bptt import BPTTOptimizer, TorchCalculator, datasets, load_potential, relax, steppers
+from ase_bptt import (
+    BPTTOptimizer,
+    RelaxationPair,
+    Structures,
+    TorchCalculator,
+    Trainer,
+    datasets,
+    load_potential,
+    relax,
+    steppers,
+)
 from ase_bptt.adjoints import FullTape, Guided, Replay, make_adjoint
 from ase_bptt.losses import named_loss, root_delta_q
 from ase_bptt.optimize import BFGS, FIRE, LBFGS
@@ -238,6 +248,15 @@ class TestDevice:
         code, _, err = run("relax", "x", "--potential", "lj", "--device", device)
         assert code == 2
         assert sentence in err.splitlines()[-1]
+
+    def test_neither_a_batch_nor_a_resumed_training_takes_it(self, tmp_path):
+        with pytest.raises(ValueError, match=r"^There is no device 'cuda' here: PyTorch"):
+            Structures.from_atoms(argon(), device="cuda")
+        pairs = [RelaxationPair(argon(k), argon(k), str(k), str(k)) for k in range(2)]
+        Trainer("lj", steps=1, out=tmp_path / "run", progress=False).fit(pairs[:1], pairs[1:], epochs=1)
+        with pytest.raises(ValueError, match=r"^There is no device 'cuda' here: PyTorch"):
+            Trainer.resume(tmp_path / "run", device="cuda")
+        assert Trainer.resume(tmp_path / "run").potential.device == torch.device("cpu")
 
     def test_the_default(self, monkeypatch):
         assert load_potential("lj").device == TorchCalculator("lj").potential.device == best_device()

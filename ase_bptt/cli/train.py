@@ -262,7 +262,7 @@ def adjoint(text: str) -> str:
         make_adjoint(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-    return text
+    return text.lower()
 
 
 def step_size(text: str) -> float | str:

@@ -45,6 +45,7 @@ class TorchMorse(TorchCalculator):
         rho0: float = 6.0,
         rcut1: float = 1.9,
         rcut2: float = 2.7,
+        A: float | None = None,  # which ASE's own test passes, and its Morse potential keeps and does not use
         **kwargs: Any,
     ):
         super().__init__(Morse(epsilon, rho0, r0, rcut1, rcut2), **kwargs)
