@@ -119,6 +119,8 @@ def keywords(function: Any) -> list[str]:
 
 def hint(word: object, known: Iterable[str]) -> str:
     """The nearest known word in brackets, as errors add it; nothing where none is near."""
+    if inspect.isclass(word):
+        return f" (an object is wanted: {word.__name__}(...))"
     near = nearest(word, known) if isinstance(word, str) else None
     return "" if near is None else f" (did you mean {near!r}?)"
 

@@ -159,12 +159,25 @@ class TestNames:
             (lambda: make_adjoint("tape"), "'full'"),
             (lambda: named_loss("rmse"), "'rmsd'"),
             (lambda: make_terms(["teachr"]), "'teacher'"),
+            (lambda: make_stepper("FIRE2"), "'fire'"),
             (lambda: load_potential("lj", dtype="double"), "'float64'"),
             (lambda: datasets.si_defects("training"), "'train'"),
         ],
     )
     def test_misspelt(self, call, near):
         with pytest.raises(ValueError, match=f"^There is no .* .did you mean {near}.*; there are "):
+            call()
+
+    @pytest.mark.parametrize(
+        ("call", "wanted"),
+        [
+            (lambda: make_stepper(steppers.FIRE), r"FIRE\(...\)"),
+            (lambda: make_adjoint(Replay), r"Replay\(...\)"),
+            (lambda: BPTTOptimizer(bulk("Cu"), stepper=steppers.BFGS), r"BFGS\(...\)"),
+        ],
+    )
+    def test_a_class_in_place_of_an_object(self, call, wanted):
+        with pytest.raises(ValueError, match=f"an object is wanted: {wanted}"):
             call()
 
     def test_a_hyperparameter_of_another_stepper(self):

@@ -66,6 +66,8 @@ def make_adjoint(adjoint: str | dict[str, Any] | Adjoint | None) -> Adjoint | No
         if name not in ADJOINTS:
             raise _unknown(name)
         return ADJOINTS[name](**settings)
+    if not isinstance(adjoint, str):
+        raise _unknown(adjoint)
     if adjoint.lower() == DIFFERENCES:
         return Replay(differences=True)
     name, colon, number = adjoint.lower().partition(":")

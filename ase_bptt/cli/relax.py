@@ -42,7 +42,11 @@ NOT_DONE = 3
 def add(commands: Any) -> None:
     """Add the command."""
     parser = command(
-        commands, "relax FILE [FILE ...] [options]", (run, stopped), "relax the structures of files", DESCRIPTION
+        commands,
+        "relax FILE [FILE ...] --potential NAME [options]",
+        (run, stopped),
+        "relax the structures of files",
+        DESCRIPTION,
     )
     parser.add_argument("files", nargs="+", metavar="FILE", type=Path,
                         help="structures in any format that ASE reads; every frame counts")  # fmt: skip

@@ -62,7 +62,7 @@ def add(commands: Any) -> None:
     """Add the command."""
     parser = command(
         commands,
-        "train [PAIRS [RELAXED]] [options]",
+        "train [PAIRS [RELAXED]] --potential NAME [options]",
         (run, stopped),
         "fine-tune a potential on your relaxations",
         DESCRIPTION,

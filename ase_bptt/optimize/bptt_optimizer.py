@@ -113,8 +113,8 @@ class BPTTOptimizer(Optimizer):
         """Take those of the stepper out of the keywords; TypeError for keywords that nobody knows."""
         rule = stepper if isinstance(stepper, Stepper) else named(STEPPERS, stepper, "stepper")
         found = {name: given.pop(name) for name in rule.fields if name in given}
-        known = keywords(type(self))
         for name in given:
+            known = keywords(type(self))
             if name not in known:
                 advice = belongs_to() | dict.fromkeys(("fmax", "steps"), f"give it to run(), as run({name}=...)")
                 every = dict.fromkeys([*known, *rule.fields])
