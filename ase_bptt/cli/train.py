@@ -12,7 +12,7 @@ from typing import Any
 from ..adjoints import Adjoint, make_adjoint
 from ..losses import LOSSES
 from ..pairs import RelaxationPair
-from ..pairs.groups import split_by_group, split_into_folds, usable
+from ..pairs.groups import split_into_folds, unwarned_split, usable, warn_of_few
 from ..potential import Potential
 from ..steppers import STEPPERS, Stepper, make_stepper
 from ..training import Trainer
@@ -109,6 +109,8 @@ def launch(arguments: argparse.Namespace, read: Callable[[argparse.Namespace, Po
     data = trainer.check(**read(arguments, trainer.potential))
     run_folder.same_data(arguments, combined_hash([data.fingerprint, data.held_out]))
     _announce(arguments, trainer, data.splits())
+    if trainer.ranks.writes:
+        warn_of_few(data.splits())
     if arguments.dry_run:
         left = arguments.epochs - trainer.epoch
         return messages.planned(arguments, data.splits(), trainer.estimate(data, epochs=left))
@@ -160,7 +162,7 @@ def _announce(arguments: argparse.Namespace, trainer: Trainer, splits: Mapping[s
 
 
 def _splits(arguments: argparse.Namespace, potential: Potential) -> Splits:
-    return split_by_group(_pairs(arguments, potential), seed=arguments.seed)
+    return unwarned_split(_pairs(arguments, potential), seed=arguments.seed)
 
 
 def _pairs(arguments: argparse.Namespace, potential: Potential) -> list[RelaxationPair]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 
 import numpy as np
@@ -63,18 +63,31 @@ def split_by_group(
     >>> {name: len(pairs) for name, pairs in splits.items()}
     {'train': 27, 'valid': 7, 'test': 10}
     """
+    splits = unwarned_split(pairs, seed=seed, fractions=fractions)
+    warn_of_few(splits)
+    return splits
+
+
+def unwarned_split(
+    pairs: Sequence[RelaxationPair], *, seed: int = 0, fractions: tuple[float, float] = (0.2, 0.2)
+) -> dict[str, list[RelaxationPair]]:
+    """`split_by_group`, for whoever has more to check before `warn_of_few`."""
     order = _shuffled(pairs, 3, "training, validation and test need one each", seed)
     n_valid, n_test = (max(1, round(f * len(order))) for f in fractions)
     side = {g: "test" if k < n_test else "valid" if k < n_test + n_valid else "train" for k, g in enumerate(order)}
-    splits = {name: [p for p in pairs if side[p.group] == name] for name in ("train", "valid", "test")}
-    held_out = {name: len(splits[name]) for name in ("valid", "test")}
-    if min(held_out.values()) < FEW:
+    return {name: [p for p in pairs if side[p.group] == name] for name in ("train", "valid", "test")}
+
+
+def warn_of_few(splits: Mapping[str, Sequence[RelaxationPair]]) -> None:
+    """Warn where "valid" or "test" hold so few structures that what is measured on them tells nothing."""
+    n_valid, n_test = len(splits["valid"]), len(splits["test"])
+    if min(n_valid, n_test) < FEW:
+        groups = {p.group for pairs in splits.values() for p in pairs}
         log.warning(
             "Of %d relaxations, %d choose the best epoch and %d measure the gain, and so few tell nothing about other "
             "structures: hold out each group once (--folds %d in the shell, split_into_folds in Python), or add more.",
-            len(pairs), *held_out.values(), min(5, len(order)),
+            sum(map(len, splits.values())), n_valid, n_test, min(5, len(groups)),
         )  # fmt: skip
-    return splits
 
 
 def split_into_folds(
