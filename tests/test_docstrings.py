@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import inspect
+import pkgutil
 
 import pytest
 
@@ -16,6 +17,23 @@ ELSEWHERE = {"Trainer", "log_delta_q", "max_displacement", "rmsd", "root_delta_q
 """A training is the example of docs/tutorials/02_fine_tune, and losses are called as `delta_q` is."""
 
 
+FURTHER = (
+    "diagnostics.gradient_report.diagnose_gradients",
+    "pairs.groups.with_groups",
+    "pairs.structure_matching.same_structure",
+    "potentials.analytic.LennardJones",
+    "potentials.analytic.Morse",
+    "potentials.emt.EMT",
+    "stability.largest_curvature",
+    "stability.resolve_step_size",
+    "stability.stability_limit",
+    "throughput.relax_all",
+    "tuning.prepare",
+    "tuning.select",
+)
+"""Names in the modules for research that have an example, too."""
+
+
 def public() -> dict[str, object]:
     """All objects by their names, the modules among them."""
     found = {f"ase_bptt.{name}": getattr(ase_bptt, name) for name in ase_bptt.__all__ if name != "__version__"}
@@ -25,7 +43,7 @@ def public() -> dict[str, object]:
     return found
 
 
-PUBLIC = public()
+PUBLIC = public() | {f"ase_bptt.{name}": pkgutil.resolve_name(f"ase_bptt.{name}") for name in FURTHER}
 
 
 def test_the_modules_are_all_that_are_public():

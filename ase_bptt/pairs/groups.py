@@ -22,7 +22,15 @@ FEW = 5
 
 
 def with_groups(pairs: Sequence[RelaxationPair]) -> list[RelaxationPair]:
-    """Assign pairs without a group to one: that of the same composition and final structure, by `same_structure`."""
+    """Assign pairs without a group to one: that of the same composition and final structure, by `same_structure`.
+
+    >>> from ase.build import bulk
+    >>> from ase_bptt import RelaxationPair
+    >>> from ase_bptt.pairs.groups import with_groups
+    >>> pairs = [RelaxationPair(bulk(x), bulk(x), f"{x} {k}") for k in range(2) for x in ("Cu", "Au")]
+    >>> [pair.group for pair in with_groups(pairs)]
+    ['Cu 0', 'Au 0', 'Cu 0', 'Au 0']
+    """
     together = find_duplicates([composition(pair.relaxed) for pair in pairs], lambda k: pairs[k].relaxed)
     names: dict[int, str] = {}
     for pair, first in zip(pairs, together, strict=True):
