@@ -62,7 +62,7 @@ class MACE(Potential):
     atomic_properties = ("energies",)
     foreign_keywords = MappingProxyType({
         "head": "the head is part of the name, potential='mace:NAME:HEAD'",
-        "enable_cueq": "give MACE(module, cueq=True) of ase_bptt.potentials.mace as the potential",
+        "enable_cueq": "for a MACE give MACE(module, cueq=True) of ase_bptt.potentials.mace as the potential",
         "energy_units_to_eV": "the model's units are taken as eV",
         "length_units_to_A": "the model's units are taken as Å",
         "dispersion": "add a calculator for it by ase.calculators.mixing.SumCalculator",
