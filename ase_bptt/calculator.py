@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from torch import nn
 
 from .neighbors import NeighborList
 from .potential import Potential
-from .potentials import as_potential
+from .potentials import as_potential, families, family
 from .structures import Structures
+from .suggestions import keywords, unknown_keyword
 from .utils import outside_inference_mode
 from .weights import Version, weights_version
 
@@ -41,15 +43,23 @@ class TorchCalculator(Calculator):
     Parameters
     ----------
     potential : str, Path, module or Potential
-        As for `load_potential`; a Potential without dtype and device is used as it is.
-    device, dtype
-        Where to compute and in which precision; None keeps the potential's.
+        As for `load_potential`: there is no default. A module or Potential without dtype and device is used as it is.
+    device : torch.device or str, optional
+        By default the GPU where PyTorch finds one, else the CPU; a module that is given stays where it is.
+    dtype : torch.dtype or str, optional
+        Precision; None keeps the potential's.
     skin : float
         In Å: the neighbour list is rebuilt after an atom moved more than half of it.
     trust : bool
         Allow a native checkpoint, which is a pickle and can run any code.
     **kwargs
-        ASE's own: atoms, label, directory, ...
+        ASE's own: atoms, directory, label, restart.
+
+    Raises
+    ------
+    TypeError
+        Without a potential, and for keywords that are not known, with the nearest; for those of MACECalculator,
+        CHGNetCalculator and SevenNetCalculator with the one that does the same here.
 
     Attributes
     ----------
@@ -57,6 +67,14 @@ class TorchCalculator(Calculator):
         May be set, to what the constructor takes. Its ``requires_grad`` flags are yours, and are never
         touched. ASE cannot see it when weights change, so results are also dropped whenever a weight or a
         buffer has been changed, in whatever way.
+
+    Examples
+    --------
+    >>> from ase.build import molecule
+    >>> atoms = molecule("N2")
+    >>> atoms.calc = TorchCalculator("emt")
+    >>> print(f"{atoms.get_potential_energy():.3f} eV")
+    0.549 eV
     """
 
     implemented_properties = [*BASIC, "energies", "stresses", "magmoms"]  # noqa: RUF012 (ASE's contract)
@@ -64,7 +82,7 @@ class TorchCalculator(Calculator):
 
     def __init__(
         self,
-        potential: str | Path | nn.Module = "mace-si",
+        potential: str | Path | nn.Module | None = None,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
@@ -72,6 +90,12 @@ class TorchCalculator(Calculator):
         trust: bool = False,
         **kwargs: Any,
     ):
+        _check_keywords(kwargs)
+        if potential is None:
+            raise TypeError(
+                "TorchCalculator needs a potential: give the name of one ('chgnet', 'mace:medium'), a folder of ours, "
+                "a native checkpoint with trust=True, or a module."
+            )
         super().__init__(**kwargs)
         self._use(as_potential(potential, device=device, dtype=dtype, trust=trust), skin, potential)
 
@@ -200,6 +224,16 @@ class TorchCalculator(Calculator):
         self.parameters.update(self._described())
         self._prepared = self.potential, atoms, structures
         return structures
+
+
+def _check_keywords(given: Mapping[str, Any]) -> None:
+    """Raise TypeError for the first keyword that neither TorchCalculator nor ASE's Calculator knows."""
+    ours, of_ase = keywords(TorchCalculator.__init__), keywords(Calculator.__init__)
+    for name in given:
+        if name not in of_ase:
+            known = [*ours, *(name for name in of_ase if name != "ignore_bad_restart_file")]  # which is deprecated
+            advice = {k: said for each in families() for k, said in family(each).foreign_keywords.items()}
+            raise unknown_keyword("TorchCalculator", name, known, advice)
 
 
 def same_but_positions(a: Atoms, b: Atoms) -> bool:

@@ -1,4 +1,9 @@
-"""The embedded reference relaxations."""
+"""The embedded reference relaxations.
+
+>>> from ase_bptt import datasets
+>>> datasets.si_defects("train")[0]
+RelaxationPair('Al-As_nn2_21', AlSiAsSi5, group 'Al-As_nn2')
+"""
 
 from __future__ import annotations
 
@@ -10,7 +15,9 @@ from .pairs import RelaxationPair
 from .pairs.groups import classes
 from .pairs.reading import read_pairs
 from .pairs.structure_matching import same_structure
+from .suggestions import unknown_name
 
+__all__ = ["DEMO_FOLD", "FOLDER", "FOLDS", "SPLITS", "folds", "si_defects"]
 FOLDER = Path(__file__).parent / "data" / "si_defects"
 FOLDS = 5
 DEMO_FOLD = 2
@@ -32,9 +39,20 @@ def si_defects(split: str = "all", *, fold: int = DEMO_FOLD) -> list[RelaxationP
     split : "train", "valid", "test" or "all"
     fold : int
         0 to 4, together a five-fold cross-validation; the demo's by default.
+
+    Raises
+    ------
+    ValueError
+        For a split or fold that there is not.
+
+    Examples
+    --------
+    >>> from ase_bptt import datasets
+    >>> len(datasets.si_defects()), len(datasets.si_defects("test"))
+    (44, 10)
     """
     if split not in SPLITS:
-        raise ValueError(f"There is no split {split!r}; there are {', '.join(SPLITS)}.")
+        raise unknown_name("split", split, SPLITS)
     if fold not in range(FOLDS):
         raise ValueError(f"There is no fold {fold!r}; there are 0 to {FOLDS - 1}.")
     pairs = _grouped_by_kind()
@@ -44,7 +62,12 @@ def si_defects(split: str = "all", *, fold: int = DEMO_FOLD) -> list[RelaxationP
 
 
 def folds(pairs: list[RelaxationPair]) -> list[int]:
-    """The fold of each pair, by the fixed rule of `si_defects`."""
+    """The fold of each pair, by the fixed rule of `si_defects`.
+
+    >>> from ase_bptt import datasets
+    >>> sorted(set(datasets.folds(datasets.si_defects())))
+    [0, 1, 2, 3, 4]
+    """
     groups = sorted({p.group for p in pairs}, key=lambda kind: (_family(kind), kind))
     return [groups.index(p.group) % FOLDS for p in pairs]
 

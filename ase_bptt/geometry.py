@@ -42,6 +42,12 @@ def distances(relaxation: Measurable, i: Index, j: Index) -> Tensor:
     ------
     IndexError
         For an atom that a structure does not have.
+
+    Examples
+    --------
+    >>> from ase.build import molecule
+    >>> print(f"O-H: {distances(molecule('H2O'), 0, 1).item():.3f} Å")
+    O-H: 0.969 Å
     """
     structures = _structures(relaxation)
     return _shaped(_lengths(_vectors(structures, i, j)), i, j)
@@ -59,6 +65,12 @@ def angles(relaxation: Measurable, i: Index, j: Index, k: Index) -> Tensor:
         For an atom that a structure does not have.
     ValueError
         Where an end is the atom in the middle.
+
+    Examples
+    --------
+    >>> from ase.build import molecule
+    >>> print(f"H-O-H: {angles(molecule('H2O'), 1, 0, 2).item():.1f} degrees")
+    H-O-H: 104.0 degrees
     """
     if np.any(np.equal(i, j)) or np.any(np.equal(k, j)):
         raise ValueError("An angle needs another atom on each side: atom j is in the middle, i and k are the ends.")

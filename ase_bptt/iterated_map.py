@@ -57,7 +57,15 @@ class IteratedMap:
 
 
 class Status(enum.Enum):
-    """How the relaxation of a structure ended; `sentence` explains it."""
+    """How the relaxation of a structure ended; `sentence` explains it.
+
+    >>> from ase.build import molecule
+    >>> from ase_bptt import Status, relax
+    >>> relax("emt", molecule("N2"), steps=1).status[0] is Status.OUT_OF_STEPS
+    True
+    >>> Status.OUT_OF_STEPS.sentence
+    'The last step was taken before all forces fell below fmax: give it more steps.'
+    """
 
     CONVERGED = "converged"
     OUT_OF_STEPS = "out of steps"
@@ -95,6 +103,9 @@ class End:
     forces: Tensor
     status: Status
     nsteps: int
+
+    def __repr__(self) -> str:
+        return f"End({len(self.positions)} atoms, {self.status.value} after {self.nsteps} frames)"
 
 
 @dataclass(frozen=True)
@@ -160,6 +171,10 @@ class Trajectory:
     adjoint_norms: Tensor | None = None
     solves: tuple[Any, ...] = ()
     warns: bool = True
+
+    def __repr__(self) -> str:
+        kept = "kept" if self.checkpointing else "not kept"
+        return f"Trajectory({len(self.start)} in all, {max(self.nsteps, default=0)} frames at most, {kept})"
 
     def __post_init__(self) -> None:
         self.weights = self.weights or self.map.fingerprint()

@@ -2,6 +2,13 @@
 
 All of them use true minimum images, leave out the drift of the whole structure, and have a zero
 gradient where the match is exact.
+
+>>> from ase import Atoms
+>>> a, b = Atoms("H2", [(0, 0, 0), (0, 0, 1)]), Atoms("H2", [(0, 0, 0), (0, 0, 2)])
+>>> list(LOSSES)
+['delta_q', 'root_delta_q', 'log_delta_q', 'squared_delta_q', 'rmsd', 'max_displacement']
+>>> [round(loss(a, b), 3) for loss in LOSSES.values()]
+[0.71, 0.812, 2.092, 0.504, 0.5, 0.5]
 """
 
 from __future__ import annotations
@@ -18,21 +25,13 @@ from .geometry import angles, distances
 from .neighbors.lattice import nearest_lattice_vectors, reduced, reduced_cells
 from .result import Relaxation
 from .structures import Structures, as_structures
+from .suggestions import named
 from .utils import safe_sqrt
 
 __all__ = [
-    "angles",
-    "delta_q",
-    "displacements",
-    "distances",
-    "log_delta_q",
-    "max_displacement",
-    "named_loss",
-    "rmsd",
-    "root_delta_q",
-    "squared_delta_q",
-]
-
+    "LOSSES", "angles", "delta_q", "displacements", "distances", "log_delta_q", "max_displacement",
+    "rmsd", "root_delta_q", "squared_delta_q",
+]  # fmt: skip
 Comparable = Relaxation | Structures | Atoms | Sequence[Atoms]
 SCALE = 0.1
 """amu^1/2 Å: below this, `log_delta_q` is nearly proportional to Delta-Q."""
@@ -45,7 +44,7 @@ ANCHORS = 8
 
 
 def delta_q(a: Comparable, b: Comparable, *, align: bool = False) -> Any:
-    """Delta-Q = sqrt(sum_i m_i |dR_i|^2) in amu^1/2 Å, the configuration coordinate of defect physics.
+    """Delta-Q = sqrt(sum_i m_i |dR_i|^2) in amu^1/2 Å (Alkauskas et al., Phys. Rev. B 90, 075202 (2014)).
 
     Parameters
     ----------
@@ -62,6 +61,14 @@ def delta_q(a: Comparable, b: Comparable, *, align: bool = False) -> Any:
     ------
     ValueError
         Where the two do not hold the same atoms.
+
+    Examples
+    --------
+    >>> from ase.build import molecule
+    >>> a, b = molecule("N2"), molecule("N2")
+    >>> b.set_distance(0, 1, a.get_distance(0, 1) + 0.1)
+    >>> print(f"{delta_q(a, b):.4f} amu^1/2 Å")
+    0.2646 amu^1/2 Å
     """
     return _distance(a, b, align, _root_sum_square, by_mass=True)
 
@@ -108,6 +115,9 @@ def displacements(a: Comparable, b: Comparable, *, align: bool = False, by_mass:
 
     Minimal over lattice translations of each atom and over rigid translations of each structure,
     in the sum of squares, weighted by mass or not.
+
+    >>> displacements(Atoms('H2', [(0, 0, 0), (0, 0, 2)]), Atoms('H2', [(0, 0, 0), (0, 0, 1)]))[:, 2].tolist()
+    [-0.5, 0.5]
     """
     now, then = _pair(a, b)
     weights = then.movable * then.masses if by_mass else then.movable
@@ -155,17 +165,13 @@ def _pair(a: Comparable, b: Comparable) -> tuple[Structures, Structures]:
     if now.counts != then.counts or not torch.equal(now.numbers, then.numbers):
         raise ValueError(
             "Only structures of the same atoms in the same order can be compared: "
-            f"{_formulas(now)} is not {_formulas(then)}."
+            f"{', '.join(now.formulas(3))} is not {', '.join(then.formulas(3))}."
         )
     return now, then
 
 
 def _like(value: Tensor, x: Tensor) -> Tensor:
     return value.to(x) if value.is_floating_point() else value.to(x.device)
-
-
-def _formulas(structures: Structures) -> str:
-    return ", ".join(a.get_chemical_formula() for a in structures.to_atoms()[:3])
 
 
 def _mean(d: Tensor, of: Structures, weights: Tensor) -> Tensor:
@@ -257,7 +263,5 @@ LOSSES: dict[str, Callable[..., Any]] = {
 
 
 def named_loss(name: str) -> Callable[..., Any]:
-    """The loss of this name; ValueError with the names there are."""
-    if name not in LOSSES:
-        raise ValueError(f"There is no loss {name!r}; there are {', '.join(LOSSES)}.")
-    return LOSSES[name]
+    """The loss of this name, in any case; ValueError with the names there are."""
+    return named(LOSSES, name, "loss")

@@ -44,6 +44,12 @@ class Prediction:
         A partition of it over the atoms, in eV.
     magmoms : Tensor or None, shape (n_atoms,)
         Magnetic moments in Bohr magnetons.
+
+    Examples
+    --------
+    >>> import torch
+    >>> Prediction(energy=torch.tensor([-1.0])).atomic_energies is None
+    True
     """
 
     energy: Tensor
@@ -58,6 +64,17 @@ class Potential(nn.Module):
     `from_name`; to be saved, `config` and `from_config`; to read the family's checkpoints, `owns` and `from_native`;
     to write them, `native_name` and `save_native`. It registers in the entry-point group ``ase_bptt.potentials``.
     `ase_bptt.potentials.analytic.Parametrised` does most of it for potentials that their arguments define.
+
+    >>> from ase.build import molecule
+    >>> class Springs(Potential):  # each edge a spring of 1 eV/Å^2 that is 1 Å long at rest
+    ...     family, cutoff = "springs", 3.0
+    ...     def forward(self, structures, edges):
+    ...         energies = (edges.vectors(structures).norm(dim=1) - 1.0).square() / 4  # an edge is there both ways
+    ...         batch = structures.batch[edges.i]
+    ...         return Prediction(energies.new_zeros(len(structures)).index_add(0, batch, energies))
+    >>> from ase_bptt import relax
+    >>> relax(Springs(), molecule("N2"), fmax=1e-3)
+    Relaxation: N2, converged after 17 frames, energy 0.0000 eV, fmax 0.0010 eV/Å
     """
 
     family: ClassVar[str]
@@ -71,6 +88,8 @@ class Potential(nn.Module):
     """Whether its forces are the negative gradient of its energy."""
     atomic_properties: ClassVar[tuple[str, ...]] = ()
     """Which of ASE's 'energies', 'stresses', 'magmoms' the family has."""
+    foreign_keywords: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """Keywords of the family's own ASE calculator, each with what to do here: `TorchCalculator` refuses them so."""
 
     metadata: Mapping[str, Any] = MappingProxyType({})
     """Where the weights come from, as JSON; goes along into the files that are written."""

@@ -145,6 +145,11 @@ def relax(
         The same structures near their minima, for adjoints that need the minimum and not the path to it: the
         relaxation to the minimum starts there.
 
+    Returns
+    -------
+    Relaxation
+        Positions in Å, energies in eV; print it for a line each.
+
     Raises
     ------
     NotImplementedError
@@ -153,6 +158,22 @@ def relax(
         For a stepper that cannot be differentiated where the adjoint goes through its frames.
     ValueError
         For unknown names of steppers and adjoints.
+
+    Examples
+    --------
+    >>> from ase.build import bulk
+    >>> from ase_bptt import load_potential, relax
+    >>> potential = load_potential("lj")
+    >>> structures = [bulk("Ar", a=1.56).repeat(2) for _ in range(2)]
+    >>> for k, atoms in enumerate(structures):
+    ...     atoms.rattle(0.05, seed=k)
+    >>> relaxation = relax(potential, structures, stepper="fire", steps=20)
+    >>> print(relaxation)
+    Relaxation[0]: Ar8, out of steps after 20 frames, energy -63.3284 eV, fmax 0.1562 eV/Å
+    Relaxation[1]: Ar8, out of steps after 20 frames, energy -63.3282 eV, fmax 0.2858 eV/Å
+    >>> relaxation.energies.sum().backward()
+    >>> print(f"dE/depsilon = {potential.epsilon.grad:.2f}")
+    dE/depsilon = -126.65
     """
     if cell != "fixed":
         raise NotImplementedError(f"Only cell='fixed' relaxes so far, got {cell!r}.")

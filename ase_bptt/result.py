@@ -16,6 +16,8 @@ from .iterated_map import Status, Trajectory
 from .structures import Structures, unrounded
 
 __all__ = ["Relaxation", "Status"]
+SHOWN = 20
+"""Lines that a Relaxation prints at most."""
 
 
 @dataclass(eq=False)
@@ -40,6 +42,18 @@ class Relaxation:
     early : Relaxation or None
         Where the batch was after its first frames, with a gradient of its own; the adjoint `Guided` asks for
         it. None where nothing requires gradients.
+
+    Examples
+    --------
+    >>> from ase.build import molecule
+    >>> from ase_bptt import relax
+    >>> relaxation = relax("emt", [molecule("N2"), molecule("CO")], fmax=0.01)
+    >>> relaxation.positions.shape, relaxation.energies.shape
+    (torch.Size([4, 3]), torch.Size([2]))
+    >>> relaxation[1]
+    Relaxation: CO, converged after 18 frames, energy 0.6703 eV, fmax 0.0099 eV/Å
+    >>> [len(atoms) for atoms in relaxation.to_atoms()]
+    [2, 2]
     """
 
     start: Structures
@@ -85,6 +99,17 @@ class Relaxation:
 
     def __len__(self) -> int:
         return len(self.start)
+
+    def __repr__(self) -> str:
+        """A line for each structure, and of many the first."""
+        shown = len(self) if len(self) <= SHOWN else SHOWN - 1
+        fmax = self.start.largest_force(self.forces).tolist()
+        lines = [
+            f"Relaxation{'' if self._single else f'[{k}]'}: {formula}, {self.status[k].value} after "
+            f"{int(self.nsteps[k])} frames, energy {float(self._energies[k]):.4f} eV, fmax {fmax[k]:.4f} eV/Å"
+            for k, formula in enumerate(self.start.formulas(shown))
+        ]
+        return "\n".join(lines if shown == len(self) else [*lines, f"Relaxation: and {len(self) - shown} others"])
 
     @property
     def structures(self) -> Structures:

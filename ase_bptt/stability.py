@@ -48,6 +48,15 @@ def resolve_step_size(stepper: Stepper, potential: Potential, structures: Struct
     ------
     ValueError
         Where the forces of none of them are finite.
+
+    Examples
+    --------
+    >>> from ase.build import molecule
+    >>> from ase_bptt import load_potential, steppers
+    >>> from ase_bptt.stability import resolve_step_size
+    >>> stepper = resolve_step_size(steppers.GradientDescent("auto"), load_potential("emt"), [molecule("N2")])
+    >>> print(f"{stepper.step_size:.3f} Å^2/eV")
+    0.023 Å^2/eV
     """
     if stepper.todict().get("step_size") != "auto":
         return stepper
@@ -85,6 +94,14 @@ def stability_limit(potential: Potential, structures: Structures | Sequence[Atom
     -------
     float
         Infinite where nothing is stiff; NaN where no structure counts.
+
+    Examples
+    --------
+    >>> from ase.build import molecule
+    >>> from ase_bptt import load_potential
+    >>> from ase_bptt.stability import stability_limit
+    >>> print(f"{stability_limit(load_potential('emt'), [molecule('N2')]):.3f} Å^2/eV")
+    0.045 Å^2/eV
     """
     batch = as_structures(structures, device=potential.device, dtype=potential.dtype)
     curvatures = [largest_curvature(potential, batch.select([k]), seed=seed) for k in range(len(batch))]
@@ -114,6 +131,14 @@ def largest_curvature(potential: Potential, atoms: Atoms | Structures, *, seed: 
     -------
     float
         Zero where no force changes with the positions; NaN where forces are not finite, or it does not converge.
+
+    Examples
+    --------
+    >>> from ase.build import molecule
+    >>> from ase_bptt import load_potential
+    >>> from ase_bptt.stability import largest_curvature
+    >>> print(f"{largest_curvature(load_potential('emt'), molecule('N2')):.0f} eV/Å^2")
+    44 eV/Å^2
     """
     structures = as_structures(atoms).to(potential.device, potential.dtype)
     product = _free(hessian_product(potential, structures), structures)

@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from ase import Atoms
+from ase.symbols import Symbols
 from torch import Tensor
 
 from .constraints import Map, Projection, drift, fixed, maps_of
+from .utils import as_device
 
 LASTING = frozenset({"batch", "force_map", "step_map", "movable", "drift"})
 """Properties that are the same in all frames of a batch; kept, so that none may be a tensor of inference mode."""
@@ -40,6 +42,18 @@ class Structures:
         Class names of the constraints on each of the Atoms it came from.
     maps : tuple of (maps of forces, maps of steps), length n
         Those of the constraints that are linear maps, as `ase_bptt.constraints.maps_of` gives them.
+
+    Examples
+    --------
+    >>> from ase.build import molecule
+    >>> from ase_bptt import Structures, delta_q, relax
+    >>> start = Structures.from_atoms([molecule("N2"), molecule("CO")])
+    >>> start
+    Structures(N2, CO; 2 in all, 4 atoms, float64 on cpu)
+    >>> start = start.replace(positions=start.positions.requires_grad_())
+    >>> delta_q(relax("emt", start, steps=2), [molecule("N2"), molecule("CO")]).sum().backward()
+    >>> start.positions.grad.shape
+    torch.Size([4, 3])
     """
 
     positions: Tensor
@@ -64,6 +78,8 @@ class Structures:
             atoms = [atoms]
         if not atoms:
             raise ValueError("There is no structure in this list: give at least one Atoms object.")
+        if isinstance(device, str):
+            device = as_device(device)
         floats = partial(torch.tensor, dtype=dtype or torch.float64, device=device)
         return cls(
             positions=floats(np.concatenate([a.positions for a in atoms])),
@@ -93,6 +109,16 @@ class Structures:
 
     def __len__(self) -> int:
         return len(self.counts)
+
+    def __repr__(self) -> str:
+        more = ", ..." if len(self) > 3 else ""
+        size = f"{self.n_atoms} atoms, {str(self.positions.dtype).removeprefix('torch.')} on {self.positions.device}"
+        return f"Structures({', '.join(self.formulas(3))}{more}; {len(self)} in all, {size})"
+
+    def formulas(self, most: int | None = None) -> list[str]:
+        """Chemical formula of each structure, or of so many of them at most."""
+        numbers = self.numbers.cpu().split(self.counts)[:most]
+        return [str(Symbols(z.numpy()).get_chemical_formula()) for z in numbers]
 
     @property
     def n_atoms(self) -> int:

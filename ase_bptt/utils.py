@@ -108,6 +108,35 @@ def _refused(error: OSError | RuntimeError) -> bool:
     return any(word in str(error) for word in ("PytorchStreamWriter", "inline_container", "iostream error"))
 
 
+def best_device() -> torch.device:
+    """The GPU where PyTorch finds one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def as_device(device: torch.device | str | None) -> torch.device:
+    """A device that is here; None is the GPU where PyTorch finds one, else the CPU.
+
+    Raises
+    ------
+    ValueError
+        For a device that is not here, with what to do.
+    """
+    if device is None:
+        return best_device()
+    try:
+        found = torch.empty(0, device=device).device
+        if found.type != "meta":  # torch takes this one, too, but it holds no numbers
+            return found
+    except (RuntimeError, AssertionError):
+        pass
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    there = {0: "PyTorch finds no GPU", 1: "PyTorch finds one GPU, cuda:0"}
+    raise ValueError(
+        f"There is no device {str(device)!r} here: {there.get(gpus, f'PyTorch finds {gpus} GPUs, cuda:0 and so on')}; "
+        "leave it out to take the best that is here, take 'cpu', or install a PyTorch that fits your GPU (pytorch.org)."
+    )
+
+
 def check_positive(**numbers: Any) -> None:
     """Raise ValueError for a number that is given and not positive, or not finite; None is not given."""
     for name, given in numbers.items():

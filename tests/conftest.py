@@ -9,6 +9,14 @@ import torch
 pytest.register_assert_rewrite("helpers")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _on_the_cpu():
+    """The expected numbers are those of the CPU, also where there is a GPU; tests/test_gpu.py asks for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ase_bptt.utils.best_device", lambda: torch.device("cpu"))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _deterministic():
     threads = torch.get_num_threads()

@@ -48,7 +48,7 @@ def test_every_adjoint_has_a_name_here():
     "bad", ["replays", "", "implicit:3", "full:1", "replay:", "guided:-3", "guided:2.5", "replay:0"]
 )
 def test_an_unknown_name_is_refused_and_the_known_ones_are_listed(bad):
-    with pytest.raises(ValueError, match=f"no adjoint '{bad}'; there are full, replay:N, truncated:N, implicit"):
+    with pytest.raises(ValueError, match=f"no adjoint '{bad}'.*; there are full, replay:N, truncated:N, implicit"):
         make_adjoint(bad)
 
 

@@ -211,15 +211,20 @@ class TestTrain:
         assert settings["loss"] == "rmsd"
 
     @needs_mace
-    def test_the_embedded_potential_is_the_default(self, tmp_path):
+    def test_the_embedded_potential_by_its_name(self, tmp_path):
         pairs = {p.id: p for p in si_defects()}
         (tmp_path / "pairs").mkdir()
         for name in ("crystal_00", "P_s_00", "Ge_s_21"):
             write(tmp_path / "pairs" / f"{name}.extxyz", [pairs[name].initial, pairs[name].relaxed])
         with mock.patch("ase_bptt.training.fine_tune.evaluate", partial(evaluate, steps=5)):
-            code, _, err = run("train", "pairs", "--epochs", 1, "--steps", 1)
+            code, _, err = run("train", "pairs", "--potential", "mace-si", "--epochs", 1, "--steps", 1)
         assert code == 0, err
         assert json.loads(open_text("ase-bptt-run/settings.json"))["family"] == "mace"
+
+    def test_few_files_are_told_that_their_test_tells_nothing(self, data):
+        code, _, err = run("train", data / "pairs", "--potential", data / "lj", "--dry-run")
+        assert code == 0, err
+        assert "Of 5 relaxations, 2 choose the best epoch and 1 measure the gain, and so few tell nothing" in err
 
     def test_bad_pairs_are_left_out_if_asked_to(self, data, tmp_path, caplog):
         folder = tmp_path / "pairs"
@@ -368,7 +373,9 @@ class TestRefusing:
         is_refused(run("train", data / "pairs", "--potential", "native.model"), "--trust")
 
     def test_three_files(self, data):
-        is_refused(run("train", "a", "b", "c"), "one file or folder of relaxations, or two files")
+        is_refused(
+            run("train", "a", "b", "c", "--potential", data / "lj"), "one file or folder of relaxations, or two files"
+        )
 
     def test_too_few_kinds(self, data, tmp_path):
         result = run("train", data / "pairs" / "0.extxyz", "--potential", data / "lj")

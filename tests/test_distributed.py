@@ -425,7 +425,7 @@ class TestShell:
     @pytest.mark.parametrize(
         ("flags", "sentence"),
         [
-            (["--loss", "colour"], "ase-bptt train: error: argument --loss: invalid choice: 'colour'"),
+            (["--loss", "colour"], "ase-bptt train: error: argument --loss: There is no loss 'colour'"),
             (["--last", "1"], "ase-bptt: "),
         ],
     )

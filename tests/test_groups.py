@@ -194,6 +194,22 @@ class TestSplitting:
         one, two = split_by_group(self.pairs, seed=3), split_by_group(self.pairs[::-1], seed=3)
         assert all({p.id for p in one[name]} == {p.id for p in two[name]} for name in one)
 
+    @pytest.mark.parametrize(("n", "valid", "test"), [(3, 1, 1), (8, 2, 2), (12, 2, 2)])
+    def test_too_few_to_measure_by_are_warned_of(self, caplog, n, valid, test):
+        atoms = Atoms("H")
+        split_by_group([RelaxationPair(atoms, atoms, str(k), group=str(k)) for k in range(n)])
+        (record,) = caplog.records
+        assert record.levelname == "WARNING"
+        assert record.message.startswith(
+            f"Of {n} relaxations, {valid} choose the best epoch and {test} measure the gain, and so few tell nothing"
+        )
+        assert f"--folds {min(n, 5)} " in record.message
+
+    def test_enough_are_not_warned_of(self, caplog):
+        atoms = Atoms("H")
+        split_by_group([RelaxationPair(atoms, atoms, str(k), group=str(k)) for k in range(25)])
+        assert not caplog.records
+
     def test_other_seeds_give_other_splits(self):
         tests = {tuple(p.id for p in split_by_group(self.pairs, seed=seed)["test"]) for seed in range(6)}
         assert len(tests) > 1

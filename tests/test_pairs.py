@@ -1,6 +1,7 @@
 """One pair: what is refused, periodic images, the order of atoms."""
 
 import logging
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -8,11 +9,14 @@ import pytest
 from ase import Atoms
 from ase.build import bulk, make_supercell
 from ase.calculators.singlepoint import SinglePointCalculator
+from ase.db import connect
 from ase.geometry import find_mic
+from ase.io import write
 from helpers.structures import cluster, methanol, rattled, silicon, skewed
 
 from ase_bptt import pairs as pairs_module
-from ase_bptt.pairs import InvalidPair, check_pair, unwrapped, warn_of_order
+from ase_bptt.pairs import InvalidPair, check_pair, unwrapped, warn_of_moves
+from ase_bptt.pairs.reading import read_pairs
 
 
 def large_and_skewed() -> Atoms:
@@ -146,14 +150,14 @@ class TestOrder:
     @pytest.mark.parametrize("drift", [0.0, 0.4])
     def test_another_order_within_an_element_is_warned_of_with_the_mend(self, caplog, drift):
         order = [5, *range(1, 5), 0, *range(15, 5, -1)]
-        warn_of_order(*self.relaxed_in_order(order, drift), "a/OUTCAR")
+        warn_of_moves(*self.relaxed_in_order(order, drift), "a/OUTCAR")
         (record,) = caplog.records
         assert record.levelno == logging.WARNING
         assert "a/OUTCAR" in record.message
         assert "write both structures in the same order." in record.message
 
     def test_the_same_order_is_not(self, caplog):
-        warn_of_order(*self.relaxed_in_order(list(range(16)), drift=0.4), "a")
+        warn_of_moves(*self.relaxed_in_order(list(range(16)), drift=0.4), "a")
         assert not caplog.records
 
     def test_a_hop_into_a_vacancy_is_not(self, caplog):
@@ -163,8 +167,44 @@ class TestOrder:
         relaxed.positions[near] = sites.positions[0]
         relaxed = unwrapped(initial, relaxed)
         assert np.linalg.norm(relaxed.positions - initial.positions, axis=1).max() > 2
-        warn_of_order(initial, relaxed, "a")
+        warn_of_moves(initial, relaxed, "a")
         assert not caplog.records
+
+
+class TestWithoutAPath:
+    """A relaxed structure that is the initial one: the run did nothing, or a file was copied over the other."""
+
+    SAID = "its relaxed structure is its initial one"
+
+    def written(self, folder, kind, relaxed: Atoms) -> Path:
+        initial = bulk("Si", a=5.43, cubic=True)
+        if kind == "CONTCAR":
+            write(folder / "POSCAR", initial)
+            write(folder / "CONTCAR", relaxed)
+            return folder
+        if kind == "extxyz":
+            write(folder / "a.extxyz", [initial, relaxed])
+        else:
+            with connect(folder / "a.db") as db:
+                for atoms, done in ((initial, False), (relaxed, True)):
+                    db.write(atoms, relaxed=done, pair="a")
+        return next(folder.glob("a.*"))
+
+    @pytest.mark.parametrize("kind", ["CONTCAR", "extxyz", "db"])
+    @pytest.mark.parametrize("shift", [0.0, 5.43])
+    def test_is_told_of(self, tmp_path, caplog, kind, shift):
+        same = bulk("Si", a=5.43, cubic=True)
+        same.positions[3, 0] += shift  # another image of the same site
+        (pair,) = read_pairs(self.written(tmp_path, kind, same))
+        assert [self.SAID in record.message for record in caplog.records] == [True]
+        np.testing.assert_allclose(pair.relaxed.positions, pair.initial.positions, atol=1e-9)
+
+    @pytest.mark.parametrize("kind", ["CONTCAR", "extxyz", "db"])
+    def test_one_that_has_moved_is_not(self, tmp_path, caplog, kind):
+        moved = bulk("Si", a=5.43, cubic=True)
+        moved.positions[0, 0] += 0.001
+        read_pairs(self.written(tmp_path, kind, moved))
+        assert self.SAID not in caplog.text
 
 
 class TestClashes:

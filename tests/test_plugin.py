@@ -29,7 +29,7 @@ def test_importing_again_does_no_harm():
 @needs_mace
 def test_ase_run_computes_and_relaxes_with_the_embedded_potential(tmp_path):
     write("start.extxyz", silicon())
-    flags = ["--modify", "import ase_bptt", "-o", "end.extxyz", "-f", "0.05"]
+    flags = ["-p", "potential=mace-si", "--modify", "import ase_bptt", "-o", "end.extxyz", "-f", "0.05"]
     done = subprocess.run(
         [sys.executable, "-m", "ase", "run", "torchcalculator", "start.extxyz", *flags],
         env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
@@ -37,7 +37,7 @@ def test_ase_run_computes_and_relaxes_with_the_embedded_potential(tmp_path):
     assert done.returncode == 0, done.stderr
     end = read("end.extxyz")
     twin = end.copy()
-    twin.calc = TorchCalculator()
+    twin.calc = TorchCalculator("mace-si")
     assert np.linalg.norm(end.get_forces(), axis=1).max() < 0.05
     np.testing.assert_allclose(end.get_potential_energy(), twin.get_potential_energy(), atol=1e-8)
     assert np.abs(end.positions - silicon().positions).max() > 0.05

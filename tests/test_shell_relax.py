@@ -179,6 +179,16 @@ def test_a_dry_run_writes_nothing(starts, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_file_of_many_says_that_all_are_relaxed(starts, tmp_path):
+    sentence = "Every structure of a file is relaxed; ase convert -n -1 FILE last.extxyz writes the last alone."
+    assert sentence in relaxed("--dry-run")[1].splitlines()
+    for name, k in (("other.traj", 0), ("one.extxyz", 1)):
+        write(name, starts[k])
+    code, said, err = run("relax", "other.traj", "one.extxyz", "--potential", "./lj", "--dry-run")
+    assert (code, said.splitlines()[0][:13]) == (0, "2 structures;"), err
+    assert sentence not in said
+
+
 class TestRefusing:
     def test_a_file_that_is_there_is_kept(self, starts, tmp_path):
         (tmp_path / "relaxed.extxyz").write_text("precious")
@@ -203,7 +213,7 @@ class TestRefusing:
     @needs_mace
     def test_an_unknown_element_names_its_structure_and_is_left_out_if_asked(self, tmp_path):
         write("mixed.extxyz", [silicon(), cluster(), silicon(2)])
-        arguments = ("relax", "mixed.extxyz", "--steps", 3)
+        arguments = ("relax", "mixed.extxyz", "--potential", "mace-si", "--steps", 3)
         is_refused(run(*arguments), "structure 1 of mixed.extxyz", "Ar")
         code, out, err = run(*arguments, "--skip-invalid", "--json")
         assert code == 3

@@ -282,7 +282,7 @@ def test_lists_are_mapped_and_their_floats_replaced_too():
 
 @pytest.mark.parametrize("name", STEPPERS)
 def test_unknown_numbers_are_named(name):
-    with pytest.raises(TypeError, match=rf"The stepper '{name}' has no size, step\."):
+    with pytest.raises(TypeError, match=rf"The stepper '{name}' has no keyword 'step'.*; it has "):
         make_stepper(name, step=1, size=2)
 
 
@@ -585,7 +585,7 @@ def test_json_and_weights_build_the_same_stepper_again(name, names):
 @pytest.mark.parametrize("sizes", [0.1, {"Ne": 0.1}, [0.1]])
 @pytest.mark.parametrize("name", ["step_size.Ar", "step_size.1", "momentum.0"])
 def test_weights_of_another_stepper_are_named(name, sizes):
-    with pytest.raises(TypeError, match=f"The stepper 'gd' has no {name}"):
+    with pytest.raises(TypeError, match=f"The stepper 'gd' has no keyword '{name}'"):
         make_stepper("gd", step_size=sizes, **{name: number(0.1)})
 
 

@@ -231,7 +231,7 @@ def test_own_tolerances_hold_by_name_and_by_kind():
 
 
 def test_what_cannot_be_asked_for_is_named():
-    with pytest.raises(ValueError, match="no check 'speed' to skip; there are shapes, calls, partition"):
+    with pytest.raises(ValueError, match="no check 'speed'; there are shapes, calls, partition"):
         check_potential(lennard_jones(), argon(), skip=["speed"])
     potential = lennard_jones()
     potential.atomic_numbers = frozenset({14})

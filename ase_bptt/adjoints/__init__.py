@@ -2,12 +2,17 @@
 
 They differ in cost and in what the gradient knows: `FullTape` and `Replay` are exact, `Truncated` leaves out the first
 frames, `Implicit` and `OneStep` need the end only, `Guided` takes the beginning and the end.
+
+>>> from ase_bptt import adjoints
+>>> list(adjoints.ADJOINTS)
+['full', 'replay', 'truncated', 'implicit', 'one-step', 'guided']
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from ..suggestions import unknown_name
 from .adjoint import Adjoint, Attached, FullTape
 from .guided import Guided
 from .hessian_solve import Solve, SolveStatus
@@ -41,13 +46,18 @@ NEEDED = {"truncated": 10, "guided": 10}
 
 
 def make_adjoint(adjoint: str | dict[str, Any] | Adjoint | None) -> Adjoint | None:
-    """An adjoint by name, as "replay", "replay:differences", "implicit" or "guided:20"; from what its `todict` gave; or
-    the object itself.
+    """An adjoint by name, as "replay", "replay:differences", "implicit" or "guided:20", in any case; from what its
+    `todict` gave; or the object itself.
 
     Raises
     ------
     ValueError
-        For names that there are not.
+        For names that there are not, with the nearest.
+
+    Examples
+    --------
+    >>> make_adjoint("truncated:20")
+    Truncated(window=20)
     """
     if adjoint is None or isinstance(adjoint, Adjoint):
         return adjoint
@@ -57,9 +67,11 @@ def make_adjoint(adjoint: str | dict[str, Any] | Adjoint | None) -> Adjoint | No
         if name not in ADJOINTS:
             raise _unknown(name)
         return ADJOINTS[name](**settings)
-    if adjoint == DIFFERENCES:
+    if not isinstance(adjoint, str):
+        raise _unknown(adjoint)
+    if adjoint.lower() == DIFFERENCES:
         return Replay(differences=True)
-    name, colon, number = adjoint.partition(":")
+    name, colon, number = adjoint.lower().partition(":")
     wanted = FRAMES.get(name)
     if name not in ADJOINTS or (colon and not (wanted and number.isdecimal() and int(number))):
         raise _unknown(adjoint)
@@ -68,5 +80,5 @@ def make_adjoint(adjoint: str | dict[str, Any] | Adjoint | None) -> Adjoint | No
 
 
 def _unknown(adjoint: Any) -> ValueError:
-    known = ", ".join(f"{known}:N" if known in FRAMES else known for known in ADJOINTS)
-    return ValueError(f"There is no adjoint {adjoint!r}; there are {known}, with N frames, and {DIFFERENCES}.")
+    known = [f"{known}:N" if known in FRAMES else known for known in ADJOINTS]
+    return unknown_name("adjoint", adjoint, known, f", with N frames, and {DIFFERENCES}")

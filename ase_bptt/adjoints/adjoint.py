@@ -31,6 +31,17 @@ class Attached(NamedTuple):
         In Å.
     early : Attached or None
         The same after the first frames, for adjoints that attach a gradient there, too.
+
+    Examples
+    --------
+    >>> from ase.build import molecule
+    >>> from ase_bptt import adjoints, load_potential
+    >>> from ase_bptt.relaxation import Loop
+    >>> potential = load_potential("lj")
+    >>> loop = Loop(potential, "fire", potential.batch(molecule("N2")), fmax=0.05, steps=5)
+    >>> attached = adjoints.Replay().apply(loop)
+    >>> attached.trajectory, attached.positions.requires_grad
+    (Trajectory(1 in all, 1 frames at most, kept), True)
     """
 
     trajectory: Trajectory
@@ -46,6 +57,10 @@ class Adjoint:
     initial positions: most need `attach` alone, and `checkpointing` where frames are needed. It may run the loop, in
     parts (`Loop.run` with frames) and with another stepper (`Loop.switch`). It reads the trajectory and writes only
     what it reports there, `adjoint_norms` or `solves`. It calls the step, and knows none of its formulas.
+
+    >>> from ase_bptt import adjoints
+    >>> adjoints.Implicit().through_frames, adjoints.Replay().through_frames
+    (False, True)
     """
 
     name: ClassVar[str]
@@ -120,7 +135,16 @@ def stepper_of(value: Any) -> Stepper | None:
 
 @dataclass(frozen=True)
 class FullTape(Adjoint):
-    """Keep the graph of every frame: exact, memory grows with every frame. For tests and small cases."""
+    """Keep the graph of every frame: exact, memory grows with every frame. For tests and small cases.
+
+    >>> from ase.build import molecule
+    >>> from ase_bptt import adjoints, load_potential, relax, steppers
+    >>> potential, stepper = load_potential("morse"), steppers.GradientDescent(0.005)
+    >>> relaxation = relax(potential, molecule("N2"), stepper=stepper, steps=4, adjoint=adjoints.FullTape())
+    >>> relaxation.positions.diff(dim=0).norm().backward()
+    >>> print(f"dr/dr0 = {potential.r0.grad:.3f}")
+    dr/dr0 = 0.506
+    """
 
     name = "full"
 

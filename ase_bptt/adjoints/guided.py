@@ -41,6 +41,16 @@ class Guided(Adjoint):
         What relaxes from X_K to X*; None continues with the stepper of the first frames.
     solve : Implicit
         How the gradient at the end is found.
+
+    Examples
+    --------
+    >>> from ase.build import molecule
+    >>> from ase_bptt import adjoints, load_potential, relax
+    >>> potential = load_potential("morse")
+    >>> relaxation = relax(potential, molecule("N2"), adjoint=adjoints.Guided(3))
+    >>> relaxation.early
+    Relaxation: N2, out of steps after 3 frames, energy -0.9833 eV, fmax 1.7497 eV/Å
+    >>> (relaxation.positions.square().sum() + relaxation.early.positions.square().sum()).backward()
     """
 
     first: int

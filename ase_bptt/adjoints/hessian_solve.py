@@ -14,7 +14,12 @@ from ..structures import Structures
 
 
 class SolveStatus(enum.Enum):
-    """How the equation of one structure's gradient ended; `sentence` says what that means."""
+    """How the equation of one structure's gradient ended; `sentence` says what that means.
+
+    >>> from ase_bptt.adjoints import SolveStatus
+    >>> [status.value for status in SolveStatus]
+    ['solved', 'saddle', 'out of iterations', 'not relaxed']
+    """
 
     SOLVED = "solved"
     SADDLE = "saddle"
@@ -36,7 +41,15 @@ class SolveStatus(enum.Enum):
 
 @dataclass(frozen=True)
 class Solve:
-    """How one structure's equation was solved: status, iterations, and the residual relative to rhs."""
+    """How one structure's equation was solved: status, iterations, and the residual relative to rhs.
+
+    >>> from ase.build import molecule
+    >>> from ase_bptt import load_potential, relax
+    >>> relaxation = relax(load_potential("morse"), molecule("N2"), stepper="bfgs", adjoint="implicit")
+    >>> relaxation.positions.square().sum().backward()
+    >>> relaxation.solves[0].status
+    <SolveStatus.SOLVED: 'solved'>
+    """
 
     status: SolveStatus
     iterations: int

@@ -43,6 +43,12 @@ class AtMinimum(Adjoint):
     ----------
     fmax : float
         eV/Å. Structures are relaxed to this at least, whatever `relax` is asked for.
+
+    Examples
+    --------
+    >>> from ase_bptt import adjoints
+    >>> [name for name, adjoint in adjoints.ADJOINTS.items() if issubclass(adjoint, adjoints.AtMinimum)]
+    ['implicit', 'one-step']
     """
 
     fmax: float = 0.01
@@ -99,6 +105,16 @@ class Implicit(AtMinimum):
         Conjugate gradient iterations at most.
     fmax : float
         eV/Å. Structures are relaxed to this at least, whatever `relax` is asked for.
+
+    Examples
+    --------
+    >>> from ase.build import molecule
+    >>> from ase_bptt import adjoints, load_potential, relax
+    >>> potential = load_potential("morse")
+    >>> relaxation = relax(potential, molecule("N2"), stepper="bfgs", adjoint=adjoints.Implicit())
+    >>> relaxation.positions.diff(dim=0).norm().backward()
+    >>> print(f"dr/dr0 = {potential.r0.grad:.3f}, {relaxation.solves[0].status.value}")
+    dr/dr0 = 1.000, solved
     """
 
     fmax: float = 0.01
@@ -139,6 +155,16 @@ class OneStep(AtMinimum):
         eta in Å^2/eV.
     fmax : float
         eV/Å. Structures are relaxed to this at least, whatever `relax` is asked for.
+
+    Examples
+    --------
+    >>> from ase.build import molecule
+    >>> from ase_bptt import adjoints, load_potential, relax
+    >>> potential = load_potential("morse")
+    >>> relaxation = relax(potential, molecule("N2"), stepper="bfgs", adjoint=adjoints.OneStep())
+    >>> relaxation.positions.diff(dim=0).norm().backward()
+    >>> print(f"dr/dr0 = {potential.r0.grad:.3f}")
+    dr/dr0 = 7.203
     """
 
     fmax: float = 0.01

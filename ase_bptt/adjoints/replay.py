@@ -36,6 +36,16 @@ class Replay(Adjoint):
     differences : bool
         Take derivatives of the forces by central differences of gradients of the energy, instead of from
         second derivatives: faster, and right to about 1e-6 of the gradient, in float64, which it needs.
+
+    Examples
+    --------
+    >>> from ase.build import molecule
+    >>> from ase_bptt import adjoints, load_potential, relax, steppers
+    >>> potential, stepper = load_potential("morse"), steppers.GradientDescent(0.005)
+    >>> relaxation = relax(potential, molecule("N2"), stepper=stepper, steps=4, adjoint=adjoints.Replay())
+    >>> relaxation.positions.diff(dim=0).norm().backward()
+    >>> print(f"dr/dr0 = {potential.r0.grad:.3f}")
+    dr/dr0 = 0.506
     """
 
     every: int = 1
@@ -75,6 +85,16 @@ class Truncated(Adjoint):
     ----------
     window : int
         Frames of each structure, counted from its own last one.
+
+    Examples
+    --------
+    >>> from ase.build import molecule
+    >>> from ase_bptt import adjoints, load_potential, relax, steppers
+    >>> potential, stepper = load_potential("morse"), steppers.GradientDescent(0.005)
+    >>> relaxation = relax(potential, molecule("N2"), stepper=stepper, steps=4, adjoint=adjoints.Truncated(2))
+    >>> relaxation.positions.diff(dim=0).norm().backward()
+    >>> print(f"dr/dr0 = {potential.r0.grad:.3f}")
+    dr/dr0 = 0.464
     """
 
     window: int

@@ -14,7 +14,7 @@ from .. import __version__
 from ..datasets import DEMO_FOLD, FOLDS, si_defects
 from ..training.distributed import Lost, Ranks, leave, together
 from . import evaluate, info, relax, train
-from .flags import Formatter, add_output, add_potential, command, completed, flag
+from .flags import Formatter, Parser, add_output, add_potential, command, completed, flag
 from .messages import Console
 from .run_folder import Terminated, terminable
 from .train import add_training, launch, stopped
@@ -33,7 +33,7 @@ def add_demo(commands: Any) -> None:
     )
     flag(parser, parser, "--fold", f"which fifth of the kinds is held out, 0 to {FOLDS - 1}", DEMO_FOLD, type=int,
          choices=range(FOLDS), metavar="N")  # fmt: skip
-    add_potential(parser, dtype="float32")
+    add_potential(parser, default="mace-si", dtype="float32")
     add_training(parser)
     add_output(parser, "ase-bptt-demo", "run folder", resume=True)
 
@@ -118,7 +118,7 @@ def _refuse_many(ranks: Ranks, arguments: argparse.Namespace) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    parser = argparse.ArgumentParser(prog="ase-bptt", description=INTRODUCTION, epilog=CODES, formatter_class=Formatter)
+    parser = Parser(prog="ase-bptt", description=INTRODUCTION, epilog=CODES, formatter_class=Formatter)
     parser.add_argument("--version", action="version", version=f"ase_bptt {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
     for add in COMMANDS:

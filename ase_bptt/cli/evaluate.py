@@ -58,7 +58,7 @@ def add(commands: Any) -> None:
     """Add the command."""
     parser = command(
         commands,
-        "evaluate [PAIRS [RELAXED]] [options]",
+        "evaluate [PAIRS [RELAXED]] --potential NAME [options]",
         (run, stopped),
         "measure a potential, or two, on relaxations",
         DESCRIPTION,

@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import re
 import shutil
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +22,14 @@ from ..pairs.groups import check_structure
 from ..pairs.reading import read_pairs
 from ..potential import Potential
 from ..potentials import load_potential
+from ..suggestions import named, nearest, unknown_name
+from ..utils import as_device
 from .run_folder import signals_deferred
 
 log = logging.getLogger(__name__)
 WIDTH = 80
+FLAG = re.compile(r"--?[A-Za-z]")
+"""How a flag begins, which a negative number does not."""
 Actions = tuple[Callable[[argparse.Namespace], int], Callable[[argparse.Namespace], str]]
 
 
@@ -32,6 +39,39 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str):
         width = min(WIDTH, shutil.get_terminal_size().columns)
         super().__init__(prog, max_help_position=24, width=width)
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes flags by their whole names only, and answers an unknown flag or command with the nearest that it has."""
+
+    def __init__(self, **how: Any):
+        super().__init__(**how | {"allow_abbrev": False})
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, but an unknown flag is answered first, and by the command's parser: its usage is shown."""
+        words = list(sys.argv[1:] if args is None else args)
+        commands = next((a.choices for a in self._actions if isinstance(a, argparse._SubParsersAction)), None)
+        # The flags after a command are the command's.
+        own = words if commands is None else list(takewhile(lambda word: word.startswith("-"), words))
+        for word in takewhile(lambda word: word != "--", own):
+            name = word.partition("=")[0]
+            if FLAG.match(name) and name not in self._option_string_actions:
+                self.error(
+                    self._unknown(name) if commands is None else f"{name} stands before the command: give it after."
+                )
+        if commands is not None and len(own) < len(words) and words[len(own)] not in commands:
+            self.error(str(unknown_name("command", words[len(own)], commands)))
+        return super().parse_known_args(words, namespace)
+
+    def _unknown(self, name: str) -> str:
+        flags = [known for known in self._option_string_actions if known.startswith("--")]
+        positional = [str(action.metavar) for action in self._actions if not action.option_strings]
+        near = nearest(name, [*flags, *positional])
+        if near in positional:
+            return f"There is no flag {name}: {near} is given without a flag."
+        if near:
+            return f"There is no flag {name}: did you mean {near}?"
+        return f"There is no flag {name}; {self.prog} --help lists them."
 
 
 def command(commands: Any, usage: str, actions: Actions, summary: str, description: str) -> argparse.ArgumentParser:
@@ -56,6 +96,8 @@ def command(commands: Any, usage: str, actions: Actions, summary: str, descripti
 def flag(group: Any, parser: argparse.ArgumentParser, name: str, text: str, default: Any = None, **how: Any) -> None:
     """Add a flag; its default is set afterwards, by `completed`, to distinguish it from the same value given."""
     said = "" if default is None or default is False or default == [] else f" (default: {default})"
+    if "choices" in how and "type" not in how:
+        how["type"] = one_of(name.lstrip("-"), how["choices"])
     action = group.add_argument(name, help=(text + said).replace("%", "%%"), default=argparse.SUPPRESS, **how)
     parser.get_default("flag_defaults")[action.dest] = default
 
@@ -76,17 +118,19 @@ def add_room(group: Any, parser: argparse.ArgumentParser) -> None:
          metavar="X")  # fmt: skip
 
 
-def add_potential(parser: argparse.ArgumentParser, *, positional: bool = False, dtype: str | None = None) -> Any:
+def add_potential(
+    parser: argparse.ArgumentParser, *, positional: bool = False, default: str | None = None, dtype: str | None = None
+) -> Any:
     """--potential --trust --device --dtype, as one group."""
     group = parser.add_argument_group("potential")
     text = "a name (mace-si, chgnet, chgnet:r2scan, mace:medium), a run folder of ours, or a native checkpoint"
     if positional:
         group.add_argument("potential", metavar="POTENTIAL", help=text)
     else:
-        flag(group, parser, "--potential", text, "mace-si", metavar="NAME")
+        flag(group, parser, "--potential", text, default, metavar="NAME")
     flag(group, parser, "--trust", "allow a native checkpoint: a pickle, which can run any code", False,
          action="store_true")  # fmt: skip
-    flag(group, parser, "--device", "cpu, cuda, ... (default: the GPU where there is one)", type=device)
+    flag(group, parser, "--device", "cpu, cuda, ... (default: the GPU where there is one, else cpu)", type=device)
     said = "" if dtype else " (default: the potential's own)"
     flag(group, parser, "--dtype", f"precision{said}", dtype, choices=("float32", "float64"))
     return group
@@ -170,20 +214,23 @@ def between(low: float, high: float) -> Callable[[str], float]:
 
 
 def device(text: str) -> torch.device:
-    """A device that is there."""
+    """A device that is here."""
     try:
-        found = torch.empty(0, device=text).device
-    except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"there is no device {text!r} here") from error
-    # torch takes this one, too, but it holds no numbers.
-    if found.type == "meta":
-        raise argparse.ArgumentTypeError(f"there is no device {text!r} here")
-    return found
+        return as_device(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def best_device() -> torch.device:
-    """The GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def one_of(what: str, names: Iterable[str]) -> Callable[[str], str]:
+    """One of these names, in any case."""
+
+    def parse(text: str) -> str:
+        try:
+            return named({name: name for name in names}, text, what)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parse
 
 
 def read_grouped(arguments: argparse.Namespace) -> list[RelaxationPair]:
@@ -229,10 +276,11 @@ def read_structures(
 
 def potential_of(arguments: argparse.Namespace, spec: str | None = None) -> Potential:
     """The potential of --potential (or another spec), with --device, --dtype and --trust."""
-    with signals_deferred():
-        return load_potential(
-            spec or arguments.potential,
-            device=arguments.device or best_device(),
-            dtype=arguments.dtype,
-            trust=arguments.trust,
+    given = spec or arguments.potential
+    if given is None:
+        raise ValueError(
+            f"{arguments.command} needs a potential: give --potential with a name (chgnet, mace:medium), a run folder "
+            "of ours, or a native checkpoint with --trust."
         )
+    with signals_deferred():
+        return load_potential(given, device=arguments.device, dtype=arguments.dtype, trust=arguments.trust)

@@ -33,6 +33,7 @@ from ..training.results import DRIFT_PICTURE, DRIFT_REPORT, RunResults
 from ..training.settings import NUMBERS
 from ..training.state import KEPT_AS_IT_WAS
 from ..tuning import describe
+from ..utils import as_device
 from .flags import WIDTH
 
 
@@ -71,11 +72,12 @@ def planned(arguments: argparse.Namespace, splits: Mapping[str, Sequence[Relaxat
         print(json.dumps({"dry_run": True, "splits": kinds, "run": str(arguments.out),
                           "estimate": found.todict() | {"seconds": seconds}}))  # fmt: skip
         return 0
-    where = torch.get_num_threads()
+    device = as_device(arguments.device)
+    where = f"this machine, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
     for name, pairs in splits.items():
         print(f"  {name}: {', '.join(p.id for p in pairs)}")
     times = "" if runs == 1 else f" for {runs - 1} folds and the training on all pairs"
-    print(f"estimated time and memory: {found}{times}, on {arguments.device or f'this machine, {where} threads'}")
+    print(f"estimated time and memory: {found}{times}, on {where}")
     print(f"would be written: {arguments.out}/ with potential/, checkpoint.pt, results.json, table.csv, report.html")
     print("A dry run: nothing was trained, nothing was written.")
     return 0

@@ -28,7 +28,7 @@ from .flags import add_output, add_potential, add_room, command, count, flag, po
 log = logging.getLogger(__name__)
 
 DESCRIPTION = """\
-Relax the structures of one or more files at fixed cells, many at once.
+Relax all structures of one or more files at fixed cells, many at once.
 Structures are kept as they finish, and --resume continues a stopped run.
 Constraints of the structures are obeyed.
 
@@ -44,7 +44,11 @@ NOT_DONE = 3
 def add(commands: Any) -> None:
     """Add the command."""
     parser = command(
-        commands, "relax FILE [FILE ...] [options]", (run, stopped), "relax the structures of files", DESCRIPTION
+        commands,
+        "relax FILE [FILE ...] --potential NAME [options]",
+        (run, stopped),
+        "relax the structures of files",
+        DESCRIPTION,
     )
     parser.add_argument("files", nargs="+", metavar="FILE", type=Path,
                         help="structures in any format that ASE reads; every frame counts")  # fmt: skip
@@ -79,6 +83,8 @@ def run(arguments: argparse.Namespace) -> int:
     say = messages.quiet_if(arguments.json)
     again = f", {done} of them done before" if done else ""
     say(f"{len(structures)} structures{again}; {arguments.potential}, {arguments.stepper} to {arguments.fmax} eV/Å")
+    if len(structures) + left_out > len(arguments.files):
+        say("Every structure of a file is relaxed; ase convert -n -1 FILE last.extxyz writes the last alone.")
     if arguments.dry_run:
         return _planned(arguments, structures, left_out)
     if not arguments.resume:

@@ -12,7 +12,7 @@ from typing import Any
 from ..adjoints import Adjoint, make_adjoint
 from ..losses import LOSSES
 from ..pairs import RelaxationPair
-from ..pairs.groups import split_by_group, split_into_folds, usable
+from ..pairs.groups import split_into_folds, unwarned_split, usable, warn_of_few
 from ..potential import Potential
 from ..steppers import STEPPERS, Stepper, make_stepper
 from ..training import Trainer
@@ -27,7 +27,6 @@ from .flags import (
     add_output,
     add_pairs,
     add_potential,
-    best_device,
     between,
     command,
     count,
@@ -63,7 +62,7 @@ def add(commands: Any) -> None:
     """Add the command."""
     parser = command(
         commands,
-        "train [PAIRS [RELAXED]] [options]",
+        "train [PAIRS [RELAXED]] --potential NAME [options]",
         (run, stopped),
         "fine-tune a potential on your relaxations",
         DESCRIPTION,
@@ -110,6 +109,8 @@ def launch(arguments: argparse.Namespace, read: Callable[[argparse.Namespace, Po
     data = trainer.check(**read(arguments, trainer.potential))
     run_folder.same_data(arguments, combined_hash([data.fingerprint, data.held_out]))
     _announce(arguments, trainer, data.splits())
+    if trainer.ranks.writes:
+        warn_of_few(data.splits())
     if arguments.dry_run:
         left = arguments.epochs - trainer.epoch
         return messages.planned(arguments, data.splits(), trainer.estimate(data, epochs=left))
@@ -161,7 +162,7 @@ def _announce(arguments: argparse.Namespace, trainer: Trainer, splits: Mapping[s
 
 
 def _splits(arguments: argparse.Namespace, potential: Potential) -> Splits:
-    return split_by_group(_pairs(arguments, potential), seed=arguments.seed)
+    return unwarned_split(_pairs(arguments, potential), seed=arguments.seed)
 
 
 def _pairs(arguments: argparse.Namespace, potential: Potential) -> list[RelaxationPair]:
@@ -258,7 +259,7 @@ def new_trainer(arguments: argparse.Namespace, out: Path | None) -> Trainer:
 def resumed_trainer(arguments: argparse.Namespace, out: Path) -> Trainer:
     """The Trainer of a run that was stopped."""
     with signals_deferred():
-        return Trainer.resume(out, device=arguments.device or best_device())
+        return Trainer.resume(out, device=arguments.device)
 
 
 def adjoint(text: str) -> str:
@@ -267,7 +268,7 @@ def adjoint(text: str) -> str:
         make_adjoint(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-    return text
+    return text.lower()
 
 
 def weight(text: str) -> float:

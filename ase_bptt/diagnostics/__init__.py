@@ -54,6 +54,16 @@ def diagnose(
         Where there are no pairs.
     NotImplementedError
         For constraints and elements that the potential does not know.
+
+    Examples
+    --------
+    >>> from ase.build import molecule
+    >>> from ase_bptt import RelaxationPair, diagnose, load_potential
+    >>> stretched = molecule("N2")
+    >>> stretched.set_distance(0, 1, 1.3)
+    >>> found = diagnose(load_potential("morse"), [RelaxationPair(stretched, molecule("N2"), "N2", "N2")])
+    >>> print(found.text().splitlines()[0])
+    Will training through the relaxation help? yes
     """
     if not pairs:
         raise ValueError("There are no pairs to diagnose the potential on.")

@@ -160,6 +160,16 @@ def diagnose_gradients(relaxation: Relaxation, *, iterations: int = ITERATIONS, 
     ------
     RuntimeError
         Where the weights were changed after the relaxation.
+
+    Examples
+    --------
+    >>> from ase.build import molecule
+    >>> from ase_bptt import load_potential, relax
+    >>> from ase_bptt.diagnostics.gradient_report import diagnose_gradients
+    >>> relaxation = relax(load_potential("morse"), molecule("N2"), stepper="gd", steps=5)
+    >>> relaxation.positions.diff(dim=0).norm().backward()
+    >>> print(diagnose_gradients(relaxation).text().splitlines()[0])
+    Gradient diagnostics (structures: 1; gd: step_size 0.05, anneal 1, momentum 0,
     """
     stepper = relaxation.trajectory.map.stepper.todict()
     return GradientReport(tuple(of_structures(relaxation, iterations=iterations, seed=seed)), stepper)

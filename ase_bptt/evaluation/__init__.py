@@ -89,6 +89,12 @@ class Evaluation:
     rows: tuple[Row, ...]
     ends: tuple[Atoms, ...] = field(default=(), compare=False, repr=False)
 
+    def __repr__(self) -> str:
+        return (
+            f"Evaluation({len(self.rows)} in all, Delta-Q {self.mean:.2f} on average, median {self.median:.2f} "
+            f"amu^1/2 Å, right basins {self.basins:.0%})"
+        )
+
     @classmethod
     def from_rows(cls, rows: Sequence[dict[str, Any]]) -> Evaluation:
         """From the rows that `todict` gives."""
@@ -181,6 +187,9 @@ def evaluate(
 
     Parameters
     ----------
+    potential : Potential
+        Its weights are not changed.
+    pairs : list of RelaxationPair
     stepper : Stepper or str
         A stepper or its name.
     fmax : float
@@ -193,6 +202,30 @@ def evaluate(
         Keeps the ends as they are found; structures that are in it already are not relaxed again.
     progress : bool or None
         A progress bar on standard error; None shows it only on a terminal.
+
+    Returns
+    -------
+    Evaluation
+        A `Row` for each pair, in order, in amu^1/2 Å, Å and eV/Å.
+
+    Raises
+    ------
+    NotImplementedError
+        For elements that the potential does not know, by name.
+    ValueError
+        For an unknown name of a stepper.
+
+    Examples
+    --------
+    >>> from ase.build import molecule
+    >>> from ase_bptt import RelaxationPair, evaluate, load_potential
+    >>> stretched = molecule("N2")
+    >>> stretched.set_distance(0, 1, 1.3)
+    >>> found = evaluate(load_potential("emt"), [RelaxationPair(stretched, molecule("N2"), "N2", "N2")])
+    >>> found
+    Evaluation(1 in all, Delta-Q 0.35 on average, median 0.35 amu^1/2 Å, right basins 100%)
+    >>> found.rows[0].status
+    'converged'
     """
     starts = [p.initial for p in pairs] + [p.relaxed for p in pairs]
     ends = relax_kept(

@@ -110,6 +110,17 @@ def compare(before: Evaluation, after: Evaluation, *, seed: int = 0) -> Comparis
     ------
     ValueError
         Where the two are not of the same structures.
+
+    Examples
+    --------
+    >>> from ase.build import molecule
+    >>> from ase_bptt import RelaxationPair, compare, evaluate, load_potential
+    >>> pairs = [RelaxationPair(molecule(x), molecule(x), x, x) for x in ("N2", "O2", "CO")]
+    >>> for pair in pairs:
+    ...     pair.initial.positions *= 1.4
+    >>> before, after = (evaluate(load_potential("emt"), pairs, steps=steps) for steps in (1, 50))
+    >>> print(compare(before, after).mean)
+    -64 % [-73, -57]
     """
     check_same(before, after)
     first, last = (np.array([row.delta_q for row in e.rows]) for e in (before, after))

@@ -3,6 +3,8 @@
 ``from ase_bptt.optimize import FIRE`` instead of ``from ase.optimize import FIRE``. The positions are ASE's; beyond
 them, a restart takes the path of an uninterrupted run, forces that are not finite end a run with a sentence, and a run
 of FIRE can be differentiated (`BPTTOptimizer.relaxation`).
+
+>>> from ase_bptt.optimize import FIRE  # in place of: from ase.optimize import FIRE
 """
 
 from __future__ import annotations
@@ -25,6 +27,11 @@ __all__ = ["BFGS", "FIRE", "LBFGS", "BFGSLineSearch", "QuasiNewton"]
 
 class FIRE(BPTTOptimizer):
     """FIRE with the arguments of `ase.optimize.FIRE`, in their order.
+
+    >>> from ase_bptt import TorchCalculator
+    >>> atoms = ase.Atoms("N2", [(0, 0, 0), (0, 0, 1.1)], calculator=TorchCalculator("emt"))
+    >>> bool(FIRE(atoms, logfile=None, dt=0.05).run(fmax=0.01))
+    True
 
     Parameters
     ----------
@@ -70,15 +77,8 @@ class FIRE(BPTTOptimizer):
         self.position_reset_callback = position_reset_callback
         self._last: _Place | None = None
         numbers: dict[str, Any] = {
-            "dt": dt,
-            "dtmax": dtmax,
-            "Nmin": Nmin,
-            "finc": finc,
-            "fdec": fdec,
-            "astart": astart,
-            "fa": fa,
-            "a": a,
-        }
+            "dt": dt, "dtmax": dtmax, "Nmin": Nmin, "finc": finc, "fdec": fdec, "astart": astart, "fa": fa, "a": a,
+        }  # fmt: skip
         kwargs["record"] = kwargs.get("record", True) and not downhill_check
         super().__init__(atoms, restart, logfile, trajectory, maxstep=maxstep, stepper="fire", **numbers, **kwargs)
 
@@ -123,6 +123,11 @@ class _Place(NamedTuple):
 
 class BFGS(BPTTOptimizer):
     """BFGS with the arguments of `ase.optimize.BFGS`, in their order.
+
+    >>> from ase_bptt import TorchCalculator
+    >>> atoms = ase.Atoms("N2", [(0, 0, 0), (0, 0, 1.1)], calculator=TorchCalculator("emt"))
+    >>> bool(BFGS(atoms, logfile=None).run(fmax=0.01))
+    True
 
     Parameters
     ----------
@@ -177,6 +182,11 @@ class BFGS(BPTTOptimizer):
 class LBFGS(BPTTOptimizer):
     """LBFGS with the arguments of `ase.optimize.LBFGS`, in their order.
 
+    >>> from ase_bptt import TorchCalculator
+    >>> atoms = ase.Atoms("N2", [(0, 0, 0), (0, 0, 1.1)], calculator=TorchCalculator("emt"))
+    >>> bool(LBFGS(atoms, logfile=None, memory=10).run(fmax=0.01))
+    True
+
     Parameters
     ----------
     atoms, restart, logfile, trajectory
@@ -220,6 +230,11 @@ class BFGSLineSearch(ase.optimize.BFGSLineSearch):
 
     A step evaluates energies and forces at as many points as its search along a line needs, so it is no
     `steppers.Stepper`, runs only on ASE's side, and leaves no `relaxation`. Arguments are ASE's.
+
+    >>> from ase_bptt import TorchCalculator
+    >>> atoms = ase.Atoms("N2", [(0, 0, 0), (0, 0, 1.1)], calculator=TorchCalculator("emt"))
+    >>> bool(QuasiNewton(atoms, logfile=None).run(fmax=0.01))
+    True
     """
 
     REMEMBERED = ("r0", "g0", "e0", "task", "H", "p", "alpha_k", "no_update")

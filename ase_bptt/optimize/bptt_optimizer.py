@@ -21,7 +21,8 @@ from ..calculator import TorchCalculator
 from ..iterated_map import Checkpointing, Status
 from ..result import Relaxation
 from ..stability import resolve_step_size
-from ..steppers import STEPPERS, Learner, State, Stepper, make_stepper
+from ..steppers import STEPPERS, Learner, State, Stepper, belongs_to, make_stepper
+from ..suggestions import keywords, named, unknown_keyword
 from ..utils import outside_inference_mode
 from .recording import (
     BROKEN,
@@ -52,15 +53,35 @@ class BPTTOptimizer(Optimizer):
         Å; None is the stepper's 0.2. FIRE caps the norm of the whole step (as ASE's does), the others
         the longest step of an atom.
     stepper : str or Stepper
-        "fire", "gd", "bfgs" or "lbfgs", or an object.
+        "fire", "gd", "bfgs" or "lbfgs", in any case, or an object.
     adjoint : Adjoint or str
         For `relaxation`; `Replay` by default.
     record : bool
         Keep the stepper's states on the host (48 bytes an atom and step), for `relaxation`. Nothing is
         kept of steppers that cannot be differentiated (BFGS, LBFGS).
     **kwargs
-        Fields of the stepper go to it (dt=..., step_size=...), the rest to ASE's Optimizer, which
-        raises TypeError for what it does not know.
+        Hyperparameters of the stepper go to it (dt=..., step_size=...), the rest to ASE's Optimizer.
+
+    Raises
+    ------
+    TypeError
+        For keywords that neither the stepper nor ASE's Optimizer has, with the nearest, or the stepper that has it.
+    ValueError
+        For unknown names of steppers and adjoints, with the nearest.
+
+    Examples
+    --------
+    >>> from ase.build import molecule
+    >>> from ase_bptt import BPTTOptimizer, TorchCalculator
+    >>> atoms = molecule("N2")
+    >>> atoms.calc = TorchCalculator("emt")
+    >>> optimizer = BPTTOptimizer(atoms, logfile=None)
+    >>> bool(optimizer.run(fmax=0.01))
+    True
+    >>> bond = optimizer.relaxation.positions.diff(dim=0).norm()
+    >>> bond.backward()  # into the weights of the potential, where it has any
+    >>> print(f"{bond:.3f} Å")
+    0.998 Å
     """
 
     def __init__(
@@ -77,7 +98,7 @@ class BPTTOptimizer(Optimizer):
         record: bool = True,
         **kwargs: Any,
     ):
-        numbers = {} if isinstance(stepper, Stepper) else _fields_of(stepper, kwargs)
+        numbers = self._hyperparameters(stepper, kwargs)
         if maxstep is not None:
             numbers["maxstep"] = maxstep
         self.stepper = make_stepper(stepper, **numbers)
@@ -90,6 +111,18 @@ class BPTTOptimizer(Optimizer):
         self._started: Atoms | None = None
         self._recording = Recording(self.stepper, self.adjoint.checkpointing or Checkpointing())
         super().__init__(atoms, restart, logfile, trajectory, append_trajectory, **kwargs)
+
+    def _hyperparameters(self, stepper: str | Stepper, given: dict[str, Any]) -> dict[str, Any]:
+        """Take those of the stepper out of the keywords; TypeError for keywords that nobody knows."""
+        rule = stepper if isinstance(stepper, Stepper) else named(STEPPERS, stepper, "stepper")
+        found = {name: given.pop(name) for name in rule.fields if name in given}
+        for name in given:
+            known = keywords(type(self))
+            if name not in known:
+                advice = belongs_to() | dict.fromkeys(("fmax", "steps"), f"give it to run(), as run({name}=...)")
+                every = dict.fromkeys([*known, *rule.fields])
+                raise unknown_keyword(type(self).__name__, name, every, advice)
+        return found
 
     @property
     def maxstep(self) -> float:
@@ -241,13 +274,6 @@ class BPTTOptimizer(Optimizer):
             raise RuntimeError(not_differentiable(type(self).__name__, self.stepper.name))
         fmax: Any = self.fmax
         return self._recording.relaxation(self.atoms, self.adjoint, fmax)
-
-
-def _fields_of(stepper: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Take the stepper's own hyperparameters out of the keywords."""
-    if stepper not in STEPPERS:
-        make_stepper(stepper)
-    return {name: kwargs.pop(name) for name in STEPPERS[stepper].fields if name in kwargs}
 
 
 def stop(optimizer: Optimizer) -> None:

@@ -136,6 +136,23 @@ def as_relaxation(
     ------
     ValueError
         Where a force is larger than the adjoint's fmax, or the initial structure holds other atoms or another cell.
+    TypeError
+        For an adjoint that needs frames.
+    RuntimeError, NotImplementedError
+        Without a TorchCalculator; for constraints that cannot be differentiated, by name.
+
+    Examples
+    --------
+    >>> from ase.build import molecule
+    >>> from ase.optimize import BFGS
+    >>> from ase_bptt import TorchCalculator, as_relaxation, load_potential
+    >>> atoms = molecule("N2")
+    >>> atoms.calc = TorchCalculator(load_potential("lj"))
+    >>> atoms.set_distance(0, 1, 1.2)
+    >>> bool(BFGS(atoms, logfile=None).run(fmax=1e-3))
+    True
+    >>> as_relaxation(atoms)
+    Relaxation: N2, converged after 0 frames, energy -0.9945 eV, fmax 0.0003 eV/Å
     """
     _check_differentiable(atoms)
     if initial is not None and compare_atoms(initial, atoms, excluded_properties=PASSING):

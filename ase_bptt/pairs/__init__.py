@@ -27,6 +27,8 @@ RESIDUAL = 0.05
 """eV/Å: references whose last forces exceed this are named in a warning."""
 CLASH = 0.5
 """Å: atoms nearer than this are a mistake."""
+STILL = 1e-4
+"""Å: where no atom has moved farther, beyond the drift, a relaxation has not run."""
 FAR = 1.5
 """Å: the largest displacement, beyond the drift, above which the order of the atoms is checked."""
 
@@ -46,6 +48,14 @@ class RelaxationPair:
     frames : sequence of Atoms
         All frames of the relaxation, first and last included, with energies and forces where the reference has
         them; empty where there are none. `read_pairs` provides them for files of frames, and reads them on access.
+
+    Examples
+    --------
+    >>> from ase.build import molecule
+    >>> from ase_bptt import RelaxationPair
+    >>> pair = RelaxationPair(molecule("N2"), molecule("N2"), "N2 from a guess", group="N2")
+    >>> pair
+    RelaxationPair('N2 from a guess', N2, group 'N2')
     """
 
     initial: Atoms
@@ -53,6 +63,9 @@ class RelaxationPair:
     id: str
     group: str = ""
     frames: Sequence[Atoms] = ()
+
+    def __repr__(self) -> str:
+        return f"RelaxationPair({self.id!r}, {self.relaxed.symbols}, group {self.group!r})"
 
     @property
     def n_atoms(self) -> int:
@@ -158,10 +171,15 @@ def unwrapped(initial: Atoms, relaxed: Atoms) -> Atoms:
     return found
 
 
-def warn_of_order(initial: Atoms, relaxed: Atoms, name: str) -> None:
-    """Warn where the atoms of an element seem to be in another order in the relaxed structure."""
+def warn_of_moves(initial: Atoms, relaxed: Atoms, name: str) -> None:
+    """Warn where no atom has moved, and where the atoms of an element seem to be in another order at the end."""
     moves = relaxed.positions - initial.positions
     lengths = np.linalg.norm(moves - moves.mean(axis=0), axis=1)
+    if lengths.max() < STILL:
+        log.warning(
+            "%s: its relaxed structure is its initial one; did the relaxation run, or was one file copied over the "
+            "other? It teaches nothing about a path.", name,
+        )  # fmt: skip
     if lengths.max() <= FAR:
         return
     reassigned, direct = _reassigned(initial, relaxed), np.sqrt(np.mean(lengths**2))

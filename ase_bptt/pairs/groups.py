@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 
 import numpy as np
@@ -18,10 +18,20 @@ from . import InvalidPair, RelaxationPair, check_distances
 from .structure_matching import composition, find_duplicates, first_connected
 
 log = logging.getLogger(__name__)
+FEW = 5
+"""A validation or test set of fewer structures than this is warned of."""
 
 
 def with_groups(pairs: Sequence[RelaxationPair]) -> list[RelaxationPair]:
-    """Assign pairs without a group to one: that of the same composition and final structure, by `same_structure`."""
+    """Assign pairs without a group to one: that of the same composition and final structure, by `same_structure`.
+
+    >>> from ase.build import bulk
+    >>> from ase_bptt import RelaxationPair
+    >>> from ase_bptt.pairs.groups import with_groups
+    >>> pairs = [RelaxationPair(bulk(x), bulk(x), f"{x} {k}") for k in range(2) for x in ("Cu", "Au")]
+    >>> [pair.group for pair in with_groups(pairs)]
+    ['Cu 0', 'Au 0', 'Cu 0', 'Au 0']
+    """
     together = find_duplicates([composition(pair.relaxed) for pair in pairs], lambda k: pairs[k].relaxed)
     names: dict[int, str] = {}
     for pair, first in zip(pairs, together, strict=True):
@@ -49,11 +59,44 @@ def split_by_group(
         Of the order of the groups.
     fractions : two floats
         Shares of the groups for "valid" and "test"; each gets one at least.
+
+    Raises
+    ------
+    InvalidPair
+        Where there are fewer than three groups.
+
+    Examples
+    --------
+    >>> from ase_bptt import datasets, split_by_group
+    >>> splits = split_by_group(datasets.si_defects())
+    >>> {name: len(pairs) for name, pairs in splits.items()}
+    {'train': 27, 'valid': 7, 'test': 10}
     """
+    splits = unwarned_split(pairs, seed=seed, fractions=fractions)
+    warn_of_few(splits)
+    return splits
+
+
+def unwarned_split(
+    pairs: Sequence[RelaxationPair], *, seed: int = 0, fractions: tuple[float, float] = (0.2, 0.2)
+) -> dict[str, list[RelaxationPair]]:
+    """`split_by_group`, for whoever has more to check before `warn_of_few`."""
     order = _shuffled(pairs, 3, "training, validation and test need one each", seed)
     n_valid, n_test = (max(1, round(f * len(order))) for f in fractions)
     side = {g: "test" if k < n_test else "valid" if k < n_test + n_valid else "train" for k, g in enumerate(order)}
     return {name: [p for p in pairs if side[p.group] == name] for name in ("train", "valid", "test")}
+
+
+def warn_of_few(splits: Mapping[str, Sequence[RelaxationPair]]) -> None:
+    """Warn where "valid" or "test" hold so few structures that what is measured on them tells nothing."""
+    n_valid, n_test = len(splits["valid"]), len(splits["test"])
+    if min(n_valid, n_test) < FEW:
+        groups = {p.group for pairs in splits.values() for p in pairs}
+        log.warning(
+            "Of %d relaxations, %d choose the best epoch and %d measure the gain, and so few tell nothing about other "
+            "structures: hold out each group once (--folds %d in the shell, split_into_folds in Python), or add more.",
+            sum(map(len, splits.values())), n_valid, n_test, min(5, len(groups)),
+        )  # fmt: skip
 
 
 def split_into_folds(
@@ -79,6 +122,12 @@ def split_into_folds(
         Where k is less than 3.
     InvalidPair
         Where there are fewer groups than folds.
+
+    Examples
+    --------
+    >>> from ase_bptt import datasets, split_into_folds
+    >>> [len(fold["test"]) for fold in split_into_folds(datasets.si_defects(), 5)]
+    [9, 9, 9, 9, 8]
     """
     if k < 3:
         raise ValueError(f"A cross-validation needs 3 folds at least, for training, validation and test; got {k}.")

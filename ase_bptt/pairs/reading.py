@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from . import InvalidPair, RelaxationPair, check_pair, unwrapped, warn_of_order
+from . import InvalidPair, RelaxationPair, check_pair, unwrapped, warn_of_moves
 from .formats import relaxation_files
 from .groups import with_groups
 from .lazy import DESCRIPTORS, Index, PairTable, lazy_pairs
@@ -64,6 +64,13 @@ def read_pairs(
         Where there is nothing to read.
     InvalidPair
         Naming the structure, the file and what to do.
+
+    Examples
+    --------
+    >>> from ase_bptt import datasets, read_pairs
+    >>> pairs = read_pairs(datasets.FOLDER / "V_00.extxyz")
+    >>> pairs[0].id, len(pairs[0].frames)
+    ('V_00', 12)
     """
     root = Path(initial)
     if lazy:
@@ -152,7 +159,7 @@ def _pair(source: Source, root: Path, group: str | None) -> RelaxationPair:
         )  # fmt: skip
     check_pair(found.initial, found.relaxed, source.name)
     relaxed = unwrapped(found.initial, found.relaxed)
-    warn_of_order(found.initial, relaxed, source.name)
+    warn_of_moves(found.initial, relaxed, source.name)
     named = "" if not group else _group(found, group, short(source.name, root), root)
     return dataclasses.replace(found, relaxed=relaxed, group=named)
 

@@ -59,6 +59,11 @@ def same_structure(a: Atoms, b: Atoms, tolerance: float = TOLERANCE) -> bool:
     stay below the tolerance, in Å, and the largest below four times that. Moreover, each atom must have a counterpart
     whose nearest neighbours are as far away, within four times the tolerance, so that one displaced atom counts in a
     large cell, too.
+
+    >>> from ase.build import bulk
+    >>> from ase_bptt.pairs.structure_matching import same_structure
+    >>> same_structure(bulk("Si", cubic=True), bulk("Si", cubic=True)[[3, 0, 1, 2, 4, 5, 6, 7]])
+    True
     """
     if sorted(a.numbers) != sorted(b.numbers):
         return False

@@ -22,9 +22,10 @@ from torch import nn
 
 from .. import __version__
 from ..potential import Potential
+from ..suggestions import hint, named
 from ..threads import Building, quiet
 from ..tuning.low_rank import merged
-from ..utils import UNREADABLE, in_short, outside_inference_mode, replacing
+from ..utils import UNREADABLE, as_device, in_short, outside_inference_mode, replacing
 
 log = logging.getLogger(__name__)
 GROUP = "ase_bptt.potentials"
@@ -44,6 +45,9 @@ def load_potential(
 ) -> Potential:
     """Load a potential; all its parameters require gradients afterwards.
 
+    >>> load_potential("lj", dtype="float32").dtype
+    torch.float32
+
     Parameters
     ----------
     spec : str, Path or nn.Module
@@ -51,15 +55,17 @@ def load_potential(
         "mace:medium", with a head "mace:mh-1:omat_pbe"); a folder written by `save_potential` or a
         training run; a family's native checkpoint (a pickle: only with trust); a module of a
         supported family, or a Potential.
-    device, dtype
-        None keeps those of the weights. A module that is given is copied for others, never cast itself.
+    device : torch.device or str, optional
+        By default the GPU where PyTorch finds one, else the CPU; a module that is given stays where it is.
+    dtype : torch.dtype or str, optional
+        None keeps that of the weights. A module that is given is copied for another, never cast itself.
     trust : bool
         Allow unpickling, which can run any code: only for files from sources that you trust.
 
     Raises
     ------
     ValueError
-        For a spec that is none of the above, with the names that there are.
+        For a spec that is none of the above, with the names that there are; for a device that is not here.
     PermissionError
         For a pickle without trust; it has not been opened.
     ImportError
@@ -78,9 +84,11 @@ def as_potential(
 ) -> Potential:
     """`load_potential`, but a module that is given keeps its ``requires_grad`` flags."""
     if isinstance(dtype, str):
-        if dtype not in DTYPES:
-            raise ValueError(f"There is no dtype {dtype!r}; there are {', '.join(DTYPES)}.")
-        dtype = DTYPES[dtype]
+        dtype = named(DTYPES, dtype.removeprefix("torch."), "dtype")
+    if not isinstance(spec, str | Path | nn.Module):
+        raise TypeError(f"A potential is a name, a path or a torch module, not of type {type(spec).__name__}.")
+    if device is not None or not isinstance(spec, nn.Module):
+        device = as_device(device)
     if isinstance(spec, nn.Module):
         if any(t.is_inference() for t in (*spec.parameters(), *spec.buffers())):
             raise ValueError(
@@ -111,9 +119,10 @@ def _from_spec(spec: str, trust: bool) -> Potential:
         return _from_folder(path)
     if path.is_file():
         return from_checkpoint(path, trust)
+    names = [*EMBEDDED, *known]
     raise ValueError(
-        f"There is no potential {spec!r}: it is no file or folder here, and the names are "
-        f"{', '.join([*EMBEDDED, *known])} (a family takes a variant: chgnet:r2scan)."
+        f"There is no potential {spec!r}{hint(name, names)}: it is no file or folder here, and the names are "
+        f"{', '.join(names)} (a family takes a variant: chgnet:r2scan)."
     )
 
 
@@ -191,6 +200,12 @@ def save_potential(potential: Potential, folder: str | Path) -> None:
 
     Low-rank updates (`ase_bptt.tuning.low_rank`) are folded into the weights that are written; the potential keeps them
     apart. Files that are there already are replaced whole, or not at all.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_potential(load_potential("morse"), folder)
+    ...     load_potential(folder).family
+    'morse'
 
     Raises
     ------

@@ -44,6 +44,16 @@ class LennardJones(Parametrised):
     smooth : bool
         False shifts the energy to zero at rc (forces jump there); True multiplies it by a function
         that falls from 1 at ro to 0 at rc, so that forces are continuous.
+
+    Examples
+    --------
+    >>> from ase.build import bulk
+    >>> from ase_bptt import TorchCalculator
+    >>> from ase_bptt.potentials.analytic import LennardJones
+    >>> atoms = bulk("Ar", a=5.26)
+    >>> atoms.calc = TorchCalculator(LennardJones(epsilon=0.0104, sigma=3.4))
+    >>> print(f"{atoms.get_potential_energy():.4f} eV")
+    -0.0826 eV
     """
 
     family = "lj"
@@ -120,6 +130,16 @@ class Morse(Parametrised):
     rcut1, rcut2 : float
         Where the smooth cutoff sets in and ends, in units of this r0; they stay there, in Å, when r0
         is trained. Energy, forces and their derivatives are continuous.
+
+    Examples
+    --------
+    >>> from ase.build import molecule
+    >>> from ase_bptt import TorchCalculator
+    >>> from ase_bptt.potentials.analytic import Morse
+    >>> atoms = molecule("N2")
+    >>> atoms.calc = TorchCalculator(Morse(epsilon=9.9, rho0=2.96, r0=1.1))
+    >>> print(f"{atoms.get_potential_energy():.2f} eV")
+    -9.84 eV
     """
 
     family = "morse"

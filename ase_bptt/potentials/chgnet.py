@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from ..neighbors import Edges
 from ..neighbors.search import edge_codes
 from ..potential import Potential, Prediction
 from ..structures import Structures
+from ..suggestions import unknown_name
 from ..threads import quiet
 from ..tuning import staged
 from . import require
@@ -39,6 +41,11 @@ class CHGNet(Potential):
     installation = 'for CHGNet by pip install "ase_bptt[chgnet]"'
     native_name = "chgnet.pth.tar"
     atomic_properties = ("energies", "magmoms")
+    foreign_keywords = MappingProxyType({
+        "check_cuda_mem": "choose the GPU by device='cuda:1'",
+        "stress_weight": "stresses are in eV/Å^3 already",
+        "return_site_energies": "leave it out and call atoms.get_potential_energies()",
+    })  # fmt: skip
 
     model: Any
 
@@ -124,7 +131,7 @@ class CHGNet(Potential):
         """A pretrained model out of the chgnet wheel: 0.3.0 (default), 0.2.0 or r2scan."""
         version = variant or VARIANTS[0]
         if version not in VARIANTS:
-            raise ValueError(f"There is no CHGNet {version!r}; there are {', '.join(VARIANTS)}.")
+            raise unknown_name("CHGNet", version, VARIANTS)
         chgnet = require("chgnet.model", extra=cls.extra).CHGNet
         with quiet():
             return cls(chgnet.load(model_name=version, use_device="cpu", verbose=False), version)

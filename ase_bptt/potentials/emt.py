@@ -58,6 +58,16 @@ class EMT(Parametrised):
         cutoffs come from the published s0, and stay where they are when s0 is trained.
     elements : tuple of str
         Symbols, in the order of the weights.
+
+    Examples
+    --------
+    >>> from ase.build import bulk
+    >>> from ase_bptt import TorchCalculator
+    >>> from ase_bptt.potentials.emt import EMT
+    >>> atoms = bulk("Cu", a=3.6)
+    >>> atoms.calc = TorchCalculator(EMT())
+    >>> print(f"{atoms.get_potential_energy():.4f} eV")
+    -0.0067 eV
     """
 
     family = "emt"

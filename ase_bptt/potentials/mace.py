@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -59,6 +60,14 @@ class MACE(Potential):
     installation = 'for MACE by pip install "ase_bptt[mace]" (with cuEquivariance "ase_bptt[cueq]")'
     native_name = "mace.model"
     atomic_properties = ("energies",)
+    foreign_keywords = MappingProxyType({
+        "head": "the head is part of the name, potential='mace:NAME:HEAD'",
+        "enable_cueq": "for a MACE give MACE(module, cueq=True) of ase_bptt.potentials.mace as the potential",
+        "energy_units_to_eV": "the model's units are taken as eV",
+        "length_units_to_A": "the model's units are taken as Å",
+        "dispersion": "add a calculator for it by ase.calculators.mixing.SumCalculator",
+        "compile_mode": "nothing is compiled here, since a compiled model has no second derivatives",
+    })  # fmt: skip
 
     model: Any
     _column: Tensor

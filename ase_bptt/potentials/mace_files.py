@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..suggestions import hint
 from ..threads import Building, quiet, view
 from . import require
 
@@ -107,7 +108,9 @@ def load_foundation(variant: str | None) -> tuple[Any, str | None]:
             f"supported: take another, such as mace:{DEFAULT}."
         )
     if name not in loaders:
-        raise ValueError(f"MACE has no foundation model {variant!r}; there are {', '.join(loaders)}.")
+        raise ValueError(
+            f"MACE has no foundation model {variant!r}{hint(name, loaders)}; there are {', '.join(loaders)}."
+        )
     log.info("mace:%s: mace-torch looks for it on this machine, and downloads it at the first use.", name)
     try:
         with quiet():

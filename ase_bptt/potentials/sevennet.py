@@ -7,6 +7,7 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -49,6 +50,11 @@ class SevenNet(Potential):
     installation = 'for SevenNet, which is not to be beside MACE, by pip install "ase_bptt[sevennet]"'
     native_name = "sevennet.pth"
     atomic_properties = ("energies",)
+    foreign_keywords = MappingProxyType({
+        "modal": "the modal is part of the name, potential='sevennet:NAME:MODAL'",
+        "file_type": "the file itself says what it is; give it as potential, with trust=True",
+        "compute_atomic_virial": "leave it out and call atoms.get_stresses()",
+    })  # fmt: skip
 
     model: Any
     _column: Tensor

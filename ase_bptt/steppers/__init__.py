@@ -2,12 +2,17 @@
 
 They are pure and out of place, so that autograd can follow them, and hold nothing of a run: what
 travels from frame to frame is in the State. The same code moves ASE's optimizer and the tape.
+
+>>> from ase_bptt import steppers
+>>> list(steppers.STEPPERS)
+['gd', 'fire', 'bfgs', 'lbfgs']
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from ..suggestions import named, unknown_keyword
 from .fire import FIRE
 from .gradient_descent import GradientDescent
 from .hyperparameters import gathered
@@ -30,20 +35,42 @@ STEPPERS: dict[str, type[Stepper]] = {cls.name: cls for cls in (GradientDescent,
 
 
 def make_stepper(stepper: str | Stepper | None, **hyperparameters: Any) -> Stepper:
-    """A stepper by name ("gd", "fire", "bfgs", "lbfgs") with its hyperparameters, or the object itself; None is FIRE.
+    """A stepper by name ("gd", "fire", "bfgs", "lbfgs", in any case) with its hyperparameters, or the object itself.
 
-    Those of a stepper that was learnt may be those of its `todict` beside those of its ``state_dict``.
-    Raises TypeError for hyperparameters that the stepper does not have, ValueError for unknown names.
+    Parameters
+    ----------
+    stepper : str, Stepper or None
+        None is FIRE.
+    **hyperparameters
+        Of a stepper that is named. Those of one that was learnt may be those of its `todict` beside those of its
+        ``state_dict``.
+
+    Raises
+    ------
+    ValueError
+        For unknown names, with the nearest.
+    TypeError
+        For hyperparameters that the stepper does not have, with the nearest, or the stepper that has it.
+
+    Examples
+    --------
+    >>> make_stepper("gd", step_size=0.02)
+    GradientDescent(step_size=0.02, anneal=1.0, momentum=0.0, maxstep=0.2)
     """
     if isinstance(stepper, Stepper):
         if hyperparameters:
             raise TypeError(f"Set {', '.join(hyperparameters)} on the stepper object itself, not beside it.")
         return stepper
-    name = stepper or "fire"
-    if name not in STEPPERS:
-        raise ValueError(f"There is no stepper {name!r}; there are {', '.join(STEPPERS)}.")
+    rule = named(STEPPERS, stepper or "fire", "stepper")
     hyperparameters = gathered(hyperparameters)
-    unknown = set(hyperparameters) - set(STEPPERS[name].fields)
+    unknown = [name for name in hyperparameters if name not in rule.fields]
     if unknown:
-        raise TypeError(f"The stepper {name!r} has no {', '.join(sorted(unknown))}.")
-    return STEPPERS[name](**hyperparameters)
+        raise unknown_keyword(f"The stepper {rule.name!r}", unknown[0], rule.fields, belongs_to())
+    return rule(**hyperparameters)
+
+
+def belongs_to() -> dict[str, str]:
+    """Of hyperparameters that not every stepper has: to which they belong."""
+    every = dict.fromkeys(name for rule in STEPPERS.values() for name in rule.fields)
+    owners = {name: [repr(rule.name) for rule in STEPPERS.values() if name in rule.fields] for name in every}
+    return {name: f"it belongs to stepper={' or '.join(rules)}" for name, rules in owners.items()}

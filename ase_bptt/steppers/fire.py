@@ -32,6 +32,13 @@ class FIRE(Stepper):
         Factors by which the time step grows, and shrinks after an uphill step.
     astart, fa, a : float or Parameter
         Mixing of velocity and force after an uphill step; the factor by which it decays; its first value.
+
+    Examples
+    --------
+    >>> from ase.build import molecule
+    >>> from ase_bptt import relax, steppers
+    >>> relax("emt", molecule("N2"), stepper=steppers.FIRE(dt=0.05))
+    Relaxation: N2, converged after 22 frames, energy 0.2628 eV, fmax 0.0269 eV/Å
     """
 
     name = "fire"

@@ -41,6 +41,13 @@ class GradientDescent(Stepper):
     ------
     ValueError
         For numbers that are not positive, words other than "auto", and symbols that no element has.
+
+    Examples
+    --------
+    >>> from ase.build import molecule
+    >>> from ase_bptt import relax, steppers
+    >>> relax("emt", molecule("N2"), stepper=steppers.GradientDescent(0.01, momentum=0.5))
+    Relaxation: N2, converged after 11 frames, energy 0.2628 eV, fmax 0.0421 eV/Å
     """
 
     name = "gd"

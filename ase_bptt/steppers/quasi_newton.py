@@ -24,6 +24,15 @@ class BFGS(Learner):
         Å. The longest atom step of a structure is capped by this, the others in proportion.
     alpha : float
         eV/Å^2. The first Hessian is this times the identity.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ase.build import molecule
+    >>> from ase_bptt import relax, steppers
+    >>> with torch.no_grad():
+    ...     relax("emt", molecule("N2"), stepper=steppers.BFGS())
+    Relaxation: N2, converged after 3 frames, energy 0.2628 eV, fmax 0.0084 eV/Å
     """
 
     name = "bfgs"
@@ -119,6 +128,15 @@ class LBFGS(Learner):
         Every step is multiplied by this after it was capped.
     alpha : float
         eV/Å^2. Curvature along directions that no remembered move has gone.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ase.build import molecule
+    >>> from ase_bptt import relax, steppers
+    >>> with torch.no_grad():
+    ...     relax("emt", molecule("N2"), stepper=steppers.LBFGS(memory=10))
+    Relaxation: N2, converged after 3 frames, energy 0.2628 eV, fmax 0.0084 eV/Å
     """
 
     name = "lbfgs"

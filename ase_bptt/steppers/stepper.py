@@ -27,6 +27,13 @@ class State:
         The first axis is the structures: (n,).
     lists : dict of tuple of Tensor
         One tensor for each structure, of a size of its own, such as its Hessian.
+
+    Examples
+    --------
+    >>> import torch
+    >>> state = State(atoms={"velocities": torch.ones(3, 3)}, structures={"frame": torch.tensor([4, 7])})
+    >>> state.select(torch.tensor([2]), torch.tensor([1])).structures["frame"].tolist()
+    [7]
     """
 
     atoms: dict[str, Tensor] = field(default_factory=dict)
@@ -77,7 +84,19 @@ def _joined(a: Tensor, b: Tensor) -> Tensor:
 
 
 class Stepper(nn.Module):
-    """Base class of the update rules. Their hyperparameters may be nn.Parameters where they are differentiable."""
+    """Base class of the update rules. Their hyperparameters may be nn.Parameters where they are differentiable.
+
+    >>> class Plain(Stepper):  # X <- X + F/20
+    ...     name, fields = "plain", ()
+    ...     def init(self, positions, n):
+    ...         return State()
+    ...     def step(self, positions, forces, state, batch):
+    ...         return positions + 0.05 * forces, state
+    >>> from ase.build import molecule
+    >>> from ase_bptt import relax
+    >>> relax("emt", molecule("N2"), stepper=Plain(), steps=5).nsteps.tolist()
+    [5]
+    """
 
     name: ClassVar[str]
     fields: ClassVar[tuple[str, ...]]
@@ -202,6 +221,10 @@ class Learner(Stepper):
     """A stepper that observes curvatures in the frames it has seen; a tape refuses it.
 
     Its state is in float64 whatever the positions are in: curvatures are small differences.
+
+    >>> from ase_bptt.steppers import BFGS, Learner
+    >>> isinstance(BFGS(), Learner), BFGS.differentiable
+    (True, False)
     """
 
     differentiable = False

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..pairs import RelaxationPair
 from ..potential import Potential
+from ..suggestions import named
 from .labels import Labels
 from .regularizers import Distillation, WeightAnchor
 
@@ -67,9 +68,7 @@ def make_term(settings: dict[str, Any] | str) -> Term:
     """A term by name, with its defaults, or from what its `todict` returned; ValueError for names not in `TERMS`."""
     settings = {"name": settings} if isinstance(settings, str) else dict(settings)
     name = settings.pop("name", None)
-    if name not in TERMS:
-        raise ValueError(f"There is no term {name!r}; there are {', '.join(TERMS)}.")
-    return TERMS[name](**settings)
+    return named(TERMS, name, "term")(**settings)
 
 
 def make_terms(terms: Sequence[Term | dict[str, Any] | str] | str | None) -> list[Term]:

@@ -1,4 +1,9 @@
-"""A check of potentials, for authors of adapters: the properties that all code above a `Potential` relies on."""
+"""A check of potentials, for authors of adapters: the properties that all code above a `Potential` relies on.
+
+>>> from ase_bptt.testing import TOLERANCES
+>>> sorted(str(dtype) for dtype in TOLERANCES)
+['torch.float32', 'torch.float64']
+"""
 
 from __future__ import annotations
 
@@ -13,6 +18,7 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator
 
 from ..potential import Potential
+from ..suggestions import unknown_name
 from .case import TOLERANCES, Case, Failed, Measured, Report
 from .checks import CHECKS, parity
 
@@ -61,10 +67,19 @@ def check_potential(
         For a check to skip that there is not.
     NotImplementedError
         For elements that the potential does not know.
+
+    Examples
+    --------
+    >>> from ase import Atoms
+    >>> from ase_bptt import load_potential
+    >>> from ase_bptt.testing import check_potential
+    >>> report = check_potential(load_potential("lj"), Atoms("Ar3", [(0, 0, 0), (1.1, 0, 0), (0.3, 1.2, 0.1)]))
+    >>> report["forces"] < 1e-6
+    True
     """
     unknown = set(skip) - CHECKS.keys()
     if unknown:
-        raise ValueError(f"There is no check {min(unknown)!r} to skip; there are {', '.join(CHECKS)}.")
+        raise unknown_name("check", min(unknown), CHECKS)
     _check_declared(potential)
     report = Report(potential.family, str(potential.dtype).removeprefix("torch."), atoms.get_chemical_formula())
     twin = copy.deepcopy(potential).requires_grad_()

@@ -143,7 +143,11 @@ def derivative(function: Callable[[float], float]) -> float:
 
 @dataclass(frozen=True)
 class Measured:
-    """One comparison: its largest error, in this unit, and what was allowed."""
+    """One comparison: its largest error, in this unit, and what was allowed.
+
+    >>> Measured(1e-9, 1e-6, "eV/Å").error
+    1e-09
+    """
 
     error: float
     tolerance: float
@@ -164,6 +168,13 @@ class Report:
         Checks that were left out, and why.
     unreached : tuple of str
         Weights without influence on the forces of this structure.
+
+    Examples
+    --------
+    >>> from ase_bptt.testing import Measured, Report
+    >>> print(Report("lj", "float64", "Ar3", {"forces": Measured(1e-9, 1e-6, "eV/Å")}))
+    lj in float64 on Ar3
+      forces   1.0e-09  (at most 1e-06 eV/Å)
     """
 
     family: str

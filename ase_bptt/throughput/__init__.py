@@ -77,6 +77,15 @@ def relax_all(
         For elements that the potential does not know.
     MemoryError
         Where a single structure does not fit into memory.
+
+    Examples
+    --------
+    >>> from ase.build import molecule
+    >>> from ase_bptt import load_potential
+    >>> from ase_bptt.throughput import relax_all
+    >>> found = dict(relax_all(load_potential("emt"), [molecule("N2"), molecule("CO")]))
+    >>> [found[k].status.value for k in sorted(found)]
+    ['converged', 'converged']
     """
     alone = [k for k, atoms in enumerate(structures) if unknown_of(atoms)]
     together = sorted(set(range(len(structures))) - set(alone))

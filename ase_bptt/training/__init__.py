@@ -49,14 +49,12 @@ class Trainer:
         `Replay` by default, or another of `ase_bptt.adjoints`, such as `Guided` with its two losses.
     loss : callable or str
         ``loss(relaxation, reference) -> Tensor (n,)``, or a name in `ase_bptt.losses.LOSSES`.
-    optimizer : callable
-        ``optimizer(parameters) -> torch.optim.Optimizer``; AdamW by default. Its rates fall by a half cosine.
-    lr : float
-        Learning rate of AdamW at the start.
-    steps : int or None
+    optimizer, lr : callable, float
+        ``optimizer(parameters) -> torch.optim.Optimizer``, by default AdamW with this learning rate at the start. The
+        rates fall by a half cosine.
+    steps, fmax : int or None, float
         Frames of an unroll: few (8 to 40) teach which basin to fall into. None is 10, or 300 at most for a minimum.
-    fmax : float
-        eV/Å: structures stop below this, in training.
+        Structures stop below fmax (eV/Å).
     batch_size : int
         Pairs in one step of the optimizer.
     memory : float or None
@@ -142,7 +140,7 @@ class Trainer:
 
     @property
     def history(self) -> list[dict[str, float]]:
-        """A row of metrics.csv for each complete epoch."""
+        """A row for each complete epoch."""
         return self.record.history
 
     @property

@@ -52,6 +52,13 @@ def select(
         For a pattern that matches nothing, more layers than there are, or if nothing is left to train.
     NotImplementedError
         For `last` with a family whose layers are not known.
+
+    Examples
+    --------
+    >>> from ase_bptt import load_potential
+    >>> from ase_bptt.tuning import select
+    >>> select(load_potential("lj"), freeze=["epsilon"])
+    Count(trained=1, total=2)
     """
     if low_rank.has(potential):
         raise ValueError("Choose what is trained before low-rank updates are added, or merge them first.")
@@ -79,6 +86,11 @@ def prepare(
     """`select`, then with `lora` (a rank) updates of that rank on the linear maps among the chosen weights.
 
     Where it raises, nothing has changed. Returns what `describe` says of the result.
+
+    >>> from ase_bptt import load_potential
+    >>> from ase_bptt.tuning import prepare
+    >>> prepare(load_potential("lj"), train=["sig*"])
+    'trains 1 of 2 weights'
     """
     before = {name: p.requires_grad for name, p in potential.named_parameters()}
     select(potential, train, freeze, last)

@@ -45,7 +45,7 @@ class TorchMorse(TorchCalculator):
         rho0: float = 6.0,
         rcut1: float = 1.9,
         rcut2: float = 2.7,
-        A: float | None = None,
+        A: float | None = None,  # which ASE's own test passes, and its Morse potential keeps and does not use
         **kwargs: Any,
     ):
         # ASE's tests give A, of which its MorsePotential takes no notice.
