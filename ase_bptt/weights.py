@@ -101,21 +101,23 @@ class _Copy:
     def __init__(self, tensors: Sequence[Tensor]):
         self._aliases = [t.detach() for t in tensors]
         self._kinds = _kinds(tensors)
-        self._on_host = all(t.is_cpu and t.is_contiguous() for t in tensors)
+        self._in_place = all(t.is_contiguous() for t in tensors)
+        self._on_host = self._in_place and all(t.is_cpu for t in tensors)
         self._bytes = _bytes(tensors, self._on_host)
-        # A bytearray compares itself with an array as fast as memory can be read.
-        self._copies: list[Any] = [bytearray(b) for b in self._bytes] if self._on_host else self._bytes
+        # A bytearray compares itself with an array as fast as memory can be read; elsewhere few calls are cheap.
+        self._copies: list[Any] = list(map(bytearray if self._on_host else torch.cat, self._bytes))
 
     def equals(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these have the same shapes and the same bytes: NaN equals itself, and 0 is not -0."""
         known = self._bytes
-        if len(tensors) != len(self._aliases) or not all(map(Tensor.is_set_to, tensors, self._aliases)):
+        same_places = len(tensors) == len(self._aliases) and all(map(Tensor.is_set_to, tensors, self._aliases))
+        if not (same_places and self._in_place):
             if _kinds(tensors) != self._kinds:
                 return False
             known = _bytes(tensors, self._on_host)
         if self._on_host:
             return all(map(operator.eq, self._copies, known))
-        return all(map(torch.equal, self._copies, _bytes(tensors, False)))
+        return all(map(torch.equal, self._copies, map(torch.cat, known)))
 
 
 def _kinds(tensors: Sequence[Tensor]) -> list[Any]:
@@ -123,10 +125,8 @@ def _kinds(tensors: Sequence[Tensor]) -> list[Any]:
 
 
 def _bytes(tensors: Sequence[Tensor], on_host: bool) -> list[Any]:
-    """Each tensor's bytes where they lie; elsewhere than on the host a copy of them, as one tensor for each device."""
+    """The bytes where they lie: an array for each tensor on the host, elsewhere a list of tensors for each device."""
     pieces: dict[torch.device, list[Tensor]] = {}
     for t in tensors:
         pieces.setdefault(t.device, []).append(t.detach().contiguous().view(-1).view(torch.uint8))
-    if on_host:
-        return [piece.numpy() for some in pieces.values() for piece in some]
-    return [torch.cat(some) for some in pieces.values()]
+    return [piece.numpy() for some in pieces.values() for piece in some] if on_host else list(pieces.values())
