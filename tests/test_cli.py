@@ -104,7 +104,12 @@ class TestDemo:
     def test_the_run_folder_is_complete(self, demo):
         folder, _ = demo
         assert {p.name for p in folder.iterdir()} == FILES
-        assert {p.name for p in (folder / "potential").iterdir()} == {"model.json", "weights.pt", "mace.model"}
+        assert {p.name for p in (folder / "potential").iterdir()} == {
+            "model.json",
+            "weights.pt",
+            "mace.model",
+            "model_card.md",
+        }
         for name in (p for p in FILES if p.endswith(".png")):
             assert imread(folder / name).std() > 0.01
 
