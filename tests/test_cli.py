@@ -156,7 +156,7 @@ class TestTrain:
         assert re.search(r"^cluster \d ", out, re.MULTILINE)
         assert "% lower" in out
         assert "relaxed by BFGS instead" in out
-        assert "right basin: relaxed from the initial" in out
+        assert "right basin: the relaxation from the initial structure" in out
         assert str(folder / "potential") in out
 
     def test_the_table_file_has_a_row_for_each_test_structure(self, trained):

@@ -91,7 +91,9 @@ class Guided(Adjoint):
         self.solve.check(iterated, structures)
 
     def check_recorded(self) -> None:
-        raise TypeError("An ASE run does not stop at its first frames for 'guided': take ase_bptt.relax.")
+        raise TypeError(
+            "An ASE run cannot change its stepper after the first frames, as 'guided' does: use ase_bptt.relax."
+        )
 
     def required_fmax(self, fmax: float) -> float:
         """That of the implicit gradient."""
