@@ -111,7 +111,7 @@ class TorchCalculator(Calculator):
         """Change what the calculator computes with: potential, device, dtype, skin (and trust, for a potential).
 
         A dtype or a device alone makes a copy of the potential, as in the constructor. Names that are not known are
-        left aside with a warning.
+        ignored with a warning.
 
         Returns
         -------
