@@ -111,7 +111,7 @@ class TorchCalculator(Calculator):
         """Change what the calculator computes with: potential, device, dtype, skin (and trust, for a potential).
 
         A dtype or a device alone makes a copy of the potential, as in the constructor. Names that are not known are
-        left aside with a warning.
+        ignored with a warning.
 
         Returns
         -------
@@ -119,7 +119,7 @@ class TorchCalculator(Calculator):
             What is other than before; results are dropped where there is any.
         """
         for name in sorted(changes.keys() - SETTABLE):
-            said = f"TorchCalculator.set leaves {name!r} aside: it can change potential, device, dtype and skin."
+            said = f"TorchCalculator.set ignores {name!r}: it can change potential, device, dtype and skin."
             warnings.warn(said, stacklevel=2)
         # ASE's constructor comes here before there is anything to change.
         if not changes.keys() & SETTABLE:
@@ -196,7 +196,7 @@ class TorchCalculator(Calculator):
         # A well without a hard core has an energy where two atoms meet, but no gradient.
         if not np.isfinite(arrays["forces"]).all():
             raise CalculationFailed(
-                f"The potential gives forces that are no numbers for {atoms.symbols}: are two atoms on one spot?"
+                f"The potential gives forces that are not finite for {atoms.symbols}: are two atoms on one spot?"
             )
         self.results = {"energy": energy, "free_energy": energy, "forces": arrays["forces"]}
         if periodic and "stress" in self.implemented_properties:

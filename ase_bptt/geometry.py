@@ -24,7 +24,7 @@ def distances(relaxation: Measurable, i: Index, j: Index) -> Tensor:
 
     True minimum images, in skewed cells, too. After ``backward`` the gradient is in the weights of the potential
     (``potential.parameters()``) and at the start (``relaxation.start.positions.grad``). It is zero where two atoms are
-    on one spot, and jumps where two images are equally near.
+    in one place, and jumps where two images are equally near.
 
     Parameters
     ----------

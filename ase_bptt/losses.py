@@ -81,8 +81,8 @@ def squared_delta_q(a: Comparable, b: Comparable, *, align: bool = False) -> Any
 def log_delta_q(a: Comparable, b: Comparable, *, align: bool = False) -> Any:
     """log(1 + Delta-Q / 0.1 amu^1/2 Å): a loss in which relative errors count.
 
-    Each structure pulls by 1/(Delta-Q + 0.1), so that one which sits in another basin, far away and
-    perhaps out of reach, does not drown those that can be mended. Otherwise as `delta_q`.
+    The weight of a structure in the gradient is 1/(Delta-Q + 0.1), so that one in another, distant basin, perhaps
+    out of reach, does not dominate those that can be improved. Otherwise as `delta_q`.
     """
     return _distance(a, b, align, lambda d, of: torch.log1p(_root_sum_square(d, of) / SCALE), by_mass=True)
 
@@ -90,8 +90,8 @@ def log_delta_q(a: Comparable, b: Comparable, *, align: bool = False) -> Any:
 def root_delta_q(a: Comparable, b: Comparable, *, align: bool = False) -> Any:
     """sqrt(Delta-Q), a loss between `delta_q` and `log_delta_q`. Otherwise as `delta_q`.
 
-    Each structure pulls by 1/(2 sqrt(Delta-Q)): the far ones less than those that are nearly right,
-    but enough to bring some of them over. The Trainer's default.
+    The weight of a structure in the gradient is 1/(2 sqrt(Delta-Q)): distant ones count less than those that are
+    nearly right, but enough to move some of them into the right basin. The Trainer's default.
     """
     # The small constant keeps the gradient finite near the match.
     return _distance(a, b, align, lambda d, of: (_root_sum_square(d, of) + TINY).sqrt() - TINY**0.5, by_mass=True)

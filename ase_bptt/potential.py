@@ -82,6 +82,8 @@ class Potential(nn.Module):
     """The extra that installs the family, as in ``pip install "ase_bptt[extra]"``."""
     installation: ClassVar[str] = ""
     """How it is installed, where messages list the families: 'for MACE by pip install "ase_bptt[mace]"'."""
+    licence: ClassVar[str] = ""
+    """That of the pretrained weights, where one holds for all of the family; for the model card."""
     native_name: ClassVar[str | None] = None
     """File name under which `save` writes the family's native checkpoint."""
     conservative: ClassVar[bool] = True

@@ -220,7 +220,7 @@ def _checked(structures: Structures, potential: Potential) -> Structures:
     names = unknown(structures.constraint_names)
     if names:
         raise NotImplementedError(
-            f"relax knows no way through the constraints {', '.join(names)}, and will not ignore them: "
+            f"relax cannot differentiate the constraints {', '.join(names)}, and does not ignore them: "
             f"remove them, take one of {', '.join(KNOWN)}, or relax without a gradient by BPTTOptimizer."
         )
     potential.check(structures)

@@ -39,15 +39,6 @@ html_copy_source = False
 html_show_sphinx = False
 
 
-def _for_the_site(app: Sphinx, relative_path: Path, parent: str, content: list[str]) -> None:
-    """The README as an included page: its paths begin here, and nothing is loaded from elsewhere."""
-    if Path(relative_path).name != "README.rst":
-        return
-    text = content[0].replace(".. image:: docs/", ".. image:: ")
-    blocks = text.split("\n\n")
-    content[0] = "\n\n".join(b for b in blocks if not b.startswith(".. image:: https://"))
-
-
 def _readable(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Make of a docstring for people what napoleon understands.
 
@@ -69,7 +60,6 @@ def _readable(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: 
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
-    """Adapt what is included and what is documented."""
-    app.connect("include-read", _for_the_site)
+    """Adapt what is documented."""
     app.connect("autodoc-process-docstring", _readable, priority=100)  # before napoleon
     return {"parallel_read_safe": True}

@@ -192,7 +192,7 @@ def text(content: str):
 
 
 FAULTS = [
-    Fault("number", changed(lambda a, b: b.pop()), ("6 atoms begin and 5 end",)),
+    Fault("number", changed(lambda a, b: b.pop()), ("the initial structure has 6 atoms and the relaxed one 5",)),
     Fault("species", named("Kr", "Xe"), ("change from Kr6 to Xe6",), named("Xe", "Xe")),
     Fault(
         "order",
@@ -387,7 +387,11 @@ def twenty(tmp_path):
     changed(lambda a, b: b.pop())(Path("pairs/03.extxyz"))
     set_position(0, np.nan)(Path("pairs/07.extxyz"))
     text("")(Path("pairs/11.extxyz"))
-    return {"03": "6 atoms begin and 5 end", "07": "not a finite number", "11": "it is empty"}
+    return {
+        "03": "the initial structure has 6 atoms and the relaxed one 5",
+        "07": "not a finite number",
+        "11": "it is empty",
+    }
 
 
 @pytest.mark.parametrize("command", PAIRS)

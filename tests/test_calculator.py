@@ -445,7 +445,7 @@ class TestSet:
 
     def test_names_that_are_not_known_leave_no_trace(self):
         calculator = TorchCalculator(wide_lennard_jones(2.5))
-        with pytest.warns(UserWarning, match="leaves 'nonsense' aside: it can change potential, device"):
+        with pytest.warns(UserWarning, match="ignores 'nonsense': it can change potential, device"):
             assert calculator.set(nonsense=3) == {}
         assert "nonsense" not in calculator.parameters
 

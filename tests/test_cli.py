@@ -104,7 +104,12 @@ class TestDemo:
     def test_the_run_folder_is_complete(self, demo):
         folder, _ = demo
         assert {p.name for p in folder.iterdir()} == FILES
-        assert {p.name for p in (folder / "potential").iterdir()} == {"model.json", "weights.pt", "mace.model"}
+        assert {p.name for p in (folder / "potential").iterdir()} == {
+            "model.json",
+            "weights.pt",
+            "mace.model",
+            "model_card.md",
+        }
         for name in (p for p in FILES if p.endswith(".png")):
             assert imread(folder / name).std() > 0.01
 
@@ -151,7 +156,7 @@ class TestTrain:
         assert re.search(r"^cluster \d ", out, re.MULTILINE)
         assert "% lower" in out
         assert "relaxed by BFGS instead" in out
-        assert "right basin: relaxed from the initial" in out
+        assert "right basin: the relaxation from the initial structure" in out
         assert str(folder / "potential") in out
 
     def test_the_table_file_has_a_row_for_each_test_structure(self, trained):

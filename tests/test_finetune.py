@@ -96,12 +96,29 @@ class TestCrossValidation:
         else:
             found = finetune(make(tmp_path), parts[0], tmp_path, epochs=2)
         assert found.rejected
+        card = (tmp_path / "potential" / "model_card.md").read_text(encoding="utf-8")
+        assert "fine-tuned" not in card.splitlines()[0]
         assert found.kept_as_it_was
         assert found.comparison.geometric_mean.value > 0
         assert RunResults.load(tmp_path).todict() == found.todict()
         assert found.todict()["kept_as_it_was"] is True
         assert load_potential(tmp_path / "potential").sigma.item() == 2.65
         assert "the potential was kept as it was" in " ".join(conclusion(found).split())
+
+    def test_its_model_card_has_the_figures_of_the_folds(self, validated):
+        folder, _, outcome = validated
+        card = (folder / "potential" / "model_card.md").read_text(encoding="utf-8")
+        found = load_potential(folder).metadata["held_out"]
+        assert (found["n"], found["folds"], found["kept_as_it_was"]) == (6, 3, False)
+        assert found["mean_after"] == outcome.after.mean
+        assert f"mean {outcome.before.mean:.2f} before, {outcome.after.mean:.2f} after" in card
+        assert "6 structures of 3 kinds that were not trained on" in card
+        assert "cross-validation over 3 folds" in card
+        assert "structures: 6 train;" in card
+        assert "loss delta_q" in card
+        one = (folder / "fold_0" / "potential" / "model_card.md").read_text(encoding="utf-8")
+        assert "2 train, 2 valid, 2 test;" in one
+        assert "cross-validation" not in one
 
     def test_its_folder_tells_all(self, validated):
         folder, _, outcome = validated

@@ -104,7 +104,10 @@ class TestLearning:
     @pytest.mark.parametrize(
         ("changes", "said"),
         [
-            ({"adjoint": "implicit", "steps": None}, "'implicit' has no gradient for the numbers of the stepper"),
+            (
+                {"adjoint": "implicit", "steps": None},
+                "'implicit' has no gradient for the hyperparameters",
+            ),
             ({"stepper": GradientDescent("auto")}, "give it a number in Å^2/eV to learn it"),
         ],
         ids=["implicit", "auto"],

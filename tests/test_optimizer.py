@@ -115,7 +115,7 @@ class TestArguments:
             BPTTOptimizer(argon(), logfile=None, maxstep=0.1, stepper=FIRE())
 
     def test_the_full_tape_is_refused(self):
-        with pytest.raises(TypeError, match="leaves no tape behind: take adjoint='replay'"):
+        with pytest.raises(TypeError, match="keeps no tape: take adjoint='replay'"):
             BPTTOptimizer(argon(), adjoint="full")
 
     def test_unknown_steppers_are_named(self):

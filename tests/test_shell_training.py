@@ -79,11 +79,12 @@ class TestChoices:
         drift = json.loads(Path("run/results.json").read_text())["drift"]["all"]
         said = " ".join(out.split())
         assert (
-            f"What else has changed, on {drift['n']} other structures: forces of {drift['size']:.3f} eV/Å by "
-            f"{drift['force']:.3f}, and energies by {1000 * drift['energy']:.1f} meV/atom"
+            f"Drift on {drift['n']} structures that were not trained on (root mean square): forces changed by "
+            f"{drift['force']:.3f} eV/Å (their size was {drift['size']:.3f} eV/Å), energies by "
+            f"{1000 * drift['energy']:.1f} meV/atom."
         ) in said
-        assert "More of this in run/card.png and run/card.json." in said
-        assert max(map(len, out[out.index("What else") :].splitlines()[:-1])) <= 80
+        assert "Drift report: run/card.png and run/card.json." in said
+        assert max(map(len, out[out.index("Drift on") :].splitlines()[:-1])) <= 80
         assert {"card.png", "card.json"} <= {p.name for p in Path("run").iterdir()}
 
     @needs_mace
@@ -93,7 +94,7 @@ class TestChoices:
         quick = {"evaluate": partial(evaluate, steps=3), "take_snapshot": partial(take_snapshot, size=2)}
         with built_once(), mock.patch.multiple("ase_bptt.training.fine_tune", **quick):
             out, *_ = trained(data, "--last", "1", "--lora", "2", "--steps", "2", potential="mace")
-        assert re.search(r"trains [\d,]+ numbers beside [\d,]+ weights \(LoRA, rank 2\)", out)
+        assert re.search(r"trains [\d,]+ parameters of low-rank updates of [\d,]+ weights \(LoRA, rank 2\)", out)
         after = load_potential("run")
         assert not low_rank.has(after)
         both = zip(before.named_parameters(), after.parameters(), strict=True)

@@ -138,7 +138,7 @@ def test_what_trains_is_described():
     assert tuning.prepare(potential, train=["*readouts.1*"]) == f"trains 72 of {total:,} weights"
     words = tuning.prepare(potential, train=["*readouts.1*"], lora=2)
     # (8 + 8) rank 2, and (8 + 1) rank 1, for a column has no more
-    assert words == f"trains 41 numbers beside {total:,} weights (LoRA, rank 2)"
+    assert words == f"trains 41 parameters of low-rank updates of {total:,} weights (LoRA, rank 2)"
     assert all("readouts.1" in name for name in trained(potential))
 
 

@@ -564,7 +564,12 @@ class TestFiles:
 
         potential = MACE(tiny_mace(elements=(14,), max_ell=1))
         Trainer(potential).save(tmp_path / "tuned")
-        assert {p.name for p in (tmp_path / "tuned").iterdir()} == {"model.json", "weights.pt", "mace.model"}
+        assert {p.name for p in (tmp_path / "tuned").iterdir()} == {
+            "model.json",
+            "weights.pt",
+            "mace.model",
+            "model_card.md",
+        }
         assert same(dict(load_potential(tmp_path / "tuned").state_dict()), dict(potential.state_dict()))
 
 

@@ -3,7 +3,7 @@
     python tutorials/01_drop_in.py
 
 A silicon cell with a vacancy is relaxed. Prints the log that ASE's optimizers print, the relaxed energy,
-that ASE's own FIRE takes the same path, and on which weights of the potential the end depends most.
+the difference to ASE's own FIRE, and on which weights of the potential the end depends most.
 """
 
 import numpy as np
@@ -17,8 +17,8 @@ del vacancy[0]
 vacancy.rattle(0.1, seed=1)
 start = vacancy.copy()
 
-# 1. The script as it always was. "mace-si" is the embedded potential; "chgnet", a folder of ours, or a
-#    torch module of a supported family stand here as well.
+# 1. The script as before. "mace-si" is the embedded potential; "chgnet", a folder that ase_bptt saved, or a
+#    torch module of a supported family can be given as well.
 vacancy.calc = TorchCalculator("mace-si")
 optimizer = BPTTOptimizer(vacancy, trajectory="vacancy.traj")
 optimizer.run(fmax=0.02)
@@ -33,7 +33,7 @@ print(f"largest difference to ASE's FIRE: {difference:.1e} Å")
 assert difference < 1e-9
 
 # 3. What is new: the run that has just ended can be differentiated. Here, the squared distance that the
-#    atoms moved, by every weight of the potential and through every frame of the relaxation.
+#    atoms moved, with respect to every weight of the potential and through every frame of the relaxation.
 relaxation = optimizer.relaxation
 moved = (relaxation.positions - relaxation.start.positions).square().sum()
 vacancy.calc.potential.zero_grad()

@@ -4,7 +4,7 @@
 
 Writes a small folder of relaxations, as yours might be (here DFT relaxations of defects in silicon, out of
 the package), reads it back as pairs of initial and relaxed structures, splits it so that no structure is
-both trained and tested on, trains for three epochs, and relaxes a held-out defect with the tuned potential
+in both the training and the test set, trains for three epochs, and relaxes a held-out defect with the tuned potential
 in ASE. Prints the splits, the distance to the DFT structure (Delta-Q) before and after for every held-out
 structure, and that distance after an ordinary ASE relaxation with the tuned potential.
 
@@ -20,8 +20,9 @@ from ase.optimize import BFGS
 
 from ase_bptt import TorchCalculator, Trainer, datasets, delta_q, load_potential, read_pairs, split_by_group
 
-# 1. Relaxations of your own. One file each, first frame the start, last frame the relaxed structure; the
-#    frames between may be there or not, they are not used. A vasprun.xml or an OUTCAR would do as it is.
+# 1. Relaxations of your own. One file each, first frame the start, last frame the relaxed structure. Energies and
+#    forces of the frames are trained on, too, where the file has any (terms=() leaves them out), as it does for
+#    these two. A vasprun.xml or an OUTCAR can be used as it is.
 folder = Path("my_relaxations")
 folder.mkdir()
 for pair in datasets.si_defects():
@@ -29,14 +30,14 @@ for pair in datasets.si_defects():
         write(folder / f"{pair.id}.extxyz", [pair.initial, pair.relaxed])
 
 # 2. Pairs. Those of one composition that end in the same structure form a group, and groups are never
-#    split: a structure that stood on both sides would make the test worthless.
+#    split: a structure in both the training and the test set would make the test worthless.
 pairs = read_pairs(folder)
 splits = split_by_group(pairs, seed=0)
 for name, members in splits.items():
     print(f"{name}: {len(members)} relaxations in {len({p.group for p in members})} groups")
 
-# 3. Train through the first eight frames of the relaxation, on the Delta-Q of where they end. The weights
-#    that are kept are those with the best score on "valid".
+# 3. Train through the first eight frames of the relaxation, with the square root of Delta-Q of their ends as
+#    the loss. The weights with the best score on "valid" are kept.
 trainer = Trainer(load_potential("mace-si"), steps=8, out="my_run", seed=0)
 before = trainer.evaluate(splits["test"])
 trainer.fit(splits["train"], splits["valid"], epochs=3)
@@ -47,8 +48,8 @@ for b, a in zip(before.rows, after.rows, strict=True):
     print(f"{a.id:38} {b.unrelaxed:6.2f}   {b.delta_q:6.2f}  {a.delta_q:6.2f}")
 print(f"{'mean':38} {before.mean_unrelaxed:6.2f}   {before.mean:6.2f}  {after.mean:6.2f}")
 
-# 4. Save, and use it where any ASE calculator stands: here with ASE's own BFGS, not the rule it was
-#    trained with.
+# 4. Save, and use it as any ASE calculator: here with ASE's own BFGS, not the update rule it was trained
+#    with.
 trainer.save("tuned")
 print("\nin the folder tuned:", ", ".join(sorted(path.name for path in Path("tuned").iterdir())))
 pair = splits["test"][0]

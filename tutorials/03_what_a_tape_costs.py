@@ -1,15 +1,15 @@
-"""What the gradient through a relaxation costs: FullTape beside Replay, in gradient, time and memory.
+"""What the gradient through a relaxation costs: time and memory of FullTape and Replay.
 
     python tutorials/03_what_a_tape_costs.py
 
 A silicon cell of 15 atoms around a vacancy is relaxed for 5 to 40 frames, and the distance that it moved is
-differentiated by the weights, once with the graph of every frame kept (FullTape), once with the
-frames run again on the way back (Replay, the default). Prints seconds and memory of both, how far apart the two
-gradients are, the gradient by a finite difference, what Replay keeps of a frame, and how much of the start is left
-to be felt in the end after more and more frames.
+differentiated with respect to the weights, once with the graph of every frame kept (FullTape), once with the
+frames recomputed in the backward pass (Replay, the default). Prints time and memory of both, whether the two
+gradients agree, a check by a finite difference, what Replay stores of a frame, and how much the end still depends
+on the start after more and more frames.
 
 On larger cells the difference grows: benchmarks/adjoints.py measures 63 atoms. Linux and macOS
-only, for the highest memory of a process is asked of the system.
+only, since the peak memory of a process comes from the operating system.
 """
 
 import resource
@@ -39,7 +39,7 @@ def moved(adjoint, frames):
 
 
 def gradient(adjoint, frames):
-    """Its gradient by all weights, in one vector."""
+    """Its gradient with respect to all weights, in one vector."""
     distance, _ = moved(adjoint, frames)
     found = torch.autograd.grad(distance, weights, allow_unused=True)
     return torch.cat([torch.zeros_like(w).flatten() if g is None else g.flatten() for w, g in zip(weights, found)])
@@ -78,7 +78,7 @@ print(f"a frame more costs the tape {growth:.1f} MiB")
 assert mib["full", 40] > 1.5 * mib["full", 20]
 assert mib["replay", 40] < 0.2 * mib["full", 40]
 
-# 3. Both are the gradient: along one direction in the weights, it is the quotient of a finite difference.
+# 3. A check: along one direction in the weights, the gradient agrees with a finite difference.
 along = [torch.randn(w.shape, generator=torch.Generator().manual_seed(k)).to(w) for k, w in enumerate(weights)]
 predicted = gradients["replay", 10] @ torch.cat([d.flatten() for d in along])
 ends = []
@@ -97,8 +97,8 @@ assert abs(derivative - predicted) < 1e-4 * abs(predicted)
 #    three numbers of eight bytes an atom, beside megabytes for the graph.
 print(f"Replay keeps {start.positions.numel() * 8 / len(atoms):.0f} bytes an atom and frame")
 
-# 5. More frames are not better. The nearer a run comes to its minimum, the less it matters where it began
-#    and which way it took, so that a gradient through a long run knows nothing of how the basin was chosen.
+# 5. More frames are not better. The nearer a run comes to its minimum, the less its end depends on where it began
+#    and on its path, so that a gradient through a long run does not depend on how the basin was selected.
 small = bulk("Si", a=5.469, cubic=True)
 del small[0]
 small.rattle(0.1, seed=1)
@@ -107,7 +107,7 @@ begin.positions.requires_grad_()
 direction = torch.randn(begin.positions.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 direction -= direction.mean(0)  # the drift of the whole cell never fades
 felt = {}
-print("frames   how much a move of the start moves the end")
+print("frames   displacement of the end per displacement of the start")
 for frames in (5, 10, 20, 40, 80):
     end = relax(potential, begin, stepper=GradientDescent(momentum=0.7), fmax=0.0, steps=frames).positions
     (pulled,) = torch.autograd.grad((end * direction).sum(), begin.positions)

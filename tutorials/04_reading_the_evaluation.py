@@ -1,4 +1,4 @@
-"""Which of two potentials relaxes my structures better? What an evaluation says, and how far to believe it.
+"""Which of two potentials relaxes my structures better? What an evaluation shows, and how reliable it is.
 
     python tutorials/04_reading_the_evaluation.py
 
@@ -25,13 +25,13 @@ chgnet = evaluate(load_potential("chgnet", dtype="float64"), pairs)
 #      Delta-Q   the same for the end.
 #      rmsd      root mean square displacement of the end, in Å; max: of its farthest atom.
 #      basin     whether the ends from the initial and from the DFT structure are one structure.
-#      moves     how far the farthest atom goes when the potential relaxes the DFT structure itself, in Å.
-#      force     the potential's largest force on an atom in the DFT structure, in eV/Å. A perfect potential
-#                would leave less than the 0.03 eV/Å to which DFT relaxed.
+#      moves     displacement of the farthest atom when the potential relaxes the DFT structure itself, in Å.
+#      force     the potential's largest force on an atom in the DFT structure, in eV/Å. For a perfect
+#                potential it would be below the 0.03 eV/Å to which DFT relaxed.
 #      group     space group of the end, beside that of the DFT structure.
-#    Another basin with small moves (Al_i_20) is a wrong turn on the way: the potential has a minimum by the
-#    DFT structure and misses it. The right basin with a large Delta-Q (SV_01) is the right minimum with its
-#    bottom in the wrong place.
+#    Another basin with small moves (Al_i_20) is a wrong path: the potential has a minimum near the DFT
+#    structure, and the relaxation reaches another one. The right basin with a large Delta-Q (SV_01) is the
+#    right minimum at the wrong position.
 print("mace-si\n                start  Delta-Q    rmsd     max  basin   moves   force   space group, DFT's")
 for row in mace.rows:
     print(
@@ -43,7 +43,7 @@ for row in mace.rows:
     assert row.status == "converged"
 print(BASIN_RULE)
 
-# 2. Summaries. The mean is a sum of the few structures in far basins; the median is the typical structure.
+# 2. Summaries. A few structures in distant basins dominate the mean; the median is the typical structure.
 print(f"\nunrelaxed: mean {mace.mean_unrelaxed:.2f} amu^1/2 Å")
 for name, evaluation in {"mace-si": mace, "CHGNet": chgnet}.items():
     print(f"{name:9}: mean {evaluation.mean:.2f}, median {evaluation.median:.2f}, right basins {evaluation.basins:.0%}")
@@ -53,10 +53,10 @@ for name, group in mace.by_group().items():
     if len(group.rows) > 1:
         print(f"group {name}: {', '.join(row.id for row in group.rows)}, mean {group.mean:.2f}")
 
-# 4. The comparison, from the first to the second, structure by structure. The intervals come from drawing
-#    the groups anew with replacement, 5000 times; one that holds zero says that these groups cannot tell the
-#    two apart. The geometric mean weighs factors: from 1.0 to 0.5 counts as from 8 to 4. Wilcoxon's
-#    signed-rank test says how probable it is that chance alone parts the groups so one-sidedly.
+# 4. The comparison, from the first to the second, structure by structure. The intervals are from a bootstrap: groups
+#    are drawn with replacement, 5000 times; an interval that contains zero means that the change is not significant. In
+#    the geometric mean a change from 1.0 to 0.5 counts as much as one from 8 to 4. Wilcoxon's signed-rank test
+#    gives the probability of so one-sided a result by chance alone.
 found = compare(mace, chgnet)
 print(f"\nCHGNet against mace-si, {found.n} structures in {found.groups} groups")
 print(f"mean:           {found.mean}")
@@ -65,8 +65,8 @@ print(f"p-value:        {found.p_value:.2f}")
 print(f"better: {found.better}, worse: {found.worse}, tied: {found.tied}")
 print(f"basins won: {found.basins_won}, lost: {found.basins_lost}")
 
-# 5. Why the mean says so much and the geometric mean so little: look at the row that changed most. One structure
-#    slid into a far basin. It is a real failure, and one structure.
+# 5. Why the mean changes so much and the geometric mean so little: the row that changed most. One structure
+#    ended in a distant basin. It is a real failure, but of one structure.
 _, one, other = max((b.delta_q - a.delta_q, a, b) for a, b in zip(mace.rows, chgnet.rows, strict=True))
 print(f"{one.id}: {one.delta_q:.2f} by mace-si, {other.delta_q:.2f} by CHGNet")
 rest = [(a.delta_q, b.delta_q) for a, b in zip(mace.rows, chgnet.rows, strict=True) if a.id != one.id]

@@ -2,10 +2,10 @@
 
     python tutorials/05_own_potential_stepper_loss.py
 
-A Rydberg pair potential for copper learns the length of its bond and the width of its well from where small
-clusters end when they relax; the reference, here ASE's EMT, gives it no energy and no force. Prints that its
+A Rydberg pair potential for copper learns the length of its bond and the width of its well from the relaxed
+structures of small clusters; energies and forces of the reference, ASE's EMT, are not used. Prints that its
 forces are the negative gradient of its energies, its gradient through the new update rule, its parameters before
-and after, and how far from EMT a larger cluster ends than those it was trained on.
+and after, and how far from EMT's structures larger clusters end than those in training.
 """
 
 import numpy as np
@@ -64,8 +64,8 @@ class Rydberg(Potential):
         return cls(**config)
 
 
-# 2. A stepper moves all structures of a batch by one frame. It is pure: what it remembers is in the State, new
-#    tensors take the place of old ones, and a decision is a torch.where.
+# 2. A stepper moves all structures of a batch by one frame. It is a pure function: what it remembers is in the State,
+#    tensors are replaced and not changed in place, and a decision is a torch.where.
 class HeavyBall(Stepper):
     """v <- (1 - friction) v + F; X <- X + step_size v, no structure farther than maxstep (Å) in all."""
 
@@ -130,7 +130,7 @@ train, valid, test = (
     for shapes in (("Cu6", "Cu7"), ("Cu13",), ("Cu19",))
 )
 
-# Forces came for nothing; ASE's finite differences of the energies find the same.
+# Forces follow from the energies; ASE's finite differences agree.
 atoms = rattled("Cu13", 0)
 atoms.calc = TorchCalculator(Rydberg())
 difference = np.abs(atoms.get_forces() - calculate_numerical_forces(atoms, eps=1e-4)).max()
@@ -144,12 +144,12 @@ for adjoint in (FullTape(), Replay()):
     run = relax(potential, [p.initial for p in train], stepper=HeavyBall(), fmax=0.0, steps=12, adjoint=adjoint)
     loss = bond_lengths(run, Structures.from_atoms([p.relaxed for p in train])).mean()
     found[adjoint.name] = torch.stack(torch.autograd.grad(loss, list(potential.parameters())))
-print("gradient by depth, width and length:", " ".join(f"{g:.4f}" for g in found["replay"]))
+print("gradient with respect to depth, width and length:", " ".join(f"{g:.4f}" for g in found["replay"]))
 assert torch.allclose(found["full"], found["replay"], rtol=1e-10, atol=0)
 
-# 5. Fine-tune. Where a relaxation ends depends on the shape of the wells, not on their depth, which only says
-#    how fast it gets there. So the depth cannot be learnt from ends; it is frozen, and stays. Of the 40
-#    epochs, the one that relaxes the 13 atoms best is kept.
+# 5. Fine-tune on structures alone (terms=()). Where a relaxation ends depends on the shape of the minima, not on
+#    the depth, which only decides how fast it gets there. The depth cannot be learnt from ends, and is frozen.
+#    Of the 40 epochs, the best one on the cluster of 13 atoms is kept.
 potential.depth.requires_grad_(False)
 trainer = Trainer(
     potential,
@@ -159,6 +159,7 @@ trainer = Trainer(
     steps=20,
     batch_size=6,
     rattle=0.0,
+    terms=(),
 )
 before = trainer.evaluate(test)
 trainer.fit(train, valid, epochs=40)

@@ -1,14 +1,15 @@
-"""Which adjoint: what each costs, how near it is to the exact one, and what it cannot know.
+"""Which adjoint: its cost, its cosine to the exact gradient, and what it does not depend on.
 
     python tutorials/06_choosing_an_adjoint.py
 
 Two embedded silicon defects are relaxed with the embedded potential, and the squared distance to where DFT put
-them is differentiated by the weights, once by each adjoint. Prints seconds, the cosine between each gradient and the
-exact one of the whole relaxation, and what each needs; then the same defect in two minima; the double well, in which
-only a gradient through few frames knows how the basin was chosen; an ordinary ASE run differentiated
+them is differentiated with respect to the weights, once by each adjoint. Prints seconds, the cosine between
+each gradient and the exact one of the whole relaxation, and what each needs; then the same
+defect in two minima; the double well, in which
+only a gradient through few frames depends on how the basin is selected; an ordinary ASE run differentiated
 afterwards; and two reports of gradient diagnostics.
 
-docs/adjoints.rst says in words what is seen here. Memory is measured by 03_what_a_tape_costs.py.
+docs/adjoints.rst explains the results. Memory is measured by 03_what_a_tape_costs.py.
 """
 
 import time
@@ -41,7 +42,7 @@ def loss_of(relaxation, reference):
 
 
 def flat(loss):
-    """Its gradient by all weights, in one vector."""
+    """Its gradient with respect to all weights, in one vector."""
     found = torch.autograd.grad(loss, weights, allow_unused=True)
     return torch.cat([torch.zeros_like(w).flatten() if g is None else g.flatten() for w, g in zip(weights, found)])
 
@@ -59,8 +60,8 @@ def cosine(a, b):
 
 
 # 1. Every adjoint. Those that go through the frames need a stepper that is differentiable; the others need only the
-#    minimum, and BFGS finds it soonest. Guided has a second loss, after its first frames, so that its gradient is
-#    meant to be another one.
+#    minimum, and BFGS reaches it fastest. Guided has a second loss, after its first frames, so its gradient is
+#    a different one.
 DEFECTS = ("SV_01", "AsV_00")
 WAYS = {
     "FullTape()": (FullTape(), descent, "every frame in memory"),
@@ -68,8 +69,8 @@ WAYS = {
     "Replay(every=10)": (Replay(every=10), descent, "every tenth frame's positions"),
     "Truncated(10)": (Truncated(10), descent, "the last 10 frames"),
     "Truncated(3)": (Truncated(3), descent, "the last 3 frames"),
-    "Implicit()": (Implicit(), "bfgs", "a minimum, by any way"),
-    "OneStep()": (OneStep(), "bfgs", "a minimum, by any way"),
+    "Implicit()": (Implicit(), "bfgs", "a minimum, by any path"),
+    "OneStep()": (OneStep(), "bfgs", "a minimum, by any path"),
     "Guided(10)": (Guided(10), descent, "the first 10 frames and a minimum"),
 }
 gradient("SV_01", Replay(), descent)  # what is compiled at the first use is compiled now
@@ -90,7 +91,7 @@ for name in DEFECTS:
     assert cosine(found["Implicit()", name], exact[name]) > 0.999
 
 # 2. A gradient at a minimum is that of the minimum which was reached. This split interstitial has several: the two
-#    rules fall into different ones, and the gradients there have little to do with each other.
+#    update rules reach different ones, and the gradients there are unrelated.
 for label, adjoint, stepper in (
     ("Replay, gradient descent", Replay(), descent),
     ("Implicit, BFGS", Implicit(), "bfgs"),
@@ -100,8 +101,8 @@ for label, adjoint, stepper in (
     print(f"I_X_00 by {label}: ends at a Delta-Q of {losses.delta_q(relaxation, reference).item():.1f}")
 print(f"cosine of the two gradients: {cosine(found['Replay, gradient descent'], found['Implicit, BFGS']):.2f}")
 
-# 3. Which basin? A dimer starts just on the wrong side of a barrier, and the height of a bump beside the start decides
-#    into which of two minima it falls. The bump reaches neither of them: at the end nothing depends on it any more.
+# 3. Which basin? A dimer starts just on the wrong side of a barrier, and the height of a bump near the start decides
+#    which of two minima it reaches. The bump vanishes at both of them: the converged end does not depend on its height.
 well = DoubleWell()
 start = Atoms("Ar2", positions=[[0, 0, 0], [0, 0, 3.02]])
 
@@ -128,7 +129,7 @@ assert at_end == 0.0
 assert abs(sensitivities[120]) < abs(sensitivities[80]) < abs(sensitivities[40]) < abs(sensitivities[10])
 assert abs(early - sensitivities[10]) < 1e-9
 
-# 4. An optimizer of ASE's own may lead to the minimum: whatever it did, the implicit gradient needs the end only.
+# 4. Any optimizer of ASE may be used to reach the minimum: the implicit gradient needs the end only.
 pair = pairs["SV_01"]
 atoms = pair.initial.copy()
 atoms.calc = TorchCalculator(potential)
@@ -136,9 +137,9 @@ BFGS(atoms, logfile=None).run(fmax=0.01)
 by_ase = flat(loss_of(as_relaxation(atoms), pair.relaxed))
 print(f"SV_01 by ase.optimize.BFGS, cosine to the exact gradient: {cosine(by_ase, exact['SV_01']):.4f}")
 
-# 5. Is the gradient to be trusted? After the backward pass, a report: the longest stable step, how fast a gradient
-#    fades from frame to frame, by how much it grew on its way back, and alarms in words. First both defects by the
-#    Trainer's own rule, then a vacancy by plain gradient descent, whose step is longer than the stiffest bond allows.
+# 5. Is the gradient reliable? After the backward pass, a report: the longest stable step, how fast a gradient
+#    decays from frame to frame, by how much it grew in the backward pass, and alarms. First both defects by the
+#    Trainer's default rule, then a vacancy by plain gradient descent, whose step is too long for the stiffest bond.
 #    "growth" is |dL/dX| before the first frame over that at the end.
 sound = relax(potential, [pairs[name].initial for name in DEFECTS], stepper=descent, steps=75, fmax=0.01)
 references = Structures.from_atoms([pairs[name].relaxed for name in DEFECTS])

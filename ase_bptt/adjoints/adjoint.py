@@ -160,7 +160,7 @@ class FullTape(Adjoint):
         )
 
     def check_recorded(self) -> None:
-        raise TypeError("An ASE run leaves no tape behind: take adjoint='replay', or ase_bptt.relax.")
+        raise TypeError("An ASE run keeps no tape: take adjoint='replay', or ase_bptt.relax.")
 
 
 class _WeightsChecked(torch.autograd.Function):

@@ -28,8 +28,8 @@ class Guided(Adjoint):
     The end X* is attached by `Implicit`, the positions X_K after `first` frames by `Replay` as ``relaxation.early``,
     and the Trainer lowers loss(X*) + weight loss(X_K). This is our reading of the guided gradient of G-DEQ (the
     follow-up to arXiv 2512.01067), which differentiates the first K steps and then takes the implicit gradient: to
-    compose the two by the chain rule would give nothing, for dX*/dX_K = 0 at a minimum, so the first frames need a
-    loss of their own. They are those in which the basin is chosen.
+    compose the two by the chain rule would give zero, since dX*/dX_K = 0 at a minimum, so the first frames need a
+    loss of their own. In these frames the basin is selected.
 
     Parameters
     ----------
@@ -91,7 +91,9 @@ class Guided(Adjoint):
         self.solve.check(iterated, structures)
 
     def check_recorded(self) -> None:
-        raise TypeError("An ASE run does not stop at its first frames for 'guided': take ase_bptt.relax.")
+        raise TypeError(
+            "An ASE run cannot change its stepper after the first frames, as 'guided' does: use ase_bptt.relax."
+        )
 
     def required_fmax(self, fmax: float) -> float:
         """That of the implicit gradient."""

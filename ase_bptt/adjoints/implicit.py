@@ -36,13 +36,13 @@ class AtMinimum(Adjoint):
     """Base class: dL/dweights = w . dF/dweights at the relaxed structure, with a vector w that the subclass finds.
 
     No frame is stored, and any stepper may have led there. Nothing flows to the initial positions nor to the stepper:
-    their gradients are exact zeros, for a minimum does not know where the path to it started. A structure that did not
-    relax below fmax gives no gradient.
+    their gradients are exactly zero, since a minimum does not depend on where the path to it started. A structure
+    that did not relax below fmax gives no gradient.
 
     Parameters
     ----------
     fmax : float
-        eV/Å. Structures are relaxed to this at least, whatever `relax` is asked for.
+        eV/Å. Structures are relaxed to this at least, also where `relax` is given a larger one.
 
     Examples
     --------
@@ -104,7 +104,7 @@ class Implicit(AtMinimum):
     max_iterations : int
         Conjugate gradient iterations at most.
     fmax : float
-        eV/Å. Structures are relaxed to this at least, whatever `relax` is asked for.
+        eV/Å. Structures are relaxed to this at least, also where `relax` is given a larger one.
 
     Examples
     --------
@@ -143,7 +143,7 @@ class Implicit(AtMinimum):
 
 @dataclass(frozen=True)
 class OneStep(AtMinimum):
-    """One step of gradient descent at the relaxed structure, taken as if the rest were given: w = eta dL/dX.
+    """One step of gradient descent at the relaxed structure, with all earlier ones taken as constant: w = eta dL/dX.
 
     The first term of the series whose sum is `Implicit` (Bolte, Pauwels and Vaiter, NeurIPS 2023, "One-step
     differentiation of iterative algorithms"). No Hessian is needed; right in sign along each of its eigenvectors,
@@ -154,7 +154,7 @@ class OneStep(AtMinimum):
     step_size : float
         eta in Å^2/eV.
     fmax : float
-        eV/Å. Structures are relaxed to this at least, whatever `relax` is asked for.
+        eV/Å. Structures are relaxed to this at least, also where `relax` is given a larger one.
 
     Examples
     --------

@@ -68,11 +68,11 @@ def add(commands: Any) -> None:
     flag(group, parser, "--against", "a second potential to compare with", metavar="NAME")
     group = parser.add_argument_group("relaxation")
     flag(group, parser, "--stepper", "update rule", "fire", choices=sorted(STEPPERS))
-    flag(group, parser, "--fmax", "eV/Å at which a structure is relaxed", 0.02, type=positive, metavar="X")
+    flag(group, parser, "--fmax", "converged when all forces are below this, in eV/Å", 0.02, type=positive, metavar="X")
     flag(group, parser, "--steps", "frames at most", 500, type=count, metavar="N")
     add_room(group, parser)
     flag(group, parser, "--seed", "of the bootstrap", 0, type=seed, metavar="N")
-    add_output(parser, "ase-bptt-evaluation", "folder of tables, pictures and the page", resume=True)
+    add_output(parser, "ase-bptt-evaluation", "folder for tables, figures and report.html", resume=True)
 
 
 def run(arguments: argparse.Namespace) -> int:

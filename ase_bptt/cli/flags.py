@@ -113,7 +113,7 @@ def completed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> ar
 def add_room(group: Any, parser: argparse.ArgumentParser) -> None:
     """How many structures are relaxed together."""
     flag(group, parser, "--batch-size", "structures relaxed together (default: as many as fit into the memory of a "
-         "GPU, or as a processor does well with)", type=count, metavar="N")  # fmt: skip
+         "GPU, or 256 atoms on a CPU)", type=count, metavar="N")  # fmt: skip
     flag(group, parser, "--memory", "GiB that they may take (default: 80 % of what is free on a GPU)", type=positive,
          metavar="X")  # fmt: skip
 
@@ -148,13 +148,14 @@ def add_pairs(parser: argparse.ArgumentParser, nargs: str = "+", option: str | N
     else:
         group.add_argument("pairs", nargs=nargs, metavar="PAIRS", help=text, type=Path)
         parser.get_default("flag_defaults")["pairs"] = []
-    flag(group, parser, "--group", "this key of the structures' info names the kinds, which are never split; "
-         "'folder': the folders directly below PAIRS do (default: what has one composition and ends in one structure)",
+    flag(group, parser, "--group", "key of atoms.info that names the kind of each pair; a kind is never "
+         "divided between training, validation and test. 'folder': the folders directly below PAIRS name the kinds "
+         "(default: pairs of the same composition that end in the same structure are one kind)",
          metavar="KEY")  # fmt: skip
-    flag(group, parser, "--skip-invalid", "list pairs that cannot be used, and leave them out", False,
+    flag(group, parser, "--skip-invalid", "leave out pairs that cannot be used, and list them", False,
          action="store_true")  # fmt: skip
-    flag(group, parser, "--lazy", "of a folder or a .db: check all pairs once, then read each when it is needed, so "
-         "that they need not fit in memory", False, action="store_true")  # fmt: skip
+    flag(group, parser, "--lazy", "for a folder or a .db: check all pairs once, then read each when it is needed, "
+         "so that they need not fit in memory", False, action="store_true")  # fmt: skip
 
 
 def add_output(parser: argparse.ArgumentParser, out: str, text: str, *, resume: bool) -> None:
@@ -164,7 +165,7 @@ def add_output(parser: argparse.ArgumentParser, out: str, text: str, *, resume: 
     flag(group, parser, "--overwrite", "replace what is there", False, action="store_true")
     if resume:
         flag(group, parser, "--resume", "continue the run that was stopped", False, action="store_true")
-    flag(group, parser, "--dry-run", "check everything, say what would be done, and write nothing", False,
+    flag(group, parser, "--dry-run", "check the input, print what would be done, and write nothing", False,
          action="store_true")  # fmt: skip
     flag(group, parser, "--json", "print JSON, and nothing else, on standard output", False, action="store_true")
 

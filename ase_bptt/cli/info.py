@@ -47,12 +47,12 @@ def add(commands: Any) -> None:
     add_potential(parser, positional=True)
     add_pairs(parser, option="--pairs")
     group = parser.add_argument_group("diagnosis")
-    flag(group, parser, "--sample", "pairs whose neighbourhood is explored", 8, type=count, metavar="N")
-    flag(group, parser, "--seed", "of the sample and of the rattling", 0, type=seed, metavar="N")
+    flag(group, parser, "--sample", "pairs from which settings for training are derived", 8, type=count, metavar="N")
+    flag(group, parser, "--seed", "random seed of the sample and of the rattling", 0, type=seed, metavar="N")
     group = parser.add_argument_group("gradient diagnostics")
     flag(group, parser, "--relax", "relax every frame of these files as in training, without references", nargs="+",
          metavar="FILE", type=Path)  # fmt: skip
-    flag(group, parser, "--steps", "frames of it", FRAMES, type=count, metavar="N")
+    flag(group, parser, "--steps", "frames that are run", FRAMES, type=count, metavar="N")
     group = parser.add_argument_group("output")
     flag(group, parser, "--json", "print JSON, and nothing else, on standard output", False, action="store_true")
 

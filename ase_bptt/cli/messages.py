@@ -128,8 +128,8 @@ def conclusion(results: RunResults) -> str:
     kept = ""
     if results.folds and not results.kept_as_it_was:
         kept = (
-            f"\nThe potential in {place} was trained on all pairs, for {results.best_epoch} epochs, the mean of the "
-            "best of each fold.\nThe figures are those of the folds, each pair where it was held out.\n"
+            f"\nThe potential in {place} was trained on all pairs, for {results.best_epoch} epochs (the mean of the "
+            "folds' best epochs).\nThe figures below are of the folds: each pair was measured where it was held out.\n"
         )
     elif results.best_epoch:
         kept = (
@@ -154,7 +154,7 @@ def _no_gain(results: RunResults) -> str:
     if results.best_epoch == 0:
         return f"Warning: {KEPT_AS_IT_WAS}"
     return (
-        "Warning: the potential was kept as it was: the tuned one, whose figures stand below, is worse on the held-out "
+        "Warning: the potential was kept as it was: the tuned one, whose figures are below, is worse on the held-out "
         "structures (geometric mean of Delta-Q). Give more kinds of structures, or a lower learning rate."
     )
 
@@ -169,10 +169,11 @@ def _what_else_changed(results: RunResults) -> str:
     lines = [f"Warning: {warning}" for warning in report.warnings()]
     if drift.n:
         lines.append(
-            f"What else has changed, on {drift.n} other structures: forces of {drift.size:.3f} eV/Å by "
-            f"{drift.force:.3f}, and energies by {1000 * drift.energy:.1f} meV/atom (root mean square{over_folds})."
+            f"Drift on {drift.n} structures that were not trained on (root mean square{over_folds}): forces changed by "
+            f"{drift.force:.3f} eV/Å (their size was {drift.size:.3f} eV/Å), energies by "
+            f"{1000 * drift.energy:.1f} meV/atom."
         )
-    lines.append(f"More of this in {results.out / DRIFT_PICTURE} and {results.out / DRIFT_REPORT}.")
+    lines.append(f"Drift report: {results.out / DRIFT_PICTURE} and {results.out / DRIFT_REPORT}.")
     return "\n".join(fill(line, WIDTH, break_long_words=False, break_on_hyphens=False) for line in lines) + "\n\n"
 
 

@@ -51,15 +51,15 @@ def add(commands: Any) -> None:
         DESCRIPTION,
     )
     parser.add_argument("files", nargs="+", metavar="FILE", type=Path,
-                        help="structures in any format that ASE reads; every frame counts")  # fmt: skip
+                        help="structures in any format that ASE reads; every frame is relaxed")  # fmt: skip
     add_potential(parser)
     group = parser.add_argument_group("relaxation")
     flag(group, parser, "--stepper", "update rule", "fire", choices=sorted(STEPPERS))
-    flag(group, parser, "--step-size", "of gd, in Å^2/eV (default: 0.05)", type=positive, metavar="X")
-    flag(group, parser, "--fmax", "eV/Å at which a structure is relaxed", 0.05, type=positive, metavar="X")
+    flag(group, parser, "--step-size", "step size of gd in Å^2/eV (default: 0.05)", type=positive, metavar="X")
+    flag(group, parser, "--fmax", "converged when all forces are below this, in eV/Å", 0.05, type=positive, metavar="X")
     flag(group, parser, "--steps", "frames at most", 500, type=count, metavar="N")
     add_room(group, parser)
-    flag(group, parser, "--skip-invalid", "list structures that cannot be relaxed, and leave them out", False,
+    flag(group, parser, "--skip-invalid", "leave out structures that cannot be relaxed, and list them", False,
          action="store_true")  # fmt: skip
     add_output(parser, "relaxed.extxyz", "file of the relaxed structures, in any format that ASE writes", resume=True)
 
@@ -172,7 +172,7 @@ def warn_of_lost_constraints(out: Path, format: str, structures: Sequence[Atoms]
         n = sum(len(kinds[kind]) for kind in lost if lost[kind])
         log.warning(
             "%s: this format cannot hold the constraints %s, which %d of the structures %s; they are obeyed here, but "
-            "whoever reads the file will not find them: a name that ends with .traj or .db keeps all.",
+            "they will be missing in the file: a name that ends with .traj or .db keeps all.",
             out, ", ".join(names), n, "has" if n == 1 else "have",
         )  # fmt: skip
 

@@ -40,8 +40,8 @@ from .run_folder import signals_deferred
 
 DESCRIPTION = """\
 Fine-tune a potential on reference relaxations, so that its own relaxations
-end where theirs do. The kinds of structures are split: most to train on, a
-fifth to choose the best epoch by, a fifth held out to measure the gain.
+end in the same structures. The kinds of structures are divided: three fifths
+to train on, a fifth to choose the best epoch, a fifth to measure the gain.
 
 examples:
   ase-bptt train runs/ --potential chgnet --out tuned
@@ -70,7 +70,7 @@ def add(commands: Any) -> None:
     add_pairs(parser, nargs="*")
     add_potential(parser)
     group = add_training(parser)
-    flag(group, parser, "--folds", "cross-validate over so many folds of the kinds, a run folder each", type=count,
+    flag(group, parser, "--folds", "cross-validate: K folds of the kinds, each with a run folder", type=count,
          metavar="K")  # fmt: skip
     add_output(parser, "ase-bptt-run", "run folder", resume=True)
 
@@ -176,10 +176,9 @@ def _pairs(arguments: argparse.Namespace, potential: Potential) -> list[Relaxati
 
 ARGUMENTS = ("loss", *NUMBERS)
 TERMS = {
-    "pull": "weight of a pull to the pretrained weights",
-    "teacher": "weight of the pretrained energies and forces on probes",
-    "reference": "weight of the energies and forces of reference frames (default: 1 where there are any; 0: structures "
-    "alone)",
+    "pull": "weight of the anchor to the pretrained weights (L2-SP)",
+    "teacher": "weight of the distillation of pretrained energies and forces on probes",
+    "reference": "weight of the energy and force labels of the reference frames (default: 1 where there are any)",
 }
 
 
@@ -192,30 +191,37 @@ def add_training(parser: argparse.ArgumentParser) -> Any:
     def number(name: str, kind: Callable[[str], Any], text: str, metavar: str = "X") -> None:
         flag(group, parser, name, text, default[name.removeprefix("--").replace("-", "_")], type=kind, metavar=metavar)
 
-    number("--epochs", count, "passes over the training pairs", "N")
-    number("--steps", count, "frames of an unroll in training (default: 10, or 300 at most where the adjoint needs the "
-           "minimum)", "N")  # fmt: skip
-    number("--fmax", positive, "eV/Å at which a relaxation stops in training")
+    number("--epochs", count, "passes over the training pairs, at most", "N")
+    number("--steps", count, "frames that are unrolled in training (default: 10, or at most 300 where the adjoint "
+           "needs the minimum)", "N")  # fmt: skip
+    number("--fmax", positive, "a relaxation in training stops below this force, in eV/Å")
     flag(group, parser, "--stepper", "update rule in training (default: gd, or bfgs where the adjoint needs only the "
          "minimum)", choices=sorted(STEPPERS))  # fmt: skip
-    flag(group, parser, "--step-size", "of gd, in Å^2/eV, or 'auto' (default: 0.05)", type=step_size, metavar="X")
-    flag(group, parser, "--momentum", f"of gd (default: {MOMENTUM})", type=between(0, 1), metavar="X")
+    flag(
+        group,
+        parser,
+        "--step-size",
+        "step size of gd in Å^2/eV, or 'auto' (default: 0.05)",
+        type=step_size,
+        metavar="X",
+    )
+    flag(group, parser, "--momentum", f"momentum of gd (default: {MOMENTUM})", type=between(0, 1), metavar="X")
     flag(group, parser, "--adjoint", "how the gradient is taken: replay, replay:N, replay:differences, truncated:N, "
          "guided:N, implicit, one-step or full, with N frames", "replay", type=adjoint, metavar="NAME")  # fmt: skip
-    number("--warm", count, "with implicit, guided or one-step: start where the epoch before ended, and from the "
-           "initial structures in every N-th epoch", "N")  # fmt: skip
-    flag(group, parser, "--learn", "train these hyperparameters of the stepper, too, such as step_size", [], nargs="+",
+    number("--warm", count, "with implicit, guided or one-step: start relaxations where they ended in the epoch "
+           "before, and from the initial structures in every N-th epoch", "N")  # fmt: skip
+    flag(group, parser, "--learn", "also train these hyperparameters of the stepper, such as step_size", [], nargs="+",
          metavar="NAME")  # fmt: skip
-    flag(group, parser, "--loss", f"distance that is lowered: {', '.join(LOSSES)}", default["loss"],
-         choices=sorted(LOSSES), metavar="NAME")  # fmt: skip
+    flag(group, parser, "--loss", f"loss to minimise, a distance to the reference: {', '.join(LOSSES)}",
+         default["loss"], choices=sorted(LOSSES), metavar="NAME")  # fmt: skip
     number("--lr", positive, "learning rate of AdamW at the start")
-    number("--batch-size", count, "pairs a step of the optimizer", "N")
-    number("--memory", positive, "GiB that may be taken at once; larger batches are computed in parts (default: 80 % "
+    number("--batch-size", count, "pairs in each step of the optimizer", "N")
+    number("--memory", positive, "limit of memory in GiB; larger batches are computed in parts (default: 80 % "
            "of what is free on a GPU)")  # fmt: skip
-    number("--along", between(0, 1), "share of training starts on the line to the reference")
-    number("--rattle", between(0, 1), "noise on training starts, in Å")
-    number("--patience", count, "stop after so many epochs without a better validation", "N")
-    number("--seed", seed, "of the order of pairs, of their starts and of the split", "N")
+    number("--along", between(0, 1), "fraction of training starts on the line from initial to reference structure")
+    number("--rattle", between(0, 1), "random displacement of training starts, in Å")
+    number("--patience", count, "stop after N epochs without improvement on the validation pairs", "N")
+    number("--seed", seed, "random seed of the split, the order of pairs and their starts", "N")
     _add_weights(parser)
     _add_terms(parser)
     return group
@@ -223,10 +229,10 @@ def add_training(parser: argparse.ArgumentParser) -> Any:
 
 def _add_weights(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what is trained (default: all weights)")
-    flag(group, parser, "--train", "weights of these names", [], nargs="+", metavar="PATTERN")
-    flag(group, parser, "--freeze", "not weights of these names", [], nargs="+", metavar="PATTERN")
-    flag(group, parser, "--last", "the last N layers, with the readout", type=count, metavar="N")
-    flag(group, parser, "--lora", "low-rank updates of this rank, folded in on saving", type=count, metavar="RANK")
+    flag(group, parser, "--train", "train the weights whose names match", [], nargs="+", metavar="PATTERN")
+    flag(group, parser, "--freeze", "do not train the weights whose names match", [], nargs="+", metavar="PATTERN")
+    flag(group, parser, "--last", "train the last N layers, with the readout", type=count, metavar="N")
+    flag(group, parser, "--lora", "train low-rank updates of this rank, merged on saving", type=count, metavar="RANK")
 
 
 def _add_terms(parser: argparse.ArgumentParser) -> None:

@@ -36,7 +36,7 @@ KINDS = 3
 CLASSES = {
     "right": f"ends within {RIGHT} Å of the reference (more if it has forces)",
     "shifted": "finds the minimum near the reference, which is displaced",
-    "wrong path": "has a minimum near the reference, but falls into another",
+    "wrong path": "has a minimum near the reference, but reaches another one",
     "no minimum": f"has no minimum within {LEFT} Å of the reference",
     "failed": "forces not finite, or energy rising",
 }
@@ -147,7 +147,7 @@ def _wrong_forces(rows: Sequence[Row], classes: Sequence[str], forces: ForceErro
 def _already_right(rows: Sequence[Row], classes: Sequence[str]) -> str:
     n, right = len(rows), classes.count("right")
     others = [f"{row.id} ({name})" for row, name in zip(rows, classes, strict=True) if name != "right"]
-    rest = f" The others, {some(others)}, are too few to learn from and to measure by." if others else ""
+    rest = f" The others, {some(others)}, are too few to train on and to measure a gain with." if others else ""
     middle = median(row.delta_q for row in rows if not failed(row))
     return f"{right} of {n} end at their reference already, with a median Delta-Q of {middle:.2f} amu^1/2 Å.{rest}"
 

@@ -165,9 +165,9 @@ def _ends(d: Diagnosis) -> Iterator[str]:
 def _forces(d: Diagnosis) -> Iterator[str]:
     f = d.forces
     if f is None:
-        yield "Forces: the structures carry none to compare with"
+        yield "Forces: the files hold none to compare with"
         return
-    yield "Forces beside those in the files, eV/Å    structures   error   mean  cosine"
+    yield "Forces compared with the files, eV/Å      structures   error   mean  cosine"
     yield f"  {'all':38} {f.frames:11} {f.error:7.3f} {f.reference:6.3f}"
     if f.strong:
         label = f"of these, with one above {STRONG:g}"
@@ -229,8 +229,15 @@ def _basins(d: Diagnosis) -> Iterator[str]:
         return
     ends = [m.ends for m in d.minima]
     known = [m.reference for m in d.minima if m.reference is not None]
-    met = f"; the one near the reference is met by {sum(known)} of the {len(known)} that have it" if known else ""
-    yield _item("minima", f"{median(ends):g} (median; {max(ends)} at most) from starts rattled by {RATTLE} Å{met}.")
+    met = ""
+    if known:
+        met = (
+            f"; of the {len(known)} structures that have a minimum near their reference, {sum(known)} reach it from "
+            "one of these starts"
+        )
+    yield _item(
+        "minima", f"{median(ends):g} (median; {max(ends)} at most) are reached from starts rattled by {RATTLE} Å{met}."
+    )
 
 
 def _item(name: str, text: str, mark: str = "  ") -> str:

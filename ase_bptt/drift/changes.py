@@ -172,7 +172,7 @@ def _softened(name: str, before: float, after: float) -> Iterator[str]:
         yield (
             f"{name}: its bulk modulus has changed by {100 * (after / before - 1):+.0f} %, from {before:.0f} to "
             f"{after:.0f} GPa: where elastic or thermal properties matter, train with --teacher 1 "
-            '(terms=["teacher"]), which holds the potential to what it was away from the pairs.'
+            '(terms=["teacher"]), which keeps the potential as it was away from the pairs.'
         )
 
 

@@ -24,8 +24,8 @@ from ..throughput.journal import Journal, relax_kept
 FLOOR = 1e-3
 """amu^1/2 Å: the least Delta-Q of which a logarithm is taken; smaller values count as this."""
 BASIN_RULE = (
-    "right basin: relaxed from the initial and from the reference structure, the two ends are within "
-    f"{SAME_END} Å of each other at the farthest atom (drift removed)"
+    "right basin: the relaxation from the initial structure reaches the same local minimum as one from the "
+    f"reference structure, within {SAME_END} Å at the farthest atom (drift removed)"
 )
 
 

@@ -249,9 +249,9 @@ class BPTTOptimizer(Optimizer):
     def relaxation(self) -> Relaxation:
         """The differentiable Relaxation of the run so far.
 
-        After ``backward`` the gradient is in the weights of the potential and, by the start, in
+        After ``backward`` the gradients are in the weights of the potential and, with respect to the start, in
         ``relaxation.start.positions.grad``, shape (n_atoms, 3). Both add up over several calls. The run so far
-        began with the first step, or with the first one after somebody else had changed atoms, weights or
+        began with the first step, or with the first one after something else had changed atoms, weights or
         hyperparameters, or after a restart from a file, which keeps no frames: what the stepper carried over is then
         taken as given.
 

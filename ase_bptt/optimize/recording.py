@@ -46,7 +46,7 @@ class Recording:
         self._expected: np.ndarray | None = None
 
     def keep(self, atoms: Any, positions: Tensor, state: State) -> None:
-        """Keep the state before a frame; start another trajectory where somebody else changed the atoms."""
+        """Keep the state before a frame; start another trajectory where something else changed the atoms."""
         if not isinstance(atoms, Atoms) or not isinstance(atoms.calc, TorchCalculator) or unknown_of(atoms):
             return
         if self.trajectory is None or not self._continues(self.trajectory, atoms):

@@ -96,7 +96,9 @@ def check_pair(initial: Atoms, relaxed: Atoms, name: str) -> None:
     Warns of a reference that still has forces above `RESIDUAL`.
     """
     if len(initial) != len(relaxed):
-        raise InvalidPair(f"{name}: {len(initial)} atoms begin and {len(relaxed)} end; check the two structures.")
+        raise InvalidPair(
+            f"{name}: the initial structure has {len(initial)} atoms and the relaxed one {len(relaxed)}; check both."
+        )
     if not len(initial):
         raise InvalidPair(f"{name}: it has no atoms; check the two structures.")
     if not np.array_equal(initial.numbers, relaxed.numbers):

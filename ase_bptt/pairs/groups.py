@@ -80,7 +80,7 @@ def split_by_group(
 def unwarned_split(
     pairs: Sequence[RelaxationPair], *, seed: int = 0, fractions: tuple[float, float] = (0.2, 0.2)
 ) -> dict[str, list[RelaxationPair]]:
-    """`split_by_group`, for whoever has more to check before `warn_of_few`."""
+    """`split_by_group`, for callers that check more before `warn_of_few`."""
     order = _shuffled(pairs, 3, "training, validation and test need one each", seed)
     n_valid, n_test = (max(1, round(f * len(order))) for f in fractions)
     side = {g: "test" if k < n_test else "valid" if k < n_test + n_valid else "train" for k, g in enumerate(order)}

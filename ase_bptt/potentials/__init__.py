@@ -26,6 +26,7 @@ from ..suggestions import hint, named
 from ..threads import Building, quiet
 from ..tuning.low_rank import merged
 from ..utils import UNREADABLE, as_device, in_short, outside_inference_mode, replacing
+from .model_card import MODEL_CARD, model_card
 
 log = logging.getLogger(__name__)
 GROUP = "ase_bptt.potentials"
@@ -196,7 +197,7 @@ def _from_folder(folder: Path) -> Potential:
 
 
 def save_potential(potential: Potential, folder: str | Path) -> None:
-    """Write model.json and weights.pt, which load without unpickling, and the native checkpoint.
+    """Write model.json and weights.pt, which load without unpickling, the native checkpoint, and model_card.md.
 
     Low-rank updates (`ase_bptt.tuning.low_rank`) are folded into the weights that are written; the potential keeps them
     apart. Files that are there already are replaced whole, or not at all.
@@ -242,6 +243,8 @@ def save_potential(potential: Potential, folder: str | Path) -> None:
     if potential.native_name:
         with replacing(folder / potential.native_name) as path:
             potential.save_native(path)
+    with replacing(folder / MODEL_CARD) as path:
+        path.write_text(model_card(potential), encoding="utf-8")
 
 
 def weights_hash(potential: Potential) -> str:

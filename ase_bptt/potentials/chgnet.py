@@ -37,6 +37,7 @@ class CHGNet(Potential):
     """
 
     family = "chgnet"
+    licence = "modified BSD, that of the package chgnet, which names none for the weights"
     extra = "chgnet"
     installation = 'for CHGNet by pip install "ase_bptt[chgnet]"'
     native_name = "chgnet.pth.tar"

@@ -56,6 +56,7 @@ class MACE(Potential):
     """
 
     family = "mace"
+    licence = "each model has its own: MIT or the Academic Software License (the documentation has a list), or your own"
     extra = "mace"
     installation = 'for MACE by pip install "ase_bptt[mace]" (with cuEquivariance "ase_bptt[cueq]")'
     native_name = "mace.model"

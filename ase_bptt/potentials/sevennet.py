@@ -46,6 +46,7 @@ class SevenNet(Potential):
     """
 
     family = "sevennet"
+    licence = "MIT for the weights in the package sevenn, which names none for them; others: see their source"
     extra = "sevennet"
     installation = 'for SevenNet, which is not to be beside MACE, by pip install "ase_bptt[sevennet]"'
     native_name = "sevennet.pth"

@@ -66,8 +66,8 @@ def relax_all(
     steps : int
         Frames at most.
     batch_size : int or None
-        Structures relaxed together. None takes as many as fit into the memory of a GPU, or as a processor does well
-        with.
+        Structures relaxed together. None takes as many as fit into the memory of a GPU, or 256 atoms
+        on a CPU.
     memory : float or None
         GiB that they may take; None is 80 % of what is free on a GPU.
 

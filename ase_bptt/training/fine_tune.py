@@ -16,9 +16,10 @@ from ..evaluation import Evaluation, Row, evaluate
 from ..evaluation.compare import compare
 from ..pairs import RelaxationPair, fingerprint
 from ..pairs.groups import split_into_folds
+from ..utils import without_nan
 from . import Trainer
 from .distributed import together
-from .results import BEFORE, RESULTS, SNAPSHOTS, RunResults, merge_folds, read_rows, write_rows
+from .results import BEFORE, RESULTS, SNAPSHOTS, RunResults, merge_folds, read_rows, summary, write_rows
 from .training_data import TrainingData
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,8 @@ def finetune(
     rejected = compare(before, after).harmful
     if rejected:
         trainer.potential.load_state_dict(trainer.record.initial)
+    counts = {name: len(part) for name, part in data.splits().items()}
+    _describe(trainer, counts, before, after, kept=rejected or trainer.best_epoch == 0)
     trainer.save(out / "potential")
     # A resumed run adds up what its epochs took, since nobody knows how long it was stopped.
     seconds = max(time.monotonic() - clock, sum(row["seconds"] for row in trainer.history))
@@ -131,6 +134,7 @@ def cross_validate(
     seconds = max(time.monotonic() - clock, sum(r.seconds for r in results))
     merged = merge_folds(results, pairs, out, seconds=seconds, facts=facts or {})
     trainer = _on_all_pairs(merged, make, resume, pairs)
+    _describe(trainer, {"train": len(pairs)}, merged.before, merged.after, kept=merged.kept_as_it_was, folds=len(parts))
     trainer.save(out / "potential")
     if trainer.ranks.writes:
         merged.write()
@@ -189,6 +193,20 @@ def _learnt(trainer: Trainer) -> dict[str, str]:
              for name, initial in trainer.record.initial_hyperparameters.items()
              if name.partition("[")[0] in trained]  # fmt: skip
     return {"learnt": ", ".join(moved)} if moved else {}
+
+
+def _describe(
+    trainer: Trainer,
+    pairs: dict[str, int],
+    before: Evaluation,
+    after: Evaluation,
+    *,
+    kept: bool,
+    folds: int | None = None,
+) -> None:
+    """Add to the potential's metadata how many pairs there were, and the figures on those held out."""
+    figures = summary(before, after) | {"kept_as_it_was": kept, "folds": folds}
+    trainer.potential.metadata = {**trainer.potential.metadata, "pairs": pairs, "held_out": without_nan(figures)}
 
 
 def _snapshot_before(trainer: Trainer, test: Sequence[RelaxationPair], file: Path) -> Snapshot:

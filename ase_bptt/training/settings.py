@@ -121,8 +121,8 @@ def _check_learnable(stepper: Stepper, adjoint: Adjoint, names: Sequence[str]) -
     """Raise for hyperparameters that would get no gradient, or have no value yet."""
     if not adjoint.through_frames:
         raise ValueError(
-            f"The adjoint {adjoint.name!r} has no gradient for the numbers of the stepper, so that none can be learnt: "
-            "take 'replay' or 'guided'."
+            f"The adjoint {adjoint.name!r} has no gradient for the hyperparameters of the stepper, so they cannot be "
+            "learnt: take 'replay' or 'guided'."
         )
     if "step_size" in names and stepper.todict().get("step_size") == "auto":
         raise ValueError(

@@ -114,7 +114,7 @@ def describe(potential: Potential) -> str:
     """What is trained, in a line, as "trains 1,024 of 72,848 weights"."""
     trained, total = count(potential)
     if (settings := low_rank.settings(potential)) is not None:
-        return f"trains {trained:,} numbers beside {total:,} weights (LoRA, rank {settings['rank']})"
+        return f"trains {trained:,} parameters of low-rank updates of {total:,} weights (LoRA, rank {settings['rank']})"
     return f"trains all {total:,} weights" if trained == total else f"trains {trained:,} of {total:,} weights"
 
 
