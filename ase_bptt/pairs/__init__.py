@@ -90,6 +90,23 @@ class InvalidPair(ValueError):
     """A pair that cannot be used; its message says why and what to do."""
 
 
+class NotARelaxation(InvalidPair):
+    """A whole and readable file that holds something else than a relaxation, which a folder may hold beside some.
+
+    Attributes
+    ----------
+    kind : str
+        What it is, as "molecular dynamics".
+    """
+
+    def __init__(self, message: str, kind: str):
+        super().__init__(message)
+        self.kind = kind
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.kind)
+
+
 def check_pair(initial: Atoms, relaxed: Atoms, name: str) -> None:
     """Raise InvalidPair where the two cannot be the ends of one relaxation at a fixed cell.
 

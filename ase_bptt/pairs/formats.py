@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import gzip
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
-from typing import IO
 
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
@@ -16,6 +14,7 @@ from ase.io import read
 
 from ..threads import quiet
 from . import InvalidPair
+from .calculations import CUT, SCANS, Run, check_finished, runs_in
 
 log = logging.getLogger(__name__)
 NAMES = {
@@ -32,13 +31,6 @@ NAMES = {
     ".traj": "traj",
 }
 """How a file's name ends, and ASE's name of its format; ASE guesses all others."""
-ENDS = {
-    "vasp-xml": (b"<modeling>", b"</modeling>"),
-    "vasp-out": (b"POTCAR:", b"General timing and accounting"),
-    "espresso-out": (b"Program PWSCF", b"JOB DONE"),
-}
-"""What each program prints first, and what it prints last."""
-CUT = "the run did not finish or the file is cut; let it run to its end, copy it again, or leave it out"
 KEPT = ("energy", "free_energy", "forces", "stress", "magmom", "magmoms")
 """Results that stay with a frame: eigenvalues of thousands of frames would fill the memory."""
 VASP = ("vasprun.xml", "vasprun.xml.gz", "OUTCAR", "OUTCAR.gz", "CONTCAR")
@@ -47,8 +39,10 @@ SUFFIXES = (*VASP[:-1], "POSCAR and CONTCAR", ".pwo", ".espresso", ".out", ".ext
 """What a folder is searched for; of the .out files only those of pw.x."""
 
 
-def read_frames(path: Path) -> list[Atoms]:
-    """All frames of a file, in order, with energies and forces where the file holds them.
+def read_frames(path: Path, runs: Sequence[Run] | None = None) -> list[Atoms]:
+    """All frames of a file, in order, with energies and forces where the file holds them; one at least.
+
+    The runs are those that `examined` found there; without them the file is examined first.
 
     Raises
     ------
@@ -56,23 +50,38 @@ def read_frames(path: Path) -> list[Atoms]:
     InvalidPair
         Where the file is empty, cut, of a run that did not finish, or not readable by ASE.
     """
-    check_content(path)
+    runs = examined(path) if runs is None else runs
     kind = format_of(path)
-    with readable(path):
-        if kind in ENDS:
-            _check_end(path, *ENDS[kind])
-        elif kind in WHOLE:
+    if kind in SCANS:
+        check_finished(path, runs)
+    with readable(path, finished=bool(runs)):
+        if kind in WHOLE:
             WHOLE[kind](path)
-        found = read(path, index=":", format=kind, do_not_split_by_at_sign=True)
+        # Without a step, ASE calls an OUTCAR incomplete.
+        stepped = not runs or any(run.begun for run in runs)
+        found = read(path, index=":", format=kind, do_not_split_by_at_sign=True) if stepped else []
     frames = [found] if isinstance(found, Atoms) else list(found)
-    # pw.x says JOB DONE even where its last electronic steps did not converge.
-    if kind == "espresso-out" and frames and "forces" not in frames[-1].calc.results:
-        raise InvalidPair(f"{path}: its last step has no forces, so {CUT}.")
+    if not frames:
+        raise InvalidPair(f"{path}: it holds 0 structures; its run ended before its first step: leave it out.")
     for frame in frames:
         if frame.calc is not None:
             kept = {name: value for name, value in frame.calc.results.items() if name in KEPT}
             frame.calc = SinglePointCalculator(frame, **kept)
     return frames
+
+
+def examined(path: Path) -> list[Run]:
+    """The runs that a file of VASP or pw.x holds, as their headers describe them; none of another format.
+
+    Raises
+    ------
+    FileNotFoundError
+    InvalidPair
+        Where the file is empty or cannot be decompressed.
+    """
+    check_content(path)
+    with readable(path):
+        return runs_in(path, format_of(path))
 
 
 def format_of(path: Path) -> str | None:
@@ -81,7 +90,7 @@ def format_of(path: Path) -> str | None:
     if known is None and path.suffix == ".out":
         # Many programs write such names; pw.x prints its own name first.
         with open(path, "rb") as file:
-            return "espresso-out" if ENDS["espresso-out"][0] in file.read(50_000) else None
+            return "espresso-out" if b"Program PWSCF" in file.read(50_000) else None
     return known
 
 
@@ -96,8 +105,11 @@ def check_content(path: Path) -> None:
 
 
 @contextmanager
-def readable(path: Path) -> Iterator[None]:
-    """Turn any error of ASE's readers into an InvalidPair of one sentence, and silence their warnings."""
+def readable(path: Path, *, finished: bool = False) -> Iterator[None]:
+    """Turn any error of ASE's readers into an InvalidPair of one sentence, and silence their warnings.
+
+    What is known to be the output of a finished run is not said to be cut.
+    """
     try:
         with quiet():
             yield
@@ -107,30 +119,14 @@ def readable(path: Path) -> Iterator[None]:
         raise InvalidPair(f"{path}: {CUT}.") from error
     except Exception as error:
         said = " ".join(f"{type(error).__name__}: {error}".split())[:150]
+        if finished:
+            raise InvalidPair(
+                f"{path}: its run has finished, but ASE's reader fails on it ({said}); convert it with another "
+                "program, or leave it out."
+            ) from error
         raise InvalidPair(
             f"{path}: ASE cannot read it ({said}), so it is cut or of another format; write or copy it again."
         ) from error
-
-
-def _open(path: Path) -> IO[bytes]:
-    return gzip.open(path) if path.suffix == ".gz" else open(path, "rb")  # type: ignore[return-value]
-
-
-def _check_end(path: Path, begin: bytes, end: bytes) -> None:
-    """Raise InvalidPair unless the last line of a finished run follows the first of the last run in the file."""
-    started = ended = -1
-    start, kept = 0, b""
-    with _open(path) as file:
-        while chunk := file.read(2**20):
-            text = kept + chunk
-            started, ended = (
-                max(last, start + found if (found := text.rfind(mark)) >= 0 else -1)
-                for last, mark in ((started, begin), (ended, end))
-            )
-            kept = text[-100:]
-            start += len(text) - len(kept)
-    if ended < 0 or ended < started:
-        raise InvalidPair(f"{path}: {CUT}.")
 
 
 def _check_xyz(path: Path) -> None:

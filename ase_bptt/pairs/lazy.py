@@ -19,6 +19,7 @@ from .. import __version__
 from ..utils import replacing
 from . import InvalidPair, RelaxationPair, unwrapped
 from .sources import File, Rows, Source, loaded
+from .survey import Survey
 
 log = logging.getLogger(__name__)
 RECENT = 64
@@ -27,7 +28,7 @@ DESCRIPTORS = 4000
 """Final structures of one composition whose full descriptors are kept, for `find_duplicates`."""
 WIDTH = 32
 """Bytes of a pair's hash."""
-FORMAT = 1
+FORMAT = 2
 
 
 class PairTable:
@@ -201,33 +202,33 @@ class Index:
         self.path = (Path(folder) if folder else _cache()) / f"pairs-{key}.jsonl"
         self._stamp = self._stamped(files)
 
-    def read(self) -> tuple[PairTable, list[str]] | None:
-        """The table, and what was wrong with the pairs left out; None where the index is missing or out of date."""
+    def read(self) -> tuple[PairTable, Survey] | None:
+        """The table, and what else was found; None where the index is missing or out of date."""
         try:
             with self.path.open() as file:
                 head = json.loads(next(file))
                 if head["stamp"] != self._stamp:
                     log.info("%s: something has changed there, so all pairs are read and checked again.", self.root)
                     return None
-                n, problems, table = head["n"], head["problems"], PairTable(self.root)
+                survey, table = Survey(self.root, head["n"], head["problems"], head["passed_by"]), PairTable(self.root)
                 for line in file:
                     place, id, group, size, kind, digest = json.loads(line)
                     table.add(self._source(place, id), id, group, size, kind, bytes.fromhex(digest))
         except (OSError, ValueError, LookupError, TypeError, StopIteration):
             return None
-        return (table, problems) if len(table.sources) == n else None
+        return (table, survey) if len(table.sources) == survey.used else None
 
-    def write(self, table: PairTable, problems: Sequence[str]) -> None:
+    def write(self, table: PairTable, survey: Survey) -> None:
         """Write the index; where the folder is not writable, warn that the next start will read all pairs again."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(self.path) as path, path.open("w") as file:
-                file.writelines(f"{json.dumps(line)}\n" for line in self._lines(table, problems))
+                file.writelines(f"{json.dumps(line)}\n" for line in self._lines(table, survey))
         except OSError as error:
             log.warning("No index of %s is kept, and the next start will read all pairs again: %s", self.root, error)
 
-    def _lines(self, table: PairTable, problems: Sequence[str]) -> Iterator[Any]:
-        yield {"stamp": self._stamp, "problems": list(problems), "n": len(table.sources)}
+    def _lines(self, table: PairTable, survey: Survey) -> Iterator[Any]:
+        yield {"stamp": self._stamp, "n": survey.used, "problems": survey.problems, "passed_by": survey.passed_by}
         for k, source in enumerate(table.sources):
             known = table.ids[k], table.groups[k], table.sizes[k], table.kinds[k]
             yield [self._place(source), *known, table.digest(k).hex()]

@@ -14,6 +14,7 @@ from .groups import with_groups
 from .lazy import DESCRIPTORS, Index, PairTable, lazy_pairs
 from .sources import Source, loaded, short, sources_in, two_files
 from .structure_matching import composition, find_duplicates
+from .survey import Survey
 
 log = logging.getLogger(__name__)
 
@@ -79,12 +80,12 @@ def read_pairs(
         sources: Iterable[Source] = sources_in(relaxation_files(root))
     else:
         sources, root = two_files(root, Path(relaxed)), Path(relaxed)
-    problems: list[str] = []
+    survey = Survey(initial)
     pairs, names = [], []
-    for source, pair in _checked(sources, root, group, problems, skip_invalid):
+    for source, pair in _checked(sources, root, group, survey, skip_invalid):
         pairs.append(pair)
         names.append(short(source.name, root))
-    _report(problems, len(pairs), initial)
+    survey.report()
     ids = _distinct([p.id for p in pairs], names)
     named = [p if p.id == id else dataclasses.replace(p, id=id) for p, id in zip(pairs, ids, strict=True)]
     return named if group else with_groups(named)
@@ -103,50 +104,45 @@ def _table(
     index = Index(root, files, group, folder)
     found = index.read()
     if found is None:
-        problems: list[str] = []
+        survey = Survey(root)
         table = PairTable(root)
         names, compositions = [], []
-        for source, pair in _checked(sources_in(files), root, group, problems, skip_invalid):
+        for source, pair in _checked(sources_in(files), root, group, survey, skip_invalid):
             table.add(source, pair.id, pair.group, pair.n_atoms, pair.kind, pair.digest())
             names.append(short(source.name, root))
             compositions.append(composition(pair.relaxed))
-        _report(problems, len(names), root)
+        survey.report()
         table.ids = _distinct(table.ids, names)
         if not group:
             first = find_duplicates(compositions, lambda k: table.read(k).relaxed, keep=DESCRIPTORS)
             table.groups = [table.ids[k] for k in first]
-        index.write(table, problems)
+        index.write(table, survey)
         return table
-    table, problems = found
-    if problems and not skip_invalid:
-        raise InvalidPair(problems[0])
-    for problem in problems:
+    table, survey = found
+    if survey.problems and not skip_invalid:
+        raise InvalidPair(survey.problems[0])
+    for problem in survey.problems:
         log.warning("Left out: %s", problem)
-    _report(problems, len(table.ids), root)
+    survey.report()
     return table
 
 
 def _checked(
-    sources: Iterable[Source], root: Path, group: str | None, problems: list[str], skip_invalid: bool
+    sources: Iterable[Source], root: Path, group: str | None, survey: Survey, skip_invalid: bool
 ) -> Iterator[tuple[Source, RelaxationPair]]:
-    """Each pair that can be used, with its source; what is wrong with the others is added to the problems."""
+    """Each pair that can be used, with its source; the survey counts them, and what cannot be used."""
     for source in sources:
         try:
             pair = _pair(source, root, group)
         except InvalidPair as problem:
+            if survey.passes_by(problem, source.name):
+                continue
             if not skip_invalid:
                 raise
-            problems.append(str(problem))
-            log.warning("Left out: %s", problem)
+            survey.leave_out(problem)
             continue
+        survey.used += 1
         yield source, pair
-
-
-def _report(problems: Sequence[str], good: int, where: str | Path) -> None:
-    if not good:
-        raise InvalidPair(f"None of the {len(problems)} pairs in {where} can be used; the last: {problems[-1]}")
-    if problems:
-        log.warning("Left out %d of %d.", len(problems), len(problems) + good)
 
 
 def _pair(source: Source, root: Path, group: str | None) -> RelaxationPair:

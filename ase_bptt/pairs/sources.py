@@ -17,7 +17,8 @@ from ase import Atoms
 from ase.db.row import AtomsRow
 
 from . import InvalidPair, RelaxationPair
-from .formats import VASP, check_content, read_frames, readable
+from .calculations import CUT, check_kind, check_length
+from .formats import VASP, check_content, examined, format_of, read_frames, readable
 
 log = logging.getLogger(__name__)
 PAGE = 1000
@@ -142,11 +143,17 @@ def _of_database(path: Path) -> Iterator[Source]:
 
 
 def _ends(path: Path) -> tuple[Atoms, Atoms, Frames]:
-    frames = read_frames(path)
+    runs = examined(path)
+    check_kind(path, runs)
+    frames = read_frames(path, runs)
     if "relaxation_frames" in frames[-1].info:
         raise InvalidPair(
             f"{path}: ase-bptt relax wrote it, a structure after the other; a reference is the file of one relaxation."
         )
+    check_length(path, runs, len(frames))
+    # pw.x says JOB DONE even where its last electronic steps did not converge.
+    if format_of(path) == "espresso-out" and "forces" not in getattr(frames[-1].calc, "results", {}):
+        raise InvalidPair(f"{path}: its last step has no forces, so {CUT}.")
     if len(frames) < 2:
         raise InvalidPair(
             f"{path}: it holds {len(frames)} structure; a relaxation needs its first and its last frame, "

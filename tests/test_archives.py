@@ -1,0 +1,207 @@
+"""Folders as people have them: other calculations beside relaxations, in files that are whole."""
+
+import gzip
+import logging
+from pathlib import Path
+
+import pytest
+from helpers.dft_files import computed_frames, write_espresso, write_outcar, write_vasprun
+from helpers.shell import is_one_sentence
+
+from ase_bptt import read_pairs
+from ase_bptt.cli import main
+from ase_bptt.pairs import InvalidPair, NotARelaxation
+from ase_bptt.pairs.formats import read_frames
+
+BAND = " CHAIN: Read ICHAIN            0\n CHAIN: Running the NEB\n"
+SPRINGS = " NEB:          SPRING     -5.000000\n"
+RELAXATIONS = {
+    "conjugate gradients": {"IBRION": 2, "NSW": 60, "ISIF": 2},
+    "quasi-Newton": {"IBRION": 1, "NSW": 99, "ML_LMLFF": "F", "IMAGES": 0},
+    "damped": {"IBRION": 3, "NSW": 20, "MDALGO": 0},
+}
+OTHERS = {
+    "molecular dynamics": [{"IBRION": 0, "NSW": 10}, {"IBRION": 0, "NSW": 9, "ML_LMLFF": "T"},
+                           {"IBRION": 0, "NSW": 9, "MDALGO": 3}],
+    "finite differences": [{"IBRION": 5, "NSW": 1}, {"IBRION": 6, "NSW": 61, "ISIF": 3}],
+    "perturbation theory": [{"IBRION": 7, "NSW": 1}, {"IBRION": 8, "NSW": 1}],
+    "image of a nudged elastic band": [{"IBRION": 3, "NSW": 50, "IMAGES": 3}, {"IBRION": 1, "NSW": 50, "IMAGES": 1}],
+    "saddle point search": [{"IBRION": 3, "NSW": 50, "ICHAIN": 2}, {"IBRION": 44, "NSW": 50}],
+    "single-point calculation": [{"IBRION": 2, "NSW": 0}, {"IBRION": -1, "NSW": 5}],
+    "machine-learned force field": [{"IBRION": 2, "NSW": 50, "ML_LMLFF": "T"}],
+}  # fmt: skip
+VASP = {"vasprun.xml": write_vasprun, "OUTCAR": write_outcar, "OUTCAR.gz": write_outcar}
+
+
+def warnings(caplog) -> list[str]:
+    return [record.message for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def beside_a_relaxation(folder: Path) -> None:
+    (folder / "good").mkdir()
+    write_vasprun(folder / "good" / "vasprun.xml", computed_frames(), **RELAXATIONS["damped"])
+
+
+class TestOtherCalculations:
+    @pytest.mark.parametrize("name", VASP)
+    @pytest.mark.parametrize(("kind", "tags"), [(kind, tags) for kind, every in OTHERS.items() for tags in every])
+    def test_of_vasp_are_passed_by_and_refused_alone(self, tmp_path, caplog, name, kind, tags):
+        beside_a_relaxation(tmp_path)
+        (tmp_path / "other").mkdir()
+        VASP[name](tmp_path / "other" / name, computed_frames(2), **tags)
+        assert [p.id for p in read_pairs(tmp_path)] == ["good"]
+        assert warnings(caplog) == [f"Passed by 1 that are no relaxations: {kind} (1, as other/{name})."]
+        with pytest.raises(
+            NotARelaxation, match=rf"other/{name}: it is no relaxation \({kind}, \w+ = .*leave it out"
+        ) as e:
+            read_pairs(tmp_path / "other" / name)
+        assert is_one_sentence(e.value)
+        with pytest.raises(InvalidPair, match=rf"other holds no relaxation; passed by 1: {kind} \(1, as {name}\)\."):
+            read_pairs(tmp_path / "other")
+        # As structures to relax they are as good as any.
+        assert len(read_frames(tmp_path / "other" / name)) == 3
+
+    @pytest.mark.parametrize("name", VASP)
+    @pytest.mark.parametrize("tags", RELAXATIONS.values(), ids=RELAXATIONS)
+    def test_relaxations_are_read(self, tmp_path, caplog, name, tags):
+        VASP[name](tmp_path / name, computed_frames(), **tags)
+        assert len(read_pairs(tmp_path)) == 1
+        assert not warnings(caplog)
+
+    @pytest.mark.parametrize(("said", "is_image"), [(BAND, False), (BAND + SPRINGS, True), (SPRINGS, True)])
+    def test_springs_make_a_band_and_the_words_of_each_vtst_build_do_not(self, tmp_path, said, is_image):
+        write_outcar(tmp_path / "OUTCAR", computed_frames(), said, IBRION=3, NSW=50)
+        if is_image:
+            with pytest.raises(NotARelaxation, match="nudged elastic band"):
+                read_pairs(tmp_path / "OUTCAR")
+        else:
+            assert len(read_pairs(tmp_path)) == 1
+
+    def test_the_settings_in_effect_count_and_not_those_asked_for(self, tmp_path):
+        write_outcar(tmp_path / "OUTCAR", computed_frames(), "   NSW = 7   in effect\n", NSW=0, IBRION=1)
+        assert len(read_pairs(tmp_path)) == 1
+
+    @pytest.mark.parametrize(
+        ("said", "end", "kind"),
+        [
+            ("     Molecular Dynamics Calculation\n", "steps", "molecular dynamics"),
+            ("     Entering Dynamics:    iteration =     1\n", "steps", "molecular dynamics"),
+            ("     Over-damped Langevin Dynamics Calculation\n", "steps", "molecular dynamics"),
+            ("     Damped Dynamics Calculation\n     Entering Dynamics:    iteration =     1\n", "steps", None),
+            ("     BFGS Geometry Optimization\n", "bfgs converged in", None),
+        ],
+    )
+    def test_of_pw_x_likewise(self, tmp_path, caplog, said, end, kind):
+        beside_a_relaxation(tmp_path)
+        write_espresso(tmp_path / "md.out", computed_frames(2), said, end)
+        assert len(read_pairs(tmp_path)) == (1 if kind else 2)
+        assert warnings(caplog) == ([f"Passed by 1 that are no relaxations: {kind} (1, as md.out)."] if kind else [])
+
+    def test_a_lazy_start_says_the_same_from_its_index(self, tmp_path, caplog):
+        beside_a_relaxation(tmp_path)
+        for k in range(2):
+            write_outcar(tmp_path / f"{k}.OUTCAR", computed_frames(k), IBRION=0, NSW=5)
+        for _ in range(2):
+            caplog.clear()
+            assert len(read_pairs(tmp_path, lazy=True, index=tmp_path / "index")) == 1
+            assert warnings(caplog) == ["Passed by 2 that are no relaxations: molecular dynamics (2, as 0.OUTCAR)."]
+
+
+def one_step(path: Path) -> None:
+    write_espresso(path, computed_frames()[:1], "     BFGS Geometry Optimization\n")
+
+
+def scf(path: Path) -> None:
+    write_espresso(path, computed_frames()[:1], end="no relaxation in")
+
+
+def scf_without_forces(path: Path) -> None:
+    scf(path)
+    text = path.read_text()
+    path.write_text(text[: text.index("     Forces acting")] + text[text.index("=---") :])
+
+
+class TestFewFrames:
+    @pytest.mark.parametrize(
+        ("write", "kind"), [(one_step, "relaxation of a single step"), (scf, "single-point calculation"),
+                            (scf_without_forces, "single-point calculation")]
+    )  # fmt: skip
+    def test_a_complete_run_of_one_step_is_not_said_to_be_cut(self, tmp_path, caplog, write, kind):
+        beside_a_relaxation(tmp_path)
+        write(tmp_path / "pw.out")
+        assert len(read_pairs(tmp_path)) == 1
+        assert warnings(caplog) == [f"Passed by 1 that are no relaxations: {kind} (1, as pw.out)."]
+        with pytest.raises(NotARelaxation, match=rf"pw\.out: it holds 1 structure \({kind}\); a relaxation needs"):
+            read_pairs(tmp_path / "pw.out")
+
+    @pytest.mark.parametrize("name", ["vasprun.xml", "vasprun.xml.gz", "OUTCAR", "pw.out"])
+    def test_none_at_all_is_refused_and_left_out_beside_others(self, tmp_path, name, capsys):
+        beside_a_relaxation(tmp_path)
+        path = tmp_path / "none" / name
+        path.parent.mkdir()
+        self.write_without_steps(path)
+        with pytest.raises(InvalidPair, match=rf"none/{name}: it holds 0 structures; ") as error:
+            read_pairs(tmp_path)
+        assert is_one_sentence(error.value)
+        with pytest.raises(InvalidPair, match="it holds 0 structures"):
+            read_pairs(path, path)
+        assert len(read_pairs(tmp_path, skip_invalid=True)) == 1
+        assert main(["relax", str(path), "--potential", "emt", "--out", str(tmp_path / "x.traj")]) == 2
+        assert "it holds 0 structures" in capsys.readouterr().err
+
+    def write_without_steps(self, path: Path) -> None:
+        if path.suffix == ".out":
+            path.write_text("     Program PWSCF v.7.2 starts\n\n   JOB DONE.\n")
+        elif path.name == "OUTCAR":
+            write_outcar(path, computed_frames()[:1])
+            text = path.read_text()
+            path.write_text(text[: text.index("-----")] + text[text.index(" General timing") :])
+        else:
+            write_vasprun(path, computed_frames()[:1])
+            text = (gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()).decode()
+            text = text[: text.index(" <calculation")] + text[text.index(' <structure name="finalpos"') :]
+            path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+
+    def test_no_frame_and_no_relaxation_is_passed_by(self, tmp_path):
+        beside_a_relaxation(tmp_path)
+        write_vasprun(tmp_path / "vasprun.xml", computed_frames(), NSW=0, IBRION=-1)
+        text = (tmp_path / "vasprun.xml").read_text()
+        (tmp_path / "vasprun.xml").write_text(text[: text.index(" <calculation")] + "</modeling>\n")
+        assert len(read_pairs(tmp_path)) == 1
+
+
+class TestAppendedRuns:
+    @pytest.mark.parametrize("symbol", ["Si", "P"])
+    def test_of_one_material_are_one_relaxation_and_of_two_are_refused(self, tmp_path, symbol):
+        texts = []
+        for k, element in enumerate(["Si", symbol]):
+            write_outcar(tmp_path / "OUTCAR", computed_frames(k, element), IBRION=1, NSW=9)
+            texts.append((tmp_path / "OUTCAR").read_text())
+        (tmp_path / "OUTCAR").write_text("".join(texts))
+        if symbol == "Si":
+            assert len(read_pairs(tmp_path)[0].frames) == 6
+        else:
+            with pytest.raises(InvalidPair, match="OUTCAR: 2 runs of different atoms are appended") as error:
+                read_pairs(tmp_path)
+            assert is_one_sentence(error.value)
+
+    def test_likewise_of_pw_x(self, tmp_path):
+        for k, frames in enumerate([computed_frames(), [f[:6] for f in computed_frames()]]):
+            for frame, whole in zip(frames, computed_frames(), strict=True):
+                frame.calc = whole.calc if k == 0 else type(whole.calc)(
+                    frame, energy=-1.0, forces=whole.get_forces()[: len(frame)]
+                )  # fmt: skip
+            write_espresso(tmp_path / f"{k}.pwo", frames)
+        (tmp_path / "both.pwo").write_text((tmp_path / "0.pwo").read_text() + (tmp_path / "1.pwo").read_text())
+        with pytest.raises(InvalidPair, match=r"both\.pwo: 2 runs of different atoms"):
+            read_pairs(tmp_path / "both.pwo")
+
+
+class TestFailuresOfTheReader:
+    def test_are_not_blamed_on_a_finished_file(self, tmp_path):
+        write_vasprun(tmp_path / "vasprun.xml", computed_frames(), IBRION=2, NSW=9)
+        text = (tmp_path / "vasprun.xml").read_text()
+        (tmp_path / "vasprun.xml").write_text(text.replace("-1.00000000", "****************"))
+        with pytest.raises(InvalidPair, match=r"vasprun\.xml: its run has finished, but ASE's reader fails") as error:
+            read_pairs(tmp_path)
+        assert is_one_sentence(error.value)
