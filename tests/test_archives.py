@@ -1,12 +1,25 @@
 """Folders as people have them: other calculations beside relaxations, in files that are whole."""
 
+import bz2
 import gzip
 import logging
+import lzma
 from pathlib import Path
 
+import numpy as np
 import pytest
-from helpers.dft_files import computed_frames, write_espresso, write_outcar, write_vasprun
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.constraints import FixAtoms
+from ase.io import write as ase_write
+from helpers.dft_files import (
+    computed_frames,
+    write_espresso,
+    write_outcar,
+    write_poscar_and_contcar,
+    write_vasprun,
+)
 from helpers.shell import is_one_sentence
+from helpers.structures import rattled, silicon
 
 from ase_bptt import read_pairs
 from ase_bptt.cli import main
@@ -205,3 +218,146 @@ class TestFailuresOfTheReader:
         with pytest.raises(InvalidPair, match=r"vasprun\.xml: its run has finished, but ASE's reader fails") as error:
             read_pairs(tmp_path)
         assert is_one_sentence(error.value)
+
+
+def leg(first: float, last: float, seed: int = 1) -> list:
+    """Two frames of one relaxation, between so many Å of noise and so many."""
+    frames = [rattled(silicon(seed), amplitude, seed) for amplitude in (first, last)]
+    for frame, whole in zip(frames, computed_frames(), strict=False):
+        frame.calc = SinglePointCalculator(frame, energy=-1.0, forces=whole.get_forces())
+    return frames
+
+
+LEGS = {
+    "custodian's": ["vasprun.xml.relax1.gz", "vasprun.xml.relax2.gz"],
+    "three": ["OUTCAR.relax1", "OUTCAR.relax2.gz", "OUTCAR"],
+    "dated": ["OUTCAR_11h05_30Mar2023", "OUTCAR_09h12_01Apr2023", "OUTCAR"],
+    "mixed": ["a_vasprun_1.xml", "a_OUTCAR-2.gz"],
+}
+
+
+def written_leg(path: Path, frames: list) -> None:
+    plain = path.with_name("OUTCAR" if "OUTCAR" in path.name else "vasprun.xml")
+    (write_outcar if "OUTCAR" in path.name else write_vasprun)(plain, frames, IBRION=2, NSW=9)
+    data = plain.read_bytes()
+    plain.unlink()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+
+
+class TestNames:
+    @pytest.mark.parametrize("lazy", [False, True])
+    @pytest.mark.parametrize("names", LEGS.values(), ids=LEGS)
+    def test_legs_are_one_relaxation_in_the_order_in_which_they_continue(self, tmp_path, names, lazy):
+        (tmp_path / "run").mkdir()
+        amplitudes = [0.2, 0.1, 0.05, 0.0]
+        for k, name in enumerate(names):
+            written_leg(tmp_path / "run" / name, leg(*amplitudes[k : k + 2]))
+        for _ in range(2):
+            (pair,) = read_pairs(tmp_path, lazy=lazy, index=tmp_path / "index" if lazy else None)
+            np.testing.assert_allclose(pair.initial.positions, leg(0.2, 0)[0].positions, atol=1e-4)
+            np.testing.assert_allclose(pair.relaxed.positions, leg(0, amplitudes[len(names)])[1].positions, atol=1e-4)
+            assert len(pair.frames) == len(list(pair.frames)) == 2 * len(names)
+
+    def test_runs_that_do_not_continue_each_other_are_relaxations_of_their_own(self, tmp_path):
+        for k in range(3):
+            written_leg(tmp_path / f"OUTCAR.run{k}", leg(0.2, 0.1 * (k != 1), k))
+        assert [p.id for p in read_pairs(tmp_path)] == [f"OUTCAR.run{k}" for k in range(3)]
+
+    def test_names_that_only_begin_like_those_of_vasp_are_not_read(self, tmp_path):
+        beside_a_relaxation(tmp_path)
+        for name in ("OUTCAR.png", "vasprun.xml.md5", "OUTCAR_notes.txt", "POSCAR.vesta"):
+            (tmp_path / name).write_text("something else\n")
+        assert len(read_pairs(tmp_path)) == 1
+
+    @pytest.mark.parametrize("zipped", [(".gz", ".gz"), ("", ".gz"), (".bz2", ""), (".xz", ".gz")])
+    def test_poscar_and_contcar_are_read_zipped_or_not(self, tmp_path, zipped):
+        write_poscar_and_contcar(tmp_path, computed_frames())
+        for name, end in zip(("POSCAR", "CONTCAR"), zipped, strict=True):
+            self.zip(tmp_path / name, end)
+        for path in (tmp_path, tmp_path / f"POSCAR{zipped[0]}", tmp_path / f"CONTCAR{zipped[1]}"):
+            (pair,) = read_pairs(path)
+            np.testing.assert_allclose(pair.initial.positions, computed_frames()[0].positions, atol=1e-6)
+
+    def zip(self, path: Path, end: str) -> None:
+        pack = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, "": bytes}[end]
+        data = path.read_bytes()
+        path.unlink()
+        path.with_name(path.name + end).write_bytes(pack(data))
+
+    @pytest.mark.parametrize("end", ["", ".gz"])
+    @pytest.mark.parametrize(
+        ("incar", "passed"),
+        [("IBRION = 0\nNSW=100\n", True), ("nsw = 0 ! static", True), ("# NSW = 0\nIBRION=2 ; NSW = 30\n", False)],
+    )
+    def test_an_incar_says_what_a_contcar_is_the_end_of(self, tmp_path, incar, passed, end):
+        beside_a_relaxation(tmp_path)
+        (tmp_path / "run").mkdir()
+        write_poscar_and_contcar(tmp_path / "run", computed_frames(4))
+        (tmp_path / "run" / "INCAR").write_text(incar)
+        self.zip(tmp_path / "run" / "INCAR", end)
+        assert len(read_pairs(tmp_path)) == 2 - passed
+
+    @pytest.mark.parametrize("name", ["relax.out", "relax.pwo", "relax.out.gz", "pw.log"])
+    def test_pw_x_is_known_behind_any_lines_of_the_machine(self, tmp_path, name):
+        write_espresso(tmp_path / "x", computed_frames())
+        text = (tmp_path / "x").read_text()
+        (tmp_path / "x").unlink()
+
+        def written(text: str) -> None:
+            data = ("a line of the machine\n" * 60_000 + text).encode()
+            (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+
+        written(text)
+        assert len(read_pairs(tmp_path / name if name == "pw.log" else tmp_path)) == 1
+        written(text[: text.index("=---")])
+        with pytest.raises(InvalidPair, match="the run did not finish or the file is cut"):
+            read_pairs(tmp_path / name)
+
+    @pytest.mark.parametrize("name", ["vasprun.xml.relax1", "OUTCAR.relax2.gz", "my_run"])
+    def test_a_cut_file_of_another_name_is_refused_when_it_is_given(self, tmp_path, name):
+        written_leg(tmp_path / ("OUTCAR" if name == "my_run" else name), leg(0.1, 0.0))
+        path = next(tmp_path.iterdir()).rename(tmp_path / name)
+        data = gzip.decompress(path.read_bytes()) if name.endswith(".gz") else path.read_bytes()
+        data = data[: data.index(b' <structure name="finalpos"' if b"<modeling>" in data else b" General timing")]
+        path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+        with pytest.raises(InvalidPair, match="the run did not finish or the file is cut"):
+            read_pairs(path)
+
+
+class TestSelectiveDynamics:
+    SAID = "   using selective dynamics as specified on POSCAR\n"
+
+    def written(self, folder: Path, outcar: str, beside: str | None) -> None:
+        write_outcar(folder / "OUTCAR", computed_frames(), self.SAID, IBRION=2, NSW=9)
+        (folder / "OUTCAR").rename(folder / outcar)
+        if beside is not None:
+            held = computed_frames()[0]
+            held.set_constraint(FixAtoms([1, 4, 5]))
+            ase_write(folder / "x", held, format="vasp")
+            data = (folder / "x").read_bytes()
+            (folder / "x").unlink()
+            (folder / beside).write_bytes(gzip.compress(data) if beside.endswith(".gz") else data)
+
+    @pytest.mark.parametrize(
+        ("outcar", "beside"),
+        [("OUTCAR", "CONTCAR.gz"), ("OUTCAR", "POSCAR"), ("OUTCAR", "POSCAR.gz"), ("OUTCAR.relax1", "POSCAR.relax1.gz"),
+         ("OUTCAR.relax1", "CONTCAR"), ("OUTCAR_1", "POSCAR")],
+    )  # fmt: skip
+    def test_are_read_from_the_file_beside_an_outcar(self, tmp_path, outcar, beside):
+        self.written(tmp_path, outcar, beside)
+        (pair,) = read_pairs(tmp_path)
+        for atoms in (pair.initial, pair.relaxed):
+            assert [sorted(c.index) for c in atoms.constraints] == [[1, 4, 5]]
+
+    def test_without_one_the_outcar_is_refused(self, tmp_path):
+        self.written(tmp_path, "OUTCAR", None)
+        with pytest.raises(
+            InvalidPair, match="OUTCAR: it was run with selective dynamics, which OUTCAR does not"
+        ) as error:
+            read_pairs(tmp_path)
+        assert is_one_sentence(error.value)
+
+    def test_nothing_is_held_where_the_run_did_not(self, tmp_path):
+        self.written(tmp_path, "OUTCAR", "POSCAR.gz")
+        write_outcar(tmp_path / "OUTCAR", computed_frames(), IBRION=2, NSW=9)
+        assert not read_pairs(tmp_path)[0].initial.constraints

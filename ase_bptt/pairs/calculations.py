@@ -19,7 +19,7 @@ ZIPPED: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.open, 
 """Compressed files that ASE reads, by the end of their names."""
 TAGS = rb"IBRION|NSW|ISIF|MDALGO|ML_LMLFF|IMAGES|ICHAIN"
 IN_XML = re.compile(rb'name="(' + TAGS + rb')"[^>]*>\s*([^<\s]+)')
-IN_OUTCAR = re.compile(rb"(?:^|[\s;,])(" + TAGS + rb")\s*=?\s+([-\w.]+)")
+IN_OUTCAR = re.compile(rb"(?:^|[\s;,])(" + TAGS + rb")(?:\s*=\s*|\s+)([-\w.]+)")
 BY_IBRION = {
     -1: STATIC,
     0: "molecular dynamics",
@@ -105,6 +105,13 @@ def check_length(path: Path, runs: Sequence[Run], n: int) -> None:
     raise NotARelaxation(
         f"{path}: it holds 1 structure ({kind}); a relaxation needs its first and its last frame.", kind
     )
+
+
+def run_of_incar(path: Path) -> Run:
+    """The run that an INCAR asks for."""
+    with opened(path) as file:
+        lines = (line.partition(b"#")[0].partition(b"!")[0] for line in file)
+        return Run({k.decode(): v.decode() for line in lines for k, v in IN_OUTCAR.findall(line.upper())})
 
 
 def _another_kind(run: Run) -> tuple[str, str] | None:

@@ -1,12 +1,17 @@
-"""The formats that relaxations come in, and which files of a folder are relaxations."""
+"""The formats that relaxations come in, how their files are called, and how they are read."""
 
 from __future__ import annotations
 
 import logging
+import lzma
+import re
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
+from typing import ClassVar
 
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
@@ -14,29 +19,64 @@ from ase.io import read
 
 from ..threads import quiet
 from . import InvalidPair
-from .calculations import CUT, SCANS, Run, check_finished, runs_in
+from .calculations import CUT, SCANS, ZIPPED, Run, check_finished, opened, runs_in
 
 log = logging.getLogger(__name__)
 NAMES = {
-    "vasprun.xml": "vasp-xml",
-    "vasprun.xml.gz": "vasp-xml",
-    "OUTCAR": "vasp-out",
-    "OUTCAR.gz": "vasp-out",
-    "POSCAR": "vasp",
-    "CONTCAR": "vasp",
     ".pwo": "espresso-out",
     ".espresso": "espresso-out",
     ".extxyz": "extxyz",
     ".xyz": "extxyz",
     ".traj": "traj",
 }
-"""How a file's name ends, and ASE's name of its format; ASE guesses all others."""
+"""How a file's name ends, and ASE's name of its format; VASP's are known by `VaspFile`, others by what they hold."""
+VASP = {"vasprun": "vasp-xml", "OUTCAR": "vasp-out", "CONTCAR": "vasp", "POSCAR": "vasp"}
+"""VASP's names, the preferred first, and ASE's of their formats."""
+FIRST_WORDS = {"vasp-xml": (b"<modeling>", b"<?xml"), "vasp-out": (b"POTCAR:", b" vasp.", b"INCAR:"), "vasp": (b"\n",)}
+"""One of these stands near the beginning of a file of VASP."""
+PW = b"Program PWSCF"
 KEPT = ("energy", "free_energy", "forces", "stress", "magmom", "magmoms")
 """Results that stay with a frame: eigenvalues of thousands of frames would fill the memory."""
-VASP = ("vasprun.xml", "vasprun.xml.gz", "OUTCAR", "OUTCAR.gz", "CONTCAR")
-"""Files of one VASP run, the preferred first; a CONTCAR counts where a POSCAR is beside it."""
-SUFFIXES = (*VASP[:-1], "POSCAR and CONTCAR", ".pwo", ".espresso", ".out", ".extxyz", ".xyz", ".traj", ".db")
-"""What a folder is searched for; of the .out files only those of pw.x."""
+
+
+@dataclass(frozen=True)
+class VaspFile:
+    """A name that VASP gave a file, with what archives add to it: ``run1.vasprun.xml``, ``OUTCAR.relax2.gz``.
+
+    Attributes
+    ----------
+    path : Path
+    before, kind, tag : str
+        Parts of the name: a prefix, one of `VASP`, and what follows it, without .xml and without .gz.
+    """
+
+    path: Path
+    before: str
+    kind: str
+    tag: str
+
+    PATTERN: ClassVar = re.compile(
+        r"(?P<before>.*?)(?P<kind>vasprun|OUTCAR|CONTCAR|POSCAR)(?P<tag>(?:[._-].+?)??)(?:\.gz|\.bz2|\.xz)?"
+    )
+
+    @classmethod
+    def named(cls, path: Path) -> VaspFile | None:
+        """The parts of a file's name, or None for another name."""
+        found = cls.PATTERN.fullmatch(path.name)
+        if found is None or (found["kind"] == "vasprun" and ".xml" not in found["tag"]):
+            return None
+        return cls(path, found["before"], found["kind"], found["tag"].replace(".xml", "", 1))
+
+    @property
+    def run(self) -> tuple[Path, str, str]:
+        """What it shares with the other files of its run."""
+        return self.path.parent, self.before, self.tag
+
+    def other(self, kind: str, tag: str | None = None) -> Path | None:
+        """Another file of the same run, zipped or not, or of the run with another tag."""
+        name = f"{self.before}{kind}{'.xml' * (kind == 'vasprun')}{self.tag if tag is None else tag}"
+        paths = (self.path.with_name(name + zipped) for zipped in ("", *ZIPPED))
+        return next((path for path in paths if path.is_file()), None)
 
 
 def read_frames(path: Path, runs: Sequence[Run] | None = None) -> list[Atoms]:
@@ -86,12 +126,31 @@ def examined(path: Path) -> list[Run]:
 
 def format_of(path: Path) -> str | None:
     """ASE's name of the format; None leaves it to ASE to guess."""
-    known = next((kind for end, kind in NAMES.items() if path.name.endswith(end)), None)
-    if known is None and path.suffix == ".out":
-        # Many programs write such names; pw.x prints its own name first.
-        with open(path, "rb") as file:
-            return "espresso-out" if b"Program PWSCF" in file.read(50_000) else None
-    return known
+    vasp, zipped = VaspFile.named(path), path.suffix in ZIPPED
+    if vasp is not None and not vasp.tag:
+        return VASP[vasp.kind]
+    plain = path.name.removesuffix(path.suffix) if zipped else path.name
+    known = next((kind for end, kind in NAMES.items() if plain.endswith(end)), None)
+    return known or (_format_by_content(path, vasp) if path.is_file() else None)
+
+
+def _format_by_content(path: Path, vasp: VaspFile | None) -> str | None:
+    """Known by what VASP or pw.x writes first; of pw.x, lines of the machine may stand before."""
+    try:
+        with opened(path) as file:
+            text = file.read(2**16)
+            for kind in (VASP[vasp.kind],) if vasp else ("vasp-xml", "vasp-out"):
+                words = FIRST_WORDS[kind] if vasp else FIRST_WORDS[kind][:1]
+                if any(word in text[:4096] for word in words):
+                    return kind
+            while text:
+                if PW in text:
+                    return "espresso-out"
+                text = text[-len(PW) :] + more if (more := file.read(2**20)) else b""
+    except (OSError, EOFError, zlib.error, lzma.LZMAError):
+        # What cannot be decompressed is refused where it is read.
+        return None
+    return None
 
 
 def check_content(path: Path) -> None:
@@ -131,7 +190,7 @@ def readable(path: Path, *, finished: bool = False) -> Iterator[None]:
 
 def _check_xyz(path: Path) -> None:
     """Raise InvalidPair where a structure has fewer lines than atoms, or ASE would stop at an empty line."""
-    lines = path.read_text().splitlines(keepends=True)
+    lines = _lines(path)
     at = structures = 0
     while at < len(lines) and lines[at].strip():
         end = at + 2 + int(lines[at])
@@ -146,7 +205,7 @@ def _check_xyz(path: Path) -> None:
 
 def _check_poscar(path: Path) -> None:
     """Raise InvalidPair where there are fewer whole lines of positions than atoms."""
-    lines = path.read_text().splitlines(keepends=True)
+    lines = _lines(path)
     words = [line.split() for line in lines]
     counts = 5 if len(words) > 5 and words[5] and words[5][0].isdigit() else 6
     if len(lines) > counts + 1:
@@ -159,6 +218,11 @@ def _check_poscar(path: Path) -> None:
     raise InvalidPair(f"{path}: it is cut: it holds fewer positions than atoms; copy it again or leave it out.")
 
 
+def _lines(path: Path) -> list[str]:
+    with opened(path) as file:
+        return file.read().decode().splitlines(keepends=True)
+
+
 def _is_cut(lines: list[str]) -> bool:
     """Whether the last line has no end, and is shorter than the line before: its last number may be half a number."""
     return not lines[-1].endswith("\n") and len(lines[-1].rstrip()) < len(lines[-2].rstrip())
@@ -166,58 +230,3 @@ def _is_cut(lines: list[str]) -> bool:
 
 WHOLE: dict[str, Callable[[Path], None]] = {"extxyz": _check_xyz, "vasp": _check_poscar}
 """Formats in which ASE does not notice every truncated file."""
-
-
-def relaxation_files(path: Path) -> list[Path]:
-    """The file itself, or the files of relaxations below a folder, one a run, in order.
-
-    Raises
-    ------
-    FileNotFoundError
-        Where there is none.
-    """
-    if path.is_dir():
-        return _found_below(path)
-    if not path.exists():
-        raise FileNotFoundError(f"There is no file or folder {path}.")
-    return [path]
-
-
-def _found_below(folder: Path) -> list[Path]:
-    ours = {path.parent for path in folder.rglob("command.json")}
-    every = (p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
-    # What ase-bptt has written there is not a reference.
-    files = sorted(
-        p for p in every if not (ours & set(p.parents)) and not p.name.endswith(".part.traj") and _is_relaxation(p)
-    )
-    if not files:
-        raise FileNotFoundError(
-            f"The folder {folder} holds no relaxation: no file that ends with {', '.join(SUFFIXES)}."
-        )
-    chosen = [file for file in files if not _doubled(file)]
-    if len(chosen) < len(files):
-        log.info(
-            "%s: left out %d files (%s), for a file of the same run beside each is preferred.",
-            folder, len(files) - len(chosen), ", ".join(sorted({f.name for f in {*files} - {*chosen}})),
-        )  # fmt: skip
-    return chosen
-
-
-def _is_relaxation(file: Path) -> bool:
-    if file.name == "CONTCAR":
-        return file.with_name("POSCAR").is_file()
-    if file.suffix == ".out":
-        return format_of(file) is not None
-    return file.name.endswith(SUFFIXES)
-
-
-def _doubled(file: Path) -> bool:
-    """Whether a preferred file of the same VASP run is beside this one."""
-    kind = next((name for name in VASP if file.name.endswith(name)), None)
-    if kind is None:
-        return False
-    better = [file.with_name(file.name.removesuffix(kind) + name) for name in VASP[: VASP.index(kind)]]
-    twin = next((other for other in better if other.is_file()), None)
-    if twin is not None:
-        log.debug("%s: left out, for %s is the same run.", file, twin)
-    return twin is not None

@@ -18,8 +18,10 @@ from ase import Atoms
 from .. import __version__
 from ..utils import replacing
 from . import InvalidPair, RelaxationPair, unwrapped
-from .sources import File, Rows, Source, loaded
-from .survey import Survey
+from .databases import Rows
+from .folders import Survey
+from .formats import VaspFile
+from .sources import File, Legs, Source, loaded
 
 log = logging.getLogger(__name__)
 RECENT = 64
@@ -237,10 +239,14 @@ class Index:
         """The source as JSON; its path is relative to the one given, which may be written differently next time."""
         if isinstance(source, Rows):
             return [os.path.relpath(source.path, self._base), source.first, source.last, source.label, source.named]
+        if isinstance(source, Legs):
+            return [[os.path.relpath(name, self._base) for name in source.names]]
         return [os.path.relpath(source.name, self._base)]
 
     def _source(self, place: list[Any], id: str) -> Source:
         path, *rows = place
+        if isinstance(path, list):
+            return Legs(tuple(str(self._base / name) for name in path))
         path = str(self._base / path)
         if not rows:
             return File(path)
@@ -251,12 +257,19 @@ class Index:
         """A hash of all that the index depends on."""
         digest = hashlib.sha256(json.dumps([FORMAT, __version__, ase.__version__]).encode())
         for file in files:
-            ends = [file.with_name(name) for name in ("POSCAR", "CONTCAR")]
-            for path in ends if file in ends else [file]:
+            for path in _and_beside(file):
                 # A missing file is reported where it is read.
                 found = (path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else ()
                 digest.update(json.dumps([os.path.relpath(path, self._base), *found]).encode())
         return digest.hexdigest()
+
+
+def _and_beside(file: Path) -> list[Path]:
+    """A file and those beside it from which its relaxation is read, too."""
+    vasp = VaspFile.named(file)
+    kinds = () if vasp is None or vasp.kind == "vasprun" else ("POSCAR", "CONTCAR", "INCAR")
+    found = [vasp.other(kind, tag) for kind in kinds for tag in dict.fromkeys((vasp.tag, ""))] if vasp else []
+    return list(dict.fromkeys([file, *filter(None, found)]))
 
 
 def _cache() -> Path:

@@ -9,12 +9,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from . import InvalidPair, RelaxationPair, check_pair, unwrapped, warn_of_moves
-from .formats import relaxation_files
+from .folders import Survey, relaxation_files
 from .groups import with_groups
 from .lazy import DESCRIPTORS, Index, PairTable, lazy_pairs
 from .sources import Source, loaded, short, sources_in, two_files
 from .structure_matching import composition, find_duplicates
-from .survey import Survey
 
 log = logging.getLogger(__name__)
 
