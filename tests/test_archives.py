@@ -22,7 +22,7 @@ from helpers.shell import is_one_sentence
 from helpers.structures import rattled, silicon
 
 from ase_bptt import read_pairs
-from ase_bptt.cli import main
+from ase_bptt.cli import build_parser, flags, main
 from ase_bptt.pairs import InvalidPair, NotARelaxation
 from ase_bptt.pairs.formats import read_frames
 
@@ -361,3 +361,160 @@ class TestSelectiveDynamics:
         self.written(tmp_path, "OUTCAR", "POSCAR.gz")
         write_outcar(tmp_path / "OUTCAR", computed_frames(), IBRION=2, NSW=9)
         assert not read_pairs(tmp_path)[0].initial.constraints
+
+
+def charges(folder: Path, amplitudes: dict[str, float], noise: float = 0.2) -> None:
+    """Relaxations from one start that end at different places."""
+    for name, amplitude in amplitudes.items():
+        start, end = leg(noise, 0.0)
+        end.positions += amplitude * np.random.default_rng(5).normal(size=end.positions.shape)
+        end.calc.atoms = end.copy()
+        (folder / name).mkdir(parents=True)
+        write_vasprun(folder / name / "vasprun.xml", [start, end], IBRION=2, NSW=9)
+
+
+class TestEqualStarts:
+    @pytest.mark.parametrize("lazy", [False, True])
+    def test_are_one_group_and_named_with_how_far_apart_they_end(self, tmp_path, caplog, lazy):
+        charges(tmp_path, {"q=-1": 0.0, "q=0": 0.25, "q=1": 0.5})
+        pairs = read_pairs(tmp_path, lazy=lazy, index=tmp_path / "index" if lazy else None)
+        assert {p.group for p in pairs} == {"q=-1"}
+        (said,) = [text for text in warnings(caplog) if "begin in one structure" in text]
+        assert said.startswith("q=-1, q=0, q=1 begin in one structure and end up to ")
+        moves = 0.5 * np.random.default_rng(5).normal(size=(8, 3))
+        assert f"{np.linalg.norm(moves - moves.mean(0), axis=1).max():.2f} Å apart" in said
+
+    def test_that_end_alike_are_not_warned_of(self, tmp_path, caplog):
+        charges(tmp_path, {"one": 0.0, "two": 0.01})
+        assert len({p.group for p in read_pairs(tmp_path)}) == 1
+        assert not warnings(caplog)
+
+    def test_other_starts_that_end_elsewhere_are_apart(self, tmp_path, caplog):
+        charges(tmp_path, {"one": 0.0})
+        charges(tmp_path, {"two": 0.5}, noise=0.19)
+        assert len({p.group for p in read_pairs(tmp_path)}) == 2
+        assert not warnings(caplog)
+
+
+class TestCopies:
+    @pytest.mark.parametrize("lazy", [False, True])
+    @pytest.mark.parametrize(
+        "names", [("vasprun.xml", "vasprun.xml"), ("OUTCAR", "vasprun.xml.gz"), ("OUTCAR.gz", "OUTCAR")]
+    )
+    def test_count_once(self, tmp_path, caplog, names, lazy):
+        for folder, name in zip(("backup/run", "run"), names, strict=True):
+            (tmp_path / folder).mkdir(parents=True)
+            VASP.get(name, write_vasprun)(tmp_path / folder / name, computed_frames(), IBRION=2, NSW=9)
+        for _ in range(2):
+            caplog.clear()
+            (pair,) = read_pairs(tmp_path, lazy=lazy, index=tmp_path / "index" if lazy else None)
+            assert pair.id == "backup/run"
+            assert warnings(caplog) == [f"Counted once: 1 copies, as run/{names[1]} of backup/run/{names[0]}."]
+
+    @pytest.mark.parametrize("change", ["energy", "end", "start"])
+    def test_what_differs_a_little_is_no_copy(self, tmp_path, change):
+        for folder in ("a", "b"):
+            (tmp_path / folder).mkdir()
+            frames = computed_frames()
+            if folder == "b" and change == "energy":
+                frames[-1].calc.results["energy"] -= 0.01
+            elif folder == "b":
+                moved = frames[0 if change == "start" else -1]
+                moved.positions[3, 1] += 0.01
+                moved.calc.atoms = moved.copy()
+            write_outcar(tmp_path / folder / "OUTCAR", frames)
+        assert len(read_pairs(tmp_path)) == 2
+
+
+def with_roles(n: int, key: str = "pair_id", between: bool = False) -> list:
+    """The frames of n relaxations, as one file holds them."""
+    frames = []
+    for k in range(n):
+        for frame, role in zip(computed_frames(k), ("initial", "between", "relaxed"), strict=True):
+            frame.info |= {key: f"pair {k}", "role": role}
+            if between or role != "between":
+                frames.append(frame)
+    return frames
+
+
+class TestManyInOneFile:
+    @pytest.mark.parametrize("lazy", [False, True])
+    @pytest.mark.parametrize("key", ["pair_id", "id"])
+    @pytest.mark.parametrize(("name", "between"), [("a.extxyz", False), ("a.traj", True), ("a.xyz", True)])
+    def test_frames_with_a_name_and_a_role_are_so_many_relaxations(self, tmp_path, name, key, between, lazy):
+        ase_write(tmp_path / name, with_roles(3, key, between))
+        for _ in range(2):
+            pairs = read_pairs(tmp_path, lazy=lazy, index=tmp_path / "index" if lazy else None)
+            assert [p.id for p in pairs] == ["pair 0", "pair 1", "pair 2"]
+            for k, pair in enumerate(pairs):
+                np.testing.assert_allclose(pair.initial.positions, computed_frames(k)[0].positions, atol=1e-7)
+                np.testing.assert_allclose(pair.relaxed.positions, computed_frames(k)[-1].positions, atol=1e-7)
+                assert len(pair.frames) == 3 * between
+
+    @pytest.mark.parametrize("lost", [2, 3])
+    def test_one_without_its_partner_is_refused_or_left_out_by_name(self, tmp_path, lost):
+        frames = with_roles(3)
+        del frames[lost]
+        ase_write(tmp_path / "a.extxyz", frames)
+        with pytest.raises(
+            InvalidPair, match=r"pair 1 of .*a\.extxyz: \d of its frames have the role initial"
+        ) as error:
+            read_pairs(tmp_path)
+        assert is_one_sentence(error.value)
+        assert [p.id for p in read_pairs(tmp_path, skip_invalid=True)] == ["pair 0", "pair 2"]
+
+    @pytest.mark.parametrize("key", ["id", "name", "config_type", "material"])
+    def test_two_ends_of_two_structures_are_refused(self, tmp_path, key):
+        frames = computed_frames()
+        frames[0].info[key], frames[-1].info[key] = "one", "another"
+        ase_write(tmp_path / "a.extxyz", frames)
+        with pytest.raises(
+            InvalidPair, match=rf"a\.extxyz: {key} of its first frame is one and of its last another"
+        ) as error:
+            read_pairs(tmp_path)
+        assert is_one_sentence(error.value)
+
+    @pytest.mark.parametrize("key", ["role", "status", "steps"])
+    def test_what_may_change_along_a_relaxation_is_not(self, tmp_path, key):
+        frames = computed_frames()
+        for k, frame in enumerate(frames):
+            frame.info |= {"id": "same", key: k if key == "steps" else f"state {k}"}
+        ase_write(tmp_path / "a.extxyz", frames[::2])
+        assert [p.id for p in read_pairs(tmp_path)] == ["same"]
+
+
+class TestForcesLeft:
+    @pytest.mark.parametrize(("largest", "limit", "used"), [(0.6, 0.5, 0), (0.4, 0.5, 1), (0.6, 1.0, 1), (0.6, None, 1),
+                                                            (0.1, 0.05, 0), (np.nan, 0.5, 0)])  # fmt: skip
+    def test_what_is_far_from_relaxed_is_no_reference(self, tmp_path, caplog, largest, limit, used):
+        beside_a_relaxation(tmp_path)
+        ase_write(tmp_path / "bad.traj", computed_frames(2, largest=largest))
+        assert len(read_pairs(tmp_path, max_reference_force=limit)) == 1 + used
+        if not used:
+            said = f"Passed by 1 that are no relaxations: not converged (1, as bad.traj with {largest:.2f} eV/Å left)."
+            assert warnings(caplog) == [said]
+            with pytest.raises(NotARelaxation, match=rf"bad\.traj: a force of {largest:.2f} eV/Å is left") as error:
+                read_pairs(tmp_path / "bad.traj", max_reference_force=limit)
+            assert is_one_sentence(error.value)
+
+    def test_forces_on_fixed_atoms_do_not_count(self, tmp_path):
+        frames = computed_frames(largest=3.0)
+        for frame in frames:
+            frame.set_constraint(FixAtoms([2]))
+        ase_write(tmp_path / "a.traj", frames)
+        assert len(read_pairs(tmp_path)) == 1
+
+    def test_each_limit_has_an_index_of_its_own(self, tmp_path):
+        beside_a_relaxation(tmp_path)
+        ase_write(tmp_path / "bad.traj", computed_frames(2, largest=0.6))
+        for limit, n in ((0.5, 1), (0.7, 2), (0.5, 1)):
+            assert len(read_pairs(tmp_path, lazy=True, index=tmp_path / "index", max_reference_force=limit)) == n
+
+    def test_the_flag_is_passed_on(self, tmp_path, monkeypatch):
+        found = {}
+        monkeypatch.setattr(flags, "read_pairs", lambda *paths, **how: found.update(how))
+        parser = build_parser()
+        for given, expected in (([], 0.5), (["--max-reference-force", "0.2"], 0.2)):
+            for words in (["train"], ["evaluate"], ["info", "emt", "--pairs"]):
+                flags.read_grouped(flags.completed(parser, [*words, str(tmp_path), *given]))
+                assert found["max_reference_force"] == expected

@@ -1,13 +1,13 @@
-"""Relaxations in databases of ase.db: two rows each."""
+"""Many relaxations in one file: two rows each of a database of ase.db, or frames that name theirs and their role."""
 
 from __future__ import annotations
 
 import logging
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import ase.db
@@ -15,11 +15,15 @@ from ase import Atoms
 from ase.db.row import AtomsRow
 
 from . import InvalidPair
-from .formats import check_content, readable
+from .formats import check_content, read_frames, readable
 
 log = logging.getLogger(__name__)
 PAGE = 1000
 """Rows of a database that are read at once."""
+NAMED_BY = ("pair_id", "id")
+"""Keys of a frame's info by which it belongs to a relaxation."""
+FIRST, LAST = ("initial", "start", "unrelaxed"), ("relaxed", "final", "end")
+"""Roles of the two frames of a relaxation that count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,3 +159,43 @@ def _all(path: Path) -> list[AtomsRow]:
     check_content(path)
     with readable(path):
         return list(ase.db.connect(path, use_lock_file=False).select())
+
+
+@dataclass(frozen=True)
+class Member:
+    """One of many relaxations in a file whose frames name theirs (`NAMED_BY`) and have a role in it.
+
+    Attributes
+    ----------
+    path : str
+    label : str
+        What its frames name.
+    all_frames : list of Atoms, optional
+        Those of the file, where they are in memory; without it they are read each time.
+    """
+
+    path: str
+    label: str
+    all_frames: Sequence[Atoms] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"{self.label} of {self.path}"
+
+    def load(self) -> tuple[Atoms, Atoms, Sequence[Atoms]]:
+        every = self.all_frames or read_frames(Path(self.path))
+        frames = [frame for frame in every if label_of(frame) == self.label]
+        begin, end = ([f for f in frames if str(f.info["role"]).lower() in words] for words in (FIRST, LAST))
+        if not len(begin) == len(end) == 1:
+            raise InvalidPair(
+                f"{self.name}: {len(begin)} of its frames have the role initial and {len(end)} relaxed; a relaxation "
+                "needs one of each."
+            )
+        end[0].info.setdefault("id", self.label)
+        return begin[0], end[0], frames if len(frames) > 2 else ()
+
+
+def label_of(frame: Atoms) -> str | None:
+    """What a frame with a role says that it belongs to."""
+    return next((str(frame.info[key]) for key in NAMED_BY if key in frame.info), None) if "role" in frame.info else None

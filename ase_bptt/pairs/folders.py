@@ -41,12 +41,20 @@ class Survey:
         Why others cannot be used, one sentence each.
     passed_by : dict
         Files that are no relaxations, by what they are instead.
+    copies : list of str
+        Files that hold the same relaxation as another, as "backup/OUTCAR of OUTCAR".
     """
 
     where: str | Path
     used: int = 0
     problems: list[str] = field(default_factory=list)
     passed_by: dict[str, list[str]] = field(default_factory=dict)
+    copies: list[str] = field(default_factory=list)
+
+    def note_copy(self, name: str, first: str) -> None:
+        """Count a file that holds the same relaxation as another."""
+        a, b = (os.path.relpath(path, self.where) for path in (name, first))
+        self.copies.append(f"{a} of {b}")
 
     def leave_out(self, problem: InvalidPair) -> None:
         """Count a relaxation that cannot be used, and warn of it."""
@@ -57,7 +65,9 @@ class Survey:
         """Count what is no relaxation, and say True; unless it was given itself, and not found in a folder."""
         if not (isinstance(problem, NotARelaxation) and Path(self.where).is_dir()):
             return False
-        self.passed_by.setdefault(problem.kind, []).append(os.path.relpath(name, self.where))
+        self.passed_by.setdefault(problem.kind, []).append(
+            " with ".join(filter(None, [os.path.relpath(name, self.where), problem.detail]))
+        )
         return True
 
     def others(self) -> str:
@@ -81,6 +91,8 @@ class Survey:
             raise InvalidPair(f"{self.where} holds no relaxation; passed by {n_others}: {self.others()}.")
         if n_others:
             log.warning("Passed by %d that are no relaxations: %s.", n_others, self.others())
+        if self.copies:
+            log.warning("Counted once: %d copies, as %s.", len(self.copies), self.copies[0])
         if self.problems:
             log.warning("Left out %d of %d.", len(self.problems), len(self.problems) + self.used)
 

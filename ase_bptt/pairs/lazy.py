@@ -9,6 +9,7 @@ import os
 import sys
 from array import array
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ase import Atoms
 from .. import __version__
 from ..utils import replacing
 from . import InvalidPair, RelaxationPair, unwrapped
-from .databases import Rows
+from .databases import Member, Rows
 from .folders import Survey
 from .formats import VaspFile
 from .sources import File, Legs, Source, loaded
@@ -60,7 +61,8 @@ class PairTable:
 
     def add(self, source: Source, id: str, group: str, n_atoms: int, kind: str, digest: bytes) -> None:
         """Add a row."""
-        self.sources.append(source)
+        # What is read on access is not kept.
+        self.sources.append(Member(source.path, source.label) if isinstance(source, Member) else source)
         self.ids.append(id)
         # Many pairs share them.
         self.groups.append(sys.intern(group))
@@ -191,16 +193,16 @@ class Index:
     root : Path
     files : sequence of Path
         The files of relaxations; the index is out of date where the size or the time of change of one differs.
-    group : str or None
-        As for `read_pairs`; each has an index of its own.
+    choices : tuple
+        The group and the largest force, as for `read_pairs`; each choice has an index of its own.
     folder : path or None
         Where indexes are kept.
     """
 
-    def __init__(self, root: Path, files: Sequence[Path], group: str | None, folder: str | Path | None):
+    def __init__(self, root: Path, files: Sequence[Path], choices: tuple[Any, ...], folder: str | Path | None):
         self.root = root
         self._base = root if root.is_dir() else root.parent
-        key = hashlib.sha256(json.dumps([str(root.resolve()), group]).encode()).hexdigest()[:16]
+        key = hashlib.sha256(json.dumps([str(root.resolve()), *choices]).encode()).hexdigest()[:16]
         self.path = (Path(folder) if folder else _cache()) / f"pairs-{key}.jsonl"
         self._stamp = self._stamped(files)
 
@@ -212,7 +214,7 @@ class Index:
                 if head["stamp"] != self._stamp:
                     log.info("%s: something has changed there, so all pairs are read and checked again.", self.root)
                     return None
-                survey, table = Survey(self.root, head["n"], head["problems"], head["passed_by"]), PairTable(self.root)
+                survey, table = Survey(self.root, **head["survey"]), PairTable(self.root)
                 for line in file:
                     place, id, group, size, kind, digest = json.loads(line)
                     table.add(self._source(place, id), id, group, size, kind, bytes.fromhex(digest))
@@ -230,7 +232,8 @@ class Index:
             log.warning("No index of %s is kept, and the next start will read all pairs again: %s", self.root, error)
 
     def _lines(self, table: PairTable, survey: Survey) -> Iterator[Any]:
-        yield {"stamp": self._stamp, "n": survey.used, "problems": survey.problems, "passed_by": survey.passed_by}
+        found = {name: value for name, value in asdict(survey).items() if name != "where"}
+        yield {"stamp": self._stamp, "survey": found}
         for k, source in enumerate(table.sources):
             known = table.ids[k], table.groups[k], table.sizes[k], table.kinds[k]
             yield [self._place(source), *known, table.digest(k).hex()]
@@ -239,6 +242,8 @@ class Index:
         """The source as JSON; its path is relative to the one given, which may be written differently next time."""
         if isinstance(source, Rows):
             return [os.path.relpath(source.path, self._base), source.first, source.last, source.label, source.named]
+        if isinstance(source, Member):
+            return [os.path.relpath(source.path, self._base), source.label]
         if isinstance(source, Legs):
             return [[os.path.relpath(name, self._base) for name in source.names]]
         return [os.path.relpath(source.name, self._base)]
@@ -250,6 +255,8 @@ class Index:
         path = str(self._base / path)
         if not rows:
             return File(path)
+        if len(rows) == 1:
+            return Member(path, rows[0])
         first, last, label, named = rows
         return Rows(sys.intern(path), first, last, id if label == id else label, named)
 

@@ -16,8 +16,8 @@ from ase import Atoms
 from ase.geometry import find_mic
 
 from . import InvalidPair, RelaxationPair
-from .calculations import CUT, check_kind, check_length, run_of_incar
-from .databases import relaxations_in
+from .calculations import CUT, check_kind, check_length, opened, run_of_incar
+from .databases import Member, label_of, relaxations_in
 from .formats import VaspFile, examined, format_of, read_frames
 
 log = logging.getLogger(__name__)
@@ -111,6 +111,28 @@ class LegFrames(Sequence[Atoms]):
         return chain.from_iterable(self._legs)
 
 
+def _has_roles(path: Path) -> bool:
+    """Whether frames of a file may have roles; most files are not read for it."""
+    if not path.is_file() or format_of(path) not in ("extxyz", "traj"):
+        return False
+    with opened(path) as file:
+        return b"role" in file.read()
+
+
+def _members(path: Path) -> Iterator[Source]:
+    try:
+        frames = read_frames(path)
+    except InvalidPair as problem:
+        yield Unusable(str(path), problem)
+        return
+    labels = [label_of(frame) for frame in frames]
+    if None in labels or (len(set(labels)) == 1 and len(frames) == 2):
+        yield File(str(path))
+        return
+    for label in dict.fromkeys(labels):
+        yield Member(str(path), str(label), frames)
+
+
 @dataclass(frozen=True)
 class InMemory:
     """A relaxation whose structures are in memory."""
@@ -149,6 +171,8 @@ def sources_in(files: Iterable[Path]) -> Iterator[Source]:
             vasp = VaspFile.named(path)
             if path.suffix in (".db", ".json"):
                 yield from _of_database(path)
+            elif _has_roles(path):
+                yield from _members(path)
             elif vasp is not None and vasp.kind == "POSCAR":
                 yield File(str(vasp.other("CONTCAR") or path.with_name("CONTCAR")))
             else:

@@ -20,12 +20,48 @@ TOLERANCE = 0.05
 LARGEST = 4
 """Tolerances by which no single distance may differ. The noise that relaxations leave (0.02 Å in each direction)
 reaches three of them among hundreds of atoms; one atom half an Å away exceeds six."""
+EQUAL = 1e-4
+"""Difference of projections (of order 1) below which structures are equal: about 0.002 Å of one atom of a hundred."""
 NEIGHBORS = 12
 """Nearest neighbours of each element, whose distances are compared atom by atom."""
 SHORTEST_VECTORS = 13
 """Lattice vectors whose lengths are compared, of a vector and its opposite one: as many as surround a cell."""
 SHORTEST = 30
 """Distances per atom that are compared as one sorted list: more would fill the memory in large cells."""
+
+
+class Equals:
+    """Finds structures, or tuples of them, that were given before: the same atoms in the same order at the same places.
+
+    Positions may be wrapped, and rounded to five digits as in an OUTCAR. A smooth function of all positions is
+    compared, a few hundred bytes a structure, so that none of them is kept.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[bytes, int], list[tuple[int, np.ndarray]]] = {}
+        self._n = 0
+
+    def add(self, *structures: Atoms, number: float = 0.0) -> int:
+        """The place in order of the first that is equal, and has the same number, or that of this one where none is."""
+        atoms = hashlib.sha256(b"".join(a.numbers.tobytes() for a in structures)).digest()
+        vector = np.concatenate([[number], *(_projection(a) for a in structures)])
+        place, self._n = self._n, self._n + 1
+        cell = int(np.floor(vector[1] / EQUAL))
+        for k in (cell - 1, cell, cell + 1):
+            for first, other in self._found.get((atoms, k), ()):
+                if np.abs(other - vector).max() < EQUAL:
+                    return first
+        self._found.setdefault((atoms, cell), []).append((place, vector))
+        return place
+
+
+def _projection(atoms: Atoms) -> np.ndarray:
+    """Sums over all atoms of random weights times the phases of their fractions, and the cell: smooth and periodic."""
+    lattice = periodic_cell(atoms.cell.array, atoms.pbc)
+    fractions = atoms.positions @ np.linalg.inv(lattice) / np.where(atoms.pbc, 1.0, 100.0)
+    weights = np.random.default_rng(len(atoms)).normal(size=(6, *fractions.shape))
+    sums = np.tensordot(weights, np.exp(2j * np.pi * fractions), axes=2) / np.sqrt(len(atoms))
+    return np.concatenate([sums.real, sums.imag, (lattice * atoms.pbc[:, None]).ravel()])
 
 
 def composition(atoms: Atoms) -> bytes:
