@@ -27,6 +27,45 @@ def mirrored(atoms: Atoms) -> Atoms:
     return atoms
 
 
+def given_by(atoms: Atoms, choice: list[list[int]]) -> Atoms:
+    """The structure with these combinations of its lattice vectors, those that are periodic, in place of them."""
+    choice, found = np.array(choice), atoms.copy()
+    choice = np.where(atoms.pbc[:, None] & atoms.pbc, choice, np.eye(3, dtype=int))
+    if abs(round(np.linalg.det(choice))) != 1:
+        choice = np.eye(3, dtype=int)
+    found.set_cell(choice @ atoms.cell.array)
+    found.wrap()
+    return found
+
+
+def strained() -> Atoms:
+    """Neither axes nor angles are equal."""
+    atoms = silicon(1, 0.1)
+    atoms.set_cell(atoms.cell.array @ [[1.05, 0.02, 0], [0, 0.97, 0.04], [0.01, 0, 1.0]], scale_atoms=True)
+    return atoms
+
+
+def layer() -> Atoms:
+    atoms = bulk("Mg", orthorhombic=True) * (2, 1, 1)
+    atoms.center(vacuum=6, axis=2)
+    atoms.pbc = (True, True, False)
+    return atoms
+
+
+CHOICES = {
+    "permuted": [[0, 1, 0], [0, 0, 1], [1, 0, 0]],
+    "b by a + b": [[1, 0, 0], [1, 1, 0], [0, 0, 1]],
+    "left-handed": [[0, 1, 0], [1, 0, 0], [0, 0, 1]],
+    "opposite": [[-1, 0, 0], [0, 1, 0], [0, 0, -1]],
+    "far from reduced": [[1, 3, 0], [0, 1, -2], [0, 0, 1]],
+}
+CELLS = {
+    "cubic": silicon,
+    "strained": strained,
+    "hexagonal": lambda: rattled(bulk("Mg") * (2, 2, 1), 0.1),
+    "layer": layer,
+    "flat": lambda: rattled(bulk("Si", a=5.43, cubic=True) * (1, 1, 4), 0.1),
+}
 STRUCTURES = pytest.mark.parametrize("make", [silicon, cluster, methanol], ids=lambda f: f.__name__)
 
 
@@ -127,6 +166,32 @@ class TestSameStructure:
         other = silicon()
         other.set_cell(other.cell * 1.03)
         assert not same_structure(silicon(), other)
+
+    @pytest.mark.parametrize("make", CELLS.values(), ids=CELLS)
+    @pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES)
+    def test_by_which_lattice_vectors_it_is_given_does_not(self, make, choice):
+        atoms = make()
+        other = moved_about(given_by(atoms, choice), 2)
+        assert same_structure(atoms, other)
+        assert same_structure(turned(other), rattled(atoms, 0.003))
+        other.set_cell(other.cell.array * 1.03, scale_atoms=True)
+        assert not same_structure(atoms, other)
+
+    @pytest.mark.parametrize("strain", [[0, 0, 0, 0, 0, 0.06], [0.03, -0.03, 0, 0, 0, 0], [0, 0, 0.02, 0, 0.05, 0]])
+    def test_another_lattice_of_one_volume_does(self, strain):
+        a, b, c, d, e, f = strain
+        other = silicon()
+        other.set_cell(other.cell.array @ np.array([[1 + a, f, e], [0, 1 + b, d], [0, 0, 1 + c]]), scale_atoms=True)
+        assert not same_structure(silicon(), other)
+
+    def test_one_atom_in_another_lattice_is_another_structure(self):
+        assert not same_structure(bulk("Fe", "bcc", a=2.86), bulk("Fe", "fcc", a=3.6))
+        assert same_structure(bulk("Cu", a=3.6), given_by(bulk("Cu", a=3.6), [[1, 1, 0], [0, 1, 0], [0, -2, 1]]))
+
+    def test_a_box_that_is_not_periodic_does_not_matter(self):
+        boxed = methanol()
+        boxed.center(vacuum=5)
+        assert same_structure(methanol(), boxed)
 
     def test_single_atoms_are_all_alike(self):
         assert same_structure(Atoms("Si"), Atoms("Si", positions=[[1, 2, 3]]))

@@ -374,15 +374,15 @@ class TestOneSourceForARun:
             assert f"left out {len(names) - 1} files ({', '.join(sorted(names[1:]))})" in told[-1].message
 
     def test_runs_of_one_folder_are_told_apart_by_the_beginning_of_their_names(self, tmp_path):
-        for name in ("a_vasprun.xml", "a_OUTCAR", "b_OUTCAR"):
-            WRITERS[name[2:]](tmp_path / name, with_energies(three_frames()))
+        for k, name in enumerate(("a_vasprun.xml", "a_OUTCAR", "b_OUTCAR")):
+            WRITERS[name[2:]](tmp_path / name, with_energies(three_frames(k // 2)))
         assert [Path(p.id).name for p in read_pairs(tmp_path)] == ["a_vasprun.xml", "b_OUTCAR"]
 
     def test_two_files_of_one_vasp_run_are_one_relaxation(self, tmp_path):
-        for folder, names in {"a": ("vasprun.xml", "OUTCAR"), "b": ("OUTCAR",)}.items():
+        for seed, (folder, names) in enumerate({"a": ("vasprun.xml", "OUTCAR"), "b": ("OUTCAR",)}.items()):
             (tmp_path / folder).mkdir()
             for name in names:
-                WRITERS[name](tmp_path / folder / name, with_energies(three_frames()))
+                WRITERS[name](tmp_path / folder / name, with_energies(three_frames(seed)))
         found = read_pairs(tmp_path)
         assert [p.id for p in found] == ["a", "b"]
 
@@ -503,7 +503,7 @@ class TestCutFiles:
     def test_an_unfinished_run_is_left_out_where_one_asks_for_it(self, tmp_path, caplog):
         for k in range(4):
             (tmp_path / str(k)).mkdir()
-            WRITERS["OUTCAR"](tmp_path / str(k) / "OUTCAR", with_energies(three_frames()))
+            WRITERS["OUTCAR"](tmp_path / str(k) / "OUTCAR", with_energies(three_frames(k)))
         (tmp_path / "2" / "OUTCAR").write_text("vasp")
         (tmp_path / "3" / "OUTCAR").write_text("")
         assert len(read_pairs(tmp_path, skip_invalid=True)) == 2

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from ase import Atoms
 
-from ..pairs import InvalidPair, RelaxationPair
+from ..pairs import MAX_REFERENCE_FORCE, InvalidPair, RelaxationPair
 from ..pairs.formats import read_frames
 from ..pairs.groups import check_structure
 from ..pairs.reading import read_pairs
@@ -154,6 +154,8 @@ def add_pairs(parser: argparse.ArgumentParser, nargs: str = "+", option: str | N
          metavar="KEY")  # fmt: skip
     flag(group, parser, "--skip-invalid", "leave out pairs that cannot be used, and list them", False,
          action="store_true")  # fmt: skip
+    flag(group, parser, "--max-reference-force", "eV/Å: what is left with a larger force is no reference and left out",
+         MAX_REFERENCE_FORCE, type=positive, metavar="X")  # fmt: skip
     flag(group, parser, "--lazy", "for a folder or a .db: check all pairs once, then read each when it is needed, "
          "so that they need not fit in memory", False, action="store_true")  # fmt: skip
 
@@ -239,7 +241,13 @@ def read_grouped(arguments: argparse.Namespace) -> list[RelaxationPair]:
     paths = [Path(path) for path in arguments.pairs]
     if not 1 <= len(paths) <= 2:
         raise ValueError("Give one file or folder of relaxations, or two files: initial and relaxed structures.")
-    return read_pairs(*paths, skip_invalid=arguments.skip_invalid, group=arguments.group, lazy=arguments.lazy)
+    return read_pairs(
+        *paths,
+        skip_invalid=arguments.skip_invalid,
+        group=arguments.group,
+        lazy=arguments.lazy,
+        max_reference_force=arguments.max_reference_force,
+    )
 
 
 def read_structures(

@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 
 RESIDUAL = 0.05
 """eV/Å: references whose last forces exceed this are named in a warning."""
+MAX_REFERENCE_FORCE = 0.5
+"""eV/Å: what is left with more is no reference. At a force constant of 5 eV/Å^2 an atom is then 0.1 Å from its minimum,
+as far as two ends of one basin may be apart."""
 CLASH = 0.5
 """Å: atoms nearer than this are a mistake."""
 STILL = 1e-4
@@ -90,6 +93,25 @@ class InvalidPair(ValueError):
     """A pair that cannot be used; its message says why and what to do."""
 
 
+class NotARelaxation(InvalidPair):
+    """A whole and readable file that holds something else than a relaxation, which a folder may hold beside some.
+
+    Attributes
+    ----------
+    kind : str
+        What it is, as "molecular dynamics".
+    detail : str
+        What else there is to say of it.
+    """
+
+    def __init__(self, message: str, kind: str, detail: str = ""):
+        super().__init__(message)
+        self.kind, self.detail = kind, detail
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.kind, self.detail)
+
+
 def check_pair(initial: Atoms, relaxed: Atoms, name: str) -> None:
     """Raise InvalidPair where the two cannot be the ends of one relaxation at a fixed cell.
 
@@ -124,6 +146,19 @@ def check_pair(initial: Atoms, relaxed: Atoms, name: str) -> None:
         residual = np.linalg.norm(relaxed.get_forces(), axis=1).max()
         if not residual <= RESIDUAL:
             log.warning("%s: the reference still has a force of %.3f eV/Å; is it relaxed?", name, residual)
+
+
+def check_converged(relaxed: Atoms, name: str, max_force: float | None) -> None:
+    """Raise NotARelaxation where a force of more than max_force, in eV/Å, is left; None allows any."""
+    if max_force is None or "forces" not in getattr(relaxed.calc, "results", {}):
+        return
+    left = float(np.linalg.norm(relaxed.get_forces(), axis=1).max(initial=0.0))
+    if not left <= max_force:
+        raise NotARelaxation(
+            f"{name}: a force of {left:.2f} eV/Å is left, so it is no reference: relax it on, leave it out, or allow "
+            f"more than {max_force:g} eV/Å (--max-reference-force).",
+            "not converged", f"{left:.2f} eV/Å left",
+        )  # fmt: skip
 
 
 def check_distances(atoms: Atoms, where: str) -> None:

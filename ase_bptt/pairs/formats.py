@@ -1,14 +1,17 @@
-"""The formats that relaxations come in, and which files of a folder are relaxations."""
+"""The formats that relaxations come in, how their files are called, and how they are read."""
 
 from __future__ import annotations
 
-import gzip
 import logging
-from collections.abc import Callable, Iterator
+import lzma
+import re
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import IO
+from typing import ClassVar
 
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
@@ -16,39 +19,70 @@ from ase.io import read
 
 from ..threads import quiet
 from . import InvalidPair
+from .calculations import CUT, SCANS, ZIPPED, Run, check_finished, opened, runs_in
 
 log = logging.getLogger(__name__)
 NAMES = {
-    "vasprun.xml": "vasp-xml",
-    "vasprun.xml.gz": "vasp-xml",
-    "OUTCAR": "vasp-out",
-    "OUTCAR.gz": "vasp-out",
-    "POSCAR": "vasp",
-    "CONTCAR": "vasp",
     ".pwo": "espresso-out",
     ".espresso": "espresso-out",
     ".extxyz": "extxyz",
     ".xyz": "extxyz",
     ".traj": "traj",
 }
-"""How a file's name ends, and ASE's name of its format; ASE guesses all others."""
-ENDS = {
-    "vasp-xml": (b"<modeling>", b"</modeling>"),
-    "vasp-out": (b"POTCAR:", b"General timing and accounting"),
-    "espresso-out": (b"Program PWSCF", b"JOB DONE"),
-}
-"""What each program prints first, and what it prints last."""
-CUT = "the run did not finish or the file is cut; let it run to its end, copy it again, or leave it out"
+"""How a file's name ends, and ASE's name of its format; VASP's are known by `VaspFile`, others by what they hold."""
+VASP = {"vasprun": "vasp-xml", "OUTCAR": "vasp-out", "CONTCAR": "vasp", "POSCAR": "vasp"}
+"""VASP's names, the preferred first, and ASE's of their formats."""
+FIRST_WORDS = {"vasp-xml": (b"<modeling>", b"<?xml"), "vasp-out": (b"POTCAR:", b" vasp.", b"INCAR:"), "vasp": (b"\n",)}
+"""One of these stands near the beginning of a file of VASP."""
+PW = b"Program PWSCF"
 KEPT = ("energy", "free_energy", "forces", "stress", "magmom", "magmoms")
 """Results that stay with a frame: eigenvalues of thousands of frames would fill the memory."""
-VASP = ("vasprun.xml", "vasprun.xml.gz", "OUTCAR", "OUTCAR.gz", "CONTCAR")
-"""Files of one VASP run, the preferred first; a CONTCAR counts where a POSCAR is beside it."""
-SUFFIXES = (*VASP[:-1], "POSCAR and CONTCAR", ".pwo", ".espresso", ".out", ".extxyz", ".xyz", ".traj", ".db")
-"""What a folder is searched for; of the .out files only those of pw.x."""
 
 
-def read_frames(path: Path) -> list[Atoms]:
-    """All frames of a file, in order, with energies and forces where the file holds them.
+@dataclass(frozen=True)
+class VaspFile:
+    """A name that VASP gave a file, with what archives add to it: ``run1.vasprun.xml``, ``OUTCAR.relax2.gz``.
+
+    Attributes
+    ----------
+    path : Path
+    before, kind, tag : str
+        Parts of the name: a prefix, one of `VASP`, and what follows it, without .xml and without .gz.
+    """
+
+    path: Path
+    before: str
+    kind: str
+    tag: str
+
+    PATTERN: ClassVar = re.compile(
+        r"(?P<before>.*?)(?P<kind>vasprun|OUTCAR|CONTCAR|POSCAR)(?P<tag>(?:[._-].+?)??)(?:\.gz|\.bz2|\.xz)?"
+    )
+
+    @classmethod
+    def named(cls, path: Path) -> VaspFile | None:
+        """The parts of a file's name, or None for another name."""
+        found = cls.PATTERN.fullmatch(path.name)
+        if found is None or (found["kind"] == "vasprun" and ".xml" not in found["tag"]):
+            return None
+        return cls(path, found["before"], found["kind"], found["tag"].replace(".xml", "", 1))
+
+    @property
+    def run(self) -> tuple[Path, str, str]:
+        """What it shares with the other files of its run."""
+        return self.path.parent, self.before, self.tag
+
+    def other(self, kind: str, tag: str | None = None) -> Path | None:
+        """Another file of the same run, zipped or not, or of the run with another tag."""
+        name = f"{self.before}{kind}{'.xml' * (kind == 'vasprun')}{self.tag if tag is None else tag}"
+        paths = (self.path.with_name(name + zipped) for zipped in ("", *ZIPPED))
+        return next((path for path in paths if path.is_file()), None)
+
+
+def read_frames(path: Path, runs: Sequence[Run] | None = None) -> list[Atoms]:
+    """All frames of a file, in order, with energies and forces where the file holds them; one at least.
+
+    The runs are those that `examined` found there; without them the file is examined first.
 
     Raises
     ------
@@ -56,18 +90,19 @@ def read_frames(path: Path) -> list[Atoms]:
     InvalidPair
         Where the file is empty, cut, of a run that did not finish, or not readable by ASE.
     """
-    check_content(path)
+    runs = examined(path) if runs is None else runs
     kind = format_of(path)
-    with readable(path):
-        if kind in ENDS:
-            _check_end(path, *ENDS[kind])
-        elif kind in WHOLE:
+    if kind in SCANS:
+        check_finished(path, runs)
+    with readable(path, finished=bool(runs)):
+        if kind in WHOLE:
             WHOLE[kind](path)
-        found = read(path, index=":", format=kind, do_not_split_by_at_sign=True)
+        # Without a step, ASE calls an OUTCAR incomplete.
+        stepped = not runs or any(run.begun for run in runs)
+        found = read(path, index=":", format=kind, do_not_split_by_at_sign=True) if stepped else []
     frames = [found] if isinstance(found, Atoms) else list(found)
-    # pw.x says JOB DONE even where its last electronic steps did not converge.
-    if kind == "espresso-out" and frames and "forces" not in frames[-1].calc.results:
-        raise InvalidPair(f"{path}: its last step has no forces, so {CUT}.")
+    if not frames:
+        raise InvalidPair(f"{path}: it holds 0 structures; its run ended before its first step: leave it out.")
     for frame in frames:
         if frame.calc is not None:
             kept = {name: value for name, value in frame.calc.results.items() if name in KEPT}
@@ -75,14 +110,47 @@ def read_frames(path: Path) -> list[Atoms]:
     return frames
 
 
+def examined(path: Path) -> list[Run]:
+    """The runs that a file of VASP or pw.x holds, as their headers describe them; none of another format.
+
+    Raises
+    ------
+    FileNotFoundError
+    InvalidPair
+        Where the file is empty or cannot be decompressed.
+    """
+    check_content(path)
+    with readable(path):
+        return runs_in(path, format_of(path))
+
+
 def format_of(path: Path) -> str | None:
     """ASE's name of the format; None leaves it to ASE to guess."""
-    known = next((kind for end, kind in NAMES.items() if path.name.endswith(end)), None)
-    if known is None and path.suffix == ".out":
-        # Many programs write such names; pw.x prints its own name first.
-        with open(path, "rb") as file:
-            return "espresso-out" if ENDS["espresso-out"][0] in file.read(50_000) else None
-    return known
+    vasp, zipped = VaspFile.named(path), path.suffix in ZIPPED
+    if vasp is not None and not vasp.tag:
+        return VASP[vasp.kind]
+    plain = path.name.removesuffix(path.suffix) if zipped else path.name
+    known = next((kind for end, kind in NAMES.items() if plain.endswith(end)), None)
+    return known or (_format_by_content(path, vasp) if path.is_file() else None)
+
+
+def _format_by_content(path: Path, vasp: VaspFile | None) -> str | None:
+    """Known by what VASP or pw.x writes first; of pw.x, lines of the machine may stand before."""
+    try:
+        with opened(path) as file:
+            text = file.read(2**16)
+            for kind in (VASP[vasp.kind],) if vasp else ("vasp-xml", "vasp-out"):
+                words = FIRST_WORDS[kind] if vasp else FIRST_WORDS[kind][:1]
+                if any(word in text[:4096] for word in words):
+                    return kind
+            while text:
+                if PW in text:
+                    return "espresso-out"
+                text = text[-len(PW) :] + more if (more := file.read(2**20)) else b""
+    except (OSError, EOFError, zlib.error, lzma.LZMAError):
+        # What cannot be decompressed is refused where it is read.
+        return None
+    return None
 
 
 def check_content(path: Path) -> None:
@@ -96,8 +164,11 @@ def check_content(path: Path) -> None:
 
 
 @contextmanager
-def readable(path: Path) -> Iterator[None]:
-    """Turn any error of ASE's readers into an InvalidPair of one sentence, and silence their warnings."""
+def readable(path: Path, *, finished: bool = False) -> Iterator[None]:
+    """Turn any error of ASE's readers into an InvalidPair of one sentence, and silence their warnings.
+
+    What is known to be the output of a finished run is not said to be cut.
+    """
     try:
         with quiet():
             yield
@@ -107,35 +178,19 @@ def readable(path: Path) -> Iterator[None]:
         raise InvalidPair(f"{path}: {CUT}.") from error
     except Exception as error:
         said = " ".join(f"{type(error).__name__}: {error}".split())[:150]
+        if finished:
+            raise InvalidPair(
+                f"{path}: its run has finished, but ASE's reader fails on it ({said}); convert it with another "
+                "program, or leave it out."
+            ) from error
         raise InvalidPair(
             f"{path}: ASE cannot read it ({said}), so it is cut or of another format; write or copy it again."
         ) from error
 
 
-def _open(path: Path) -> IO[bytes]:
-    return gzip.open(path) if path.suffix == ".gz" else open(path, "rb")  # type: ignore[return-value]
-
-
-def _check_end(path: Path, begin: bytes, end: bytes) -> None:
-    """Raise InvalidPair unless the last line of a finished run follows the first of the last run in the file."""
-    started = ended = -1
-    start, kept = 0, b""
-    with _open(path) as file:
-        while chunk := file.read(2**20):
-            text = kept + chunk
-            started, ended = (
-                max(last, start + found if (found := text.rfind(mark)) >= 0 else -1)
-                for last, mark in ((started, begin), (ended, end))
-            )
-            kept = text[-100:]
-            start += len(text) - len(kept)
-    if ended < 0 or ended < started:
-        raise InvalidPair(f"{path}: {CUT}.")
-
-
 def _check_xyz(path: Path) -> None:
     """Raise InvalidPair where a structure has fewer lines than atoms, or ASE would stop at an empty line."""
-    lines = path.read_text().splitlines(keepends=True)
+    lines = _lines(path)
     at = structures = 0
     while at < len(lines) and lines[at].strip():
         end = at + 2 + int(lines[at])
@@ -150,7 +205,7 @@ def _check_xyz(path: Path) -> None:
 
 def _check_poscar(path: Path) -> None:
     """Raise InvalidPair where there are fewer whole lines of positions than atoms."""
-    lines = path.read_text().splitlines(keepends=True)
+    lines = _lines(path)
     words = [line.split() for line in lines]
     counts = 5 if len(words) > 5 and words[5] and words[5][0].isdigit() else 6
     if len(lines) > counts + 1:
@@ -163,6 +218,11 @@ def _check_poscar(path: Path) -> None:
     raise InvalidPair(f"{path}: it is cut: it holds fewer positions than atoms; copy it again or leave it out.")
 
 
+def _lines(path: Path) -> list[str]:
+    with opened(path) as file:
+        return file.read().decode().splitlines(keepends=True)
+
+
 def _is_cut(lines: list[str]) -> bool:
     """Whether the last line has no end, and is shorter than the line before: its last number may be half a number."""
     return not lines[-1].endswith("\n") and len(lines[-1].rstrip()) < len(lines[-2].rstrip())
@@ -170,58 +230,3 @@ def _is_cut(lines: list[str]) -> bool:
 
 WHOLE: dict[str, Callable[[Path], None]] = {"extxyz": _check_xyz, "vasp": _check_poscar}
 """Formats in which ASE does not notice every truncated file."""
-
-
-def relaxation_files(path: Path) -> list[Path]:
-    """The file itself, or the files of relaxations below a folder, one a run, in order.
-
-    Raises
-    ------
-    FileNotFoundError
-        Where there is none.
-    """
-    if path.is_dir():
-        return _found_below(path)
-    if not path.exists():
-        raise FileNotFoundError(f"There is no file or folder {path}.")
-    return [path]
-
-
-def _found_below(folder: Path) -> list[Path]:
-    ours = {path.parent for path in folder.rglob("command.json")}
-    every = (p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
-    # What ase-bptt has written there is not a reference.
-    files = sorted(
-        p for p in every if not (ours & set(p.parents)) and not p.name.endswith(".part.traj") and _is_relaxation(p)
-    )
-    if not files:
-        raise FileNotFoundError(
-            f"The folder {folder} holds no relaxation: no file that ends with {', '.join(SUFFIXES)}."
-        )
-    chosen = [file for file in files if not _doubled(file)]
-    if len(chosen) < len(files):
-        log.info(
-            "%s: left out %d files (%s), for a file of the same run beside each is preferred.",
-            folder, len(files) - len(chosen), ", ".join(sorted({f.name for f in {*files} - {*chosen}})),
-        )  # fmt: skip
-    return chosen
-
-
-def _is_relaxation(file: Path) -> bool:
-    if file.name == "CONTCAR":
-        return file.with_name("POSCAR").is_file()
-    if file.suffix == ".out":
-        return format_of(file) is not None
-    return file.name.endswith(SUFFIXES)
-
-
-def _doubled(file: Path) -> bool:
-    """Whether a preferred file of the same VASP run is beside this one."""
-    kind = next((name for name in VASP if file.name.endswith(name)), None)
-    if kind is None:
-        return False
-    better = [file.with_name(file.name.removesuffix(kind) + name) for name in VASP[: VASP.index(kind)]]
-    twin = next((other for other in better if other.is_file()), None)
-    if twin is not None:
-        log.debug("%s: left out, for %s is the same run.", file, twin)
-    return twin is not None

@@ -9,21 +9,26 @@ from itertools import combinations
 
 import numpy as np
 from ase import Atoms
+from ase.geometry import find_mic
 
 from ..constraints import KNOWN, unknown
 from ..neighbors.lattice import check_lattices
 from ..potential import Potential
 from ..structures import Structures
 from . import InvalidPair, RelaxationPair, check_distances
-from .structure_matching import composition, find_duplicates, first_connected
+from .structure_matching import Equals, composition, find_duplicates, first_connected
 
 log = logging.getLogger(__name__)
+MANY = 10
+"""So many pairs are named and compared in one warning."""
 FEW = 5
 """A validation or test set of fewer structures than this is warned of."""
 
 
 def with_groups(pairs: Sequence[RelaxationPair]) -> list[RelaxationPair]:
     """Assign pairs without a group to one: that of the same composition and final structure, by `same_structure`.
+
+    Pairs that begin in one structure are of one group as well; where they end in several, a warning says so.
 
     >>> from ase.build import bulk
     >>> from ase_bptt import RelaxationPair
@@ -32,7 +37,11 @@ def with_groups(pairs: Sequence[RelaxationPair]) -> list[RelaxationPair]:
     >>> [pair.group for pair in with_groups(pairs)]
     ['Cu 0', 'Au 0', 'Cu 0', 'Au 0']
     """
-    together = find_duplicates([composition(pair.relaxed) for pair in pairs], lambda k: pairs[k].relaxed)
+    ends = find_duplicates([composition(pair.relaxed) for pair in pairs], lambda k: pairs[k].relaxed)
+    seen = Equals()
+    starts = [seen.add(pair.initial) for pair in pairs]
+    warn_of_equal_starts([pair.id for pair in pairs], starts, ends, lambda k: pairs[k].relaxed)
+    together = joined(starts, ends)
     names: dict[int, str] = {}
     for pair, first in zip(pairs, together, strict=True):
         names[first] = names.get(first) or pair.group
@@ -40,6 +49,36 @@ def with_groups(pairs: Sequence[RelaxationPair]) -> list[RelaxationPair]:
         dataclasses.replace(p, group=p.group or names[first] or pairs[first].id)
         for p, first in zip(pairs, together, strict=True)
     ]
+
+
+def joined(starts: Sequence[int], ends: Sequence[int]) -> list[int]:
+    """For each pair the first that begins or ends in the same structure, directly or by way of others."""
+    return first_connected(len(starts), [*enumerate(starts), *enumerate(ends)])
+
+
+def warn_of_equal_starts(
+    ids: Sequence[str], starts: Sequence[int], ends: Sequence[int], relaxed: Callable[[int], Atoms]
+) -> None:
+    """Warn of pairs that begin in one structure and end in several, as of several charges do."""
+    members: dict[int, list[int]] = {}
+    for k, start in enumerate(starts):
+        members.setdefault(start, []).append(k)
+    for same in members.values():
+        if len({ends[k] for k in same}) < 2:
+            continue
+        found = [relaxed(k) for k in same[:MANY]]
+        farthest = max(_distance(a, b) for a, b in combinations(found, 2))
+        log.warning(
+            "%s begin in one structure and end up to %.2f Å apart: where their charges, spins or settings of DFT "
+            "differ, which a potential does not know, no weights can satisfy all; keep those of one kind.",
+            ", ".join(ids[k] for k in same[:MANY]) + ", ..." * (len(same) > MANY), farthest,
+        )  # fmt: skip
+
+
+def _distance(a: Atoms, b: Atoms) -> float:
+    """The largest distance in Å between the places of an atom, beyond the drift."""
+    moves = find_mic(b.positions - a.positions, a.cell, a.pbc)[0]
+    return float(np.linalg.norm(moves - moves.mean(axis=0), axis=1).max())
 
 
 def classes(n: int, related: Callable[[int, int], bool]) -> list[int]:

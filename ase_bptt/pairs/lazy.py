@@ -9,6 +9,7 @@ import os
 import sys
 from array import array
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ from ase import Atoms
 from .. import __version__
 from ..utils import replacing
 from . import InvalidPair, RelaxationPair, unwrapped
-from .sources import File, Rows, Source, loaded
+from .databases import Member, Rows
+from .folders import Survey
+from .formats import VaspFile
+from .sources import File, Legs, Source, loaded
 
 log = logging.getLogger(__name__)
 RECENT = 64
@@ -27,7 +31,7 @@ DESCRIPTORS = 4000
 """Final structures of one composition whose full descriptors are kept, for `find_duplicates`."""
 WIDTH = 32
 """Bytes of a pair's hash."""
-FORMAT = 1
+FORMAT = 2
 
 
 class PairTable:
@@ -57,7 +61,8 @@ class PairTable:
 
     def add(self, source: Source, id: str, group: str, n_atoms: int, kind: str, digest: bytes) -> None:
         """Add a row."""
-        self.sources.append(source)
+        # What is read on access is not kept.
+        self.sources.append(Member(source.path, source.label) if isinstance(source, Member) else source)
         self.ids.append(id)
         # Many pairs share them.
         self.groups.append(sys.intern(group))
@@ -188,46 +193,47 @@ class Index:
     root : Path
     files : sequence of Path
         The files of relaxations; the index is out of date where the size or the time of change of one differs.
-    group : str or None
-        As for `read_pairs`; each has an index of its own.
+    choices : tuple
+        The group and the largest force, as for `read_pairs`; each choice has an index of its own.
     folder : path or None
         Where indexes are kept.
     """
 
-    def __init__(self, root: Path, files: Sequence[Path], group: str | None, folder: str | Path | None):
+    def __init__(self, root: Path, files: Sequence[Path], choices: tuple[Any, ...], folder: str | Path | None):
         self.root = root
         self._base = root if root.is_dir() else root.parent
-        key = hashlib.sha256(json.dumps([str(root.resolve()), group]).encode()).hexdigest()[:16]
+        key = hashlib.sha256(json.dumps([str(root.resolve()), *choices]).encode()).hexdigest()[:16]
         self.path = (Path(folder) if folder else _cache()) / f"pairs-{key}.jsonl"
         self._stamp = self._stamped(files)
 
-    def read(self) -> tuple[PairTable, list[str]] | None:
-        """The table, and what was wrong with the pairs left out; None where the index is missing or out of date."""
+    def read(self) -> tuple[PairTable, Survey] | None:
+        """The table, and what else was found; None where the index is missing or out of date."""
         try:
             with self.path.open() as file:
                 head = json.loads(next(file))
                 if head["stamp"] != self._stamp:
                     log.info("%s: something has changed there, so all pairs are read and checked again.", self.root)
                     return None
-                n, problems, table = head["n"], head["problems"], PairTable(self.root)
+                survey, table = Survey(self.root, **head["survey"]), PairTable(self.root)
                 for line in file:
                     place, id, group, size, kind, digest = json.loads(line)
                     table.add(self._source(place, id), id, group, size, kind, bytes.fromhex(digest))
         except (OSError, ValueError, LookupError, TypeError, StopIteration):
             return None
-        return (table, problems) if len(table.sources) == n else None
+        return (table, survey) if len(table.sources) == survey.used else None
 
-    def write(self, table: PairTable, problems: Sequence[str]) -> None:
+    def write(self, table: PairTable, survey: Survey) -> None:
         """Write the index; where the folder is not writable, warn that the next start will read all pairs again."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(self.path) as path, path.open("w") as file:
-                file.writelines(f"{json.dumps(line)}\n" for line in self._lines(table, problems))
+                file.writelines(f"{json.dumps(line)}\n" for line in self._lines(table, survey))
         except OSError as error:
             log.warning("No index of %s is kept, and the next start will read all pairs again: %s", self.root, error)
 
-    def _lines(self, table: PairTable, problems: Sequence[str]) -> Iterator[Any]:
-        yield {"stamp": self._stamp, "problems": list(problems), "n": len(table.sources)}
+    def _lines(self, table: PairTable, survey: Survey) -> Iterator[Any]:
+        found = {name: value for name, value in asdict(survey).items() if name != "where"}
+        yield {"stamp": self._stamp, "survey": found}
         for k, source in enumerate(table.sources):
             known = table.ids[k], table.groups[k], table.sizes[k], table.kinds[k]
             yield [self._place(source), *known, table.digest(k).hex()]
@@ -236,13 +242,21 @@ class Index:
         """The source as JSON; its path is relative to the one given, which may be written differently next time."""
         if isinstance(source, Rows):
             return [os.path.relpath(source.path, self._base), source.first, source.last, source.label, source.named]
+        if isinstance(source, Member):
+            return [os.path.relpath(source.path, self._base), source.label]
+        if isinstance(source, Legs):
+            return [[os.path.relpath(name, self._base) for name in source.names]]
         return [os.path.relpath(source.name, self._base)]
 
     def _source(self, place: list[Any], id: str) -> Source:
         path, *rows = place
+        if isinstance(path, list):
+            return Legs(tuple(str(self._base / name) for name in path))
         path = str(self._base / path)
         if not rows:
             return File(path)
+        if len(rows) == 1:
+            return Member(path, rows[0])
         first, last, label, named = rows
         return Rows(sys.intern(path), first, last, id if label == id else label, named)
 
@@ -250,12 +264,19 @@ class Index:
         """A hash of all that the index depends on."""
         digest = hashlib.sha256(json.dumps([FORMAT, __version__, ase.__version__]).encode())
         for file in files:
-            ends = [file.with_name(name) for name in ("POSCAR", "CONTCAR")]
-            for path in ends if file in ends else [file]:
+            for path in _and_beside(file):
                 # A missing file is reported where it is read.
                 found = (path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else ()
                 digest.update(json.dumps([os.path.relpath(path, self._base), *found]).encode())
         return digest.hexdigest()
+
+
+def _and_beside(file: Path) -> list[Path]:
+    """A file and those beside it from which its relaxation is read, too."""
+    vasp = VaspFile.named(file)
+    kinds = () if vasp is None or vasp.kind == "vasprun" else ("POSCAR", "CONTCAR", "INCAR")
+    found = [vasp.other(kind, tag) for kind in kinds for tag in dict.fromkeys((vasp.tag, ""))] if vasp else []
+    return list(dict.fromkeys([file, *filter(None, found)]))
 
 
 def _cache() -> Path:

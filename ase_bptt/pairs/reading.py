@@ -8,12 +8,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from . import InvalidPair, RelaxationPair, check_pair, unwrapped, warn_of_moves
-from .formats import relaxation_files
-from .groups import with_groups
+from . import MAX_REFERENCE_FORCE, InvalidPair, RelaxationPair, check_converged, check_pair, unwrapped, warn_of_moves
+from .folders import Survey, relaxation_files
+from .groups import joined, warn_of_equal_starts, with_groups
 from .lazy import DESCRIPTORS, Index, PairTable, lazy_pairs
-from .sources import Source, loaded, short, sources_in, two_files
-from .structure_matching import composition, find_duplicates
+from .sources import File, Legs, Source, loaded, short, sources_in, two_files
+from .structure_matching import Equals, composition, find_duplicates
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +26,7 @@ def read_pairs(
     group: str | None = None,
     lazy: bool = False,
     index: str | Path | None = None,
+    max_reference_force: float | None = MAX_REFERENCE_FORCE,
 ) -> list[RelaxationPair]:
     """Read reference relaxations.
 
@@ -50,6 +51,9 @@ def read_pairs(
     index : path, optional
         With `lazy`, the folder in which an index of all pairs is kept, so that the next start reads no structure;
         ``ase_bptt`` in the user's cache folder by default. It is rebuilt where a file has changed.
+    max_reference_force : float or None
+        eV/Å: relaxed structures with a larger force left, as where the steps ran out, are no references: a folder's are
+        passed by with a count. Forces along constraints do not count. None takes all.
 
     Returns
     -------
@@ -74,24 +78,29 @@ def read_pairs(
     """
     root = Path(initial)
     if lazy:
-        return lazy_pairs(_table(root, relaxed, skip_invalid, group, index))
+        return lazy_pairs(_table(root, relaxed, skip_invalid, group, index, max_reference_force))
     if relaxed is None:
         sources: Iterable[Source] = sources_in(relaxation_files(root))
     else:
         sources, root = two_files(root, Path(relaxed)), Path(relaxed)
-    problems: list[str] = []
+    survey = Survey(initial)
     pairs, names = [], []
-    for source, pair in _checked(sources, root, group, problems, skip_invalid):
+    for source, pair in _checked(sources, root, group, survey, skip_invalid, max_reference_force):
         pairs.append(pair)
         names.append(short(source.name, root))
-    _report(problems, len(pairs), initial)
+    survey.report()
     ids = _distinct([p.id for p in pairs], names)
     named = [p if p.id == id else dataclasses.replace(p, id=id) for p, id in zip(pairs, ids, strict=True)]
     return named if group else with_groups(named)
 
 
 def _table(
-    root: Path, relaxed: str | Path | None, skip_invalid: bool, group: str | None, folder: str | Path | None
+    root: Path,
+    relaxed: str | Path | None,
+    skip_invalid: bool,
+    group: str | None,
+    folder: str | Path | None,
+    max_reference_force: float | None,
 ) -> PairTable:
     """The table of all pairs: from the index, or else from reading all of them once."""
     if relaxed is not None or root.suffix == ".json":
@@ -100,63 +109,90 @@ def _table(
             "(.db, as 'ase db all.json --insert-into all.db' makes it), or do not ask for lazy reading."
         )
     files = relaxation_files(root)
-    index = Index(root, files, group, folder)
+    index = Index(root, files, (group, max_reference_force), folder)
     found = index.read()
     if found is None:
-        problems: list[str] = []
+        survey = Survey(root)
         table = PairTable(root)
         names, compositions = [], []
-        for source, pair in _checked(sources_in(files), root, group, problems, skip_invalid):
+        seen, starts = Equals(), []
+        for source, pair in _checked(sources_in(files), root, group, survey, skip_invalid, max_reference_force):
             table.add(source, pair.id, pair.group, pair.n_atoms, pair.kind, pair.digest())
             names.append(short(source.name, root))
             compositions.append(composition(pair.relaxed))
-        _report(problems, len(names), root)
+            starts.append(seen.add(pair.initial))
+        survey.report()
         table.ids = _distinct(table.ids, names)
         if not group:
-            first = find_duplicates(compositions, lambda k: table.read(k).relaxed, keep=DESCRIPTORS)
-            table.groups = [table.ids[k] for k in first]
-        index.write(table, problems)
+            ends = find_duplicates(compositions, lambda k: table.read(k).relaxed, keep=DESCRIPTORS)
+            warn_of_equal_starts(table.ids, starts, ends, lambda k: table.read(k).relaxed)
+            table.groups = [table.ids[k] for k in joined(starts, ends)]
+        index.write(table, survey)
         return table
-    table, problems = found
-    if problems and not skip_invalid:
-        raise InvalidPair(problems[0])
-    for problem in problems:
+    table, survey = found
+    if survey.problems and not skip_invalid:
+        raise InvalidPair(survey.problems[0])
+    for problem in survey.problems:
         log.warning("Left out: %s", problem)
-    _report(problems, len(table.ids), root)
+    survey.report()
     return table
 
 
 def _checked(
-    sources: Iterable[Source], root: Path, group: str | None, problems: list[str], skip_invalid: bool
+    sources: Iterable[Source],
+    root: Path,
+    group: str | None,
+    survey: Survey,
+    skip_invalid: bool,
+    max_force: float | None,
 ) -> Iterator[tuple[Source, RelaxationPair]]:
-    """Each pair that can be used, with its source; what is wrong with the others is added to the problems."""
+    """Each pair that can be used, with its source; the survey counts them, and what cannot be used.
+
+    A file that holds the same relaxation as one before it is a copy, and does not count.
+    """
+    seen, names = Equals(), list[str]()
     for source in sources:
         try:
-            pair = _pair(source, root, group)
+            pair = _pair(source, root, group, max_force)
         except InvalidPair as problem:
+            if survey.passes_by(problem, source.name):
+                continue
             if not skip_invalid:
                 raise
-            problems.append(str(problem))
-            log.warning("Left out: %s", problem)
+            survey.leave_out(problem)
             continue
+        if isinstance(source, File | Legs):
+            energy = getattr(pair.relaxed.calc, "results", {}).get("energy", 0.0)
+            names.append(source.name)
+            first = names[seen.add(pair.initial, pair.relaxed, number=energy)]
+            if first != source.name:
+                survey.note_copy(source.name, first)
+                continue
+        survey.used += 1
         yield source, pair
 
 
-def _report(problems: Sequence[str], good: int, where: str | Path) -> None:
-    if not good:
-        raise InvalidPair(f"None of the {len(problems)} pairs in {where} can be used; the last: {problems[-1]}")
-    if problems:
-        log.warning("Left out %d of %d.", len(problems), len(problems) + good)
+PASSING = {"role", "stage", "status", "comment", "time", "timestamp", "date"}
+"""Keys of info that may change along a relaxation."""
 
 
-def _pair(source: Source, root: Path, group: str | None) -> RelaxationPair:
+def _check_one(pair: RelaxationPair, name: str) -> None:
+    """Raise InvalidPair where the info of the first and the last frame is of two structures."""
+    if not pair.frames:
+        return
+    begin, end = pair.initial.info, pair.relaxed.info
+    for key in sorted((begin.keys() & end.keys()) - PASSING):
+        if isinstance(begin[key], str) and isinstance(end[key], str) and begin[key] != end[key]:
+            raise InvalidPair(
+                f"{name}: {key} of its first frame is {begin[key]} and of its last {end[key]}, so it is not one "
+                "relaxation; give two files, or each frame a pair_id and a role (initial or relaxed)."
+            )
+
+
+def _pair(source: Source, root: Path, group: str | None, max_force: float | None) -> RelaxationPair:
     found = loaded(source, root)
-    begin, end = (atoms.info.get("id") for atoms in (found.initial, found.relaxed))
-    if found.frames and None not in (begin, end) and begin != end:
-        log.warning(
-            "%s: its first frame is %s and its last %s; is it one relaxation? Of many structures, give two files.",
-            source.name, begin, end,
-        )  # fmt: skip
+    _check_one(found, source.name)
+    check_converged(found.relaxed, source.name, max_force)
     check_pair(found.initial, found.relaxed, source.name)
     relaxed = unwrapped(found.initial, found.relaxed)
     warn_of_moves(found.initial, relaxed, source.name)

@@ -1,27 +1,30 @@
-"""Where relaxations are read from: single files, two files in the same order, and databases of ase.db."""
+"""Where relaxations are read from: files of one, legs of one, files of many, two files in the same order, databases."""
 
 from __future__ import annotations
 
 import logging
 import os
-import sqlite3
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
-import ase.db
+import numpy as np
 from ase import Atoms
-from ase.db.row import AtomsRow
+from ase.geometry import find_mic
 
 from . import InvalidPair, RelaxationPair
-from .formats import VASP, check_content, read_frames, readable
+from .calculations import CUT, check_kind, check_length, opened, run_of_incar
+from .databases import Member, label_of, relaxations_in
+from .formats import VaspFile, examined, format_of, read_frames
 
 log = logging.getLogger(__name__)
-PAGE = 1000
-"""Rows of a database that are read at once."""
+VASP_NAME = re.compile(rf"{re.escape(os.sep)}(vasprun\.xml|OUTCAR|CONTCAR)(\.relax\d+)?(\.gz|\.bz2|\.xz)?$")
+"""What a folder's name says as well."""
+CONTINUED = 0.01
+"""Å: a leg begins where the one before it ended, up to the rounding of the files."""
 
 
 class Source(Protocol):
@@ -68,9 +71,66 @@ class File:
 
     def load(self) -> tuple[Atoms, Atoms, Sequence[Atoms]]:
         path = Path(self.name)
-        if path.name == "CONTCAR":
-            return read_frames(path.with_name("POSCAR"))[0], read_frames(path)[0], ()
-        return _ends(path)
+        vasp = VaspFile.named(path)
+        if vasp is None or vasp.kind != "CONTCAR":
+            return _ends(path)
+        if settings := vasp.other("INCAR"):
+            check_kind(path, [run_of_incar(settings)])
+        return read_frames(vasp.other("POSCAR") or path.with_name("POSCAR"))[0], read_frames(path)[0], ()
+
+
+@dataclass(frozen=True)
+class Legs:
+    """A relaxation that was continued from file to file: it begins as the first does and ends as the last does."""
+
+    names: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return self.names[-1]
+
+    def load(self) -> tuple[Atoms, Atoms, Sequence[Atoms]]:
+        legs = [File(name).load() for name in self.names]
+        return legs[0][0], legs[-1][1], LegFrames([leg[2] for leg in legs])
+
+
+class LegFrames(Sequence[Atoms]):
+    """The frames of all legs, in order, read on each access."""
+
+    def __init__(self, legs: Sequence[Sequence[Atoms]]):
+        self._legs = legs
+
+    def __len__(self) -> int:
+        return sum(map(len, self._legs))
+
+    def __getitem__(self, k: Any) -> Any:
+        return list(self)[k]
+
+    def __iter__(self) -> Iterator[Atoms]:
+        return chain.from_iterable(self._legs)
+
+
+def _has_roles(path: Path) -> bool:
+    """Whether frames of a file may have roles; most files are not read for it."""
+    if not path.is_file() or format_of(path) not in ("extxyz", "traj"):
+        return False
+    with opened(path) as file:
+        return b"role" in file.read()
+
+
+def _members(path: Path) -> Iterator[Source]:
+    try:
+        frames = read_frames(path)
+    except InvalidPair as problem:
+        yield Unusable(str(path), problem)
+        return
+    labels = [label_of(frame) for frame in frames]
+    if None in labels or (len(set(labels)) == 1 and len(frames) == 2):
+        yield File(str(path))
+        return
+    for label in dict.fromkeys(labels):
+        yield Member(str(path), str(label), frames)
 
 
 @dataclass(frozen=True)
@@ -98,11 +158,47 @@ class Unusable:
 
 def sources_in(files: Iterable[Path]) -> Iterator[Source]:
     """Each relaxation in these files."""
+    places: dict[object, list[Path]] = {}
     for path in files:
-        if path.suffix in (".db", ".json"):
-            yield from _of_database(path)
-        else:
-            yield File(str(path.with_name("CONTCAR") if path.name == "POSCAR" else path))
+        vasp = VaspFile.named(path)
+        # Runs of one place differ in what follows VASP's name, and may be legs of one relaxation.
+        places.setdefault(path if vasp is None else vasp.run[:2], []).append(path)
+    for paths in places.values():
+        if len(paths) > 1:
+            yield from _continued(paths)
+            continue
+        for path in paths:
+            vasp = VaspFile.named(path)
+            if path.suffix in (".db", ".json"):
+                yield from _of_database(path)
+            elif _has_roles(path):
+                yield from _members(path)
+            elif vasp is not None and vasp.kind == "POSCAR":
+                yield File(str(vasp.other("CONTCAR") or path.with_name("CONTCAR")))
+            else:
+                yield File(str(path))
+
+
+def _continued(paths: Sequence[Path]) -> Iterator[Source]:
+    """The relaxations of one place, where those that begin as another ends continue it."""
+    ends: dict[str, tuple[Atoms, Atoms]] = {}
+    for path in paths:
+        try:
+            ends[str(path)] = File(str(path)).load()[:2]
+        except InvalidPair as problem:
+            yield Unusable(str(path), problem)
+    following: dict[str, str] = {}
+    for one, (_, end) in ends.items():
+        others = (
+            n for n, (start, _) in ends.items() if n != one and n not in following.values() and continues(end, start)
+        )
+        if (other := next(others, None)) is not None:
+            following[one] = other
+    for first in [name for name in ends if name not in following.values()] or list(ends)[:1]:
+        names = [first]
+        while (other := following.get(names[-1])) and other not in names:
+            names.append(other)
+        yield Legs(tuple(names)) if len(names) > 1 else File(first)
 
 
 def two_files(initial: Path, relaxed: Path) -> list[InMemory]:
@@ -129,8 +225,7 @@ def loaded(source: Source, root: Path) -> RelaxationPair:
 def short(name: str, root: Path) -> str:
     """A name that does not depend on how the path to the data was written, nor on what VASP calls its files."""
     short = name.replace(f"{root if root.is_dir() else root.parent}{os.sep}", "", 1)
-    kind = next((f"{os.sep}{kind}" for kind in VASP if short.endswith(f"{os.sep}{kind}")), "")
-    return short.removesuffix(kind)
+    return VASP_NAME.sub("", short)
 
 
 def _of_database(path: Path) -> Iterator[Source]:
@@ -142,11 +237,19 @@ def _of_database(path: Path) -> Iterator[Source]:
 
 
 def _ends(path: Path) -> tuple[Atoms, Atoms, Frames]:
-    frames = read_frames(path)
+    runs = examined(path)
+    check_kind(path, runs)
+    frames = read_frames(path, runs)
     if "relaxation_frames" in frames[-1].info:
         raise InvalidPair(
             f"{path}: ase-bptt relax wrote it, a structure after the other; a reference is the file of one relaxation."
         )
+    check_length(path, runs, len(frames))
+    if any(run.selective for run in runs):
+        _hold(frames, path)
+    # pw.x says JOB DONE even where its last electronic steps did not converge.
+    if format_of(path) == "espresso-out" and "forces" not in getattr(frames[-1].calc, "results", {}):
+        raise InvalidPair(f"{path}: its last step has no forces, so {CUT}.")
     if len(frames) < 2:
         raise InvalidPair(
             f"{path}: it holds {len(frames)} structure; a relaxation needs its first and its last frame, "
@@ -155,136 +258,31 @@ def _ends(path: Path) -> tuple[Atoms, Atoms, Frames]:
     return frames[0], frames[-1], Frames(path, len(frames))
 
 
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """One relaxation: two rows of a database.
-
-    Attributes
-    ----------
-    path : str
-    first, last : int
-        Ids of the rows of the initial and of the relaxed structure.
-    label : str
-    named : bool
-        Whether the user gave the label.
-    in_memory : mapping of int to AtomsRow, optional
-        Rows that are in memory already, by id; without it they are read each time.
-    """
-
-    path: str
-    first: int
-    last: int
-    label: str
-    named: bool
-    in_memory: Mapping[int, AtomsRow] | None = None
-
-    @property
-    def name(self) -> str:
-        """For messages."""
-        return f"{self.label} of {self.path}"
-
-    def load(self) -> tuple[Atoms, Atoms, tuple[Atoms, ...]]:
-        """The initial and the relaxed structure; a database has no frames in between."""
-        rows = self.in_memory or _two(Path(self.path), self.first, self.last)
-        last = rows[self.last].toatoms()
-        last.info.update(rows[self.last].key_value_pairs, id=self.label if self.named else self.name)
-        return rows[self.first].toatoms(), last, ()
-
-
-def relaxations_in(path: Path) -> Iterator[Rows | InvalidPair]:
-    """Each relaxation of a database, or what is wrong with it.
-
-    The rows of a .db are read in pages, and only the id and the keys of each are kept; a JSON database is read whole.
+def _hold(frames: Sequence[Atoms], path: Path) -> None:
+    """Give frames the constraints of the POSCAR or CONTCAR beside an OUTCAR, which holds none.
 
     Raises
     ------
     InvalidPair
-        Where the whole database cannot be used.
+        Where there is none of these atoms.
     """
-    in_memory = None if path.suffix == ".db" else {row.id: row for row in _all(path)}
-    rows = (lambda: _marks(path)) if in_memory is None else in_memory.values
-    for label, named, begin, end in _matched(rows, path):
-        if len(begin) == len(end) == 1:
-            yield Rows(str(path), begin[0], end[0], label, named, in_memory)
-        else:
-            yield InvalidPair(
-                f"{label} of {path}: {len(begin)} rows have relaxed=False and {len(end)} relaxed=True; a relaxation "
-                "needs one of each."
-            )
-
-
-RowIds = tuple[list[int], list[int]]
-"""Ids of the rows with relaxed=False, and of those with True."""
-
-
-def _matched(rows: Callable[[], Iterable[AtomsRow]], path: Path) -> Iterator[tuple[str, bool, list[int], list[int]]]:
-    """The rows of each relaxation, with a label and whether the user gave it.
-
-    Rows of one relaxation share their key ``pair`` or ``name``, or else all other keys, or else their formula.
-    """
-    total, having = 0, Counter[str]()
-    for row in rows():
-        total += 1
-        if "relaxed" in row.key_value_pairs:
-            having.update(row.key_value_pairs.keys() & {"relaxed", "pair", "name"})
-    marked = having["relaxed"]
-    if not marked:
-        raise InvalidPair(
-            f"{path}: none of its {total} rows has the key relaxed; mark each row with relaxed=False or True."
-        )
-    if marked < total:
-        log.info("%s: left out %d rows, which have no key relaxed.", path, total - marked)
-    given = next((key for key in ("pair", "name") if having[key] == marked), None)
-    if given is not None:
-        for value, (begin, end) in _by_key(rows(), lambda row: row.key_value_pairs[given]).items():
-            yield str(value), True, begin, end
-        return
-    for key in (_other_keys, lambda row: row.formula):
-        classes = _by_key(rows(), key).values()
-        if all(len(begin) == len(end) == 1 for begin, end in classes):
-            for begin, end in classes:
-                yield f"row {max(*begin, *end)}", False, begin, end
+    vasp = VaspFile.named(path)
+    beside = [] if vasp is None else [vasp.other(kind, tag) for tag in (None, "") for kind in ("POSCAR", "CONTCAR")]
+    for file in filter(None, beside):
+        (atoms,) = read_frames(file)
+        if np.array_equal(atoms.numbers, frames[0].numbers):
+            for frame in frames:
+                frame.set_constraint(atoms.constraints)
             return
     raise InvalidPair(
-        f"{path}: which of its rows belong together is not clear; give the two rows of each relaxation "
-        "a key pair with the same value."
+        f"{path}: it was run with selective dynamics, which OUTCAR does not hold; put its POSCAR or CONTCAR beside it."
     )
 
 
-def _by_key(rows: Iterable[AtomsRow], key: Callable[[AtomsRow], object]) -> dict[object, RowIds]:
-    found: dict[object, RowIds] = {}
-    for row in rows:
-        if "relaxed" in row.key_value_pairs:
-            found.setdefault(key(row), ([], []))[bool(row.key_value_pairs["relaxed"])].append(row.id)
-    return found
-
-
-def _other_keys(row: AtomsRow) -> frozenset[tuple[str, object]]:
-    return frozenset(item for item in row.key_value_pairs.items() if item[0] != "relaxed")
-
-
-def _marks(path: Path) -> Iterator[AtomsRow]:
-    """All rows in order, with their keys and elements but without positions and results."""
-    check_content(path)
-    uri = f"{path.absolute().as_uri()}?mode=ro"
-    # ase.db would write its tables into a database of another program.
-    with readable(path), closing(sqlite3.connect(uri, uri=True)) as connection:
-        (largest,) = connection.execute("SELECT max(id) FROM systems").fetchone()
-    columns = ["id", "numbers", "key_value_pairs"]
-    for first in range(1, (largest or 0) + 1, PAGE):
-        with readable(path), ase.db.connect(path, use_lock_file=False) as database:
-            found = list(database.select(f"id>={first},id<{first + PAGE}", columns=columns, include_data=False))
-        yield from sorted(found, key=lambda row: row.id)
-
-
-def _two(path: Path, first: int, last: int) -> dict[int, AtomsRow]:
-    check_content(path)
-    # Opened for each: a connection that is kept would be lost or shared in a process that is forked.
-    with readable(path), ase.db.connect(path, use_lock_file=False) as database:
-        return {id: database.get(id=id, include_data=False) for id in (first, last)}
-
-
-def _all(path: Path) -> list[AtomsRow]:
-    check_content(path)
-    with readable(path):
-        return list(ase.db.connect(path, use_lock_file=False).select())
+def continues(end: Atoms, start: Atoms) -> bool:
+    """Whether a relaxation that begins with one structure goes on where another has ended."""
+    if not np.array_equal(end.numbers, start.numbers) or not np.array_equal(end.pbc, start.pbc):
+        return False
+    if np.abs(end.cell.array - start.cell.array).max() > CONTINUED:
+        return False
+    return bool((find_mic(end.positions - start.positions, end.cell, end.pbc)[1] < CONTINUED).all())

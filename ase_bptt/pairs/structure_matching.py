@@ -1,4 +1,4 @@
-"""Which structures are duplicates, up to rigid motions, symmetry and the order of their atoms."""
+"""Which structures are duplicates, up to rigid motions, symmetry, the order of their atoms and the choice of cell."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from ase import Atoms
-from ase.geometry import find_mic
+from ase.geometry import find_mic, minkowski_reduce
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
@@ -20,10 +20,48 @@ TOLERANCE = 0.05
 LARGEST = 4
 """Tolerances by which no single distance may differ. The noise that relaxations leave (0.02 Å in each direction)
 reaches three of them among hundreds of atoms; one atom half an Å away exceeds six."""
+EQUAL = 1e-4
+"""Difference of projections (of order 1) below which structures are equal: about 0.002 Å of one atom of a hundred."""
 NEIGHBORS = 12
 """Nearest neighbours of each element, whose distances are compared atom by atom."""
+SHORTEST_VECTORS = 13
+"""Lattice vectors whose lengths are compared, of a vector and its opposite one: as many as surround a cell."""
 SHORTEST = 30
 """Distances per atom that are compared as one sorted list: more would fill the memory in large cells."""
+
+
+class Equals:
+    """Finds structures, or tuples of them, that were given before: the same atoms in the same order at the same places.
+
+    Positions may be wrapped, and rounded to five digits as in an OUTCAR. A smooth function of all positions is
+    compared, a few hundred bytes a structure, so that none of them is kept.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[bytes, int], list[tuple[int, np.ndarray]]] = {}
+        self._n = 0
+
+    def add(self, *structures: Atoms, number: float = 0.0) -> int:
+        """The place in order of the first that is equal, and has the same number, or that of this one where none is."""
+        atoms = hashlib.sha256(b"".join(a.numbers.tobytes() for a in structures)).digest()
+        vector = np.concatenate([[number], *(_projection(a) for a in structures)])
+        place, self._n = self._n, self._n + 1
+        cell = int(np.floor(vector[1] / EQUAL))
+        for k in (cell - 1, cell, cell + 1):
+            for first, other in self._found.get((atoms, k), ()):
+                if np.abs(other - vector).max() < EQUAL:
+                    return first
+        self._found.setdefault((atoms, cell), []).append((place, vector))
+        return place
+
+
+def _projection(atoms: Atoms) -> np.ndarray:
+    """Sums over all atoms of random weights times the phases of their fractions, and the cell: smooth and periodic."""
+    lattice = periodic_cell(atoms.cell.array, atoms.pbc)
+    fractions = atoms.positions @ np.linalg.inv(lattice) / np.where(atoms.pbc, 1.0, 100.0)
+    weights = np.random.default_rng(len(atoms)).normal(size=(6, *fractions.shape))
+    sums = np.tensordot(weights, np.exp(2j * np.pi * fractions), axes=2) / np.sqrt(len(atoms))
+    return np.concatenate([sums.real, sums.imag, (lattice * atoms.pbc[:, None]).ravel()])
 
 
 def composition(atoms: Atoms) -> bytes:
@@ -53,12 +91,12 @@ def find_duplicates(
 
 
 def same_structure(a: Atoms, b: Atoms, tolerance: float = TOLERANCE) -> bool:
-    """Whether two structures are the same up to rigid motions, symmetry and the order of their atoms.
+    """Whether two structures are the same up to rigid motions, symmetry, the order of atoms and the choice of the cell.
 
-    Compares the sorted distances (nearest images) between each two elements: their root mean square difference must
-    stay below the tolerance, in Å, and the largest below four times that. Moreover, each atom must have a counterpart
-    whose nearest neighbours are as far away, within four times the tolerance, so that one displaced atom counts in a
-    large cell, too.
+    Compares the lengths of the shortest lattice vectors, and the sorted distances (nearest images) between each two
+    elements: their root mean square difference must stay below the tolerance, in Å, and the largest below four times
+    that. Moreover, each atom must have a counterpart whose nearest neighbours are as far away, within four times the
+    tolerance, so that one displaced atom counts in a large cell, too.
 
     >>> from ase.build import bulk
     >>> from ase_bptt.pairs.structure_matching import same_structure
@@ -89,7 +127,7 @@ def _matches(
     for k in members:
         atoms = structure(k)
         descriptor = _descriptor(atoms)
-        cells.append(atoms.cell.cellpar())
+        cells.append(_lattice(atoms))
         few.append(descriptor.distances[:: max(1, len(descriptor.distances) // 100)].copy())
         if keep is None or len(kept) < keep:
             kept.append(descriptor)
@@ -104,10 +142,10 @@ def _matches(
 def _close(
     cells: np.ndarray, few: np.ndarray, descriptor_of: Callable[[int], _Descriptor], tolerance: float
 ) -> Iterator[tuple[int, int]]:
-    """Matches by cell, a few distances and, where these agree, the full descriptors; one for each two components."""
+    """Matches by lattice, a few distances and, where these agree, the full descriptors; one for each two components."""
     label = np.arange(len(cells))
     for b in range(1, len(cells)):
-        near = np.flatnonzero(np.isclose(cells[:b], cells[b], atol=0.05).all(axis=1))
+        near = np.flatnonzero((np.abs(cells[:b] - cells[b]) < tolerance).all(axis=1))
         # A few distances distinguish most structures.
         near = near[(np.abs(few[near] - few[b]) < LARGEST * tolerance).all(axis=1)]
         if not len(near):
@@ -159,6 +197,23 @@ def _descriptor(atoms: Atoms) -> _Descriptor:
                 every.append(np.sort(between, axis=None)[: SHORTEST * len(atoms)])
         environments.append(np.concatenate(around, axis=1).astype(np.float32))
     return _Descriptor(np.concatenate(every).astype(np.float32), environments)
+
+
+def _lattice(atoms: Atoms) -> np.ndarray:
+    """Lengths in Å of the shortest lattice vectors, which do not depend on the vectors that the cell is given by.
+
+    Seven of them, shortest of their classes modulo two, determine a lattice (Conway and Sloane, Proc. R. Soc. Lond. A
+    436, 55 (1992)). Vectors that are not periodic do not count.
+    """
+    lengths = np.zeros(SHORTEST_VECTORS)
+    if not atoms.pbc.any():
+        return lengths
+    reduced, _ = minkowski_reduce(periodic_cell(atoms.cell.array, atoms.pbc), atoms.pbc)
+    steps = [np.arange(-2, 3) if periodic else np.zeros(1) for periodic in atoms.pbc]
+    vectors = np.stack(np.meshgrid(*steps), axis=-1).reshape(-1, 3) @ reduced
+    shortest = np.sort(np.linalg.norm(vectors, axis=1))[1 : 2 * SHORTEST_VECTORS : 2]
+    lengths[: len(shortest)] = shortest
+    return lengths
 
 
 def _rows_match(x: np.ndarray, y: np.ndarray, largest: float) -> bool:

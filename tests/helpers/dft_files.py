@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from ase import Atoms, units
+from ase.calculators.singlepoint import SinglePointCalculator
 from ase.db import connect
 from ase.io import write
 
@@ -28,6 +29,16 @@ def three_frames(seed: int = 1, symbol: str = "Si", id: str | None = None) -> li
     return [rattled(last, 0.2, seed), rattled(last, 0.1, seed), last]
 
 
+def computed_frames(seed: int = 1, symbol: str = "Si", largest: float = 0.01) -> list[Atoms]:
+    """`three_frames` with energies and forces, of which this one is the largest."""
+    frames = three_frames(seed, symbol)
+    for frame in frames:
+        forces = np.zeros((len(frame), 3))
+        forces[2, 1] = largest
+        frame.calc = SinglePointCalculator(frame, energy=-1.0, forces=forces)
+    return frames
+
+
 def spoilt(spoil) -> list[Atoms]:
     """Three frames with a fault, which this function makes."""
     frames = three_frames(symbol="P")
@@ -44,9 +55,10 @@ def unread(pairs: list[RelaxationPair]) -> list[RelaxationPair]:
     return pickle.loads(pickle.dumps(pairs))
 
 
-def write_vasprun(path: Path, frames: list[Atoms]) -> None:
-    """A vasprun.xml, compressed where the name ends with .gz."""
+def write_vasprun(path: Path, frames: list[Atoms], **tags: object) -> None:
+    """A vasprun.xml, compressed where the name ends with .gz, with these settings of VASP."""
     types = _types(frames[0])
+    settings = "".join(f'  <i type="int" name="{name}">{value:>6}</i>\n' for name, value in tags.items())
     atoms = "".join(
         f"   <rc><c>{symbol:<2} </c><c>{k:4d} </c></rc>\n" for k, (symbol, n) in enumerate(types, 1) for _ in range(n)
     )
@@ -55,7 +67,8 @@ def write_vasprun(path: Path, frames: list[Atoms]) -> None:
         ' <generator>\n  <i name="program" type="string">vasp </i>\n  <i name="version" type="string">6.4.2 </i>\n'
         " </generator>\n <kpoints>\n"
         f"{_varray('kpointlist', [[0, 0, 0]])}{_varray('weights', [[1]])}"
-        ' </kpoints>\n <parameters>\n  <i name="PSTRESS">0.0</i>\n </parameters>\n'
+        ' </kpoints>\n <parameters>\n  <i name="PSTRESS">0.0</i>\n'
+        f"{settings} </parameters>\n"
         f" <atominfo>\n  <atoms>{len(frames[0]):8d} </atoms>\n  <types>{len(types):8d} </types>\n"
         '  <array name="atoms">\n   <dimension dim="1">ion</dimension>\n   <field type="string">element</field>\n'
         f'   <field type="int">atomtype</field>\n   <set>\n{atoms}   </set>\n  </array>\n </atominfo>\n'
@@ -93,15 +106,16 @@ def _varray(name: str, rows) -> str:
     return f'  <varray name="{name}" >\n{lines}  </varray>\n'
 
 
-def write_outcar(path: Path, frames: list[Atoms]) -> None:
-    """An OUTCAR as of VASP 6, compressed where the name ends with .gz."""
+def write_outcar(path: Path, frames: list[Atoms], said: str = "", **tags: object) -> None:
+    """An OUTCAR as of VASP 6, compressed where the name ends with .gz, with these settings, and further lines."""
     types = _types(frames[0])
+    settings = "".join(f"   {name:6} = {value:>6}    a setting\n" for name, value in tags.items())
     potentials = "".join(f" POTCAR:    PAW_PBE {symbol} 05Jan2001\n" for symbol, _ in types)
     text = (
         f" vasp.6.4.2 20Jul23 complex\n{potentials}{potentials}"
         "   k-points           NKPTS =      1   k-points in BZ     NKDIM =      1   number of bands    NBANDS=     16\n"
         f"   ions per type =            {_columns([n for _, n in types], '4d')}\n"
-        "   ISPIN  =      1    spin polarized calculation?\n\n"
+        f"   ISPIN  =      1    spin polarized calculation?\n{settings}{said}\n"
         " k-points in reciprocal lattice and weights: Gamma\n   0.00000000  0.00000000  0.00000000       1.000\n\n"
         f"{''.join(_ionic_step(k, frame) for k, frame in enumerate(frames, 1))}"
         " General timing and accounting informations for this job:\n"
@@ -134,8 +148,8 @@ def _ionic_step(k: int, frame: Atoms) -> str:
     )
 
 
-def write_espresso(path: Path, frames: list[Atoms]) -> None:
-    """The output of pw.x for calculation='relax'."""
+def write_espresso(path: Path, frames: list[Atoms], said: str = "", end: str = "bfgs converged in") -> None:
+    """The output of pw.x for calculation='relax', with further lines after its header."""
     first = frames[0]
     alat = round(first.cell.lengths()[0] / BOHR, 6)
     length = alat * BOHR
@@ -148,10 +162,7 @@ def write_espresso(path: Path, frames: list[Atoms]) -> None:
     )
     steps = [_self_consistency(frame) for frame in frames]
     moves = [_atomic_positions(frame) for frame in [*frames[1:], frames[-1]]]
-    moves[-1] = (
-        f"     bfgs converged in {len(frames):3d} scf cycles\n"
-        f"Begin final coordinates\n{moves[-1]}End final coordinates\n\n"
-    )
+    moves[-1] = f"     {end} {len(frames):3d} scf cycles\nBegin final coordinates\n{moves[-1]}End final coordinates\n\n"
     path.write_text(
         "\n     Program PWSCF v.7.2 starts on  1Jan2024 at 12: 0: 0 \n\n"
         f"     lattice parameter (alat)  = {alat:12.4f}  a.u.\n     number of atoms/cell      = {len(first):12d}\n"
@@ -160,7 +171,7 @@ def write_espresso(path: Path, frames: list[Atoms]) -> None:
         f"     crystal axes: (cart. coord. in units of alat)\n{axes}\n"
         f"   Cartesian axes\n\n     site n.     atom                  positions (alat units)\n{sites}\n"
         "     number of k points=     1\n                       cart. coord. in units 2pi/alat\n"
-        "        k(    1) = (   0.0000000   0.0000000   0.0000000), wk =   2.0000000\n\n"
+        f"        k(    1) = (   0.0000000   0.0000000   0.0000000), wk =   2.0000000\n\n{said}"
         f"{''.join(step + move for step, move in zip(steps, moves, strict=True))}"
         "=------------------------------------------------------------------------------=\n"
         "   JOB DONE.\n"
