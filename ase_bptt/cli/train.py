@@ -208,7 +208,9 @@ def add_training(parser: argparse.ArgumentParser) -> Any:
          metavar="NAME")  # fmt: skip
     flag(group, parser, "--loss", f"distance that is lowered: {', '.join(LOSSES)}", default["loss"],
          choices=sorted(LOSSES), metavar="NAME")  # fmt: skip
-    number("--lr", positive, "learning rate of AdamW at the start")
+    number(
+        "--lr", positive, "learning rate of AdamW at the start (default: 4e-3 for up to 200,000 weights, 1e-3 for more)"
+    )
     number("--batch-size", count, "pairs a step of the optimizer", "N")
     number("--memory", positive, "GiB that may be taken at once; larger batches are computed in parts (default: 80 % "
            "of what is free on a GPU)")  # fmt: skip
