@@ -23,9 +23,6 @@ from ase_bptt.steppers import GradientDescent
 
 Splits = dict[str, list[RelaxationPair]]
 Method = Callable[[Potential, Splits, int], dict[str, Any]]
-LEARNING_RATE = {"chgnet": 1e-3, "sevennet": 1e-3}
-"""By family, where it is not the Trainer's."""
-EPOCHS = {"chgnet": 8, "sevennet": 8}
 FORCE_EPOCHS, FORCE_BATCH, FORCE_LEARNING_RATE = 8, 16, 1e-3
 
 
@@ -34,10 +31,9 @@ def trained(potential: Potential, splits: Splits, seed: int, *, share: float = 1
     kinds = sorted({p.group for p in splits["train"]})
     drawn = np.random.default_rng(seed).permutation(len(kinds))[: max(2, round(share * len(kinds)))]
     train = [p for p in splits["train"] if p.group in {kinds[k] for k in drawn}]
-    epochs = changes.pop("epochs", EPOCHS.get(potential.family))
-    rate = {"lr": LEARNING_RATE[potential.family]} if potential.family in LEARNING_RATE else {}
-    trainer = Trainer(potential, seed=seed, **rate | changes)
-    trainer.fit(train, splits["valid"], **({"epochs": epochs} if epochs else {}))
+    epochs = {"epochs": changes.pop("epochs")} if "epochs" in changes else {}
+    trainer = Trainer(potential, seed=seed, **changes)
+    trainer.fit(train, splits["valid"], **epochs)
     return trainer.settings() | {"best_epoch": trainer.best_epoch, "training_pairs": len(train)}
 
 

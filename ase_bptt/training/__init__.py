@@ -49,9 +49,9 @@ class Trainer:
         `Replay` by default, or another of `ase_bptt.adjoints`, such as `Guided` with its two losses.
     loss : callable or str
         ``loss(relaxation, reference) -> Tensor (n,)``, or a name in `ase_bptt.losses.LOSSES`.
-    optimizer, lr : callable, float
-        ``optimizer(parameters) -> torch.optim.Optimizer``, by default AdamW with this learning rate at the start. The
-        rates fall by a half cosine.
+    optimizer, lr : callable, float or None
+        ``optimizer(parameters) -> torch.optim.Optimizer``, by default AdamW with this learning rate at the start (None:
+        4e-3 for potentials of up to 200,000 weights, 1e-3 for larger ones), which falls by a half cosine.
     steps, fmax : int or None, float
         Frames of an unroll: few (8 to 40) teach which basin to fall into. None is 10, or 300 at most for a minimum.
         Structures stop below fmax (eV/Å).
@@ -94,7 +94,7 @@ class Trainer:
         adjoint: Adjoint | str | None = None,
         loss: Loss | str = "root_delta_q",
         optimizer: OptimizerFactory | None = None,
-        lr: float = 2e-3,
+        lr: float | None = None,
         steps: int | None = None,
         fmax: float = 0.01,
         batch_size: int = 4,
@@ -114,9 +114,9 @@ class Trainer:
         self.relaxation = RelaxationSettings.resolve(
             stepper, adjoint, loss, steps=steps, fmax=fmax, warm=warm, learn=learn, memory=memory
         )
-        self.optimization = OptimizerSettings(lr, dict(rates or {}), clip, patience)
-        self.sampling = SamplingSettings(batch_size, along, rattle, seed)
         self.potential = as_potential(potential)
+        self.optimization = OptimizerSettings.resolve(self.potential, lr, rates or {}, clip, patience)
+        self.sampling = SamplingSettings(batch_size, along, rattle, seed)
         self.terms = make_terms(terms)
         self.ranks, self.out = together(), None if out is None else Path(out)
         self.progress = progress if self.ranks.writes else False

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..adjoints import Adjoint, Replay, make_adjoint
 from ..losses import named_loss
@@ -24,6 +25,8 @@ UNROLLED = 10
 """Default number of frames of an unroll."""
 TO_THE_END = 300
 """Default limit of frames on the way to a minimum."""
+LEARNING_RATES = ((200_000, 4e-3), (math.inf, 1e-3))
+"""Numbers of weights, and the learning rate for potentials with at most so many."""
 NUMBERS = (
     "lr", "steps", "fmax", "batch_size", "memory", "clip", "patience", "along", "rattle", "seed", "warm", "learn",
     "rates",
@@ -94,6 +97,18 @@ class OptimizerSettings:
     rates: Mapping[str, float]
     clip: float
     patience: int | None
+
+    @classmethod
+    def resolve(
+        cls, potential: nn.Module, lr: float | None, rates: Mapping[str, float], clip: float, patience: int | None
+    ) -> OptimizerSettings:
+        """Settings from keywords; without a learning rate that of `LEARNING_RATES`.
+
+        What suits a small potential ruins one with many weights.
+        """
+        n = sum(parameter.numel() for parameter in potential.parameters())
+        default = next(rate for most, rate in LEARNING_RATES if n <= most)
+        return cls(default if lr is None else lr, dict(rates), clip, patience)
 
     def __post_init__(self) -> None:
         check_positive(lr=self.lr, clip=self.clip, patience=self.patience)
