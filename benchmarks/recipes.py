@@ -4,8 +4,9 @@
 
 Each recipe trains mace-si (float32, seed 0 unless it says otherwise, no validation: the last epoch counts) on the
 training kinds of the surrogate set and is measured on its validation kinds alone; the test kinds are left for the
-tables of docs/evidence.rst. A line gives the Trainer's validation score (mean log(1 + Delta-Q / 0.1)), mean and median of Delta-Q, the
-change of the geometric mean against the untuned potential, the share that is better, and the median improvement.
+tables of docs/evidence.rst. A line gives the Trainer's validation score (mean log(1 + Delta-Q / 0.1)), mean and median
+of Delta-Q, the change of the geometric mean against the untuned potential, the share that is better, and the median
+improvement.
 """
 
 from __future__ import annotations

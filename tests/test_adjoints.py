@@ -295,7 +295,7 @@ def test_a_batch_where_nothing_is_finite_is_still_a_relaxation(how):
 
 @pytest.mark.parametrize("name", ["tape", ""])
 def test_an_unknown_adjoint_is_named(name):
-    with pytest.raises(ValueError, match=f"no adjoint '{name}'; there are full, replay"):
+    with pytest.raises(ValueError, match=f"no adjoint '{name}'.*; there are full, replay"):
         relax(lennard_jones(), argon(), adjoint=name)
 
 

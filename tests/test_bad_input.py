@@ -7,6 +7,7 @@ import os
 import pickle
 import resource
 import shutil
+import sys
 import urllib.error
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -630,7 +631,8 @@ class TestExtras:
                 raise ModuleNotFoundError(f"No module named {name.partition('.')[0]!r}")
             return real(name, package)
 
-        with mock.patch("importlib.import_module", without):
+        hidden = {name: None for name in sys.modules if name.partition(".")[0] in {"mace", "e3nn", "chgnet"}}
+        with mock.patch("importlib.import_module", without), mock.patch.dict(sys.modules, hidden):
             yield
 
     @pytest.mark.parametrize("command", COMMANDS)

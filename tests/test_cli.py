@@ -35,10 +35,15 @@ KEYS = {
     "median_after",
     "basins_before",
     "basins_after",
+    "geometric_before",
+    "geometric_after",
+    "improved",
+    "median_improvement",
+    "interval",
 }
 RESULT = {
     "test", "test_bfgs", "comparison", "drift", "warnings", "checkpoint", "run", "folds", "epochs", "best_epoch",
-    "seconds",
+    "seconds", "kept_as_it_was",
 }  # fmt: skip
 FILES = {
     "settings.json", "metrics.csv", "checkpoint.pt", "checkpoint.previous.pt", "potential", "results.json",
@@ -329,7 +334,7 @@ class TestResume:
 
         with mock.patch.object(ase_bptt.Trainer, "train_step", dying), pytest.raises(Killed):
             train(data, quick=more)
-        assert len(open_text("run/metrics.csv").splitlines()) == 2
+        assert len(open_text("run/metrics.csv").splitlines()) == 3  # the names, epoch 0 and epoch 1
         code, out, err = train(data, "--resume", "--json", quick=more)
         assert code == 0, err
         whole = json.loads(open_text("whole/results.json"))

@@ -204,7 +204,8 @@ class TestSummary:
         loaded = json.loads(json.dumps(self.found.todict(), allow_nan=False))
         assert {k: loaded[k] for k in loaded if k != "rows"} == {
             "n": 3, "kinds": 2, "mean": 3, "median": 2, "mean_unrelaxed": 7, "basins": pytest.approx(1 / 3),
-            "symmetry_kept": pytest.approx(2 / 3),
+            "symmetry_kept": pytest.approx(2 / 3), "closer_than_start": 1.0, "quartiles": list(self.found.quartiles),
+            "geometric_mean": pytest.approx(self.found.geometric_mean),
         }  # fmt: skip
         assert Evaluation.from_rows(loaded["rows"]) == self.found
 

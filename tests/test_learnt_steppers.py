@@ -56,6 +56,7 @@ class TestLearning:
         assert not list(given.parameters())
 
     @pytest.mark.parametrize(("script", "best"), [([3.0, 2.0, 1.0, 2.5], 2), ([1.0, 2.0, 2.0, 2.5], 0)])
+    @pytest.mark.filterwarnings("ignore::ase_bptt.training.state.NoGain")
     def test_they_end_where_they_were_in_the_best_epoch_as_the_weights_do(self, pairs, tmp_path, script, best):
         seen = []
 

@@ -262,6 +262,7 @@ class TestDevice:
         assert code == 2
         assert sentence in err.splitlines()[-1]
 
+    @pytest.mark.filterwarnings("ignore::ase_bptt.training.state.NoGain")
     def test_neither_a_batch_nor_a_resumed_training_takes_it(self, tmp_path):
         with pytest.raises(ValueError, match=r"^There is no device 'cuda' here: PyTorch"):
             Structures.from_atoms(argon(), device="cuda")

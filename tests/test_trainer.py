@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from unittest import mock
 
@@ -38,6 +39,7 @@ from ase_bptt.pairs import fingerprint
 from ase_bptt.potentials.analytic import LennardJones
 from ase_bptt.steppers import GradientDescent
 from ase_bptt.training import checkpoint
+from ase_bptt.training.state import NoGain
 from ase_bptt.training.training_data import VariedStarts
 
 EPOCHS = 3
@@ -151,6 +153,13 @@ class TestStarts:
 
 
 class TestChoosing:
+    @pytest.mark.parametrize(("script", "warns"), [([1.0, 2.0, 2.0], True), ([3.0, 2.0, 2.0], False)])
+    def test_it_warns_where_no_epoch_was_better(self, pairs, script, warns):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            self.scripted(script).fit(pairs["train"], pairs["valid"], epochs=2)
+        assert [w.category for w in said] == [NoGain] * warns
+
     def scripted(self, script, **changes):
         return Scripted(untuned(), script=script, **SETTINGS | changes)
 
@@ -163,6 +172,7 @@ class TestChoosing:
             ([np.nan, 2.0, np.nan, 3.0], 1),
         ],
     )
+    @pytest.mark.filterwarnings("ignore::ase_bptt.training.state.NoGain")
     def test_it_ends_in_its_best_state_on_validation(self, pairs, tmp_path, script, best):
         run = self.scripted(script, out=tmp_path / "run").fit(pairs["train"], pairs["valid"], epochs=3)
         assert run.potential.sigma.item() == run.sigmas[best]
@@ -185,6 +195,7 @@ class TestChoosing:
             ([3.0, 4.0, np.nan, np.nan, 3.0, 1.0], 3, 3),
         ],
     )
+    @pytest.mark.filterwarnings("ignore::ase_bptt.training.state.NoGain")
     def test_it_stops_after_so_many_epochs_without_a_better_validation(self, pairs, script, patience, epochs):
         run = self.scripted(script, patience=patience).fit(pairs["train"], pairs["valid"], epochs=5)
         assert len(run.history) == epochs
@@ -432,7 +443,7 @@ class TestResuming:
         assert said.startswith(f"{run / 'checkpoint.pt'} cannot be read (")
         assert said.endswith(f"continues from {run / 'checkpoint.previous.pt'}, after epoch {before['epoch']}.")
         assert resumed.epoch == before["epoch"] == max(0, (step - 1) // 3 - 1)
-        assert len((run / "metrics.csv").read_text().splitlines()) == 1 + before["epoch"]
+        assert len((run / "metrics.csv").read_text().splitlines()) == 2 + before["epoch"]  # the names, and epoch 0
         best = before["best"]["potential"] if before["best"] else before["potential"]
         assert same(dict(load_potential(run).state_dict()), dict(best))
         resumed.fit(*arguments, epochs=EPOCHS)

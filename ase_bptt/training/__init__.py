@@ -197,8 +197,9 @@ class Trainer:
         """Train the epochs that are left of a run that was started on these pairs; ends in the best state."""
         record = self.record
         if record.epoch == 0:
-            record.untuned = self._validate(data.valid)
-            self._keep(record.untuned["valid_score"], data.valid)
+            found = self._validate(data.valid)
+            record.untuned = found if data.valid else {}
+            self._keep(found["valid_score"], data.valid)
         with Progress(record.epochs, len(data.train), done=record.epoch, bar=self.progress) as progress:
             while record.epoch < record.epochs and not record.out_of_patience(self.optimization.patience):
                 clock = time.monotonic()
