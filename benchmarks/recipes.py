@@ -40,6 +40,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "12 epochs, 4e-3": {"epochs": 12, "lr": 4e-3},
     "12 epochs, 4e-3, structures alone": {"epochs": 12, "lr": 4e-3, "terms": ()},
     "12 epochs, 8e-3": {"epochs": 12, "lr": 8e-3},
+    "12 epochs, 4e-3, batches of 2": {"epochs": 12, "lr": 4e-3, "batch_size": 2},
     "24 epochs, 4e-3": {"epochs": 24, "lr": 4e-3},
 }  # fmt: skip
 

@@ -148,7 +148,7 @@ class Trainer:
         """The epoch with the best validation score, whose weights `fit` leaves; 0 is the untuned potential."""
         return self.record.best_epoch
 
-    def fit(self, train: Pairs, valid: Pairs = (), *, epochs: int = 16) -> Trainer:
+    def fit(self, train: Pairs, valid: Pairs = (), *, epochs: int = 24) -> Trainer:
         """Train, and leave potential and stepper in their best state on the validation pairs.
 
         Without validation pairs the last state is kept. Where no epoch is better than the untuned potential, that is
