@@ -14,10 +14,23 @@ from ase_bptt.evaluation import BASIN_RULE
 from ase_bptt.evaluation.compare import compare
 from ase_bptt.report.page import write_page
 
-NAMES = """
-Al-S_nn2_21 Al_i_20 AsGe_ss_01 Ga-Sn_nn2_20 I_H_00 I_T_02 I_X_02 P_s_00 S-Se_nn2_22 SV_01 Sb-
-Te_nn1_20 SnV_21 V_00 V_03 crystal_02
-""".split()
+NAMES = {
+    "Al-S_nn2_21",
+    "Al_i_20",
+    "AsGe_ss_01",
+    "Ga-Sn_nn2_20",
+    "I_H_00",
+    "I_T_02",
+    "I_X_02",
+    "P_s_00",
+    "S-Se_nn2_22",
+    "SV_01",
+    "Sb-Te_nn1_20",
+    "SnV_21",
+    "V_00",
+    "V_03",
+    "crystal_02",
+}
 pairs = [pair for pair in datasets.si_defects() if pair.id in NAMES]
 mace = evaluate(load_potential("mace-si"), pairs)
 chgnet = evaluate(load_potential("chgnet", dtype="float64"), pairs)
