@@ -103,7 +103,7 @@ class TestDemo:
         assert set(found["test"]) == KEYS
         assert set(found["test_bfgs"]) == KEYS
         assert (found["test"]["n"], found["test"]["kinds"]) == (2, 2)
-        assert all(np.isfinite(x) for x in found["test"].values())
+        assert all(np.isfinite(x).all() for x in found["test"].values())
         assert (found["checkpoint"], found["run"], found["epochs"]) == (str(folder / "potential"), str(folder), 1)
 
     def test_the_run_folder_is_complete(self, demo):

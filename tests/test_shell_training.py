@@ -53,9 +53,9 @@ class TestChoices:
         assert (settings["adjoint"]["name"], settings["warm"], settings["stepper"]["name"]) == ("implicit", 2, "bfgs")
         assert [(term["name"], term["weight"]) for term in settings["terms"]] == [("teacher", 0.1), ("reference", 1.0)]
         assert {"unsolved", "elsewhere", "term_teacher"} <= set(rows[0])
-        assert float(rows[1]["train_loss"]) < float(rows[0]["train_loss"])
+        assert float(rows[2]["train_loss"]) < float(rows[1]["train_loss"])
         assert "fine-tuned at minima, after 300 frames of bfgs at most, gradient by implicit, 2 epochs" in out
-        assert facts()["loss"].startswith("root_delta_q + 0.1 teacher, gradient by Implicit(")
+        assert facts()["loss"].startswith("root_delta_q + 0.1 teacher + 1 reference, gradient by Implicit(")
 
     def test_guided_with_a_learnt_step_size(self, data):
         out, settings, rows = trained(data, "--adjoint", "guided:5", "--learn", "step_size", "--freeze", "epsilon")
@@ -95,7 +95,7 @@ class TestChoices:
         # Three steps of a random potential are no measure of it.
         kept = mock.patch("ase_bptt.evaluation.compare.Comparison.harmful", False)
         with built_once(), kept, mock.patch.multiple("ase_bptt.training.fine_tune", **quick):
-            out, *_ = trained(data, "--last", "1", "--lora", "2", "--steps", "2", potential="mace")
+            out, *_ = trained(data, "--last", "1", "--lora", "2", "--steps", "2", "--reference", "0", potential="mace")
         assert re.search(r"trains [\d,]+ parameters of low-rank updates of [\d,]+ weights \(LoRA, rank 2\)", out)
         after = load_potential("run")
         assert not low_rank.has(after)
