@@ -2,7 +2,7 @@
 
 >>> from ase_bptt import datasets
 >>> datasets.si_defects("train")[0]
-RelaxationPair('Al-As_nn2_21', AlSiAsSi5, group 'Al-As_nn2')
+RelaxationPair('Al-As_nn1_28', AlAsSi6, group 'Al-As_nn1')
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ class TestRoundTrip:
 
     def test_nothing_but_the_files_is_left(self, saved):
         potential, folder, _, _ = saved
-        expected = {"model.json", "weights.pt", potential.native_name} - {None}
+        expected = {"model.json", "model_card.md", "weights.pt", potential.native_name} - {None}
         assert {p.name for p in folder.iterdir()} == expected
 
 

@@ -60,7 +60,7 @@ def only_one(frames):
 
 
 BAD = {
-    frames_of_other_atoms: ["7 atoms", "8 end", "check the two structures"],
+    frames_of_other_atoms: ["has 7 atoms", "relaxed one 8", "check both"],
     frames_of_other_order: ["PSi7", "SiPSi6", "the same order"],
     not_a_number: ["not a finite number", "write the file again"],
     changed_cell: ["its cell changes by 0.054 Å", "cells come later", "fixed cell"],

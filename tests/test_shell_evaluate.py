@@ -49,7 +49,7 @@ class TestOnePotential:
             assert printed["delta_q"] == pytest.approx(row.delta_q)
             assert printed["residual_force"] == pytest.approx(row.residual_force)
             assert row.id in out
-        assert "right basin: relaxed from the initial" in out
+        assert "right basin: the relaxation from the initial" in out
         assert "kind 1" in out
 
     def test_files(self, data, one):

@@ -404,7 +404,7 @@ class TestReference:
 
 def test_files_of_frames_are_read_when_they_are_asked_for():
     pair = read_pairs(sorted(datasets.FOLDER.glob("*.extxyz"))[0])[0]
-    assert len(pair.frames) == 11
+    assert len(pair.frames) == 12
     frames = list(pair.frames)
     np.testing.assert_array_equal(frames[0].positions, pair.initial.positions)
     assert all("forces" in a.calc.results for a in frames)

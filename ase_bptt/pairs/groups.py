@@ -166,7 +166,7 @@ def split_into_folds(
     --------
     >>> from ase_bptt import datasets, split_into_folds
     >>> [len(fold["test"]) for fold in split_into_folds(datasets.si_defects(), 5)]
-    [9, 9, 9, 9, 8]
+    [19, 19, 18, 18, 18]
     """
     if k < 3:
         raise ValueError(f"A cross-validation needs 3 folds at least, for training, validation and test; got {k}.")
