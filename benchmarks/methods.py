@@ -26,11 +26,17 @@ Method = Callable[[Potential, Splits, int], dict[str, Any]]
 FORCE_EPOCHS, FORCE_BATCH, FORCE_LEARNING_RATE = 8, 16, 1e-3
 
 
+def drawn(train: Sequence[RelaxationPair], share: float, seed: int) -> list[RelaxationPair]:
+    """The pairs of a share of the kinds, at least of two."""
+    kinds = sorted({p.group for p in train})
+    chosen = np.random.default_rng(seed).permutation(len(kinds))[: max(2, round(share * len(kinds)))]
+    names = {kinds[k] for k in chosen}
+    return [p for p in train if p.group in names]
+
+
 def trained(potential: Potential, splits: Splits, seed: int, *, share: float = 1.0, **changes: Any) -> dict[str, Any]:
     """By the Trainer, with its defaults but for these changes, on a share of the training kinds."""
-    kinds = sorted({p.group for p in splits["train"]})
-    drawn = np.random.default_rng(seed).permutation(len(kinds))[: max(2, round(share * len(kinds)))]
-    train = [p for p in splits["train"] if p.group in {kinds[k] for k in drawn}]
+    train = drawn(splits["train"], share, seed)
     epochs = {"epochs": changes.pop("epochs")} if "epochs" in changes else {}
     trainer = Trainer(potential, seed=seed, **changes)
     trainer.fit(train, splits["valid"], **epochs)
@@ -41,9 +47,7 @@ def matched(
     potential: Potential, splits: Splits, seed: int, *, at_references: bool = False, share: float = 1.0
 ) -> dict[str, Any]:
     """By the forces of all frames of the training relaxations, or by zero force at their ends; no relaxation."""
-    kinds = sorted({p.group for p in splits["train"]})
-    drawn = np.random.default_rng(seed).permutation(len(kinds))[: max(2, round(share * len(kinds)))]
-    pairs = [p for p in splits["train"] if p.group in {kinds[k] for k in drawn}]
+    pairs = drawn(splits["train"], share, seed)
     frames = [p.relaxed for p in pairs] if at_references else [atoms for p in pairs for atoms in p.frames]
     rng = np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(potential.parameters(), lr=FORCE_LEARNING_RATE, weight_decay=0.0)
