@@ -51,8 +51,8 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     plain = _plain(word)
     ours = [name for name, others in ELSEWHERE.items() if plain in map(_plain, others)]
     found = [by[_plain(name)] for name in (word, *ours) if _plain(name) in by]
-    begun = [name for key, name in by.items() if key.startswith(plain)]
-    found += begun if len(begun) == 1 and len(plain) > 1 else []
+    beginning = [name for key, name in by.items() if key.startswith(plain)]
+    found += beginning if len(beginning) == 1 and len(plain) > 1 else []
     found += [by[key] for key in get_close_matches(plain, list(by), 1)]
     return found[0] if found else None
 

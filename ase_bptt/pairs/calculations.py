@@ -1,4 +1,4 @@
-"""What kind of calculation an output of VASP or pw.x is of, told by its header, and whether it was finished."""
+"""What kind of calculation an output of VASP or pw.x is of, by its header, and whether it was finished."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Run:
         The lines of the header that name the atoms.
     selective : bool
         Whether the OUTCAR says that the POSCAR holds selective dynamics.
-    begun, ended : bool
+    started, ended : bool
         Whether VASP did a first step, and whether the program's last words are there.
     """
 
@@ -55,7 +55,7 @@ class Run:
     signs: set[str] = field(default_factory=set)
     atoms: tuple[bytes, ...] = ()
     selective: bool = False
-    begun: bool = False
+    started: bool = False
     ended: bool = False
 
     def whole(self, name: str) -> int | None:
@@ -143,10 +143,10 @@ def _of_vasprun(file: IO[bytes]) -> Iterator[Run]:
             run = Run()
         if run is None:
             continue
-        if not run.begun:
+        if not run.started:
             # The settings in effect come after those of the INCAR, and replace them.
             run.tags.update((k.decode(), v.decode()) for k, v in IN_XML.findall(line))
-            run.begun = b"<calculation" in line
+            run.started = b"<calculation" in line
         run.ended = run.ended or b"</modeling>" in line
     if run is not None:
         yield run
@@ -162,11 +162,11 @@ OUTCAR_ENDS = (b"General timing", b"POTCAR:", b" vasp.")
 def _of_outcar(file: IO[bytes]) -> Iterator[Run]:
     run, titled = None, False
     for line in file:
-        if run is not None and (run.begun or run.ended) and not any(word in line for word in OUTCAR_ENDS):
+        if run is not None and (run.started or run.ended) and not any(word in line for word in OUTCAR_ENDS):
             continue
         mark = HEADER.search(line)
         found = mark.group() if mark else b""
-        if found.startswith(b" vasp.") or (found == b"POTCAR:" and (run is None or run.begun or run.ended)):
+        if found.startswith(b" vasp.") or (found == b"POTCAR:" and (run is None or run.started or run.ended)):
             if run is not None and titled:
                 yield run
                 run = None
@@ -174,18 +174,18 @@ def _of_outcar(file: IO[bytes]) -> Iterator[Run]:
             titled = False
         if run is None:
             continue
-        if found in (b"POTCAR:", b"ions per type") and not run.begun:
+        if found in (b"POTCAR:", b"ions per type") and not run.started:
             titled = titled or found == b"POTCAR:"
             run.atoms = (*run.atoms, line.strip())
         elif found == b"Iteration":
-            run.begun = True
+            run.started = True
         elif found.startswith(b"General"):
             run.ended = titled
         elif found == b"selective dynamics" and b"using" in line:
             run.selective = True
         elif found == b"NEB: " and b"SPRING" in line:
             run.signs.add("springs")
-        if not (run.begun or run.ended):
+        if not (run.started or run.ended):
             run.tags.update((k.decode(), v.decode()) for k, v in IN_OUTCAR.findall(line))
     if run is not None:
         yield run
@@ -222,7 +222,7 @@ def _of_pw(file: IO[bytes]) -> Iterator[Run]:
 def _told(run: Run) -> Run:
     """Damped dynamics, which ends in a minimum, is a relaxation."""
     return Run(
-        run.tags, run.signs - {"md"} if "relax" in run.signs else run.signs, run.atoms, begun=True, ended=run.ended
+        run.tags, run.signs - {"md"} if "relax" in run.signs else run.signs, run.atoms, started=True, ended=run.ended
     )
 
 

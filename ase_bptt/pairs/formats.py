@@ -98,7 +98,7 @@ def read_frames(path: Path, runs: Sequence[Run] | None = None) -> list[Atoms]:
         if kind in WHOLE:
             WHOLE[kind](path)
         # Without a step, ASE calls an OUTCAR incomplete.
-        stepped = not runs or any(run.begun for run in runs)
+        stepped = not runs or any(run.started for run in runs)
         found = read(path, index=":", format=kind, do_not_split_by_at_sign=True) if stepped else []
     frames = [found] if isinstance(found, Atoms) else list(found)
     if not frames:

@@ -280,7 +280,7 @@ def _hold(frames: Sequence[Atoms], path: Path) -> None:
 
 
 def continues(end: Atoms, start: Atoms) -> bool:
-    """Whether a relaxation that begins with one structure goes on where another has ended."""
+    """Whether a relaxation that starts at one structure continues one that ended at another."""
     if not np.array_equal(end.numbers, start.numbers) or not np.array_equal(end.pbc, start.pbc):
         return False
     if np.abs(end.cell.array - start.cell.array).max() > CONTINUED:
