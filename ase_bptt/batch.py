@@ -180,8 +180,7 @@ class Batch:
         """Largest force, energy and sum of the coordinates of each, and its largest coordinate next, shape (4 n,)."""
         # An atom at NaN has no neighbours and so no force: the positions are asked, too.
         total = self.structures.sum(self.structures.positions).sum(1)
-        reach = following.max(following.positions.abs().amax(1))
-        return torch.cat((self.structures.largest_force(self.forces), self.energies, total, reach))
+        return torch.cat((self.structures.largest_force(self.forces), self.energies, total, following.reach()))
 
     @property
     def _limit(self) -> float:

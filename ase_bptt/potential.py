@@ -108,6 +108,11 @@ class Potential(nn.Module):
         """Energies of a batch from its live positions, cells and edges."""
         raise NotImplementedError
 
+    def energies(self, structures: Structures, edges: Edges) -> Tensor:
+        """What a relaxation lowers, shape (n,) in eV: the energy, or under pressure the enthalpy E + p V."""
+        energy, work = self(structures.placed(), edges).energy, structures.work()
+        return energy if work is None else energy + work
+
     def energy_and_forces(
         self, structures: Structures, edges: Edges, *, create_graph: bool = False
     ) -> tuple[Tensor, Tensor]:
@@ -122,7 +127,7 @@ class Potential(nn.Module):
             if not (create_graph and positions.requires_grad):
                 positions = positions.detach().requires_grad_()
             with nullcontext() if create_graph else self._weights_aside():
-                energy = self(structures.replace(positions=positions), edges).energy
+                energy = self.energies(structures.replace(positions=positions), edges)
                 gradient, *_ = self._gradients(energy, [positions], create_graph)
         assert gradient is not None
         return (energy, -gradient) if create_graph else (energy.detach(), -gradient.detach())

@@ -9,14 +9,17 @@ many, `ase_bptt.throughput.InFlight` drives the same batch, with a queue.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 from ase import Atoms
-from torch import nn
+from torch import Tensor, nn
 
 from .adjoints import Adjoint, Attached, Replay, make_adjoint
 from .batch import Batch
+from .cells import freedoms
+from .cells.strained import Strained
 from .constraints import KNOWN, unknown
 from .iterated_map import Checkpointing, End, IteratedMap, Status, Trajectory
 from .potential import Potential
@@ -119,7 +122,8 @@ def relax(
     fmax: float = 0.05,
     steps: int = 200,
     adjoint: Adjoint | str | None = None,
-    cell: str = "fixed",
+    cell: Any = "fixed",
+    pressure: float | Sequence[float] | Tensor = 0.0,
     warm_start: Structures | Sequence[Atoms] | None = None,
 ) -> Relaxation:
     """Relax structures, differentiably; many are one batch.
@@ -133,14 +137,19 @@ def relax(
     stepper : Stepper or str
         "fire" by default.
     fmax : float
-        A structure stops where all its atoms feel less than this, in eV/Å.
+        A structure stops where all its atoms feel less than this, in eV/Å; and where its cell moves, where each row of
+        its virial divided by the number of atoms is smaller, too, as in ASE.
     steps : int
         Frames at most.
     adjoint : Adjoint or str
         `Replay` by default. Under ``torch.no_grad()``, and where nothing requires gradients, it attaches none, and
         only decides how far to relax (`Implicit`: to its fmax) and by which steppers (`Guided`).
-    cell : "fixed"
-        Reserved for variable cells.
+    cell : str, mask or CellFreedom, or a sequence of them
+        What moves beside the atoms, as under ASE's FrechetCellFilter: "fixed", "full", "hydrostatic" (volume alone),
+        "constant-volume" (shape alone), or a mask of the strain, six numbers (xx, yy, zz, yz, xz, xy) or 3 x 3. One for
+        all, or one for each structure. In slabs and wires only the periodic directions move.
+    pressure : float, sequence of float, or Tensor of shape () or (n,)
+        In eV/Å^3, as in ASE; of cells that move. A Tensor may require gradients.
     warm_start : Structures or list of Atoms, optional
         The same structures near their minima, for adjoints that need the minimum and not the path to it: the
         relaxation to the minimum starts there.
@@ -148,16 +157,18 @@ def relax(
     Returns
     -------
     Relaxation
-        Positions in Å, energies in eV; print it for a line each.
+        Positions and cells in Å, energies in eV; print it for a line each.
 
     Raises
     ------
     NotImplementedError
-        For variable cells, and for constraints and elements that are not known, by name.
+        For constraints and elements that are not known, by name; for cells that move with a potential that has no
+        stress, or along a lone shear.
     TypeError
         For a stepper that cannot be differentiated where the adjoint goes through its frames.
     ValueError
-        For unknown names of steppers and adjoints.
+        For unknown names of steppers, adjoints and cells, for a structure without periodicity whose cell is to move,
+        and for a pressure on a cell that is fixed.
 
     Examples
     --------
@@ -174,30 +185,55 @@ def relax(
     >>> relaxation.energies.sum().backward()
     >>> print(f"dE/depsilon = {potential.epsilon.grad:.2f}")
     dE/depsilon = -126.65
+
+    Where the cell moves, `cells` is attached, too:
+
+    >>> relaxation = relax(potential, bulk("Ar", a=1.6), cell="full", fmax=1e-3)
+    >>> volume = torch.linalg.det(relaxation.cells[0])
+    >>> potential.zero_grad(); volume.backward()
+    >>> print(f"V = {volume:.4f} Å^3, dV/dsigma = {potential.sigma.grad:.2f} Å^2")
+    V = 0.9145 Å^3, dV/dsigma = 2.74 Å^2
     """
-    if cell != "fixed":
-        raise NotImplementedError(f"Only cell='fixed' relaxes so far, got {cell!r}.")
     potential = as_potential(potential)
     start, sources, single = _structures(structures, potential)
+    rows = partial(_rows, potential=potential, stepper=stepper, cell=cell, pressure=pressure)
+    given, start = start, rows(start)
     chosen = make_adjoint(adjoint) or Replay()
     fmax = chosen.required_fmax(fmax)
     loop = Loop(potential, stepper, start, fmax=fmax, steps=steps)
-    inputs = (start.positions, start.cells, *loop.map.parameters())
+    inputs = (start.positions, *start.conditions(), *loop.map.parameters())
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in inputs)):
         trajectory = chosen.run(loop)
-        return Relaxation.of(Attached(trajectory, trajectory.final), sources, single)
+        return Relaxation.of(Attached(trajectory, trajectory.final), given, sources, single)
     chosen.check(loop.map, start)
     warm = None
     if warm_start is not None:
         near, *_ = _structures(warm_start, potential)
-        if not chosen.needs_minimum or near.counts != start.counts or not torch.equal(near.numbers, start.numbers):
+        if not chosen.needs_minimum or near.counts != given.counts or not torch.equal(near.numbers, given.numbers):
             raise ValueError(
                 f"A warm start is for adjoints that need the minimum, not {chosen.name!r}, and of the same structures: "
                 "take 'implicit', 'guided' or 'one-step', and give the same atoms in the same order."
             )
+        near = rows(near)
         chosen.check(loop.map, near)
         warm = Loop(potential, stepper, near, fmax=fmax, steps=steps)
-    return Relaxation.of(chosen.apply(loop, warm=warm), sources, single)
+    return Relaxation.of(chosen.apply(loop, warm=warm), given, sources, single)
+
+
+def _rows(
+    start: Structures, potential: Potential, stepper: Stepper | str | None, cell: Any, pressure: Any
+) -> Structures:
+    """The rows to relax: atoms alone where every cell is fixed."""
+    of_cells = freedoms(cell, pressure.tolist() if isinstance(pressure, Tensor) else pressure, len(start))
+    if not any(freedom.moves for freedom in of_cells):
+        return start
+    if not potential.conservative:
+        raise NotImplementedError(
+            f"The forces of this {potential.family} potential are predicted directly, and it has no stress, so that "
+            "no cell can be relaxed: take cell='fixed'."
+        )
+    live = pressure.expand(len(start)) if isinstance(pressure, Tensor) else None
+    return Strained.of(start, of_cells, pressures=live, balanced=make_stepper(stepper).scale_sensitive)
 
 
 def _iterated_map(potential: Potential, stepper: Stepper | str | None, structures: Structures) -> IteratedMap:

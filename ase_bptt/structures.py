@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from .constraints import Map, Projection, drift, fixed, maps_of
 from .utils import as_device
 
+Self = TypeVar("Self", bound="Structures")
 LASTING = frozenset({"batch", "force_map", "step_map", "movable", "drift"})
 """Properties that are the same in all frames of a batch; kept, so that none may be a tensor of inference mode."""
 
@@ -65,6 +66,8 @@ class Structures:
     constraints: tuple[tuple[str, ...], ...]
     maps: tuple[tuple[tuple[Map, ...], tuple[Map, ...]], ...] = ()
 
+    lasting: ClassVar[frozenset[str]] = LASTING
+
     @classmethod
     def from_atoms(
         cls,
@@ -94,14 +97,9 @@ class Structures:
 
     def to_atoms(self) -> list[Atoms]:
         """The structures as new Atoms, without constraints and calculators."""
-        columns = zip(
-            self.numbers.cpu().split(self.counts),
-            self.positions.detach().cpu().double().split(self.counts),
-            self.cells.detach().cpu().double(),
-            self.pbc.cpu(),
-            self.masses.cpu().double().split(self.counts),
-            strict=True,
-        )
+        x, m = (value.detach().cpu().double().split(self.counts) for value in (self.positions, self.masses))
+        cells = self.cells.detach().cpu().double()
+        columns = zip(self.numbers.cpu().split(self.counts), x, cells, self.pbc.cpu(), m, strict=True)
         return [
             Atoms(numbers=z.numpy(), positions=x.numpy(), cell=c.numpy(), pbc=p.numpy(), masses=m.numpy())
             for z, x, c, p, m in columns
@@ -189,29 +187,30 @@ class Structures:
         """Displacements projected by the constraints, shape (n_atoms, 3)."""
         return steps if self.step_map is None else self.step_map(steps)
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> Structures:
+    def to(self: Self, device: torch.device, dtype: torch.dtype) -> Self:
         """The same batch elsewhere or in another precision, attached to this one's positions and cells."""
         floats = {name: getattr(self, name).to(device, dtype) for name in ("positions", "cells", "masses")}
         if all(value is getattr(self, name) for name, value in floats.items()):
             return self
         return self.replace(**floats, numbers=self.numbers.to(device), pbc=self.pbc.to(device))
 
-    def replace(self, **changes: Any) -> Structures:
+    def replace(self: Self, **changes: Any) -> Self:
         """The same batch with some tensors replaced; shares the others."""
         new = dataclasses.replace(self, **changes)
         if not {"counts", "maps"} & set(changes) and new.masses is self.masses:
             # What depends on neither positions nor cells is not recomputed in every frame.
-            new.__dict__.update({name: self.__dict__[name] for name in LASTING & self.__dict__.keys()})
+            new.__dict__.update({name: self.__dict__[name] for name in self.lasting & self.__dict__.keys()})
         return new
 
-    def select(self, keep: Sequence[int]) -> Structures:
+    def select(self: Self, keep: Sequence[int]) -> Self:
         """The batch of the structures with these indices, in this order."""
         keep = list(keep)
         if keep == list(range(len(self))):
             return self
         index = torch.tensor(keep, device=self.numbers.device, dtype=torch.int64)
         atoms = self.atoms_of(keep)
-        return Structures(
+        return dataclasses.replace(
+            self,
             positions=self.positions[atoms],
             cells=self.cells[index],
             pbc=self.pbc[index],
@@ -222,12 +221,13 @@ class Structures:
             maps=tuple(self.maps[i] for i in keep) if self.maps else (),
         )
 
-    def joined(self, other: Structures) -> Structures:
+    def joined(self: Self, other: Self) -> Self:
         """The structures of both, as one batch."""
         free: tuple[tuple[Map, ...], tuple[Map, ...]] = ((), ())
         maps = [of.maps or (free,) * len(of) for of in (self, other)]
         tensors = ("positions", "cells", "pbc", "numbers", "masses")
-        return Structures(
+        return dataclasses.replace(
+            self,
             **{name: torch.cat((getattr(self, name), getattr(other, name))) for name in tensors},
             counts=self.counts + other.counts,
             constraints=self.constraints + other.constraints,
@@ -240,6 +240,35 @@ class Structures:
         rows = [np.arange(ends[i] - self.counts[i], ends[i]) for i in keep]
         index = np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64)
         return torch.as_tensor(index, device=self.numbers.device)
+
+    def placed(self) -> Structures:
+        """The structures as they stand: itself, but for a batch whose positions are not Cartesian."""
+        return self
+
+    def conditions(self) -> list[Tensor]:
+        """What a whole relaxation depends on beside its start, the first axis being the structures: the cells."""
+        return [self.cells]
+
+    def under(self: Self, conditions: Sequence[Tensor]) -> Self:
+        """The same batch under other `conditions`."""
+        (cells,) = conditions
+        return self.replace(cells=cells)
+
+    def atomic_forces(self, forces: Tensor) -> Tensor:
+        """The forces on the atoms where they stand, in eV/Å, shape (n_atoms, 3), from those on all rows."""
+        return forces
+
+    def work(self) -> Tensor | None:
+        """p V in eV, shape (n,), of structures whose cells move under pressure; None otherwise."""
+        return None
+
+    def reach(self) -> Tensor:
+        """Largest coordinate of each structure in Å, shape (n,)."""
+        return self.max(self.positions.abs().amax(1))
+
+    def cell_rotations(self) -> list[np.ndarray]:
+        """Motions of the rows of one structure that turn its cell with its atoms, shapes (n_rows, 3)."""
+        return []
 
     def largest_force(self, forces: Tensor) -> Tensor:
         """Norm of the largest force on an atom of each structure, under its constraints, in eV/Å, shape (n,)."""
@@ -255,22 +284,6 @@ class Structures:
     def max(self, per_atom: Tensor) -> Tensor:
         """Maximum over the atoms of each structure: (n_atoms,) to (n,); zero at least."""
         return per_atom.new_zeros(len(self)).scatter_reduce(0, self.batch, per_atom, "amax")
-
-
-def unrounded(positions: Tensor, given: np.ndarray) -> np.ndarray:
-    """Positions (Å) as float64, with the digits of those given that the precision of a potential had rounded away.
-
-    What has not moved is where it was, to the last bit; what is in double precision already stays as it is.
-
-    Parameters
-    ----------
-    positions : Tensor, shape (n_atoms, 3)
-    given : array of float64, shape (n_atoms, 3)
-        What they were, or are, before they were rounded.
-    """
-    exact = torch.from_numpy(np.array(given, dtype=float))
-    rounded = exact.to(positions.dtype).double()
-    return (positions.detach().cpu().double() + (exact - rounded)).numpy()
 
 
 def as_structures(

@@ -15,6 +15,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -207,3 +208,19 @@ def safe_sqrt(square: Tensor) -> Tensor:
     """sqrt with gradient zero at zero."""
     positive = square > 0
     return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), torch.zeros_like(square))
+
+
+def unrounded(positions: Tensor, given: np.ndarray) -> np.ndarray:
+    """Positions (Å) as float64, with the digits of those given that the precision of a potential had rounded away.
+
+    What has not moved is where it was, to the last bit; what is in double precision already stays as it is.
+
+    Parameters
+    ----------
+    positions : Tensor, shape (n_atoms, 3)
+    given : array of float64, shape (n_atoms, 3)
+        What they were, or are, before they were rounded.
+    """
+    exact = torch.from_numpy(np.array(given, dtype=float))
+    rounded = exact.to(positions.dtype).double()
+    return (positions.detach().cpu().double() + (exact - rounded)).numpy()

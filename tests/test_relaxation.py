@@ -198,11 +198,6 @@ class TestAtoms:
         np.testing.assert_allclose(atoms.get_masses(), argon().get_masses())
 
 
-def test_variable_cells_are_refused():
-    with pytest.raises(NotImplementedError, match="Only cell='fixed' relaxes so far, got 'variable'"):
-        relax(lennard_jones(), argon(), cell="variable")
-
-
 def test_elements_that_the_potential_does_not_know_are_refused_by_name():
     potential = lennard_jones()
     potential.atomic_numbers = frozenset({18})

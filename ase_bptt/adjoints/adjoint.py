@@ -156,7 +156,7 @@ class FullTape(Adjoint):
         """The positions, guarded against weights that change before the backward pass."""
         start = trajectory.start
         return _WeightsChecked.apply(
-            trajectory.final, trajectory, start.positions, start.cells, *trajectory.map.parameters()
+            trajectory.final, trajectory, start.positions, *start.conditions(), *trajectory.map.parameters()
         )
 
     def check_recorded(self) -> None:

@@ -68,7 +68,7 @@ class Frames:
 
 
 class BackwardSweep:
-    """From dL/dX(T) to dL/dX(0), adding up dL/dcells and dL/dweights frame by frame.
+    """From dL/dX(T) to dL/dX(0), adding up dL/dconditions (cells, pressures) and dL/dweights frame by frame.
 
     A structure that had stopped before frame t passes its adjoint through unchanged.
 
@@ -78,7 +78,8 @@ class BackwardSweep:
     gradient : Tensor, shape (n_atoms, 3)
         dL/dX(T).
     weights : list of Tensor
-    with_cells : bool
+    conditions : sequence of bool
+        Which of the start's conditions a gradient is wanted for.
     clip, differences
         As for `Replay`.
     """
@@ -88,14 +89,15 @@ class BackwardSweep:
         trajectory: Trajectory,
         gradient: Tensor,
         weights: list[Tensor],
-        with_cells: bool,
+        conditions: Sequence[bool],
         clip: float | None = None,
         differences: bool = False,
     ):
         self.trajectory, self.weights, self.clip, self.differences = trajectory, weights, clip, differences
         self.adjoint = gradient.clone()
         self.to_weights: list[Tensor | None] = [None] * len(weights)
-        self.to_cells = torch.zeros_like(trajectory.start.cells) if with_cells else None
+        of_start = zip(trajectory.start.conditions(), conditions, strict=True)
+        self.to_conditions = [torch.zeros_like(value) if wanted else None for value, wanted in of_start]
         self.neighbors = trajectory.map.neighbor_list()
         self.frames = Frames(trajectory)
         self.norms = [self._norm()]
@@ -122,15 +124,15 @@ class BackwardSweep:
         """Frame t of the structures `now`, where `before` took part in the frame after it."""
         start, iterated = self.trajectory.start, self.trajectory.map
         positions, state = self.frames.before(t, now)
-        # Structures that stopped after frame t enter with a state that nothing depends on.
+        # Those that stopped after frame t enter with a state that nothing depends on.
         state_adjoint = _matched(state_adjoint, state, before, now, start.counts)
-        atoms, members = start.atoms_of(now), start.select(now)
-        x = positions.clone().requires_grad_()
+        atoms, members, x = start.atoms_of(now), start.select(now), positions.clone().requires_grad_()
         carried = [s.clone().requires_grad_() for s in state.floats()]
-        cells = members.cells.detach().requires_grad_(self.to_cells is not None)
+        of_members = zip(members.conditions(), self.to_conditions, strict=True)
+        conditions = [value.detach().requires_grad_(to is not None) for value, to in of_members]
         gradients = (self.adjoint[atoms], *state_adjoint.floats())
-        inputs = [x, *carried, *[cells] * (self.to_cells is not None), *self.weights]
-        structures, state = members.replace(positions=x, cells=cells), state.with_floats(carried)
+        inputs = [x, *carried, *(value for value in conditions if value.requires_grad), *self.weights]
+        structures, state = members.replace(positions=x).under(conditions), state.with_floats(carried)
         if self.differences:
             forces = self.trajectory.forces_before(t, now)
             back = frame_vjp(iterated, structures, state, self.neighbors(structures), forces, gradients, inputs)
@@ -142,8 +144,9 @@ class BackwardSweep:
         to_state = [_or_zero(g, s) for g, s in zip(rest[: len(carried)], carried, strict=True)]
         rest = rest[len(carried) :]
         self.adjoint[atoms] = _or_zero(to_x, x)
-        if self.to_cells is not None:
-            self.to_cells[now] += _or_zero(rest.pop(0), cells)
+        for value, to in zip(conditions, self.to_conditions, strict=True):
+            if to is not None:
+                to[now] += _or_zero(rest.pop(0), value)
         self._add(rest)
         return self._clipped(state.with_floats(to_state), now)
 
@@ -291,7 +294,7 @@ def force_vjp(
     for sign in (1.0, -1.0):
         with torch.enable_grad():
             there = structures.positions + sign * moved[structures.batch, None] * vector
-            energy = potential(structures.replace(positions=there), edges).energy
+            energy = potential.energies(structures.replace(positions=there), edges)
             part = vjp([(sign * weight * energy).sum()], [torch.ones_like(energy[0])], inputs)
         found = added(found, part)
     return found

@@ -67,10 +67,10 @@ def conjugate_gradients(
     Parameters
     ----------
     product : callable
-        v -> H v, both of shape (n_atoms, 3).
-    rhs : Tensor, shape (n_atoms, 3)
+        v -> H v, both of shape (n_rows, 3).
+    rhs : Tensor, shape (n_rows, 3)
     structures : Structures
-        Which atoms belong together.
+        Which rows belong together.
     tolerance : float
         Of the residual's norm, relative to rhs's.
     max_iterations : int
@@ -78,7 +78,7 @@ def conjugate_gradients(
 
     Returns
     -------
-    w : Tensor, shape (n_atoms, 3)
+    w : Tensor, shape (n_rows, 3)
     solves : list of Solve, length n
     """
     batch = structures.batch
@@ -126,7 +126,8 @@ NOISE = 4.0
 
 
 class ZeroModes:
-    """Translations of each structure, and rotations where nothing periodic forbids them, as its constraints let pass.
+    """Translations of each structure, and rotations where nothing periodic forbids them or the cell turns along, as its
+    constraints let pass.
 
     Parameters
     ----------
@@ -155,10 +156,12 @@ class ZeroModes:
 
 
 def _basis(structure: Structures, forces: Tensor) -> np.ndarray:
-    """Orthonormal rigid motions of one structure, shape (3 n_atoms, m)."""
+    """Orthonormal rigid motions of one structure, shape (3 n_rows, m)."""
     x = structure.positions.detach().double().cpu().numpy()
-    centred, axes = x - x.mean(0), _rotation_axes(structure)
-    motions = [np.tile(axis, (len(x), 1)) for axis in np.eye(3)] + [np.cross(axis, centred) for axis in axes]
+    atoms = structure.numbers.cpu().numpy()[:, None] > 0  # the rows of a cell are none
+    centred, axes = np.where(atoms, x - x[atoms[:, 0]].mean(0), 0.0), _rotation_axes(structure)
+    motions = [np.where(atoms, axis, 0.0) for axis in np.eye(3)] + [np.cross(axis, centred) for axis in axes]
+    motions += [*structure.cell_rotations()]
     columns = np.stack([motion.ravel() for motion in motions], axis=1)
     left, lengths, right = np.linalg.svd(columns, full_matrices=False)
     sound = lengths > TINY * max(1.0, lengths.max())
@@ -166,7 +169,7 @@ def _basis(structure: Structures, forces: Tensor) -> np.ndarray:
     if not structure.maps:
         return basis
     exact = structure.to(torch.device("cpu"), torch.float64)
-    turns = (right[sound, 3:] / lengths[sound, None]) @ axes
+    turns = (right[sound, 3 : 3 + len(axes)] / lengths[sound, None]) @ axes
     # Those combinations that the constraints let pass unchanged, and that turn no force into a free direction:
     # where constraints keep a structure under strain, a turn that they allow at first costs energy all the same.
     passed = [exact.project_forces(torch.from_numpy(column.reshape(-1, 3))).numpy().ravel() for column in basis.T]

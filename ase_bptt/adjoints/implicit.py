@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from ase.symbols import Symbols
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -80,7 +79,8 @@ class AtMinimum(Adjoint):
     def attach(self, trajectory: Trajectory) -> Tensor:
         """The positions as one node of the graph, whose backward pass warns of structures that it could not solve."""
         start, final = trajectory.start, trajectory.final.detach()
-        return _AtMinimum.apply(self, trajectory, final, start.positions, start.cells, *trajectory.map.parameters())
+        inputs = (start.positions, *start.conditions(), *trajectory.map.parameters())
+        return _AtMinimum.apply(self, trajectory, final, *inputs)
 
     def solve(self, product: Product, rhs: Tensor, structures: Structures) -> tuple[Tensor, list[Solve]]:
         """The vector w (n_atoms, 3) in Å^2/eV times the gradient's unit, and how it was found."""
@@ -181,7 +181,7 @@ class OneStep(AtMinimum):
 
 
 class _AtMinimum(torch.autograd.Function):
-    """The relaxed positions as a function of the weights and cells alone."""
+    """The relaxed positions as a function of the weights and conditions alone."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -190,11 +190,12 @@ class _AtMinimum(torch.autograd.Function):
         trajectory: Trajectory,
         final: Tensor,
         positions: Tensor,
-        cells: Tensor,
-        *weights: Tensor,
+        *inputs: Tensor,
     ) -> Tensor:
-        ctx.adjoint, ctx.trajectory, ctx.final, ctx.weights = adjoint, trajectory, final, weights
-        ctx.save_for_backward(positions, cells)
+        ctx.adjoint, ctx.trajectory, ctx.final = adjoint, trajectory, final
+        count = len(trajectory.start.conditions())
+        ctx.weights = inputs[count:]
+        ctx.save_for_backward(positions, *inputs[:count])
         return final.clone()
 
     @staticmethod
@@ -203,34 +204,35 @@ class _AtMinimum(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         trajectory: Trajectory = ctx.trajectory
         trajectory.check_weights()
-        positions, cells = ctx.saved_tensors
+        positions, *conditions = ctx.saved_tensors
         relaxed = [k for k in range(len(trajectory.start)) if trajectory.ends[k].status is Status.CONVERGED]
         solves = dict.fromkeys(range(len(trajectory.start)), Solve(SolveStatus.UNRELAXED, 0, 1.0))
-        to_cells = torch.zeros_like(cells)
+        to_conditions = [torch.zeros_like(value) for value in conditions]
         to_weights = [torch.zeros_like(p) if p.requires_grad else None for p in ctx.weights]
         if relaxed:
             atoms = trajectory.start.atoms_of(relaxed)
             structures = trajectory.start.select(relaxed).replace(positions=ctx.final[atoms])
             wanted = [p for p in ctx.weights if p.requires_grad]
-            ends = (structures, gradient[atoms], cells[relaxed])
-            found, of_cells, pulled = _vjp_at_minimum(ctx.adjoint, trajectory, *ends, wanted)
+            ends = (structures, gradient[atoms], [value[relaxed] for value in conditions])
+            found, of_conditions, pulled = _vjp_at_minimum(ctx.adjoint, trajectory, *ends, wanted)
             solves |= dict(zip(relaxed, found, strict=True))
-            to_cells[relaxed] = of_cells
+            for to, part in zip(to_conditions, of_conditions, strict=True):
+                to[relaxed] = part
             queue = iter(pulled)
             to_weights = [None if zero is None else zero + next(queue) for zero in to_weights]
         trajectory.solves = tuple(solves.values())
         if trajectory.warns:
             _warn(trajectory)
-        return None, None, None, torch.zeros_like(positions), to_cells, *to_weights
+        return None, None, None, torch.zeros_like(positions), *to_conditions, *to_weights
 
 
 def _warn(trajectory: Trajectory) -> None:
     """Warn of the structures whose gradient is not that of a minimum, by their place in the batch and their formula."""
-    numbers = trajectory.start.numbers.cpu().split(trajectory.start.counts)
+    formulas = trajectory.start.formulas()
     by_status: dict[SolveStatus, list[str]] = {}
     for k, solve in enumerate(trajectory.solves):
         if solve.status is not SolveStatus.SOLVED:
-            by_status.setdefault(solve.status, []).append(f"{k} ({Symbols(numbers[k].numpy())})")
+            by_status.setdefault(solve.status, []).append(f"{k} ({formulas[k]})")
     for status, places in by_status.items():
         some = ", ".join(places[:SHOWN]) + f" and {len(places) - SHOWN} more" * (len(places) > SHOWN)
         warnings.warn(
@@ -245,14 +247,14 @@ def _vjp_at_minimum(
     trajectory: Trajectory,
     structures: Structures,
     gradient: Tensor,
-    cells: Tensor,
+    conditions: list[Tensor],
     weights: list[Tensor],
-) -> tuple[list[Solve], Tensor, list[Tensor]]:
-    """From dL/dX at the minima to dL/dcells and dL/dweights; one graph serves all products."""
+) -> tuple[list[Solve], list[Tensor], list[Tensor]]:
+    """From dL/dX at the minima to dL/dconditions and dL/dweights; one graph serves all products."""
     x = structures.positions.detach().requires_grad_()
-    cells = cells.detach().requires_grad_()
+    conditions = [value.detach().requires_grad_() for value in conditions]
     with torch.enable_grad():
-        live = structures.replace(positions=x, cells=cells)
+        live = structures.replace(positions=x).under(conditions)
         edges = trajectory.map.neighbor_list()(live)
         _, forces = trajectory.map.potential.energy_and_forces(live, edges, create_graph=True)
     motions = ZeroModes(structures, forces)
@@ -265,10 +267,10 @@ def _vjp_at_minimum(
         return -free(change)
 
     w, solves = adjoint.solve(product, free(gradient), structures)
-    inputs = [cells, *weights]
+    inputs = [*conditions, *weights]
     found = torch.autograd.grad(forces, inputs, structures.project_forces(w), allow_unused=True)
-    to_cells, *to_weights = (torch.zeros_like(i) if g is None else g for g, i in zip(found, inputs, strict=True))
-    return solves, to_cells, to_weights
+    each = [torch.zeros_like(i) if g is None else g for g, i in zip(found, inputs, strict=True)]
+    return solves, each[: len(conditions)], each[len(conditions) :]
 
 
 def _check_projectors(structures: Structures) -> None:

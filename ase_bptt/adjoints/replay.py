@@ -118,7 +118,8 @@ def _attach(trajectory: Trajectory, window: int | None, clip: float | None, diff
     start = trajectory.start
     final = trajectory.final.detach()
     back = partial(BackwardSweep, trajectory, clip=clip, differences=differences)
-    return _Replayed.apply(back, window, trajectory, final, start.positions, start.cells, *trajectory.map.parameters())
+    inputs = (start.positions, *start.conditions(), *trajectory.map.parameters())
+    return _Replayed.apply(back, window, trajectory, final, *inputs)
 
 
 class _Replayed(torch.autograd.Function):
@@ -132,13 +133,14 @@ class _Replayed(torch.autograd.Function):
         trajectory: Trajectory,
         final: Tensor,
         positions: Tensor,
-        cells: Tensor,
-        *weights: Tensor,
+        *inputs: Tensor,
     ) -> Tensor:
-        ctx.back, ctx.window, ctx.trajectory, ctx.weights = back, window, trajectory, weights
-        ctx.with_cells = cells.requires_grad
+        ctx.back, ctx.window, ctx.trajectory = back, window, trajectory
+        count = len(trajectory.start.conditions())
+        conditions, ctx.weights = inputs[:count], inputs[count:]
+        ctx.conditions = [value.requires_grad for value in conditions]
         # The frames start from these very tensors: let torch notice when they change in place.
-        ctx.save_for_backward(positions, cells)
+        ctx.save_for_backward(positions, *conditions)
         return final.clone()
 
     @staticmethod
@@ -149,8 +151,8 @@ class _Replayed(torch.autograd.Function):
         _ = ctx.saved_tensors  # raises where they changed
         # Some may have been frozen since.
         weights = [p for p in ctx.weights if p.requires_grad]
-        back = ctx.back(gradient=gradient, weights=weights, with_cells=ctx.with_cells)
+        back = ctx.back(gradient=gradient, weights=weights, conditions=ctx.conditions)
         back.run(ctx.window)
         found = iter(back.to_weights)
         to_weights = [next(found) if p.requires_grad else None for p in ctx.weights]
-        return None, None, None, None, back.adjoint, back.to_cells, *to_weights
+        return None, None, None, None, back.adjoint, *back.to_conditions, *to_weights

@@ -12,8 +12,9 @@ import numpy as np
 import spglib
 from ase import Atoms
 
+from ..displacements import displacements
 from ..iterated_map import Status
-from ..losses import SAME_END, delta_q, displacements, max_displacement, rmsd
+from ..losses import SAME_END, delta_q, max_displacement, rmsd
 from ..pairs import RelaxationPair
 from ..potential import Potential
 from ..steppers import Stepper

@@ -122,6 +122,11 @@ def _joined(found: Sequence[Edges], structures: Structures) -> Edges:
     return Edges(i + atoms, j + atoms, shifts, mirror)
 
 
+def _equal(cells: Tensor, others: Tensor) -> bool:
+    """Whether cells are the same; of one tensor it is known without reading from the device."""
+    return cells is others or torch.equal(cells, others)
+
+
 def _rows(keep: Tensor, place: Tensor, count: int) -> Tensor:
     """Indices of the true ones, without reading from the device how many they are."""
     rows = torch.zeros(count + 1, dtype=torch.int64, device=keep.device)
@@ -130,7 +135,7 @@ def _rows(keep: Tensor, place: Tensor, count: int) -> Tensor:
 
 
 class NeighborList:
-    """Edges within a cutoff, searched for again only where an atom moved more than half the skin.
+    """Edges within a cutoff, searched for again only where atoms and cells have moved out of the skin.
 
     Parameters
     ----------
@@ -139,8 +144,9 @@ class NeighborList:
     skin : float
         In Å, by which the stored list reaches beyond the cutoff.
 
-    The list is exact for every geometry: a change of the cells, the boundary conditions or the atoms rebuilds it, too.
-    Each structure of a batch has a list of its own, so that one that moves far, is removed or is added costs the others
+    The list is exact for every geometry. While a cell deforms, atoms count as moved by what they move beside the
+    deformation, and the skin shrinks with it; a change of the boundary conditions or the atoms rebuilds the list. Each
+    structure of a batch has a list of its own, so that one that moves far, is removed or is added costs the others
     nothing.
 
     Attributes
@@ -158,6 +164,7 @@ class NeighborList:
         self._members: list[Edges | None] = []
         self._built_for: Structures | None = None
         self._stored: Edges | None = None
+        self._offsets: Tensor | None = None
         self._near: Tensor | None = None
         self._asked: Tensor | None = None
         self._found: Edges | None = None
@@ -172,16 +179,15 @@ class NeighborList:
         For each structure, whether its edges must be searched for again; then whether the edges within the cutoff
         have changed, and how many there are.
         """
-        if self._built_for is None or not self._same_atoms(structures):
-            self._members, self._stored, self._built_for = [None] * len(structures), None, None
-            return torch.ones(len(structures) + 2, dtype=torch.float64, device=structures.positions.device)
         with torch.no_grad():
-            moved = structures.max((structures.positions - self._built_for.positions).square().sum(1))
-            # Written so that a NaN position counts as far.
-            found = (~(moved <= (self.skin / 2) ** 2)).double()
+            now = structures.placed()
+            if self._built_for is None or not self._same_atoms(now):
+                self._members, self._stored, self._built_for = [None] * len(now), None, None
+                return torch.ones(len(now) + 2, dtype=torch.float64, device=now.positions.device)
+            found = self._far(now).double()
             if self._stored is None:
                 return torch.cat((found, found.new_ones(2)))
-            near = self._asked = self._stored.near(self.cutoff, structures)
+            near = self._asked = self._nearby(self._stored, now)
             other = near.new_ones(()) if self._near is None else (near != self._near).any()
             return torch.cat((found, torch.stack((other, near.sum())).double()))
 
@@ -196,52 +202,89 @@ class NeighborList:
             self._near, self._found = self._asked, self._stored.select(self._asked, int(count))
         return self._found
 
+    @torch.no_grad()
     def keep(self, members: Sequence[int], structures: Structures) -> None:
         """From now on the batch consists of these structures, which are these members of it."""
         if self._built_for is None:
             return
         self._members = [self._members[k] for k in members]
-        then = self._built_for.positions[self._built_for.atoms_of(members)]
-        self._built_for = structures.replace(positions=then)
+        self._built(structures.placed(), self._built_for.select(members))
         self._join_up()
 
+    @torch.no_grad()
     def extend(self, structures: Structures) -> None:
         """From now on the batch consists of these structures, the first of which it consisted of before."""
-        if self._built_for is None:
+        then = self._built_for
+        if then is None:
             return
         self._members += [None] * (len(structures) - len(self._members))
-        new = structures.positions.detach()[self._built_for.n_atoms :]
-        self._built_for = structures.replace(positions=torch.cat((self._built_for.positions, new)))
+        now = structures.placed()
+        self._built(now, then.joined(now.select(range(len(then), len(now)))))
         self._stored = None
 
+    @torch.no_grad()
     def _build(self, structures: Structures, wanted: list[int]) -> Edges:
-        for k, found in zip(wanted, search_each(structures, self.cutoff + self.skin, wanted), strict=True):
+        now = structures.placed()
+        for k, found in zip(wanted, search_each(now, self.cutoff + self.skin, wanted), strict=True):
             self._members[k] = found
         self.builds += 1
-        now = structures.positions.detach()
-        if self._built_for is not None and len(wanted) < len(structures):
-            rows = structures.atoms_of(wanted)
-            now = self._built_for.positions.index_copy(0, rows, now[rows])
-        self._built_for = structures.replace(positions=now.clone())
+        then = now
+        if self._built_for is not None and len(wanted) < len(now):
+            rows, places = now.atoms_of(wanted), torch.tensor(wanted, device=now.positions.device)
+            then = now.replace(
+                positions=self._built_for.positions.index_copy(0, rows, now.positions.detach()[rows]),
+                cells=self._built_for.cells.index_copy(0, places, now.cells.detach()[places]),
+            )
+        self._built(now, then)
         self._join_up()
         assert self._stored is not None
-        self._near = self._stored.near(self.cutoff, structures)
+        self._near = self._nearby(self._stored, now)
         self._found = self._stored.select(self._near)
         return self._found
+
+    def _built(self, now: Structures, then: Structures) -> None:
+        """Remember for which positions and cells the edges of this batch were searched for."""
+        cells = now.cells if _equal(then.cells, now.cells) else then.cells.detach()
+        self._built_for = now.replace(positions=then.positions.detach().clone(), cells=cells)
 
     def _join_up(self) -> None:
         """Put the stored edges of all members together, once each has been searched for."""
         self._stored = self._near = self._found = None
         known = [found for found in self._members if found is not None]
         if self._built_for is not None and len(known) == len(self._members):
-            joined = _joined(known, self._built_for)
-            self._stored = joined.with_offsets(joined.offsets(self._built_for).detach())
+            self._stored = _joined(known, self._built_for)
+            self._offsets = self._stored.offsets(self._built_for).detach()
+
+    def _nearby(self, stored: Edges, now: Structures) -> Tensor:
+        """Which of the stored edges are within the cutoff."""
+        assert self._built_for is not None
+        if self._offsets is not None and _equal(now.cells, self._built_for.cells):
+            stored = stored.with_offsets(self._offsets)
+        return stored.near(self.cutoff, now)
+
+    def _far(self, now: Structures) -> Tensor:
+        """Which structures have left the skin, bool of shape (n,).
+
+        With the deformation G from the cells of the list to these, and the largest displacement d of an atom beside it,
+        atoms that are closer than the cutoff now were closer than (cutoff + 2 d) |G^-1|, and |G^-1| is at most
+        1 / (1 - |G - 1|).
+        """
+        then = self._built_for
+        assert then is not None
+        before: Tensor = then.positions
+        room: Tensor | float = self.skin / 2
+        if not _equal(then.cells, now.cells):
+            # Along directions without a cell vector nothing is deformed.
+            change = torch.linalg.pinv(then.cells) @ (now.cells - then.cells)
+            before = before + (before.unsqueeze(1) @ change[now.batch]).squeeze(1)
+            room = room - change.square().sum((1, 2)).sqrt() * ((self.cutoff + self.skin) / 2)
+        moved = now.max((now.positions - before).square().sum(1)).sqrt()
+        # Written so that a NaN position counts as far.
+        return ~(moved <= room)
 
     def _same_atoms(self, now: Structures) -> bool:
-        """Whether the stored edges belong to these atoms in these cells."""
+        """Whether the stored edges belong to these atoms."""
         then = self._built_for
         if then is None or then.counts != now.counts or then.positions.dtype != now.positions.dtype:
-            return False
-        if then.cells is not now.cells and not torch.equal(then.cells, now.cells):
             return False
         return then.pbc is now.pbc or torch.equal(then.pbc, now.pbc)

@@ -16,7 +16,7 @@ from ase.geometry import find_mic
 from ase.io.jsonio import encode
 from scipy.optimize import linear_sum_assignment
 
-from ..losses import lattice_translations, shortest_lattice_vector
+from ..displacements import lattice_translations, shortest_lattice_vector
 from ..neighbors import find_edges
 from ..neighbors.lattice import periodic_cell
 from ..structures import Structures

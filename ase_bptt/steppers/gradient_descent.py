@@ -51,6 +51,7 @@ class GradientDescent(Stepper):
     """
 
     name = "gd"
+    scale_sensitive = True
     fields = ("step_size", "anneal", "momentum", "maxstep")
     # Every step grows by a tenth at most where the anneal is learnt, lest a longer run than in training overflows.
     learnable: ClassVar[Ranges] = {

@@ -107,6 +107,9 @@ class Stepper(nn.Module):
     differentiable: ClassVar[bool] = True
     """Whether a gradient can be taken through its steps; if not, `relax` refuses a tape."""
 
+    scale_sensitive: ClassVar[bool] = False
+    """Whether soft and stiff rows need a common scale, as where one step size serves atoms and cells."""
+
     def init(self, positions: Tensor, n: int) -> State:
         """The state before the first frame of n structures."""
         raise NotImplementedError

@@ -15,7 +15,7 @@ from ase.data.g2 import data as G2
 from torch import Tensor
 from torch.nn.functional import huber_loss
 
-from ..losses import displacements
+from ..displacements import displacements
 from ..neighbors import find_edges
 from ..pairs import RelaxationPair
 from ..potential import Potential

@@ -24,7 +24,8 @@ from ..potential import Potential
 from ..relaxation import relax
 from ..stability import resolve_step_size, sample
 from ..steppers import State, Stepper, make_stepper
-from ..structures import Structures, unrounded
+from ..structures import Structures
+from ..utils import unrounded
 from .memory import fits, in_parts, report_out_of_memory
 from .packing import Planner
 

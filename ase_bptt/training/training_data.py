@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..losses import displacements
+from ..displacements import displacements
 from ..pairs import RelaxationPair, fingerprint
 from ..pairs.groups import check_apart, usable
 from ..pairs.lazy import DeferredPair

@@ -1,0 +1,342 @@
+"""Cells that move: in lockstep with ASE's FrechetCellFilter, gradients against differences, and what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.build import bulk, fcc111, molecule
+from ase.constraints import FixAtoms, FixCartesian, FixSymmetry
+from ase.filters import FrechetCellFilter
+from ase.optimize import BFGS, FIRE, LBFGS
+from ase.spacegroup.symmetrize import check_symmetry
+from helpers.gradients import check_gradient, gradient, recorded_decisions
+from helpers.potentials import lennard_jones, needs_mace, stiff_mace
+
+from ase_bptt import Status, Structures, TorchCalculator, adjoints, delta_q, relax, steppers
+from ase_bptt.cells import CellFreedom, freedoms
+from ase_bptt.cells.strained import Strained
+from ase_bptt.losses import cell_strain, lattice_error, root_delta_q, volume_error
+from ase_bptt.neighbors import NeighborList
+from ase_bptt.potentials.analytic import Morse
+from ase_bptt.potentials.direct import Direct
+from ase_bptt.potentials.emt import EMT
+
+
+def strained(atoms: Atoms, seed: int = 0, strain: float = 0.03, rattle: float = 0.05) -> Atoms:
+    """Another cell, and atoms off their sites."""
+    rng, atoms = np.random.default_rng(seed), atoms.copy()
+    change = rng.uniform(-strain, strain, (3, 3))
+    atoms.set_cell(atoms.cell @ (np.eye(3) + (change + change.T) / 2), scale_atoms=True)
+    atoms.positions += rng.normal(0, rattle, atoms.positions.shape)
+    return atoms
+
+
+CRYSTALS = {
+    "cubic": lambda: strained(bulk("Cu", cubic=True)),
+    "one atom": lambda: strained(bulk("Cu")),
+    "hexagonal": lambda: strained(bulk("Cu", "hcp", a=2.55, c=4.2)),
+    "triclinic": lambda: strained(bulk("Cu").repeat((3, 2, 1)), strain=0.06),
+}
+CHOICES = {
+    "full": ({}, {}),
+    "hydrostatic": ({"cell": "hydrostatic"}, {"hydrostatic_strain": True}),
+    "constant volume": ({"cell": "constant-volume"}, {"constant_volume": True}),
+    "mask": ({"cell": [1, 1, 0, 0, 0, 1]}, {"mask": [1, 1, 0, 0, 0, 1]}),
+    "axis": ({"cell": np.diag([0, 0, 1])}, {"mask": [0, 0, 1, 0, 0, 0]}),
+    "pressure": ({"pressure": 0.05}, {"scalar_pressure": 0.05}),
+}
+OPTIMIZERS = {"fire": (FIRE, 1e-9), "bfgs": (BFGS, 1e-7), "lbfgs": (LBFGS, 1e-7)}
+
+
+@pytest.mark.parametrize("stepper", OPTIMIZERS)
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("crystal", ["hexagonal", "triclinic"])
+def test_frames_are_those_of_frechet_cell_filter(crystal, choice, stepper):
+    ours, theirs = CHOICES[choice]
+    optimizer, tolerance = OPTIMIZERS[stepper]
+    atoms = CRYSTALS[crystal]()
+    moved = atoms.copy()
+    moved.calc = TorchCalculator("emt")
+    run = optimizer(FrechetCellFilter(moved, **theirs), logfile=None)
+    run.run(fmax=1e-6, steps=40)
+    with torch.no_grad():
+        relaxation = relax("emt", atoms, **{"cell": "full"} | ours, stepper=stepper, fmax=1e-6, steps=40)
+    assert relaxation.nsteps.tolist() == [run.nsteps]
+    found = relaxation.to_atoms()
+    assert np.abs(found.positions - moved.positions).max() < tolerance
+    assert np.abs(found.cell - moved.cell).max() < tolerance
+    assert found.get_potential_energy() == pytest.approx(moved.get_potential_energy(), abs=1e-9)
+    assert np.abs(found.get_forces() - moved.get_forces()).max() < 1e-7
+    assert np.abs(found.get_stress() - moved.get_stress()).max() < 1e-8
+
+
+def test_structures_of_a_batch_move_as_they_do_alone():
+    batch = [CRYSTALS["cubic"](), molecule("N2"), CRYSTALS["one atom"](), CRYSTALS["hexagonal"]()]
+    cells, pressures = ["full", "fixed", "hydrostatic", "fixed"], [0.0, 0.0, 0.02, 0.0]
+    with torch.no_grad():
+        together = relax("emt", batch, cell=cells, pressure=pressures, fmax=1e-3, steps=60)
+        alone = [relax("emt", a, cell=c, pressure=p, fmax=1e-3, steps=60) for a, c, p in zip(batch, cells, pressures)]
+    assert together.nsteps.tolist() == [int(r.nsteps) for r in alone]
+    assert together.moved_cells == [True, False, True, False]
+    for k, one in enumerate(alone):
+        assert torch.allclose(together[k].positions, one.positions, atol=1e-10)
+        assert torch.allclose(together[k].cells, one.cells, atol=1e-10)
+        assert together[k].fmax.item() == pytest.approx(one.fmax.item(), abs=1e-8)
+    assert torch.equal(together.cells[3], torch.from_numpy(batch[3].cell.array))
+
+
+# Gradients ------------------------------------------------------------------------------------
+
+
+def argon() -> Atoms:
+    return strained(bulk("Ar", a=1.6).repeat((2, 1, 1)), seed=1)
+
+
+SYSTEMS = {
+    "lj": (lambda: lennard_jones().requires_grad_(), argon, 1e-3, 0.03),
+    "morse": (lambda: Morse(rho0=4.0), lambda: strained(bulk("N", "sc", a=1.3).repeat((2, 1, 1))), 1e-3, 0.05),
+    "mace": (stiff_mace, lambda: strained(bulk("Si"), seed=2), 0.01, 0.1),
+}
+NAMES = ["full", "hydrostatic", "constant-volume", [1, 1, 0, 0, 0, 1]]
+EVERY = [
+    *(("lj", stepper, adjoint, cell) for stepper in ("gd", "fire") for adjoint in ("full", "replay") for cell in NAMES),
+    *(("lj", "fire", adjoint, "full") for adjoint in ("truncated:99", "replay:differences")),
+    *(("morse", "gd", adjoint, "hydrostatic") for adjoint in ("replay", "replay:differences")),
+    pytest.param("mace", "gd", "replay", "full", marks=needs_mace),
+    pytest.param("mace", "fire", "full", NAMES[3], marks=needs_mace),
+]
+
+
+def ends(relaxation) -> torch.Tensor:
+    """A number that depends on all of where a relaxation ended, but not on its orientation."""
+    c, x = relaxation.cells, relaxation.positions
+    metric = c @ c.mT
+    weights = torch.linspace(-1, 1.5, metric.numel()).to(metric).view_as(metric)
+    return (metric * weights).sum() + (x[1:] - x[:-1]).square().sum() + torch.linalg.det(c).sum()
+
+
+@pytest.mark.parametrize(("system", "stepper", "adjoint", "cell"), EVERY, ids=str)
+def test_gradients_agree_with_differences_of_the_whole_relaxation(system, stepper, adjoint, cell):
+    make, structure, step_size, dt = SYSTEMS[system]
+    potential = make()
+    rule = steppers.GradientDescent(step_size, momentum=0.5) if stepper == "gd" else steppers.FIRE(dt=dt)
+    start = Structures.from_atoms([structure()])
+    inputs = {name: getattr(start, name).clone().requires_grad_() for name in ("positions", "cells")}
+    pressure = torch.tensor([0.02], dtype=torch.float64, requires_grad=True)
+
+    def evaluate():
+        with recorded_decisions() as trace:
+            relaxation = relax(potential, start.replace(**inputs), stepper=rule, steps=6, fmax=1e-3, cell=cell,
+                               adjoint=adjoint, pressure=pressure)  # fmt: skip
+        return ends(relaxation), relaxation.nsteps.tolist(), trace
+
+    loss, *usual = evaluate()
+    weights = list(potential.parameters())
+    every = [*inputs.values(), pressure]
+    to = gradient([*every, *weights], loss)
+    check_gradient(evaluate, usual, every, to[:3], h=1e-4, directions=2)
+    check_gradient(evaluate, usual, weights, to[3:], h=1e-4 if system == "mace" else 1e-5, directions=1)
+
+
+@pytest.mark.parametrize("cell", ["full", "hydrostatic", [1, 1, 0, 0, 0, 1]], ids=str)
+def test_implicit_gradients_agree_with_differences_of_the_minimum(cell):
+    potential = lennard_jones().requires_grad_()
+    start = Structures.from_atoms([argon()])
+    pressure = torch.tensor(0.02, dtype=torch.float64, requires_grad=True)
+    solve = adjoints.Implicit(tolerance=1e-9, fmax=1e-9)
+
+    def evaluate():
+        relaxation = relax(potential, start, stepper="bfgs", steps=300, cell=cell, adjoint=solve, pressure=pressure)
+        assert relaxation.status == (Status.CONVERGED,)
+        return ends(relaxation), None
+
+    loss, *usual = evaluate()
+    every = [pressure, *potential.parameters()]
+    check_gradient(evaluate, usual, every, gradient(every, loss), h=1e-4, tolerance=1e-5)
+
+
+def test_replay_and_implicit_agree_where_both_are_exact():
+    potential, found = lennard_jones().requires_grad_(), []
+    for adjoint, stepper in (("replay", "fire"), (adjoints.Implicit(tolerance=1e-9), "bfgs")):
+        relaxation = relax(potential, argon(), stepper=stepper, cell="full", fmax=1e-8, steps=600, adjoint=adjoint)
+        found.append(gradient(list(potential.parameters()), ends(relaxation)))
+    for a, b in zip(*found, strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_guided_attaches_cells_at_both_ends():
+    potential = lennard_jones().requires_grad_()
+    relaxation = relax(potential, argon(), cell="full", adjoint="guided:3", fmax=1e-4, steps=100)
+    assert relaxation.early.nsteps.tolist() == [3]
+    for run in (relaxation, relaxation.early):
+        assert all(g.abs().sum() > 0 for g in gradient(list(potential.parameters()), torch.linalg.det(run.cells).sum()))
+
+
+# Degrees of freedom ---------------------------------------------------------------------------
+
+
+def test_a_slab_moves_along_its_periodic_directions_alone():
+    slab = fcc111("Cu", (1, 1, 3), a=3.8, vacuum=6.0)
+    slab.rattle(0.02, seed=0)
+    relaxation = relax("emt", slab, cell="full", fmax=1e-3, steps=300)
+    change = relaxation.cells[0].numpy() - slab.cell.array
+    assert relaxation.status == (Status.CONVERGED,)
+    assert np.abs(change[:2, :2]).max() > 0.01
+    assert np.abs(change[2]).max() < 1e-12
+    assert np.abs(change[:, 2]).max() < 1e-12
+
+
+def test_symmetry_is_kept_by_the_cell_too():
+    atoms = bulk("Cu", "hcp", a=2.6, c=4.0)
+    number = check_symmetry(atoms).number
+    atoms.set_constraint(FixSymmetry(atoms))
+    moved = atoms.copy()
+    moved.calc = TorchCalculator("emt")
+    FIRE(FrechetCellFilter(moved), logfile=None).run(fmax=1e-3, steps=50)
+    relaxation = relax("emt", atoms, cell="full", stepper="fire", fmax=1e-3, steps=50)
+    assert check_symmetry(relaxation.to_atoms()).number == number
+    assert np.abs(relaxation.cells[0].numpy() - moved.cell.array).max() < 1e-6
+
+
+def test_fixed_atoms_keep_their_fractional_coordinates():
+    atoms = CRYSTALS["cubic"]()
+    atoms.set_constraint(FixAtoms([0, 2]))
+    moved = atoms.copy()
+    moved.calc = TorchCalculator("emt")
+    FIRE(FrechetCellFilter(moved), logfile=None).run(fmax=1e-6, steps=40)
+    found = relax("emt", atoms, cell="full", fmax=1e-6, steps=40).to_atoms()
+    assert np.abs(found.positions - moved.positions).max() < 1e-9
+    kept = found.get_scaled_positions(wrap=False) - atoms.get_scaled_positions(wrap=False)
+    assert np.abs(kept[[0, 2]]).max() < 1e-12
+
+
+def test_a_collapsing_cell_stops_alone():
+    far = bulk("Ar", a=1.6)
+    far.set_cell(far.cell * 0.4, scale_atoms=True)
+    with torch.no_grad():
+        wild = steppers.GradientDescent(10.0, maxstep=10.0)
+        relaxation = relax(lennard_jones(), [far, argon()], cell="full", stepper=wild, steps=20)
+    assert relaxation.status[0] is Status.DIVERGED
+
+
+BAD = {
+    "unknown name": (lambda: argon(), {"cell": "variable"}, ValueError, "There is no cell 'variable'"),
+    "mask of another shape": (lambda: argon(), {"cell": [1, 1, 1, 0]}, ValueError, "six numbers in the order xx"),
+    "lone shear": (lambda: argon(), {"cell": [0, 0, 0, 0, 0, 1]}, NotImplementedError, "a shear without the two axes"),
+    "molecule": (lambda: molecule("H2O"), {"cell": "full"}, ValueError, "H2O is periodic along no direction"),
+    "pressure at a fixed cell": (lambda: argon(), {"pressure": 0.1}, ValueError, "does nothing to a cell that is"),
+    "pressure that is no number": (lambda: argon(), {"cell": "full", "pressure": np.nan}, ValueError, "finite number"),
+    "pressure on a slab": (lambda: fcc111("Cu", (1, 1, 2), vacuum=5.0), {"cell": "full", "pressure": 0.1}, ValueError,
+                           "periodic along 2 of 3 directions"),
+    "singular cell": (lambda: Atoms("Ar", cell=[[1, 0, 0], [2, 0, 0], [0, 0, 3]], pbc=True), {"cell": "full"},
+                      ValueError, "linearly dependent"),
+    "zero volume": (lambda: Atoms("Ar", pbc=True), {"cell": "full"}, ValueError, "length zero"),
+    "constraint": (lambda: with_constraint(FixCartesian(0)), {"cell": "full"}, NotImplementedError, "FixCartesian"),
+    "too few cells": (lambda: argon(), {"cell": ["full", "full"]}, ValueError, "2 cells for 1 structures"),
+}  # fmt: skip
+
+
+def with_constraint(constraint) -> Atoms:
+    atoms = argon()
+    atoms.set_constraint(constraint)
+    return atoms
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_relaxed_is_refused_in_one_sentence(name):
+    make, arguments, error, sentence = BAD[name]
+    potential = lennard_jones()
+    with pytest.raises(error, match=sentence) as found:
+        relax(potential, make(), steps=1, **arguments)
+    assert "\n" not in str(found.value)
+
+
+def test_forces_without_a_stress_relax_no_cell():
+    with pytest.raises(NotImplementedError, match="predicted directly, and it has no stress"):
+        relax(Direct(), argon(), cell="full")
+
+
+def test_freedoms_are_json():
+    found = freedoms(["full", [1, 1, 0, 0, 0, 1], "fixed"], 0.01, 3)
+    assert [f.name for f in found] == ["full", "mask", "fixed"]
+    assert [f.pressure for f in found] == [0.01, 0.01, 0.0]
+    assert [CellFreedom(**json.loads(json.dumps(f.todict()))) for f in found] == found
+
+
+# Neighbours and rows --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strain", [0.0, 1e-3, 5e-3, 0.03])
+def test_the_skin_holds_while_a_cell_deforms(strain):
+    rng, neighbors, atoms = np.random.default_rng(0), NeighborList(3.0, skin=0.6), bulk("Si").repeat(2)
+    for _ in range(20):
+        change = rng.uniform(-strain, strain, (3, 3))
+        atoms.set_cell(atoms.cell @ (np.eye(3) + change), scale_atoms=True)
+        atoms.positions += rng.normal(0, 0.02, atoms.positions.shape)
+        now = Structures.from_atoms(atoms)
+        fresh = NeighborList(3.0, skin=0.0)(now)
+        found = neighbors(now)
+        assert torch.equal(torch.column_stack((found.i, found.j)), torch.column_stack((fresh.i, fresh.j)))
+        assert torch.equal(found.shifts, fresh.shifts)
+    assert neighbors.builds < 20 or strain > 0.01
+    assert neighbors.builds > 1 or strain == 0.0
+
+
+def test_rows_describe_the_structures():
+    batch = Structures.from_atoms([argon(), molecule("N2"), bulk("Ar")])
+    rows = Strained.of(batch, freedoms(["full", "fixed", "hydrostatic"], 0.0, 3))
+    assert rows.counts == (5, 2, 4)
+    assert torch.equal(rows.placed().positions, batch.positions)
+    assert torch.equal(rows.placed().cells, batch.cells)
+    part = rows.select([2, 0])
+    assert part.counts == (4, 5)
+    assert part.placed().counts == (1, 2)
+    assert torch.equal(part.joined(rows.select([1])).placed().numbers, batch.select([2, 0, 1]).numbers)
+
+
+# Measures -------------------------------------------------------------------------------------
+
+
+def test_a_turned_cell_is_no_strain_and_fractions_count_in_the_reference():
+    a = argon()
+    b = a.copy()
+    b.rotate(30, "z", rotate_cell=True)
+    assert cell_strain(a, b) == pytest.approx(0, abs=1e-12)
+    assert delta_q(b, a) == pytest.approx(0, abs=1e-9)
+    c = a.copy()
+    c.set_cell(a.cell * 1.01, scale_atoms=True)
+    assert delta_q(c, a) == pytest.approx(0, abs=1e-9)
+    assert volume_error(c, a) == pytest.approx(1.01**3 - 1)
+    assert cell_strain(c, a) == pytest.approx(np.sqrt(3) * (1.01**2 - 1) / 2)
+    assert np.allclose(lattice_error(c, a)[:3], 0.01 * a.cell.lengths())
+    assert np.allclose(lattice_error(c, a)[3:], 0, atol=1e-9)
+
+
+def test_a_match_has_no_gradient_and_no_nan():
+    atoms = argon()
+    start = Structures.from_atoms(atoms)
+    cells = start.cells.clone().requires_grad_()
+    for loss in (root_delta_q, cell_strain):
+        (found,) = torch.autograd.grad(loss(start.replace(cells=cells), atoms).sum(), cells, allow_unused=True)
+        assert found is None or not found.any()
+
+
+def test_the_loss_weighs_a_strain_as_the_displacement_it_causes():
+    a = bulk("Cu", cubic=True)
+    b = a.copy()
+    b.set_cell(a.cell * 1.02, scale_atoms=True)
+    n, length, mass = 4, (a.get_volume() / 4) ** (1 / 3), a.get_masses().mean()
+    expected = np.sqrt(n * mass) * length * cell_strain(b, a)
+    assert delta_q(b, a, cell_weight=1.0) == pytest.approx(expected)
+
+
+def test_emt_at_rest_stays():
+    atoms = bulk("Cu", a=EMT_LATTICE)
+    relaxation = relax(EMT(), atoms, cell="full", fmax=0.01)
+    assert relaxation.nsteps.tolist() == [0]
+    assert "converged" in repr(relaxation)
+
+
+EMT_LATTICE = 3.5899
