@@ -181,7 +181,7 @@ def test_a_slab_moves_along_its_periodic_directions_alone():
     slab = fcc111("Cu", (1, 1, 3), a=3.8, vacuum=6.0)
     slab.rattle(0.02, seed=0)
     relaxation = relax("emt", slab, cell="full", fmax=1e-3, steps=300)
-    change = relaxation.cells[0].numpy() - slab.cell.array
+    change = relaxation.cells[0].detach().numpy() - slab.cell.array
     assert relaxation.status == (Status.CONVERGED,)
     assert np.abs(change[:2, :2]).max() > 0.01
     assert np.abs(change[2]).max() < 1e-12
@@ -197,7 +197,7 @@ def test_symmetry_is_kept_by_the_cell_too():
     FIRE(FrechetCellFilter(moved), logfile=None).run(fmax=1e-3, steps=50)
     relaxation = relax("emt", atoms, cell="full", stepper="fire", fmax=1e-3, steps=50)
     assert check_symmetry(relaxation.to_atoms()).number == number
-    assert np.abs(relaxation.cells[0].numpy() - moved.cell.array).max() < 1e-6
+    assert np.abs(relaxation.cells[0].detach().numpy() - moved.cell.array).max() < 1e-6
 
 
 def test_fixed_atoms_keep_their_fractional_coordinates():
@@ -255,7 +255,7 @@ def test_what_cannot_be_relaxed_is_refused_in_one_sentence(name):
 
 def test_forces_without_a_stress_relax_no_cell():
     with pytest.raises(NotImplementedError, match="predicted directly, and it has no stress"):
-        relax(Direct(), argon(), cell="full")
+        relax(Direct(cutoff=3.0), argon(), cell="full")
 
 
 def test_freedoms_are_json():
@@ -281,7 +281,7 @@ def test_the_skin_holds_while_a_cell_deforms(strain):
         assert torch.equal(torch.column_stack((found.i, found.j)), torch.column_stack((fresh.i, fresh.j)))
         assert torch.equal(found.shifts, fresh.shifts)
     assert neighbors.builds < 20 or strain > 0.01
-    assert neighbors.builds > 1 or strain == 0.0
+    assert neighbors.builds > 1 or strain <= 1e-3
 
 
 def test_rows_describe_the_structures():

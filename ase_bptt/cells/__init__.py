@@ -195,11 +195,12 @@ def closed(mask: np.ndarray) -> bool:
 
 
 def _is_mask(cell: Any) -> bool:
-    """Whether this is one mask rather than one choice for each structure."""
+    """Whether this is one mask, or meant for one, rather than one choice for each structure."""
     try:
-        return np.asarray(cell, dtype=float).shape in ((6,), (3, 3))
+        found = np.asarray(cell, dtype=float)
     except (TypeError, ValueError):
         return False
+    return found.ndim < 2 or found.shape == (3, 3)
 
 
 def _rows(mask: np.ndarray) -> Mask:
