@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .adjoints import Adjoint, Attached, Replay, make_adjoint
 from .batch import Batch
-from .cells import freedoms
+from .cells import CellFreedom, freedoms
 from .cells.strained import Strained
 from .constraints import KNOWN, unknown
 from .iterated_map import Checkpointing, End, IteratedMap, Status, Trajectory
@@ -227,13 +227,28 @@ def _rows(
     of_cells = freedoms(cell, pressure.tolist() if isinstance(pressure, Tensor) else pressure, len(start))
     if not any(freedom.moves for freedom in of_cells):
         return start
-    if not potential.conservative:
-        raise NotImplementedError(
-            f"The forces of this {potential.family} potential are predicted directly, and it has no stress, so that "
-            "no cell can be relaxed: take cell='fixed'."
-        )
     live = pressure.expand(len(start)) if isinstance(pressure, Tensor) else None
-    return Strained.of(start, of_cells, pressures=live, balanced=make_stepper(stepper).scale_sensitive)
+    return rows_of(start, of_cells, IteratedMap(potential, make_stepper(stepper)), pressures=live)
+
+
+def rows_of(
+    structures: Structures, cells: Sequence[CellFreedom], iterated: IteratedMap, pressures: Tensor | None = None
+) -> Strained:
+    """The rows by which structures whose cells move are relaxed, scaled as the stepper needs them.
+
+    Raises
+    ------
+    NotImplementedError
+        For a potential without a stress.
+    ValueError, NotImplementedError
+        As `Strained.of`.
+    """
+    if not iterated.potential.conservative:
+        raise NotImplementedError(
+            f"The forces of this {iterated.potential.family} potential are predicted directly, and it has no stress, "
+            "so that no cell can be relaxed: take cell='fixed'."
+        )
+    return Strained.of(structures, cells, pressures=pressures, balanced=iterated.stepper.scale_sensitive)
 
 
 def _iterated_map(potential: Potential, stepper: Stepper | str | None, structures: Structures) -> IteratedMap:

@@ -241,6 +241,11 @@ class Structures:
         index = np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64)
         return torch.as_tensor(index, device=self.numbers.device)
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Atoms in each structure, length n: its rows, but for those of a cell."""
+        return self.counts
+
     def placed(self) -> Structures:
         """The structures as they stand: itself, but for a batch whose positions are not Cartesian."""
         return self

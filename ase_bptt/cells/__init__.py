@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from ase import Atoms
+from ase.filters import FrechetCellFilter
 from ase.stress import voigt_6_to_full_3x3_stress
 
 from ..suggestions import unknown_name
@@ -185,6 +187,19 @@ def _named(cell: CellChoice) -> CellFreedom:
             "ASE's FrechetCellFilter without a gradient."
         )
     return found
+
+
+def ase_filter(atoms: Atoms, cell: CellFreedom) -> Atoms | FrechetCellFilter:
+    """ASE's filter with these degrees of freedom; the atoms themselves where the cell is fixed."""
+    if not cell.moves:
+        return atoms
+    return FrechetCellFilter(
+        atoms,
+        mask=None if cell.mask is None else np.array(cell.mask, dtype=int),
+        hydrostatic_strain=cell.hydrostatic,
+        constant_volume=cell.constant_volume,
+        scalar_pressure=cell.pressure,
+    )
 
 
 def closed(mask: np.ndarray) -> bool:

@@ -9,78 +9,19 @@ from statistics import fmean, median
 from typing import Any
 
 import numpy as np
-import spglib
 from ase import Atoms
 
-from ..displacements import displacements
-from ..iterated_map import Status
-from ..losses import SAME_END, delta_q, max_displacement, rmsd
 from ..pairs import RelaxationPair
 from ..potential import Potential
 from ..steppers import Stepper
-from ..threads import quiet
-from ..throughput import TOGETHER, Relaxed, single_points
+from ..throughput import TOGETHER, single_points
 from ..throughput.journal import Journal, relax_kept
+from .row import BASIN_RULE, Row, row_of, space_group
+
+__all__ = ["BASIN_RULE", "FLOOR", "Evaluation", "Row", "evaluate", "space_group"]
 
 FLOOR = 1e-3
 """amu^1/2 Å: the least Delta-Q of which a logarithm is taken; smaller values count as this."""
-BASIN_RULE = (
-    "right basin: the relaxation from the initial structure reaches the same local minimum as one from the "
-    f"reference structure, within {SAME_END} Å at the farthest atom (drift removed)"
-)
-
-
-@dataclass(frozen=True)
-class Row:
-    """How one structure ended.
-
-    Attributes
-    ----------
-    id, group : str
-    unrelaxed : float
-        Delta-Q of the initial structure to the reference, amu^1/2 Å: what no relaxation at all would give.
-    delta_q : float
-        Delta-Q of the end to the reference, amu^1/2 Å.
-    rmsd, max_displacement : float
-        Of the end from the reference, Å.
-    right_basin : bool
-        By `BASIN_RULE`.
-    reference_moves : float
-        Å, largest displacement of an atom where the potential relaxes the reference itself.
-    residual_force : float
-        The potential's largest force on an atom at the reference, eV/Å.
-    space_group, reference_space_group : str
-        Of end and reference, as "Fd-3m (227)"; empty where the structure is not a crystal.
-    status : str
-    nsteps : int
-    displacements : tuple of float
-        Of each atom from the reference, Å.
-    """
-
-    id: str
-    group: str
-    unrelaxed: float
-    delta_q: float
-    rmsd: float
-    max_displacement: float
-    right_basin: bool
-    reference_moves: float
-    residual_force: float
-    space_group: str
-    reference_space_group: str
-    status: str
-    nsteps: int
-    displacements: tuple[float, ...]
-
-    @property
-    def converged(self) -> bool:
-        """Whether the forces fell below fmax within the steps that were allowed."""
-        return self.status == Status.CONVERGED.value
-
-    @property
-    def symmetry_kept(self) -> bool:
-        """Whether the end has the reference's space group."""
-        return self.space_group == self.reference_space_group
 
 
 @dataclass(frozen=True)
@@ -143,6 +84,23 @@ class Evaluation:
         return fmean(row.right_basin for row in self.rows)
 
     @property
+    def cells_move(self) -> bool:
+        """Whether any structure's cell was relaxed."""
+        return any(row.volume_error is not None for row in self.rows)
+
+    @property
+    def volume_error(self) -> float:
+        """Mean absolute error of the volumes of cells that move, as a share; NaN where none does."""
+        errors = [abs(row.volume_error) for row in self.rows if row.volume_error is not None]
+        return fmean(errors) if errors else math.nan
+
+    @property
+    def cell_strain(self) -> float:
+        """Median strain of the cells that move; NaN where none does."""
+        strains = [row.cell_strain for row in self.rows if row.cell_strain is not None]
+        return median(strains) if strains and all(map(math.isfinite, strains)) else math.nan
+
+    @property
     def symmetry_kept(self) -> float:
         """Share of the crystals that ended in their reference's space group; NaN where there is no crystal."""
         crystals = [row.symmetry_kept for row in self.rows if row.reference_space_group]
@@ -168,6 +126,7 @@ class Evaluation:
             "closer_than_start": self.closer_than_start,
             "basins": self.basins,
             "symmetry_kept": self.symmetry_kept,
+            **({"volume_error": self.volume_error, "cell_strain": self.cell_strain} if self.cells_move else {}),
             "rows": [asdict(row) | {"displacements": list(row.displacements)} for row in self.rows],
         }
 
@@ -230,57 +189,15 @@ def evaluate(
     """
     starts = [p.initial for p in pairs] + [p.relaxed for p in pairs]
     ends = relax_kept(
-        potential, starts, journal=journal, progress=progress,
+        potential, starts, journal=journal, progress=progress, cells=2 * [p.freedom for p in pairs],
         stepper=stepper, fmax=fmax, steps=steps, batch_size=batch_size, memory=memory,
     )  # fmt: skip
     controls = [end.atoms for end in ends[len(pairs) :]]
     residuals = _residual_forces(potential, [p.relaxed for p in pairs], batch_size or TOGETHER)
-    rows = [_row(*found) for found in zip(pairs, ends[: len(pairs)], controls, residuals, strict=True)]
+    rows = [row_of(*found) for found in zip(pairs, ends[: len(pairs)], controls, residuals, strict=True)]
     return Evaluation(tuple(rows), tuple(end.atoms for end in ends[: len(pairs)]))
-
-
-def _row(pair: RelaxationPair, found: Relaxed, control: Atoms, residual: float) -> Row:
-    end, status, nsteps = found
-    reference = pair.relaxed
-    return Row(
-        id=pair.id,
-        group=pair.group,
-        # The orientation of an isolated molecule is arbitrary: its ends may be rotated.
-        unrelaxed=delta_q(pair.initial, reference, align=True),
-        delta_q=delta_q(end, reference, align=True),
-        rmsd=rmsd(end, reference, align=True),
-        max_displacement=max_displacement(end, reference, align=True),
-        right_basin=max_displacement(end, control, align=True) < SAME_END,
-        reference_moves=max_displacement(control, reference, align=True),
-        residual_force=residual,
-        space_group=space_group(end),
-        reference_space_group=space_group(reference),
-        status=status.value,
-        nsteps=nsteps,
-        displacements=tuple(displacements(end, reference, by_mass=False, align=True).norm(dim=1).tolist()),
-    )
 
 
 def _residual_forces(potential: Potential, structures: Sequence[Atoms], size: int) -> list[float]:
     batches = single_points(potential, structures, size)
     return [force for batch, _, forces in batches for force in batch.largest_force(forces).tolist()]
-
-
-SYMPREC = 0.05
-"""Å: displacements below this do not break a symmetry; the noise of relaxed positions is smaller."""
-
-
-def space_group(atoms: Atoms, symprec: float = SYMPREC) -> str:
-    """International symbol and number, as "Fd-3m (227)"; empty where the structure is not periodic in all directions.
-
-    Also empty where no symmetry can be found, as for positions that are not finite.
-    """
-    if not atoms.pbc.all() or not np.isfinite(atoms.positions).all():
-        return ""
-    crystal = (atoms.cell.array, atoms.get_scaled_positions(), atoms.numbers)
-    # By its version, spglib returns None with a DeprecationWarning where it finds none, or raises.
-    with quiet():
-        try:
-            return spglib.get_spacegroup(crystal, symprec=symprec) or ""
-        except spglib.SpglibError:
-            return ""

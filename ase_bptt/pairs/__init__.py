@@ -16,6 +16,7 @@ from ase.geometry import find_mic
 from ase.io.jsonio import encode
 from scipy.optimize import linear_sum_assignment
 
+from ..cells import CellFreedom
 from ..displacements import lattice_translations, shortest_lattice_vector
 from ..neighbors import find_edges
 from ..neighbors.lattice import periodic_cell
@@ -32,6 +33,10 @@ CLASH = 0.5
 """Å: atoms nearer than this are a mistake."""
 STILL = 1e-4
 """Å: where no atom has moved farther, beyond the drift, a relaxation has not run."""
+LARGEST_STRAIN = 0.7
+"""Green-Lagrange strain between the cells of a pair above which they are other choices of vectors, or lattices."""
+SAME_CELL = 1e-3
+"""Å: cells whose vectors differ by less are one cell, written with fewer digits."""
 FAR = 1.5
 """Å: the largest displacement, beyond the drift, above which the order of the atoms is checked."""
 
@@ -43,7 +48,7 @@ class RelaxationPair:
     Attributes
     ----------
     initial, relaxed : Atoms
-        The same atoms in the same order and the same cell.
+        The same atoms in the same order.
     id : str
         Its name in tables and messages.
     group : str
@@ -51,6 +56,10 @@ class RelaxationPair:
     frames : sequence of Atoms
         All frames of the relaxation, first and last included, with energies and forces where the reference has
         them; empty where there are none. `read_pairs` provides them for files of frames, and reads them on access.
+    cell : str, mask or CellFreedom, optional
+        What of the cell was relaxed, as for `relax`; None is "full" where the two cells differ, and "fixed" else.
+    pressure : float
+        At which a cell that moves was relaxed, eV/Å^3.
 
     Examples
     --------
@@ -66,6 +75,8 @@ class RelaxationPair:
     id: str
     group: str = ""
     frames: Sequence[Atoms] = ()
+    cell: Any = None
+    pressure: float = 0.0
 
     def __repr__(self) -> str:
         return f"RelaxationPair({self.id!r}, {self.relaxed.symbols}, group {self.group!r})"
@@ -73,6 +84,14 @@ class RelaxationPair:
     @property
     def n_atoms(self) -> int:
         return len(self.initial)
+
+    @property
+    def freedom(self) -> CellFreedom:
+        """What of the cell is relaxed, and at what pressure."""
+        cell = self.cell
+        if cell is None:
+            cell = "full" if cell_change(self.initial, self.relaxed) > SAME_CELL else "fixed"
+        return CellFreedom.of(cell, self.pressure)
 
     @property
     def kind(self) -> str:
@@ -86,6 +105,8 @@ class RelaxationPair:
         digest = hashlib.sha256()
         add_to_hash(digest, self.initial)
         add_to_hash(digest, self.relaxed)
+        if self.freedom.moves:
+            digest.update(repr(self.freedom).encode())
         return digest.digest()
 
 
@@ -113,7 +134,7 @@ class NotARelaxation(InvalidPair):
 
 
 def check_pair(initial: Atoms, relaxed: Atoms, name: str) -> None:
-    """Raise InvalidPair where the two cannot be the ends of one relaxation at a fixed cell.
+    """Raise InvalidPair where the two cannot be the ends of one relaxation.
 
     Warns of a reference that still has forces above `RESIDUAL`.
     """
@@ -134,18 +155,47 @@ def check_pair(initial: Atoms, relaxed: Atoms, name: str) -> None:
         raise InvalidPair(
             f"{name}: periodic boundaries change from {initial.pbc} to {relaxed.pbc}; set both structures' pbc alike."
         )
-    change = np.abs(initial.cell.array - relaxed.cell.array).max()
-    if not change <= 1e-3:
-        raise InvalidPair(
-            f"{name}: its cell changes by {change:.3f} Å, and variable cells are not treated yet (cells come later): "
-            "relax it again at a fixed cell, or leave it out."
-        )
+    check_cell(initial, relaxed, name)
     for atoms, end in ((initial, "initial"), (relaxed, "relaxed")):
         check_distances(atoms, f"{name}: in its {end} structure")
     if "forces" in getattr(relaxed.calc, "results", {}):
         residual = np.linalg.norm(relaxed.get_forces(), axis=1).max()
         if not residual <= RESIDUAL:
             log.warning("%s: the reference still has a force of %.3f eV/Å; is it relaxed?", name, residual)
+
+
+def cell_change(initial: Atoms, relaxed: Atoms) -> float:
+    """Largest change of a component of the cell vectors, Å."""
+    return float(np.abs(initial.cell.array - relaxed.cell.array).max())
+
+
+def positions_in(initial: Atoms, relaxed: Atoms) -> np.ndarray:
+    """Positions of the relaxed structure at the same fractional coordinates in the initial cell, Å."""
+    if cell_change(initial, relaxed) <= SAME_CELL:
+        return relaxed.positions
+    return relaxed.positions @ (np.eye(3) + np.linalg.pinv(relaxed.cell.array) @ (initial.cell - relaxed.cell))
+
+
+def check_cell(initial: Atoms, relaxed: Atoms, name: str) -> None:
+    """Raise InvalidPair where the cell changes as no relaxation of a crystal changes it."""
+    change = cell_change(initial, relaxed)
+    if change <= SAME_CELL:
+        return
+    periodic = initial.pbc
+    if not periodic.any():
+        raise InvalidPair(f"{name}: its cell changes by {change:.3f} Å though nothing is periodic; set its pbc.")
+    before, after = (periodic_cell(atoms.cell.array, periodic) for atoms in (initial, relaxed))
+    if not all(np.isfinite(c).all() and np.linalg.matrix_rank(c) == 3 for c in (before, after)):
+        raise InvalidPair(f"{name}: a cell has no volume, or is not finite; write the file again.")
+    gradient = np.linalg.solve(before, after)
+    if np.linalg.det(gradient) <= 0:
+        raise InvalidPair(f"{name}: its cell changes handedness; write both structures with the same cell vectors.")
+    strain = np.linalg.norm(gradient @ gradient.T - np.eye(3)) / 2
+    if strain > LARGEST_STRAIN:
+        raise InvalidPair(
+            f"{name}: its cell changes by a strain of {strain:.2f}, more than {LARGEST_STRAIN}, as no relaxation does: "
+            "write both structures with the same choice of cell vectors."
+        )
 
 
 def check_converged(relaxed: Atoms, name: str, max_force: float | None) -> None:
@@ -183,7 +233,7 @@ def unwrapped(initial: Atoms, relaxed: Atoms) -> Atoms:
     Nearest is measured after the drift of the whole structure is removed. Positions change by lattice vectors only, so
     none changes where no atom was wrapped; the results of the calculator stay with the structure.
     """
-    difference = relaxed.positions - initial.positions
+    difference = positions_in(initial, relaxed) - initial.positions
     # So it is for nearly all of the many thousands of pairs that may be read: each displacement is within a quarter of
     # a lattice vector of the drift, and the drift within half of one.
     if np.linalg.norm(difference, axis=1).max(initial=0.0) < shortest_lattice_vector(initial) / 8:
@@ -210,7 +260,7 @@ def unwrapped(initial: Atoms, relaxed: Atoms) -> Atoms:
 
 def warn_of_moves(initial: Atoms, relaxed: Atoms, name: str) -> None:
     """Warn where no atom has moved, and where the atoms of an element seem to be in another order at the end."""
-    moves = relaxed.positions - initial.positions
+    moves = positions_in(initial, relaxed) - initial.positions
     lengths = np.linalg.norm(moves - moves.mean(axis=0), axis=1)
     if lengths.max() < STILL:
         log.warning(
@@ -232,7 +282,7 @@ def _reassigned(initial: Atoms, relaxed: Atoms) -> float:
     total, lattice = 0.0, periodic_cell(initial.cell.array, initial.pbc)
     for z in np.unique(initial.numbers):
         of = initial.numbers == z
-        ends = relaxed.positions[of]
+        ends = positions_in(initial, relaxed)[of]
         squares = np.stack([find_mic(ends - x, lattice, initial.pbc)[1] ** 2 for x in initial.positions[of]])
         total += squares[linear_sum_assignment(squares)].sum()
     return float(np.sqrt(total / len(initial)))

@@ -9,7 +9,7 @@ import os
 import sys
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,7 @@ class PairTable:
             raise InvalidPair(
                 f"{name}: it could be read before and now it cannot ({str(error).rstrip('.')}); put it back and resume."
             ) from error
-        pair = RelaxationPair(found.initial, relaxed, self.ids[k], self.groups[k], found.frames)
+        pair = replace(found, relaxed=relaxed, id=self.ids[k], group=self.groups[k])
         if pair.digest() != self.digest(k):
             raise InvalidPair(f"{name}: it has changed since it was checked; put back what it was, or begin again.")
         return pair
@@ -133,6 +133,14 @@ class DeferredPair(RelaxationPair):
     @property
     def frames(self) -> Sequence[Atoms]:  # type: ignore[override]
         return self.made().frames
+
+    @property
+    def cell(self) -> Any:  # type: ignore[override]
+        return self.made().cell
+
+    @property
+    def pressure(self) -> float:  # type: ignore[override]
+        return self.made().pressure
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.id!r}, {self.group!r})"

@@ -1,4 +1,4 @@
-"""Energy and force labels of the reference relaxations as a term of the loss, and the frames that carry them."""
+"""Energy, force and stress labels of the frames of the reference relaxations, as a term of the loss."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ import torch
 from ase import Atoms
 from torch import Tensor
 
+from ..cells import CELLS
+from ..cells.strained import Strained
 from ..losses import root_delta_q
 from ..pairs import RelaxationPair
 from ..potential import Potential
 from ..relaxation import relax
 from ..steppers import GradientDescent
+from ..structures import Structures
 from ..utils import check_count, check_positive
+from .labelled_frames import LabelledFrames, energy_of, has_stress
 from .probes import Targets, energies_and_forces, label_loss
 
 log = logging.getLogger(__name__)
@@ -113,7 +117,8 @@ class Labels:
         for name, frames in found.items():
             self._rows[name] = range(first, first := first + len(frames))
         every = [a for frames in found.values() for a in frames]
-        self._targets = _targets(potential, every)
+        moving = {pair.id for pair in self._kept.pairs if pair.freedom.moves}
+        self._targets = _targets(potential, every, [name in moving for name, frames in found.items() for _ in frames])
         self._elements = sorted({int(z) for a in every for z in a.numbers})
         self._counts = np.array([[np.count_nonzero(a.numbers == z) for z in self._elements] for a in every], float)
         if not self.energies:
@@ -162,11 +167,10 @@ class Labels:
 
     def _path_distance(self, potential: Potential, pairs: Sequence[RelaxationPair]) -> Tensor:
         """Mean distance (`root_delta_q`) of the reference frames that are ahead from the nearest end of a leg."""
-        structures = potential.batch([p.initial for p in pairs])
-        ends = []
+        structures, cells, ends = potential.batch([p.initial for p in pairs]), [p.freedom for p in pairs], []
         for _ in range(self.legs):
-            run = relax(potential, structures, stepper=GradientDescent(), fmax=0.0, steps=self.steps)
-            structures = structures.replace(positions=run.positions)
+            run = relax(potential, structures, stepper=GradientDescent(), fmax=0.0, steps=self.steps, cell=cells)
+            structures = run.structures
             ends.append(structures)
         means = []
         for k, pair in enumerate(pairs):
@@ -199,14 +203,22 @@ class Labels:
         return f"energies and forces of {n} frames of {len(labelled)} of {len(self._kept.pairs)} training pairs"
 
 
-def _targets(potential: Potential, frames: Sequence[Atoms]) -> Targets:
-    """The frames with the reference's own energies and forces."""
-    structures = potential.batch(frames)
+def _targets(potential: Potential, frames: Sequence[Atoms], moving: Sequence[bool]) -> Targets:
+    """The frames with the reference's own energies and forces, and stress where the cell moves and there is one."""
+    structures: Structures = potential.batch(frames)
     like = structures.positions
-    forces = np.concatenate([a.calc.results["forces"] for a in frames])
+    stressed = [moves and has_stress(a) for moves, a in zip(moving, frames, strict=True)]
+    if any(stressed):
+        structures = Strained.of(structures, [CELLS["full" if found else "fixed"] for found in stressed])
+    rows = [
+        np.concatenate((a.calc.results["forces"], *([-a.get_volume() * a.get_stress(voigt=False) / len(a)] * found)))
+        for a, found in zip(frames, stressed, strict=True)
+    ]
     # float32 has too few digits for DFT's total energies; their differences may be rounded.
     return Targets(
-        structures, like.new_tensor([energy_of(a) for a in frames], dtype=torch.float64), like.new_tensor(forces)
+        structures,
+        like.new_tensor([energy_of(a) for a in frames], dtype=torch.float64),
+        like.new_tensor(np.concatenate(rows)),
     )
 
 
@@ -214,82 +226,3 @@ def _ahead(pair: RelaxationPair, frames: Sequence[Atoms]) -> list[Atoms]:
     """The frames that are nearer to the relaxed structure than the initial one is, and the relaxed one."""
     start, *distances = root_delta_q([pair.initial, *frames], [pair.relaxed] * (len(frames) + 1)).tolist()
     return [a for a, d in zip(frames, distances, strict=True) if 0 < d < start] + [pair.relaxed]
-
-
-MOVED = {"positions", "numbers", "cell"}
-"""Changes of a structure, as ASE names them, after which its calculator's results no longer belong to it."""
-
-
-class LabelledFrames:
-    """Frames of reference relaxations, evenly spaced from the first to the last, by the pair's id.
-
-    Parameters
-    ----------
-    pairs : sequence of RelaxationPair
-    most : int
-        Frames of each.
-    energies : bool
-        Whether a labelled frame needs an energy, or forces alone suffice.
-
-    Attributes
-    ----------
-    pairs : list of RelaxationPair
-    every : dict of str to list of Atoms
-    labelled : dict of str to list of Atoms
-        Frames with finite labels that belong to their positions; pairs without any are not in it.
-
-    Raises
-    ------
-    ValueError
-        For two pairs of one name, and a frame that holds other atoms than its pair.
-    """
-
-    def __init__(self, pairs: Sequence[RelaxationPair], most: int, energies: bool = True):
-        self.pairs = list(pairs)
-        self.every: dict[str, list[Atoms]] = {}
-        self.labelled: dict[str, list[Atoms]] = {}
-        for pair in _each_once(pairs):
-            frames = _frames_of(pair)
-            self.every[pair.id] = _evenly(frames, most)
-            labelled = _evenly([a for a in frames if _has_labels(a, energies)], most)
-            if labelled:
-                self.labelled[pair.id] = labelled
-
-
-def energy_of(atoms: Atoms) -> float:
-    """The energy in eV of which the forces are the negative gradient, if the file holds one, else NaN."""
-    results = atoms.calc.results
-    return float(results.get("free_energy", results.get("energy", np.nan)))
-
-
-def _each_once(pairs: Sequence[RelaxationPair]) -> list[RelaxationPair]:
-    every: dict[str, RelaxationPair] = {}
-    for pair in pairs:
-        if every.setdefault(pair.id, pair).relaxed is not pair.relaxed:
-            raise ValueError(f"Two training pairs are called {pair.id!r}: give each a name of its own.")
-    return list(every.values())
-
-
-def _frames_of(pair: RelaxationPair) -> list[Atoms]:
-    frames = list(pair.frames) or [pair.initial, pair.relaxed]
-    wrong = next((k for k, a in enumerate(frames) if not np.array_equal(a.numbers, pair.relaxed.numbers)), None)
-    if wrong is not None:
-        raise ValueError(
-            f"{pair.id}: its frame {wrong} is {frames[wrong].symbols} and not {pair.relaxed.symbols}; "
-            "give the frames of this relaxation, with their atoms in the same order."
-        )
-    return frames
-
-
-def _has_labels(atoms: Atoms, energies: bool) -> bool:
-    results = getattr(atoms.calc, "results", {})
-    if "forces" not in results or not np.isfinite(results["forces"]).all():
-        return False
-    # A calculator shared by several structures holds the results of the last one.
-    moved = MOVED & {*atoms.calc.check_state(atoms)} if hasattr(atoms.calc, "check_state") else ()
-    return not moved and (not energies or bool(np.isfinite(energy_of(atoms))))
-
-
-def _evenly(frames: Sequence[Atoms], most: int) -> list[Atoms]:
-    chosen = np.unique(np.linspace(0, len(frames) - 1, min(most, len(frames))).round().astype(int))
-    return [frames[k] for k in chosen] if len(frames) else []

@@ -183,7 +183,7 @@ class Targets:
     energies : Tensor, shape (n,)
         In eV.
     forces : Tensor, shape (n_atoms, 3)
-        In eV/Å, before constraints.
+        In eV/Å, before constraints; on every row where `structures` has rows of cells: -V stress / n_atoms, in eV.
     """
 
     structures: Structures
@@ -229,8 +229,12 @@ class Targets:
 
 
 def energies_and_forces(potential: Potential, structures: Structures) -> tuple[Tensor, Tensor]:
-    """Energies (n,) in eV and forces (n_atoms, 3) in eV/Å of the potential, with a graph."""
-    return potential.energy_and_forces(structures, find_edges(structures, potential.cutoff), create_graph=True)
+    """Energies (n,) in eV and forces in eV/Å of the potential, with a graph.
+
+    The forces are those on the atoms, shape (n_atoms, 3), and on the rows of cells where `structures` has some.
+    """
+    edges = find_edges(structures.placed(), potential.cutoff)
+    return potential.energy_and_forces(structures, edges, create_graph=True)
 
 
 def label_loss(targets: Targets, energy: Tensor, forces: Tensor, *, energies: bool = True) -> Tensor:
@@ -245,7 +249,7 @@ def label_loss(targets: Targets, energy: Tensor, forces: Tensor, *, energies: bo
     moving = (3 * structures.movable.sum()).clamp(min=1)
     found = huber_loss(off, torch.zeros_like(off), reduction="sum") / moving
     if energies:
-        sizes = torch.tensor(structures.counts, device=energy.device)
+        sizes = torch.tensor(structures.sizes, device=energy.device)
         off = (energy - targets.energies) / sizes / ENERGY
         found = found + huber_loss(off, torch.zeros_like(off))
     return found

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -12,23 +10,26 @@ import torch
 from ase import Atoms
 from ase.calculators.calculator import CalculationFailed
 from ase.calculators.singlepoint import SinglePointCalculator
+from ase.stress import full_3x3_to_voigt_6_stress
 from torch import Tensor
 
-from ..batch import Batch
 from ..calculator import TorchCalculator
+from ..cells import CELLS, CellFreedom, ase_filter
 from ..constraints import unknown_of
 from ..iterated_map import End, IteratedMap, Status
 from ..neighbors import NeighborList
 from ..optimize.bptt_optimizer import BPTTOptimizer
 from ..potential import Potential
-from ..relaxation import relax
+from ..relaxation import relax, rows_of
 from ..stability import resolve_step_size, sample
-from ..steppers import State, Stepper, make_stepper
+from ..steppers import Stepper, make_stepper
 from ..structures import Structures
 from ..utils import unrounded
-from .memory import fits, in_parts, report_out_of_memory
+from .in_flight import InFlight
+from .memory import in_parts
 from .packing import Planner
 
+FIXED = CELLS["fixed"]
 LARGE = 400
 """Atoms above which structures are given to BFGS one by one."""
 ATOMS = 256
@@ -50,6 +51,7 @@ def relax_all(
     stepper: Stepper | str = "fire",
     fmax: float = 0.05,
     steps: int = 500,
+    cells: Sequence[CellFreedom] | None = None,
     batch_size: int | None = None,
     memory: float | None = None,
 ) -> Iterator[tuple[int, Relaxed]]:
@@ -66,6 +68,8 @@ def relax_all(
         eV/Å.
     steps : int
         Frames at most.
+    cells : sequence of CellFreedom, optional
+        What of each structure's cell is relaxed, and at what pressure; None fixes all.
     batch_size : int or None
         Structures relaxed together. None takes as many as fit into the memory of a GPU, or 256 atoms
         on a CPU.
@@ -88,14 +92,16 @@ def relax_all(
     >>> [found[k].status.value for k in sorted(found)]
     ['converged', 'converged']
     """
+    cells = [FIXED] * len(structures) if cells is None else list(cells)
     alone = [k for k, atoms in enumerate(structures) if unknown_of(atoms)]
     together = sorted(set(range(len(structures))) - set(alone))
     if together:
-        batch = [structures[k] for k in together]
-        for k, end in _in_flight(potential, batch, stepper, fmax, steps, (batch_size, memory)).run():
-            yield together[k], _relaxed(batch[k], end)
+        batch, free = [structures[k] for k in together], [cells[k] for k in together]
+        run = _in_flight(potential, batch, stepper, fmax, steps, (batch_size, memory), free)
+        for k, end in run.run():
+            yield together[k], _relaxed(run.map, batch[k], free[k], end)
     for k in alone:
-        yield k, _by_ase(potential, structures[k], stepper, fmax, steps)
+        yield k, _by_ase(potential, structures[k], stepper, fmax, steps, cells[k])
 
 
 def _in_flight(
@@ -105,6 +111,7 @@ def _in_flight(
     fmax: float,
     steps: int,
     limits: tuple[int | None, float | None],
+    cells: Sequence[CellFreedom],
 ) -> InFlight:
     some = sample(structures)
     iterated = IteratedMap(potential, resolve_step_size(make_stepper(stepper), potential, some))
@@ -112,7 +119,7 @@ def _in_flight(
     if iterated.stepper.name == "bfgs":
         # A Hessian of (3 n)^2 numbers a structure: for large ones, many together would fill the memory.
         costs = [max(room, cost) if len(atoms) > LARGE else cost for atoms, cost in zip(structures, costs, strict=True)]
-    return InFlight(iterated, structures, costs=costs, room=room, fmax=fmax, steps=steps)
+    return InFlight(iterated, structures, costs=costs, room=room, fmax=fmax, steps=steps, cells=cells)
 
 
 def _costs(
@@ -132,23 +139,38 @@ def _costs(
     return planner.costs(structures)
 
 
-def _relaxed(start: Atoms, end: End) -> Relaxed:
-    """Everything of the structure that was given, where it ended."""
+def _relaxed(iterated: IteratedMap, start: Atoms, cell: CellFreedom, end: End) -> Relaxed:
+    """Everything of the structure that was given, where it ended, with the stress where its cell moved."""
     atoms = start.copy()
-    atoms.positions = unrounded(end.positions, start.positions)
-    forces = end.forces.cpu().double().numpy()
-    atoms.calc = SinglePointCalculator(atoms, energy=float(end.energy), forces=forces)
+    results = {"energy": float(end.energy)}
+    positions, forces = end.positions, end.forces
+    if cell.moves:
+        potential = iterated.potential
+        rows = rows_of(potential.batch(start), [cell], iterated).replace(positions=positions)
+        placed, work = rows.placed(), rows.work()
+        positions, forces = placed.positions, rows.atomic_forces(forces)
+        atoms.set_cell(unrounded(placed.cells[0], start.cell.array))
+        if work is not None:
+            results["energy"] -= float(work)
+        if end.status is not Status.DIVERGED:
+            stress = potential.results(placed, iterated.neighbor_list()(placed))["stress"][0]
+            results["stress"] = full_3x3_to_voigt_6_stress(stress.cpu().double().numpy())
+    atoms.positions = unrounded(positions, start.positions)
+    atoms.calc = SinglePointCalculator(atoms, **results, forces=forces.cpu().double().numpy())
     return Relaxed(atoms, end.status, end.nsteps)
 
 
-def _by_ase(potential: Potential, start: Atoms, stepper: Stepper | str, fmax: float, steps: int) -> Relaxed:
+def _by_ase(
+    potential: Potential, start: Atoms, stepper: Stepper | str, fmax: float, steps: int, cell: CellFreedom
+) -> Relaxed:
     atoms = start.copy()
     atoms.calc = TorchCalculator(potential)
-    with BPTTOptimizer(atoms, stepper=make_stepper(stepper), logfile=None, record=False) as optimizer:
+    with BPTTOptimizer(ase_filter(atoms, cell), stepper=make_stepper(stepper), logfile=None, record=False) as optimizer:
+        wanted = ("energy", "forces", "stress") if cell.moves else ("energy", "forces")
         try:
             status = Status.CONVERGED if optimizer.run(fmax=fmax, steps=steps) else Status.OUT_OF_STEPS
             # Of the potential alone: the atoms keep their constraints, and ASE adds the energy of those that have one.
-            results = {name: atoms.calc.get_property(name, atoms) for name in ("energy", "forces")}
+            results = {name: atoms.calc.get_property(name, atoms) for name in wanted}
         except CalculationFailed:
             status = Status.DIVERGED
             results = {"energy": float("nan"), "forces": np.full((len(atoms), 3), np.nan)}
@@ -157,109 +179,6 @@ def _by_ase(potential: Potential, start: Atoms, stepper: Stepper | str, fmax: fl
         end = atoms.copy()
         end.calc = SinglePointCalculator(end, **results)
         return Relaxed(end, status, optimizer.nsteps)
-
-
-class InFlight:
-    """Structures that relax together, as many as there is room for, and a queue from which others take their places.
-
-    The expensive ones come first, so that none is left to run alone at the end. Where memory runs out half of them
-    are set aside as they are, and there is less room from then on.
-
-    Parameters
-    ----------
-    iterated : IteratedMap
-    structures : sequence of Atoms
-    costs : sequence of float
-        Of each structure, in the unit of `room`.
-    room : float
-        What structures that relax together may cost; a single one may cost more.
-    fmax : float
-        eV/Å below which a structure stops.
-    steps : int
-        Frames of each structure at most.
-    """
-
-    def __init__(
-        self,
-        iterated: IteratedMap,
-        structures: Sequence[Atoms],
-        *,
-        costs: Sequence[float],
-        room: float,
-        fmax: float,
-        steps: int,
-    ):
-        self.map, self.structures, self.costs, self.room = iterated, structures, costs, room
-        self.fmax, self.steps = fmax, steps
-        self._queue = deque(sorted(range(len(structures)), key=lambda k: -costs[k]))
-        self._batch: Batch | None = None
-        self._aside: list[Batch] = []
-
-    @torch.no_grad()
-    def run(self) -> Iterator[tuple[int, End]]:
-        """Each structure's index and where it ended, as soon as it has stopped.
-
-        Raises
-        ------
-        MemoryError
-            Where a single structure does not fit, naming the mend.
-        """
-        while (batch := self._filled()) is not None:
-            found = fits(partial(self._evaluate, batch))
-            if found is None:
-                self._halve(batch)
-                continue
-            following: tuple[Structures, State] | None
-            ((following, stopped),) = found
-            # The step of a batch that has changed must not fill the memory beside the next one.
-            del found
-            if stopped:
-                following = None
-            yield from batch.remove(stopped).items()
-            if not len(batch):
-                self._batch = None
-                continue
-            moved = fits(partial(self._move, batch, following))
-            following = None
-            if moved is None:
-                self._halve(batch)
-
-    def _evaluate(self, batch: Batch) -> tuple[tuple[Structures, State], dict[int, Status]]:
-        forces = batch.evaluate()
-        following = self.map.advance(batch.structures, batch.state, forces)
-        return following, batch.stopped(following)
-
-    def _move(self, batch: Batch, following: tuple[Structures, State] | None) -> None:
-        batch.move(following or self.map.advance(batch.structures, batch.state, batch.forces))
-
-    def _filled(self) -> Batch | None:
-        """The batch, joined by as many of the queue as there is room for; None where none is left."""
-        while self._aside and (self._batch is None or self._has_room(self._aside[-1].members)):
-            self._take_in(self._aside.pop())
-        members: list[int] = []
-        while not self._aside and self._queue and self._has_room([*members, self._queue[0]]):
-            members.append(self._queue.popleft())
-        if members:
-            structures = self.map.potential.batch([self.structures[k] for k in members])
-            self.map.potential.check(structures)
-            self._take_in(Batch(self.map, structures, self.fmax, self.steps, members))
-        return self._batch
-
-    def _has_room(self, new: Sequence[int]) -> bool:
-        there = [] if self._batch is None else self._batch.members
-        return (not there and len(new) == 1) or sum(self.costs[k] for k in (*there, *new)) <= self.room
-
-    def _take_in(self, batch: Batch) -> None:
-        if self._batch is None:
-            self._batch = batch
-        else:
-            self._batch.join(batch)
-
-    def _halve(self, batch: Batch) -> None:
-        """Set half of the batch aside."""
-        report_out_of_memory(len(batch))
-        self._aside.append(batch.split())
-        self.room = sum(self.costs[k] for k in batch.members)
 
 
 TOGETHER = 16

@@ -101,7 +101,7 @@ class Journal:
             self._append(path, ends)
 
     def _append(self, path: Path, ends: dict[int, Relaxed]) -> None:
-        with Trajectory(path, "a", properties=["energy", "forces"]) as frames:
+        with Trajectory(path, "a", properties=["energy", "forces", "stress"]) as frames:
             for index, end in ends.items():
                 found = end.atoms.copy()
                 found.constraints = []
@@ -155,6 +155,7 @@ def relax_kept(
 def _end(found: Atoms, source: Atoms) -> Relaxed:
     """The stored result with all other properties of the structure that was relaxed."""
     atoms = source.copy()
+    atoms.set_cell(found.cell)
     atoms.positions = found.positions
     atoms.calc = SinglePointCalculator(atoms, **found.calc.results)
     return Relaxed(atoms, Status(found.info["_status"]), int(found.info["_nsteps"]))

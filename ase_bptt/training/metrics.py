@@ -150,8 +150,10 @@ def validate(
 
 def _distances(potential: Potential, memory: float | None, pairs: list[RelaxationPair]) -> list[float]:
     starts = [p.initial for p in pairs]
-    ends = dict(relax_all(potential, starts, stepper="fire", fmax=0.02, steps=200, memory=memory))
-    found: list[float] = delta_q([ends[k].atoms for k in range(len(pairs))], [p.relaxed for p in pairs]).tolist()
+    cells = [p.freedom for p in pairs]
+    ends = dict(relax_all(potential, starts, stepper="fire", fmax=0.02, steps=200, cells=cells, memory=memory))
+    reached, references = [ends[k].atoms for k in range(len(pairs))], [p.relaxed for p in pairs]
+    found: list[float] = delta_q(reached, references, cell_weight=1.0).tolist()
     return found
 
 
@@ -208,7 +210,8 @@ def estimate(loss: PairLoss, data: TrainingData, *, batch_size: int, epochs: int
         parameter.grad = None
     clock = time.perf_counter()
     with torch.no_grad():
-        relax(potential, [p.initial for p in largest], stepper="fire", fmax=0.0, steps=PROBED)
+        relax(potential, [p.initial for p in largest], stepper="fire", fmax=0.0, steps=PROBED,
+              cell=[p.freedom for p in largest])  # fmt: skip
     frame = (time.perf_counter() - clock) / (PROBED + 1) / _atoms(largest)
     epoch = (step * _atoms(data.train) + frame * FRAMES * _atoms(data.valid)) / size
     return Estimate(

@@ -158,7 +158,7 @@ class PairLoss:
         warm = None if self.warm is None else self.potential.batch(self.warm.starts(pairs, epoch))
         found = relax(
             self.potential, initial, stepper=self.stepper, fmax=self.fmax, steps=self.steps, adjoint=self.adjoint,
-            warm_start=warm,
+            cell=[p.freedom for p in pairs], warm_start=warm,
         )  # fmt: skip
         found.trajectory.warns = False  # they are counted, and logged by the pair's name
         return found
@@ -207,7 +207,8 @@ class WarmStarts:
     def __init__(self, every: int):
         self.every = every
         self.ends: dict[str, Tensor] = {}
-        """Relaxed positions in Å by the pair's id, on the host; part of a checkpoint."""
+        """Relaxed positions in Å by the pair's id, and below them the cell where it moves, on the host; part of a
+        checkpoint."""
         self.elsewhere = 0
         """Pairs whose cold start ended in another basin than the warm one, since this was last set to zero."""
         self._initial: dict[str, RelaxationPair] = {}
@@ -223,16 +224,17 @@ class WarmStarts:
     def _start(self, pair: RelaxationPair, epoch: int) -> Atoms:
         atoms = self._initial.get(pair.id, pair).initial
         if epoch % self.every and pair.id in self.ends:
-            atoms = atoms.copy()
-            atoms.set_positions(self.ends[pair.id].numpy(), apply_constraint=False)
+            atoms, end = atoms.copy(), self.ends[pair.id].numpy()
+            atoms.set_cell(end[len(atoms) :] if len(end) > len(atoms) else atoms.cell, apply_constraint=False)
+            atoms.set_positions(end[: len(atoms)], apply_constraint=False)
         return atoms
 
     def found(self, pairs: Sequence[RelaxationPair], relaxation: Relaxation, epoch: int) -> list[WarmEnd]:
         """Where they ended, for `note`; after a cold start, compared with the ends of the warm ones."""
-        final = relaxation.positions.detach().cpu().double().split(relaxation.start.counts)
+        final = _with_cells(relaxation)
         gaps = self._gaps(pairs, relaxation) if epoch % self.every == 0 else [0.0] * len(pairs)
         return [
-            WarmEnd(positions.clone() if status is Status.CONVERGED else None, gap)
+            WarmEnd(positions if status is Status.CONVERGED else None, gap)
             for positions, status, gap in zip(final, relaxation.status, gaps, strict=True)
         ]
 
@@ -253,8 +255,23 @@ class WarmStarts:
 
     def _gaps(self, pairs: Sequence[RelaxationPair], relaxation: Relaxation) -> list[float]:
         """Largest displacement of an atom between each end and the warm end, in Å; 0 where there is none."""
-        now = relaxation.positions.detach().split(relaxation.start.counts)
-        kept = [self.ends.get(pair.id, x) for pair, x in zip(pairs, now, strict=True)]
-        before = relaxation.start.replace(positions=torch.cat([x.to(relaxation.positions) for x in kept]))
-        found: list[float] = max_displacement(relaxation.start.replace(positions=torch.cat(now)), before).tolist()
+        structures, now = relaxation.structures, _with_cells(relaxation)
+        cells, parts = structures.cells.clone(), []
+        for k, (pair, n) in enumerate(zip(pairs, structures.counts, strict=True)):
+            warm = self.ends.get(pair.id, now[k]).to(cells)
+            parts.append(warm[:n])
+            if len(warm) > n:
+                cells[k] = warm[n:]
+        before = structures.replace(positions=torch.cat(parts), cells=cells)
+        found: list[float] = max_displacement(structures, before).tolist()
         return found
+
+
+def _with_cells(relaxation: Relaxation) -> list[Tensor]:
+    """Positions where each structure ended, on the host, and below them its cell if that was free to move."""
+    found = relaxation.positions.detach().cpu().double().split(relaxation.start.counts)
+    cells = relaxation.cells.detach().cpu().double()
+    return [
+        torch.cat((x, cells[k])) if moved else x.clone()
+        for k, (x, moved) in enumerate(zip(found, relaxation.moved_cells, strict=True))
+    ]

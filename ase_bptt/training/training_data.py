@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..displacements import displacements
+from ..displacements import displacements, shortest_lattice_vector
 from ..pairs import RelaxationPair, fingerprint
 from ..pairs.groups import check_apart, usable
 from ..pairs.lazy import DeferredPair
@@ -159,7 +159,20 @@ class VariedStarts(Sequence[RelaxationPair]):
         shift = share * displacements(pair.relaxed, pair.initial).numpy() if share else 0.0
         # With constraints applied, as in a relaxation.
         start.set_positions(start.positions + shift + noise)
-        return dataclasses.replace(pair, initial=start)
+        if pair.freedom.moves:
+            start.set_cell(self._cell(pair, share, rng), scale_atoms=True, apply_constraint=False)
+        return dataclasses.replace(pair, initial=start, cell=pair.freedom)
+
+    def _cell(self, pair: RelaxationPair, share: float, rng: np.random.Generator) -> np.ndarray:
+        """The cell on the line to the reference's, strained by as much as the atoms are rattled."""
+        cell, periodic = pair.initial.cell.array, pair.initial.pbc
+        cell = cell + share * (pair.relaxed.cell.array - cell)
+        noise = rng.normal(0, self._rattle, (3, 3))
+        strain = (noise + noise.T) / 2 / (shortest_lattice_vector(pair.relaxed) / pair.n_atoms ** (1 / periodic.sum()))
+        free = pair.freedom.projection(cell[periodic])
+        if free is not None:
+            strain = (free @ strain.ravel()).reshape(3, 3)
+        return cell @ (np.eye(3) + strain)
 
 
 class VariedPair(DeferredPair):
@@ -195,7 +208,7 @@ class VariedPair(DeferredPair):
 
     def __reduce__(self) -> tuple[Any, ...]:
         full = self.made()
-        return RelaxationPair, (full.initial, full.relaxed, full.id, full.group, full.frames)
+        return RelaxationPair, (*(getattr(full, field.name) for field in dataclasses.fields(RelaxationPair)),)
 
 
 def varied_pair(of: RelaxationPair, make: Callable[[], RelaxationPair]) -> VariedPair:
