@@ -204,7 +204,7 @@ def relax(
     inputs = (start.positions, *start.conditions(), *loop.map.parameters())
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in inputs)):
         trajectory = chosen.run(loop)
-        return Relaxation.of(Attached(trajectory, trajectory.final), given, sources, single)
+        return Relaxation.of(Attached(trajectory, trajectory.final), sources, single)
     chosen.check(loop.map, start)
     warm = None
     if warm_start is not None:
@@ -217,7 +217,7 @@ def relax(
         near = rows(near)
         chosen.check(loop.map, near)
         warm = Loop(potential, stepper, near, fmax=fmax, steps=steps)
-    return Relaxation.of(chosen.apply(loop, warm=warm), given, sources, single)
+    return Relaxation.of(chosen.apply(loop, warm=warm), sources, single)
 
 
 def _rows(

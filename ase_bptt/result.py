@@ -77,7 +77,11 @@ class Relaxation:
 
     @classmethod
     def of(
-        cls, attached: Attached, start: Structures, sources: tuple[Atoms, ...] | None = None, single: bool = False
+        cls,
+        attached: Attached,
+        sources: tuple[Atoms, ...] | None = None,
+        single: bool = False,
+        start: Structures | None = None,
     ) -> Relaxation:
         """The Relaxation of a whole trajectory.
 
@@ -85,14 +89,15 @@ class Relaxation:
         ----------
         attached : Attached
             The trajectory, with an end for each structure, and the relaxed rows.
-        start : Structures
-            Where it started.
         sources : tuple of Atoms or None, length n
             The Atoms that were relaxed, where it were Atoms.
         single : bool
             Whether it was one Atoms object, rather than a list.
+        start : Structures, optional
+            Where it started; the trajectory's start without any deformation if not given.
         """
         trajectory, positions, early = attached
+        start = trajectory.start.undeformed() if start is None else start
         ends = [trajectory.ends[k] for k in range(len(start))]
         rows = trajectory.start.replace(positions=positions)
         placed, work = rows.placed(), rows.work()
@@ -107,7 +112,7 @@ class Relaxation:
             status=tuple(end.status for end in ends),
             trajectory=trajectory,
             members=tuple(range(len(ends))),
-            early=None if early is None else cls.of(early, start, sources, single),
+            early=None if early is None else cls.of(early, sources, single),
             _rows=rows,
             _row_forces=row_forces,
             _energies=energies if work is None else energies - work.detach(),

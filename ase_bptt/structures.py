@@ -120,7 +120,7 @@ class Structures:
 
     @property
     def n_atoms(self) -> int:
-        return int(self.numbers.shape[0])
+        return len(self.numbers)
 
     @property
     def constraint_names(self) -> list[str]:
@@ -241,11 +241,6 @@ class Structures:
         index = np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64)
         return torch.as_tensor(index, device=self.numbers.device)
 
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Atoms in each structure, length n: its rows, but for those of a cell."""
-        return self.counts
-
     def placed(self) -> Structures:
         """The structures as they stand: itself, but for a batch whose positions are not Cartesian."""
         return self
@@ -262,6 +257,10 @@ class Structures:
     def atomic_forces(self, forces: Tensor) -> Tensor:
         """The forces on the atoms where they stand, in eV/Å, shape (n_atoms, 3), from those on all rows."""
         return forces
+
+    def undeformed(self) -> Structures:
+        """The structures that a relaxation of these started from, as they were given."""
+        return self
 
     def work(self) -> Tensor | None:
         """p V in eV, shape (n,), of structures whose cells move under pressure; None otherwise."""
@@ -298,6 +297,5 @@ def as_structures(
     dtype: torch.dtype | None = None,
 ) -> Structures:
     """Structures as they are; Atoms and lists of Atoms as a batch."""
-    if isinstance(structures, Structures):
-        return structures
-    return Structures.from_atoms(structures, device=device, dtype=dtype)
+    given = isinstance(structures, Structures)
+    return structures if given else Structures.from_atoms(structures, device=device, dtype=dtype)

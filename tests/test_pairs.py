@@ -14,6 +14,7 @@ from ase.geometry import find_mic
 from ase.io import write
 from helpers.structures import cluster, methanol, rattled, silicon, skewed
 
+from ase_bptt import RelaxationPair
 from ase_bptt import pairs as pairs_module
 from ase_bptt.pairs import InvalidPair, check_pair, unwrapped, warn_of_moves
 from ase_bptt.pairs.reading import read_pairs
@@ -253,10 +254,26 @@ class TestChecks:
         with pytest.raises(InvalidPair, match="x: it has no atoms"):
             check_pair(Atoms(), Atoms(), "x")
 
-    def test_a_variable_cell_is_refused_with_what_to_do(self):
+    def test_a_cell_that_changes_is_free_to_move(self):
         relaxed = silicon()
         relaxed.set_cell(relaxed.cell * 1.01, scale_atoms=True)
-        with pytest.raises(InvalidPair, match=r"variable cells are not treated yet \(cells come later\).*fixed cell"):
+        check_pair(silicon(), relaxed, "x")
+        assert RelaxationPair(silicon(), relaxed, "x").freedom.name == "full"
+        assert RelaxationPair(silicon(), relaxed, "x", cell="hydrostatic", pressure=0.1).freedom.pressure == 0.1
+        assert RelaxationPair(silicon(), silicon(), "x").freedom.name == "fixed"
+
+    @pytest.mark.parametrize(
+        ("change", "sentence"),
+        [
+            (lambda a: a.set_cell(a.cell.array[[1, 0, 2]]), "handedness"),
+            (lambda a: a.set_cell(a.cell.array @ [[1, 0, 0], [2, 1, 0], [0, 0, 1]]), "choice of cell vectors"),
+            (lambda a: a.set_cell([[5, 0, 0], [5, 0, 0], [0, 0, 5]]), "no volume"),
+        ],
+    )
+    def test_cells_that_no_relaxation_leads_to_are_refused(self, change, sentence):
+        relaxed = silicon()
+        change(relaxed)
+        with pytest.raises(InvalidPair, match=rf"x: .*{sentence}"):
             check_pair(silicon(), relaxed, "x")
 
     def test_forces_that_are_not_numbers_are_warned_of(self, caplog):

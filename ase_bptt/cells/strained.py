@@ -147,16 +147,12 @@ class Strained(Structures):
     @property
     def factors(self) -> Tensor:
         """The length in Å that a strain of 1 is held as, of each cell that moves, shape (m,)."""
-        n = torch.tensor(self.sizes).to(self.cells)[self.moving]
+        n = torch.tensor(self.source.counts).to(self.cells)[self.moving]
         if not self.balanced:
             return n
         volumes = torch.linalg.det(self.cells[self.moving]).abs()
         # A slab may have no third vector, and with it no volume.
         return n.sqrt() * torch.where(volumes > 0, torch.where(volumes > 0, volumes, n) / n, 1.0) ** (1 / 3)
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        return self.source.counts
 
     # What they describe -----------------------------------------------------------------------
 
@@ -179,6 +175,9 @@ class Strained(Structures):
         f = self.deformations
         s = self.positions[self.atom_rows]
         return self.source.replace(positions=(f[self.source.batch] @ s[:, :, None]).squeeze(2), cells=self.cells @ f.mT)
+
+    def undeformed(self) -> Structures:
+        return self.source
 
     @torch.no_grad()
     def atomic_forces(self, forces: Tensor) -> Tensor:
@@ -226,7 +225,7 @@ class Strained(Structures):
         cells = forces[self.cell_rows]
         if not self.balanced:
             return cells
-        n = torch.tensor(self.sizes).to(self.cells)[self.moving]
+        n = torch.tensor(self.source.counts).to(self.cells)[self.moving]
         return cells * (self.factors.detach() / n).repeat_interleave(3)[:, None]
 
     def conditions(self) -> list[Tensor]:

@@ -192,7 +192,7 @@ def _as_left(trajectory: Trajectory, atoms: Atoms, adjoint: Adjoint, fmax: float
         nsteps=trajectory.nsteps[0],
     )
     trajectory.end({0: end})
-    return Relaxation.of(Attached(trajectory, adjoint.attach(trajectory)), trajectory.start, (atoms,), single=True)
+    return Relaxation.of(Attached(trajectory, adjoint.attach(trajectory)), (atoms,), single=True)
 
 
 def _leaf(start: Structures) -> Structures:

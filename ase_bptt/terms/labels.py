@@ -210,16 +210,19 @@ def _targets(potential: Potential, frames: Sequence[Atoms], moving: Sequence[boo
     stressed = [moves and has_stress(a) for moves, a in zip(moving, frames, strict=True)]
     if any(stressed):
         structures = Strained.of(structures, [CELLS["full" if found else "fixed"] for found in stressed])
-    rows = [
-        np.concatenate((a.calc.results["forces"], *([-a.get_volume() * a.get_stress(voigt=False) / len(a)] * found)))
-        for a, found in zip(frames, stressed, strict=True)
-    ]
+    rows = [row for a, found in zip(frames, stressed, strict=True) for row in _force_rows(a, found)]
     # float32 has too few digits for DFT's total energies; their differences may be rounded.
     return Targets(
         structures,
         like.new_tensor([energy_of(a) for a in frames], dtype=torch.float64),
         like.new_tensor(np.concatenate(rows)),
     )
+
+
+def _force_rows(atoms: Atoms, stressed: bool) -> list[np.ndarray]:
+    """The forces on the atoms, and on the rows of the cell where the stress counts."""
+    forces = [atoms.calc.results["forces"]]
+    return [*forces, -atoms.get_volume() * atoms.get_stress(voigt=False) / len(atoms)] if stressed else forces
 
 
 def _ahead(pair: RelaxationPair, frames: Sequence[Atoms]) -> list[Atoms]:

@@ -249,7 +249,7 @@ def label_loss(targets: Targets, energy: Tensor, forces: Tensor, *, energies: bo
     moving = (3 * structures.movable.sum()).clamp(min=1)
     found = huber_loss(off, torch.zeros_like(off), reduction="sum") / moving
     if energies:
-        sizes = torch.tensor(structures.sizes, device=energy.device)
+        sizes = torch.tensor(structures.undeformed().counts, device=energy.device)
         off = (energy - targets.energies) / sizes / ENERGY
         found = found + huber_loss(off, torch.zeros_like(off))
     return found
