@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,7 +90,15 @@ class RelaxationPair:
 
 
 class InvalidPair(ValueError):
-    """A pair that cannot be used; its message says why and what to do."""
+    """A pair that cannot be used; its message says why and what to do.
+
+    Attributes
+    ----------
+    survey : Survey or None
+        What else there is, where it was found in an archive that was read to its end.
+    """
+
+    survey: Any = None
 
 
 class NotARelaxation(InvalidPair):
@@ -112,7 +120,7 @@ class NotARelaxation(InvalidPair):
         return type(self), (str(self), self.kind, self.detail)
 
 
-def check_pair(initial: Atoms, relaxed: Atoms, name: str) -> None:
+def check_pair(initial: Atoms, relaxed: Atoms, name: str, warn: Callable[..., None] = log.warning) -> None:
     """Raise InvalidPair where the two cannot be the ends of one relaxation at a fixed cell.
 
     Warns of a reference that still has forces above `RESIDUAL`.
@@ -145,7 +153,7 @@ def check_pair(initial: Atoms, relaxed: Atoms, name: str) -> None:
     if "forces" in getattr(relaxed.calc, "results", {}):
         residual = np.linalg.norm(relaxed.get_forces(), axis=1).max()
         if not residual <= RESIDUAL:
-            log.warning("%s: the reference still has a force of %.3f eV/Å; is it relaxed?", name, residual)
+            warn("%s: the reference still has a force of %.3f eV/Å; is it relaxed?", name, residual)
 
 
 def check_converged(relaxed: Atoms, name: str, max_force: float | None) -> None:
@@ -208,12 +216,12 @@ def unwrapped(initial: Atoms, relaxed: Atoms) -> Atoms:
     return found
 
 
-def warn_of_moves(initial: Atoms, relaxed: Atoms, name: str) -> None:
+def warn_of_moves(initial: Atoms, relaxed: Atoms, name: str, warn: Callable[..., None] = log.warning) -> None:
     """Warn where no atom has moved, and where the atoms of an element seem to be in another order at the end."""
     moves = relaxed.positions - initial.positions
     lengths = np.linalg.norm(moves - moves.mean(axis=0), axis=1)
     if lengths.max() < STILL:
-        log.warning(
+        warn(
             "%s: its relaxed structure is its initial one; did the relaxation run, or was one file copied over the "
             "other? It teaches nothing about a path.", name,
         )  # fmt: skip
@@ -221,7 +229,7 @@ def warn_of_moves(initial: Atoms, relaxed: Atoms, name: str) -> None:
         return
     reassigned, direct = _reassigned(initial, relaxed), np.sqrt(np.mean(lengths**2))
     if reassigned < direct / 2:
-        log.warning(
+        warn(
             "%s: its atoms seem to be stored in another order at the end, for they move by %.2f Å (root mean square) "
             "and by %.2f Å if reassigned; write both structures in the same order.", name, direct, reassigned,
         )  # fmt: skip

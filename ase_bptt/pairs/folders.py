@@ -1,13 +1,10 @@
-"""Which files of a folder are relaxations, and what else is found there."""
+"""Which files of a folder may be relaxations."""
 
 from __future__ import annotations
 
 import logging
-import os
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import InvalidPair, NotARelaxation
 from .calculations import ZIPPED
 from .formats import NAMES, VASP, VaspFile, format_of
 
@@ -25,76 +22,6 @@ SUFFIXES = (
     ".db",
 )
 """What a folder is searched for; of the .out files only those of pw.x."""
-
-
-@dataclass
-class Survey:
-    """What was found in one place.
-
-    Attributes
-    ----------
-    where : path
-        The file or folder that was given.
-    used : int
-        Relaxations.
-    problems : list of str
-        Why others cannot be used, one sentence each.
-    passed_by : dict
-        Files that are no relaxations, by what they are instead.
-    copies : list of str
-        Files that hold the same relaxation as another, as "backup/OUTCAR of OUTCAR".
-    """
-
-    where: str | Path
-    used: int = 0
-    problems: list[str] = field(default_factory=list)
-    passed_by: dict[str, list[str]] = field(default_factory=dict)
-    copies: list[str] = field(default_factory=list)
-
-    def note_copy(self, name: str, first: str) -> None:
-        """Count a file that holds the same relaxation as another."""
-        a, b = (os.path.relpath(path, self.where) for path in (name, first))
-        self.copies.append(f"{a} of {b}")
-
-    def leave_out(self, problem: InvalidPair) -> None:
-        """Count a relaxation that cannot be used, and warn of it."""
-        self.problems.append(str(problem))
-        log.warning("Left out: %s", problem)
-
-    def passes_by(self, problem: InvalidPair, name: str) -> bool:
-        """Count what is no relaxation, and say True; unless it was given itself, and not found in a folder."""
-        if not (isinstance(problem, NotARelaxation) and Path(self.where).is_dir()):
-            return False
-        self.passed_by.setdefault(problem.kind, []).append(
-            " with ".join(filter(None, [os.path.relpath(name, self.where), problem.detail]))
-        )
-        return True
-
-    def others(self) -> str:
-        """What was passed by, as "molecular dynamics (2, as md/OUTCAR)", with an example of each kind."""
-        return ", ".join(f"{kind} ({len(names)}, as {names[0]})" for kind, names in sorted(self.passed_by.items()))
-
-    def report(self) -> None:
-        """Say what was passed by and left out.
-
-        Raises
-        ------
-        InvalidPair
-            Where nothing is used.
-        """
-        n_others = sum(map(len, self.passed_by.values()))
-        if not self.used and self.problems:
-            raise InvalidPair(
-                f"None of the {len(self.problems)} pairs in {self.where} can be used; the last: {self.problems[-1]}"
-            )
-        if not self.used:
-            raise InvalidPair(f"{self.where} holds no relaxation; passed by {n_others}: {self.others()}.")
-        if n_others:
-            log.warning("Passed by %d that are no relaxations: %s.", n_others, self.others())
-        if self.copies:
-            log.warning("Counted once: %d copies, as %s.", len(self.copies), self.copies[0])
-        if self.problems:
-            log.warning("Left out %d of %d.", len(self.problems), len(self.problems) + self.used)
 
 
 def relaxation_files(path: Path) -> list[Path]:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
@@ -19,7 +19,8 @@ from ase.io import read
 
 from ..threads import quiet
 from . import InvalidPair
-from .calculations import CUT, SCANS, ZIPPED, Run, check_finished, opened, runs_in
+from .calculations import CUT, ZIPPED, Run, check_finished, opened
+from .scans import SCANS, runs_in
 
 log = logging.getLogger(__name__)
 NAMES = {
@@ -37,6 +38,27 @@ FIRST_WORDS = {"vasp-xml": (b"<modeling>", b"<?xml"), "vasp-out": (b"POTCAR:", b
 PW = b"Program PWSCF"
 KEPT = ("energy", "free_energy", "forces", "stress", "magmom", "magmoms")
 """Results that stay with a frame: eigenvalues of thousands of frames would fill the memory."""
+
+
+class Loaded(NamedTuple):
+    """What is read of one relaxation.
+
+    Attributes
+    ----------
+    initial, relaxed : Atoms
+    frames : sequence of Atoms
+        All of them, where there are more.
+    settings : dict
+        What it was computed with, as `methods.settings_of` says it.
+    onward : Atoms or None
+        Where a run that continues it begins, if not at the relaxed structure.
+    """
+
+    initial: Atoms
+    relaxed: Atoms
+    frames: Sequence[Atoms] = ()
+    settings: dict[str, str] | None = None
+    onward: Atoms | None = None
 
 
 @dataclass(frozen=True)
