@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from . import MAX_REFERENCE_FORCE, InvalidPair, RelaxationPair
-from .folders import relaxation_files
 from .groups import joined, warn_of_equal_starts, with_groups
 from .lazy import DESCRIPTORS, Index, PairTable, lazy_pairs
 from .loading import Choices, Progress, Reader
 from .sources import Source, short
 from .structure_matching import Equals, composition, find_duplicates
-from .survey import Survey
+from .survey import Survey, relaxation_files
 
 log = logging.getLogger(__name__)
 
