@@ -1,4 +1,4 @@
-"""What kind of calculation an output of VASP or pw.x is of, by its header, and whether it was finished."""
+"""What kind of calculation an output of VASP, pw.x or FHI-aims is of, by its header, and whether it was finished."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Run:
     Attributes
     ----------
     code : str
-        "VASP" or "pw.x".
+        "VASP", "pw.x" or "FHI-aims".
     tags : dict
         Settings, by name, as written.
     signs : set of str
@@ -180,12 +180,16 @@ def moving_cell(run: Run) -> str:
 
 def _another_kind(run: Run) -> tuple[str, str] | None:
     """The kind of a calculation that is no relaxation, and the sign of it."""
-    return _of_pw(run) if run.code == "pw.x" else _of_vasp(run)
+    if run.code == "VASP":
+        return _of_vasp(run)
+    if "md" in run.signs:
+        return DYNAMICS, f"{run.code} says so"
+    if run.code == "pw.x":
+        return _of_pw(run)
+    return None if "relax" in run.signs else (STATIC, "no relax_geometry")
 
 
 def _of_pw(run: Run) -> tuple[str, str] | None:
-    if "md" in run.signs:
-        return DYNAMICS, "pw.x says so"
     # What the output says of itself counts more than an input that lies beside it.
     calculation = "" if "relax" in run.signs else run.tags.get("calculation", "")
     if calculation in BY_CALCULATION:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import chain, takewhile
 from pathlib import Path
+from typing import Any
+
+from ase import Atoms
 
 from .formats import Loaded
 from .methods import CHARGE, contradict
+from .sources import File
 from .structure_matching import Equals
 
 FURTHER = "further calculation of a relaxed structure"
@@ -92,3 +97,39 @@ def _nearness(one: str, other: str) -> int:
     """How many folders two files share."""
     same = (a == b for a, b in zip(Path(one).parts, Path(other).parts, strict=False))
     return sum(takewhile(bool, same))
+
+
+@dataclass(frozen=True)
+class Legs:
+    """A relaxation that was continued from file to file: it begins as the first does and ends as the last does."""
+
+    names: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return self.names[-1]
+
+    def load(self) -> Loaded:
+        return joined_legs([File(name).load() for name in self.names])
+
+
+def joined_legs(legs: Sequence[Loaded]) -> Loaded:
+    """One relaxation of several that continue each other."""
+    return legs[-1]._replace(initial=legs[0].initial, frames=LegFrames([leg.frames for leg in legs]))
+
+
+class LegFrames(Sequence[Atoms]):
+    """The frames of all legs, in order, read on each access."""
+
+    def __init__(self, legs: Sequence[Sequence[Atoms]]):
+        self._legs = legs
+
+    def __len__(self) -> int:
+        return sum(map(len, self._legs))
+
+    def __getitem__(self, k: Any) -> Any:
+        return list(self)[k]
+
+    def __iter__(self) -> Iterator[Atoms]:
+        return chain.from_iterable(self._legs)

@@ -19,9 +19,10 @@ from ase import Atoms
 from .. import __version__
 from ..utils import replacing
 from . import InvalidPair, RelaxationPair, unwrapped
+from .chains import Legs
 from .databases import Member, Rows
 from .formats import VaspFile
-from .sources import File, Legs, Source, loaded
+from .sources import File, Source, loaded
 from .survey import Survey
 
 log = logging.getLogger(__name__)

@@ -24,9 +24,9 @@ from . import (
     unwrapped,
     warn_of_moves,
 )
-from .chains import FURTHER, Chains
+from .chains import FURTHER, Chains, Legs, joined_legs
 from .formats import Loaded
-from .sources import File, Legs, Source, joined_legs, pair_of, short, sources_in, two_files
+from .sources import File, Source, pair_of, short, sources_in, two_files
 from .survey import Survey
 
 log = logging.getLogger(__name__)

@@ -24,7 +24,7 @@ MINOR = (CUTOFF, POTENTIAL, CHARGE)
 
 def settings_of(run: Run, atoms: Atoms) -> dict[str, str]:
     """What has to be the same for references that do not contradict each other, as words; {} where nothing is known."""
-    found = {FUNCTIONAL: _functional_of_pw(run) if run.code == "pw.x" else _functional_of_vasp(run)}
+    found = {FUNCTIONAL: _functional_of_vasp(run) if run.code == "VASP" else _functional_named(run)}
     if "LSORBIT" in run.tags:
         found[SPIN_ORBIT] = "yes" if run.true("LSORBIT") else "no"
     cutoff = run.tags.get("kinetic-energy cutoff") or run.tags.get("ENCUT") or run.tags.get("ENMAX", "")
@@ -99,7 +99,7 @@ def _functional_of_vasp(run: Run) -> str:
     return name + " + vdW-DF" * run.true("LUSE_VDW")
 
 
-def _functional_of_pw(run: Run) -> str:
+def _functional_named(run: Run) -> str:
     name = " ".join(run.tags.get("Exchange-correlation", "").split())
     return OF_PW.get(name.upper(), name)
 

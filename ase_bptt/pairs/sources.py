@@ -5,25 +5,26 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from ase import Atoms
 
-from . import InvalidPair, RelaxationPair
+from . import InvalidPair, NotARelaxation, RelaxationPair
 from .calculations import CUT, Run, check_kind, check_length, opened
 from .databases import Member, label_of, relaxations_in
-from .formats import Loaded, VaspFile, examined, format_of, read_frames
+from .formats import Loaded, VaspFile, examined, format_of, other_code, read_frames
 from .methods import describe, settings_of
 from .scans import run_of_incar
 
 log = logging.getLogger(__name__)
 VASP_NAME = re.compile(rf"{re.escape(os.sep)}(vasprun\.xml|OUTCAR|CONTCAR)(\.relax\d+)?(\.gz|\.bz2|\.xz)?$")
 """What a folder's name says as well."""
+CP2K = re.compile(rb"\s*i =\s*\d+,(\s*time =[^,]*,)?\s*E =")
+"""The second line of a trajectory that CP2K wrote."""
 
 
 class Source(Protocol):
@@ -83,42 +84,6 @@ class File:
         return Loaded(begin, end, settings=settings_of(run, begin))
 
 
-@dataclass(frozen=True)
-class Legs:
-    """A relaxation that was continued from file to file: it begins as the first does and ends as the last does."""
-
-    names: tuple[str, ...]
-
-    @property
-    def name(self) -> str:
-        """For messages."""
-        return self.names[-1]
-
-    def load(self) -> Loaded:
-        return joined_legs([File(name).load() for name in self.names])
-
-
-def joined_legs(legs: Sequence[Loaded]) -> Loaded:
-    """One relaxation of several that continue each other."""
-    return legs[-1]._replace(initial=legs[0].initial, frames=LegFrames([leg.frames for leg in legs]))
-
-
-class LegFrames(Sequence[Atoms]):
-    """The frames of all legs, in order, read on each access."""
-
-    def __init__(self, legs: Sequence[Sequence[Atoms]]):
-        self._legs = legs
-
-    def __len__(self) -> int:
-        return sum(map(len, self._legs))
-
-    def __getitem__(self, k: Any) -> Any:
-        return list(self)[k]
-
-    def __iter__(self) -> Iterator[Atoms]:
-        return chain.from_iterable(self._legs)
-
-
 def _has_roles(path: Path) -> bool:
     """Whether frames of a file may have roles; most files are not read for it."""
     if not path.is_file() or format_of(path) not in ("extxyz", "traj"):
@@ -164,7 +129,7 @@ class Unusable:
         raise self.problem
 
 
-def sources_in(files: Iterable[Path]) -> Iterator[Source]:
+def sources_in(files: Sequence[Path]) -> Iterator[Source]:
     """Each relaxation in these files."""
     for path in files:
         vasp = VaspFile.named(path)
@@ -174,6 +139,11 @@ def sources_in(files: Iterable[Path]) -> Iterator[Source]:
             yield from _members(path)
         elif vasp is not None and vasp.kind == "POSCAR":
             yield File(str(vasp.other("CONTCAR") or path.with_name("CONTCAR")))
+        elif len(files) > 1 and format_of(path) is None and (code := other_code(path)):
+            kind = f"output of {code}"
+            yield Unusable(
+                str(path), NotARelaxation(f"{path}: it is an {kind}, which is not read; leave it out.", kind)
+            )
         else:
             yield File(str(path))
 
@@ -220,6 +190,11 @@ def _of_database(path: Path) -> Iterator[Source]:
 def _ends(path: Path) -> Loaded:
     runs = examined(path)
     check_kind(path, runs)
+    format = format_of(path)
+    if format == "extxyz":
+        _check_cell_of_cp2k(path)
+    elif format is None:
+        log.warning("%s: it is read as ASE reads it; whether it is a relaxation, and complete, is not checked.", path)
     frames = read_frames(path, runs)
     if "relaxation_frames" in frames[-1].info:
         raise InvalidPair(
@@ -229,7 +204,7 @@ def _ends(path: Path) -> Loaded:
     if any(run.selective for run in runs):
         _hold(frames, path)
     # pw.x says JOB DONE even where its last electronic steps did not converge.
-    if format_of(path) == "espresso-out" and "forces" not in getattr(frames[-1].calc, "results", {}):
+    if format == "espresso-out" and "forces" not in getattr(frames[-1].calc, "results", {}):
         why = "the electronic steps did not converge" if "scf failed" in runs[-1].signs else CUT
         raise InvalidPair(f"{path}: its last step has no forces, so {why}.")
     if len(frames) < 2:
@@ -242,6 +217,18 @@ def _ends(path: Path) -> Loaded:
         return found
     describe([frames[0], frames[-1]], runs[-1])
     return found._replace(settings=settings_of(runs[-1], frames[0]), onward=_onward(frames[-1], path, runs[-1]))
+
+
+def _check_cell_of_cp2k(path: Path) -> None:
+    """Raise NotARelaxation for a trajectory as CP2K writes it, which has no cell."""
+    with opened(path) as file:
+        file.readline()
+        said = file.readline(500)
+    if found := CP2K.match(said):
+        kind = "molecular dynamics" if found[1] else "trajectory of CP2K, without its cell"
+        raise NotARelaxation(
+            f"{path}: it is a {kind}; write its first and last structure, with their cell, as extxyz.", kind
+        )
 
 
 def _onward(relaxed: Atoms, path: Path, run: Run) -> Atoms | None:

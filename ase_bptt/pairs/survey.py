@@ -11,7 +11,7 @@ from typing import Any
 
 from . import InvalidPair, NotARelaxation
 from .calculations import ZIPPED
-from .formats import NAMES, VASP, VaspFile, format_of
+from .formats import NAMES, VASP, VaspFile, format_of, other_code
 from .methods import CHARGE, CUTOFF
 
 log = logging.getLogger(__name__)
@@ -28,6 +28,8 @@ SUFFIXES = (
     ".db",
 )
 """What a folder is searched for; of the .out files only those of pw.x."""
+OUTPUTS = (".out", ".log", ".txt", ".castep", ".abo")
+"""Ends of names of outputs, of which what they hold says whose they are."""
 Tally = dict[str, list[str]]
 """Names of files, by what they are."""
 SHOWN = 4
@@ -221,8 +223,8 @@ def _is_relaxation(file: Path) -> bool:
         # Anything may follow a name of VASP's.
         return not vasp.tag or format_of(file) == VASP[vasp.kind]
     plain = file.name.removesuffix(file.suffix) if file.suffix in ZIPPED else file.name
-    if plain.endswith(".out"):
-        return format_of(file) is not None
+    if plain.endswith(OUTPUTS):
+        return format_of(file) is not None or other_code(file) is not None
     return plain.endswith(tuple(NAMES)) or file.suffix == ".db"
 
 
