@@ -109,9 +109,9 @@ class Structures:
         return len(self.counts)
 
     def __repr__(self) -> str:
-        more = ", ..." if len(self) > 3 else ""
+        some = ", ".join(self.formulas(3) + ["..."] * (len(self) > 3))
         size = f"{self.n_atoms} atoms, {str(self.positions.dtype).removeprefix('torch.')} on {self.positions.device}"
-        return f"Structures({', '.join(self.formulas(3))}{more}; {len(self)} in all, {size})"
+        return f"Structures({some}; {len(self)} in all, {size})"
 
     def formulas(self, most: int | None = None) -> list[str]:
         """Chemical formula of each structure, or of so many of them at most."""
@@ -204,10 +204,9 @@ class Structures:
 
     def select(self: Self, keep: Sequence[int]) -> Self:
         """The batch of the structures with these indices, in this order."""
-        keep = list(keep)
-        if keep == list(range(len(self))):
+        if list(keep) == list(range(len(self))):
             return self
-        index = torch.tensor(keep, device=self.numbers.device, dtype=torch.int64)
+        index = torch.tensor(list(keep), device=self.numbers.device, dtype=torch.int64)
         atoms = self.atoms_of(keep)
         return dataclasses.replace(
             self,
@@ -282,8 +281,7 @@ class Structures:
 
     def sum(self, per_atom: Tensor) -> Tensor:
         """Sum over the atoms of each structure: (n_atoms, ...) to (n, ...)."""
-        shape = (len(self), *per_atom.shape[1:])
-        return per_atom.new_zeros(shape).index_add(0, self.batch, per_atom)
+        return per_atom.new_zeros(len(self), *per_atom.shape[1:]).index_add(0, self.batch, per_atom)
 
     def max(self, per_atom: Tensor) -> Tensor:
         """Maximum over the atoms of each structure: (n_atoms,) to (n,); zero at least."""
@@ -297,5 +295,6 @@ def as_structures(
     dtype: torch.dtype | None = None,
 ) -> Structures:
     """Structures as they are; Atoms and lists of Atoms as a batch."""
-    given = isinstance(structures, Structures)
-    return structures if given else Structures.from_atoms(structures, device=device, dtype=dtype)
+    if isinstance(structures, Structures):
+        return structures
+    return Structures.from_atoms(structures, device=device, dtype=dtype)

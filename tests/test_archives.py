@@ -25,6 +25,7 @@ from ase_bptt import read_pairs
 from ase_bptt.cli import build_parser, flags, main
 from ase_bptt.pairs import InvalidPair, NotARelaxation
 from ase_bptt.pairs.formats import read_frames
+from ase_bptt.pairs.survey import Survey
 
 BAND = " CHAIN: Read ICHAIN            0\n CHAIN: Running the NEB\n"
 SPRINGS = " NEB:          SPRING     -5.000000\n"
@@ -512,9 +513,9 @@ class TestForcesLeft:
 
     def test_the_flag_is_passed_on(self, tmp_path, monkeypatch):
         found = {}
-        monkeypatch.setattr(flags, "read_pairs", lambda *paths, **how: found.update(how))
+        monkeypatch.setattr(flags, "read_archive", lambda *paths, **how: found.update(how) or ([], Survey("")))
         parser = build_parser()
         for given, expected in (([], 0.5), (["--max-reference-force", "0.2"], 0.2)):
             for words in (["train"], ["evaluate"], ["info", "emt", "--pairs"]):
                 flags.read_grouped(flags.completed(parser, [*words, str(tmp_path), *given]))
-                assert found["max_reference_force"] == expected
+                assert found["choices"].max_force == expected

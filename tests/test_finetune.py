@@ -3,11 +3,12 @@
 import dataclasses
 import json
 import shutil
+import time
 
 import numpy as np
 import pytest
 import torch
-from helpers.structures import cluster, rattled
+from helpers.structures import cluster, rattled, silicon
 
 from ase_bptt import RelaxationPair, Trainer, load_potential, relax
 from ase_bptt.cli.messages import conclusion
@@ -15,8 +16,8 @@ from ase_bptt.drift.changes import FoldDriftReports
 from ase_bptt.potentials.analytic import LennardJones
 from ase_bptt.report.drift_report import drift_section
 from ase_bptt.steppers import GradientDescent
+from ase_bptt.training.cost import CostLaw, Estimate
 from ase_bptt.training.fine_tune import cross_validate, finetune
-from ase_bptt.training.metrics import Estimate
 from ase_bptt.training.results import RunResults, read_rows, write_rows
 from ase_bptt.utils import without_nan
 
@@ -258,6 +259,30 @@ class TestEstimate:
         assert all(p.grad is None for p in trainer.potential.parameters())
         assert found.seconds > 3 * found.seconds_per_epoch > 0
         assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (1, 2, 3, 3), (3, 1, 3, 2)])
+    def test_an_epoch_takes_what_was_estimated_within_a_factor_of_two(self, sizes, monkeypatch):
+        # Other jobs on the machine do not count.
+        monkeypatch.setattr("ase_bptt.training.cost.time.perf_counter", time.process_time)
+        ends = [silicon().repeat(n) for n in sizes]
+        pairs = [RelaxationPair(rattled(end, 0.05, k), end, f"{k}", f"{k}") for k, end in enumerate(ends)]
+        trainer = maker([], batch_size=2)(None)
+        data = trainer.check(pairs)
+        found = trainer.estimate(data, epochs=1)
+        trainer.start(data, epochs=2)
+        clock = time.process_time()
+        trainer.run(data)
+        measured = (time.process_time() - clock) / 2
+        assert measured / 2 < found.seconds_per_epoch < 2 * measured
+
+    @pytest.mark.parametrize(
+        ("small", "large", "law"),
+        [((10, 1.0), (110, 2.0), (0.9, 0.01)), ((10, 1.0), (12, 2.4), (0, 0.2)), ((10, 1.0), (100, 0.5), (0.5, 0)),
+         ((10, 0.01), (100, 2.0), (0, 0.02))],
+    )  # fmt: skip
+    def test_the_law_goes_through_two_measurements_where_they_allow(self, small, large, law):
+        found = CostLaw.through(small, large)
+        assert (found.a_batch, found.an_edge) == pytest.approx(law)
 
     def test_more_epochs_take_longer_in_proportion(self):
         assert str(Estimate(90.0, 3 * 3600.0, 2**31)) == "about 3 h (90 s an epoch), 2.0 GiB of tensors at the peak"

@@ -23,7 +23,7 @@ from helpers.shell import is_one_sentence
 from helpers.training import same, trainer, without_times
 
 from ase_bptt import read_pairs
-from ase_bptt.pairs import InvalidPair, fingerprint, lazy, sources
+from ase_bptt.pairs import InvalidPair, fingerprint, lazy, loading, sources
 from ase_bptt.pairs.groups import split_by_group, split_into_folds, usable
 from ase_bptt.pairs.lazy import LazyPair
 from ase_bptt.training.training_data import VariedStarts
@@ -124,7 +124,7 @@ class TestSame:
         path = as_database(tmp_path, relaxations)
         read_pairs(path, lazy=True)
         monkeypatch.chdir(tmp_path)
-        with mock.patch("ase_bptt.pairs.reading.loaded", side_effect=AssertionError):
+        with mock.patch.object(loading, "load_one", side_effect=AssertionError):
             pairs = read_pairs("all.db", lazy=True)
         assert found(pairs) == found(read_pairs(path))
 
@@ -174,15 +174,19 @@ class TestMemory:
         monkeypatch.setattr(lazy, "RECENT", 2)
         begun, most = [], 0
 
-        def counted(source, root):
-            nonlocal most
-            pair = sources.loaded(source, root)
-            begun.append(weakref.ref(pair.initial))
-            most = max(most, sum(ref() is not None for ref in begun))
-            return pair
+        def counting(load):
+            def counted(*arguments):
+                nonlocal most
+                read = load(*arguments)
+                begun.append(weakref.ref(read.initial))
+                most = max(most, sum(ref() is not None for ref in begun))
+                return read
+
+            return counted
 
         path = as_database(tmp_path, relaxations * 3)
-        with mock.patch.object(lazy, "loaded", counted), mock.patch("ase_bptt.pairs.reading.loaded", counted):
+        at_start, later = counting(loading.load_one), counting(sources.loaded)
+        with mock.patch.object(lazy, "loaded", later), mock.patch.object(loading, "load_one", at_start):
             pairs = read_pairs(path, lazy=True, group="kind")
             assert most <= 2
             # Two in the batch before, the two that were read last, and one that is being read.
@@ -214,7 +218,7 @@ class TestMemory:
 class TestIndex:
     def first(self, path, **how):
         """How many relaxations are read at the start."""
-        with mock.patch("ase_bptt.pairs.reading.loaded", side_effect=sources.loaded) as read:
+        with mock.patch.object(loading, "load_one", side_effect=loading.load_one) as read:
             pairs = read_pairs(path, lazy=True, **how)
         return len(pairs), read.call_count
 
@@ -357,7 +361,7 @@ class TestShell:
         assert same(*weights)
         assert json.loads((tmp_path / "lazy" / "command.json").read_text())["lazy"] is True
         (tmp_path / "lazy" / "results.json").unlink()
-        with mock.patch("ase_bptt.pairs.reading.loaded", side_effect=AssertionError):
+        with mock.patch.object(loading, "load_one", side_effect=AssertionError):
             code, _, err = shell.run("train", "--out", tmp_path / "lazy", "--resume")
         assert code == 0, err
 

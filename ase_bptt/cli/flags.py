@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ase import Atoms
+from tqdm import tqdm
 
 from ..pairs import MAX_REFERENCE_FORCE, InvalidPair, RelaxationPair
-from ..pairs.formats import read_frames
-from ..pairs.groups import check_structure
-from ..pairs.reading import read_pairs
+from ..pairs.loading import Choices, n_cores
+from ..pairs.reading import read_archive
 from ..potential import Potential
 from ..potentials import load_potential
 from ..suggestions import named, nearest, unknown_name
+from ..training.distributed import together
 from ..utils import as_device
 from .run_folder import signals_deferred
 
@@ -236,51 +236,34 @@ def one_of(what: str, names: Iterable[str]) -> Callable[[str], str]:
     return parse
 
 
-def read_grouped(arguments: argparse.Namespace) -> list[RelaxationPair]:
-    """The pairs of PAIRS, with --skip-invalid, --group and --lazy."""
+def read_grouped(arguments: argparse.Namespace, *, show: bool = False) -> list[RelaxationPair]:
+    """The pairs of PAIRS, with --skip-invalid, --group and --lazy; with `show`, what else is in a folder is printed."""
     paths = [Path(path) for path in arguments.pairs]
     if not 1 <= len(paths) <= 2:
         raise ValueError("Give one file or folder of relaxations, or two files: initial and relaxed structures.")
-    return read_pairs(
-        *paths,
-        skip_invalid=arguments.skip_invalid,
-        group=arguments.group,
-        lazy=arguments.lazy,
-        max_reference_force=arguments.max_reference_force,
-    )
+    choices = Choices(arguments.skip_invalid, arguments.group, arguments.max_reference_force)
+    processes = max(1, n_cores() // together().size)
+    show = show and paths[0].is_dir() and not arguments.json
+    with tqdm(desc="reading", unit=" files", disable=None, leave=False) as bar:
 
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
 
-def read_structures(
-    files: Sequence[Path], potential: Potential, *, skip_invalid: bool
-) -> tuple[list[str], list[Atoms], int]:
-    """Names and structures of every frame of all files, and how many were left out."""
-    names, structures, problems = [], [], []
-    for path in files:
-        if path.is_dir():
-            raise InvalidPair(f"{path} is a folder: name the files in it, as {path}/*.extxyz or {path}/*/POSCAR.")
         try:
-            frames = read_frames(path)
+            pairs, survey = read_archive(
+                paths[0], *paths[1:], choices=choices, lazy=arguments.lazy, processes=processes, progress=progress
+            )
         except InvalidPair as problem:
-            if not skip_invalid:
-                raise
-            problems.append(str(problem))
-            continue
-        for k, atoms in enumerate(frames):
-            name = str(path) if len(frames) == 1 else f"structure {k} of {path}"
-            try:
-                check_structure(potential, atoms, name)
-            except (InvalidPair, NotImplementedError) as problem:
-                if not skip_invalid:
-                    raise
-                problems.append(str(problem))
-                continue
-            names.append(name)
-            structures.append(atoms)
-    for left_out in problems:
-        log.warning("Left out: %s", left_out)
-    if not structures:
-        raise InvalidPair(f"None of the structures can be relaxed; the last: {problems[-1]}")
-    return names, structures, len(problems)
+            if show and problem.survey is not None and problem.survey.tells_more():
+                print(problem.survey.table(), flush=True)
+            raise
+    if show and survey.tells_more():
+        print(f"{survey.table()}\n", flush=True)
+        survey.warn()
+    else:
+        survey.report()
+    return pairs
 
 
 def potential_of(arguments: argparse.Namespace, spec: str | None = None) -> Potential:

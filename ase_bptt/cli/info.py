@@ -18,7 +18,8 @@ from ..relaxation import relax
 from ..steppers import GradientDescent
 from ..training.settings import MOMENTUM
 from ..utils import without_nan
-from .flags import add_pairs, add_potential, command, count, flag, potential_of, read_grouped, read_structures, seed
+from .flags import add_pairs, add_potential, command, count, flag, potential_of, read_grouped, seed
+from .relax import read_structures
 
 FRAMES, FMAX = 40, 0.01
 """The most frames that a training unrolls, and eV/Å at which it stops."""
@@ -63,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     facts = _facts(arguments, potential)
     diagnosis = None
     if arguments.pairs:
-        pairs = usable(potential, read_grouped(arguments), skip_invalid=arguments.skip_invalid)
+        pairs = usable(potential, read_grouped(arguments, show=True), skip_invalid=arguments.skip_invalid)
         with tqdm(disable=None, leave=False) as bar:
 
             def progress(done: int, total: int, what: str) -> None:

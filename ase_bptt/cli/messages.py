@@ -27,8 +27,8 @@ from ..report import change
 from ..report.tables import comparison_text, table
 from ..terms.labels import Labels
 from ..training import Trainer
+from ..training.cost import Estimate
 from ..training.distributed import Ranks, leave
-from ..training.metrics import Estimate
 from ..training.results import DRIFT_PICTURE, DRIFT_REPORT, RunResults
 from ..training.settings import NUMBERS
 from ..training.state import KEPT_AS_IT_WAS

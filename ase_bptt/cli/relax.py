@@ -18,12 +18,16 @@ from ase.io import read, write
 from ase.io.formats import filetype, ioformats
 
 from ..iterated_map import Status
+from ..pairs import InvalidPair
+from ..pairs.formats import read_frames
+from ..pairs.groups import check_structure
+from ..potential import Potential
 from ..steppers import STEPPERS, make_stepper
 from ..throughput import Relaxed
 from ..throughput.journal import Journal, relax_kept, run_key
 from ..utils import check_writable, replacing, without_nan
 from . import messages
-from .flags import add_output, add_potential, add_room, command, count, flag, positive, potential_of, read_structures
+from .flags import add_output, add_potential, add_room, command, count, flag, positive, potential_of
 
 log = logging.getLogger(__name__)
 
@@ -243,3 +247,36 @@ def _conclude(
     else:
         print(f"{converged} of {len(rows)} converged, {left_out} left out; {seconds:.0f} s; {arguments.out}")
     return 0 if converged == len(rows) and not left_out else NOT_DONE
+
+
+def read_structures(
+    files: Sequence[Path], potential: Potential, *, skip_invalid: bool
+) -> tuple[list[str], list[Atoms], int]:
+    """Names and structures of every frame of all files, and how many were left out."""
+    names, structures, problems = [], [], []
+    for path in files:
+        if path.is_dir():
+            raise InvalidPair(f"{path} is a folder: name the files in it, as {path}/*.extxyz or {path}/*/POSCAR.")
+        try:
+            frames = read_frames(path)
+        except InvalidPair as problem:
+            if not skip_invalid:
+                raise
+            problems.append(str(problem))
+            continue
+        for k, atoms in enumerate(frames):
+            name = str(path) if len(frames) == 1 else f"structure {k} of {path}"
+            try:
+                check_structure(potential, atoms, name)
+            except (InvalidPair, NotImplementedError) as problem:
+                if not skip_invalid:
+                    raise
+                problems.append(str(problem))
+                continue
+            names.append(name)
+            structures.append(atoms)
+    for left_out in problems:
+        log.warning("Left out: %s", left_out)
+    if not structures:
+        raise InvalidPair(f"None of the structures can be relaxed; the last: {problems[-1]}")
+    return names, structures, len(problems)

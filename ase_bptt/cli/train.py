@@ -169,7 +169,7 @@ def _pairs(arguments: argparse.Namespace, potential: Potential) -> list[Relaxati
     if arguments.lazy and together().size > 1:
         # One process makes the index; the others need not read all files again.
         together().once(lambda: read_grouped(arguments) and None)
-    pairs = read_grouped(arguments)
+    pairs = read_grouped(arguments, show=True)
     # Otherwise the Trainer refuses what it cannot use.
     return usable(potential, pairs, skip_invalid=True) if arguments.skip_invalid else pairs
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from ..displacements import lattice_translations, shortest_lattice_vector
 from ..neighbors import find_edges
 from ..neighbors.lattice import periodic_cell
 from ..structures import Structures
+from .cell_changes import SAME_CELL, cell_change, cell_problem, positions_in
 
 log = logging.getLogger(__name__)
 
@@ -33,10 +34,6 @@ CLASH = 0.5
 """Å: atoms nearer than this are a mistake."""
 STILL = 1e-4
 """Å: where no atom has moved farther, beyond the drift, a relaxation has not run."""
-LARGEST_STRAIN = 0.7
-"""Green-Lagrange strain between the cells of a pair above which they are other choices of vectors, or lattices."""
-SAME_CELL = 1e-3
-"""Å: cells whose vectors differ by less are one cell, written with fewer digits."""
 FAR = 1.5
 """Å: the largest displacement, beyond the drift, above which the order of the atoms is checked."""
 
@@ -111,7 +108,15 @@ class RelaxationPair:
 
 
 class InvalidPair(ValueError):
-    """A pair that cannot be used; its message says why and what to do."""
+    """A pair that cannot be used; its message says why and what to do.
+
+    Attributes
+    ----------
+    survey : Survey or None
+        What else there is, where it was found in an archive that was read to its end.
+    """
+
+    survey: Any = None
 
 
 class NotARelaxation(InvalidPair):
@@ -133,7 +138,7 @@ class NotARelaxation(InvalidPair):
         return type(self), (str(self), self.kind, self.detail)
 
 
-def check_pair(initial: Atoms, relaxed: Atoms, name: str) -> None:
+def check_pair(initial: Atoms, relaxed: Atoms, name: str, warn: Callable[..., None] = log.warning) -> None:
     """Raise InvalidPair where the two cannot be the ends of one relaxation.
 
     Warns of a reference that still has forces above `RESIDUAL`.
@@ -155,47 +160,14 @@ def check_pair(initial: Atoms, relaxed: Atoms, name: str) -> None:
         raise InvalidPair(
             f"{name}: periodic boundaries change from {initial.pbc} to {relaxed.pbc}; set both structures' pbc alike."
         )
-    check_cell(initial, relaxed, name)
+    if problem := cell_problem(initial, relaxed):
+        raise InvalidPair(f"{name}: {problem}")
     for atoms, end in ((initial, "initial"), (relaxed, "relaxed")):
         check_distances(atoms, f"{name}: in its {end} structure")
     if "forces" in getattr(relaxed.calc, "results", {}):
         residual = np.linalg.norm(relaxed.get_forces(), axis=1).max()
         if not residual <= RESIDUAL:
-            log.warning("%s: the reference still has a force of %.3f eV/Å; is it relaxed?", name, residual)
-
-
-def cell_change(initial: Atoms, relaxed: Atoms) -> float:
-    """Largest change of a component of the cell vectors, Å."""
-    return float(np.abs(initial.cell.array - relaxed.cell.array).max())
-
-
-def positions_in(initial: Atoms, relaxed: Atoms) -> np.ndarray:
-    """Positions of the relaxed structure at the same fractional coordinates in the initial cell, Å."""
-    if cell_change(initial, relaxed) <= SAME_CELL:
-        return relaxed.positions
-    return relaxed.positions @ (np.eye(3) + np.linalg.pinv(relaxed.cell.array) @ (initial.cell - relaxed.cell))
-
-
-def check_cell(initial: Atoms, relaxed: Atoms, name: str) -> None:
-    """Raise InvalidPair where the cell changes as no relaxation of a crystal changes it."""
-    change = cell_change(initial, relaxed)
-    if change <= SAME_CELL:
-        return
-    periodic = initial.pbc
-    if not periodic.any():
-        raise InvalidPair(f"{name}: its cell changes by {change:.3f} Å though nothing is periodic; set its pbc.")
-    before, after = (periodic_cell(atoms.cell.array, periodic) for atoms in (initial, relaxed))
-    if not all(np.isfinite(c).all() and np.linalg.matrix_rank(c) == 3 for c in (before, after)):
-        raise InvalidPair(f"{name}: a cell has no volume, or is not finite; write the file again.")
-    gradient = np.linalg.solve(before, after)
-    if np.linalg.det(gradient) <= 0:
-        raise InvalidPair(f"{name}: its cell changes handedness; write both structures with the same cell vectors.")
-    strain = np.linalg.norm(gradient @ gradient.T - np.eye(3)) / 2
-    if strain > LARGEST_STRAIN:
-        raise InvalidPair(
-            f"{name}: its cell changes by a strain of {strain:.2f}, more than {LARGEST_STRAIN}, as no relaxation does: "
-            "write both structures with the same choice of cell vectors."
-        )
+            warn("%s: the reference still has a force of %.3f eV/Å; is it relaxed?", name, residual)
 
 
 def check_converged(relaxed: Atoms, name: str, max_force: float | None) -> None:
@@ -258,12 +230,12 @@ def unwrapped(initial: Atoms, relaxed: Atoms) -> Atoms:
     return found
 
 
-def warn_of_moves(initial: Atoms, relaxed: Atoms, name: str) -> None:
+def warn_of_moves(initial: Atoms, relaxed: Atoms, name: str, warn: Callable[..., None] = log.warning) -> None:
     """Warn where no atom has moved, and where the atoms of an element seem to be in another order at the end."""
     moves = positions_in(initial, relaxed) - initial.positions
     lengths = np.linalg.norm(moves - moves.mean(axis=0), axis=1)
     if lengths.max() < STILL:
-        log.warning(
+        warn(
             "%s: its relaxed structure is its initial one; did the relaxation run, or was one file copied over the "
             "other? It teaches nothing about a path.", name,
         )  # fmt: skip
@@ -271,7 +243,7 @@ def warn_of_moves(initial: Atoms, relaxed: Atoms, name: str) -> None:
         return
     reassigned, direct = _reassigned(initial, relaxed), np.sqrt(np.mean(lengths**2))
     if reassigned < direct / 2:
-        log.warning(
+        warn(
             "%s: its atoms seem to be stored in another order at the end, for they move by %.2f Å (root mean square) "
             "and by %.2f Å if reassigned; write both structures in the same order.", name, direct, reassigned,
         )  # fmt: skip

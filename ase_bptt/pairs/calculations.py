@@ -1,4 +1,4 @@
-"""What kind of calculation an output of VASP or pw.x is of, by its header, and whether it was finished."""
+"""What kind of calculation an output of VASP, pw.x or FHI-aims is of, by its header, and whether it was finished."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+
 from . import InvalidPair, NotARelaxation
+
+ZIPPED: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+"""Compressed files that ASE reads, by the end of their names."""
+BLOCK = 2**20
+"""Bytes that are read at once."""
 
 CUT = "the run did not finish or the file is cut; let it run to its end, copy it again, or leave it out"
 STATIC = "single-point calculation"
-ZIPPED: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-"""Compressed files that ASE reads, by the end of their names."""
-TAGS = rb"IBRION|NSW|ISIF|MDALGO|ML_LMLFF|IMAGES|ICHAIN"
-IN_XML = re.compile(rb'name="(' + TAGS + rb')"[^>]*>\s*([^<\s]+)')
-IN_OUTCAR = re.compile(rb"(?:^|[\s;,])(" + TAGS + rb")(?:\s*=\s*|\s+)([-\w.]+)")
+DYNAMICS = "molecular dynamics"
 BY_IBRION = {
     -1: STATIC,
-    0: "molecular dynamics",
+    0: DYNAMICS,
     5: "finite differences",
     6: "finite differences",
     7: "perturbation theory",
@@ -31,6 +34,8 @@ BY_IBRION = {
     44: "saddle point search",
 }
 """What else than a relaxation VASP does, by IBRION (https://www.vasp.at/wiki/index.php/IBRION)."""
+BY_CALCULATION = {"scf": STATIC, "nscf": STATIC, "bands": STATIC, "md": DYNAMICS, "vc-md": DYNAMICS}
+"""Likewise of pw.x, by ``calculation`` (https://www.quantum-espresso.org/Doc/INPUT_PW.html)."""
 
 
 @dataclass(eq=False)
@@ -39,21 +44,36 @@ class Run:
 
     Attributes
     ----------
+    code : str
+        "VASP", "pw.x" or "FHI-aims".
     tags : dict
-        VASP's settings, by name, as written.
+        Settings, by name, as written.
     signs : set of str
-        What pw.x says of its kind of calculation: "relax", "md".
+        What the output says of its kind of calculation: "relax", "md", "springs"; and "scf failed".
     atoms : tuple of bytes
         The lines of the header that name the atoms.
+    potentials : tuple of str
+        Titles of the pseudopotentials, in the order of the elements.
+    elements : tuple of str
+        Of VASP's kinds of atoms, in order; one may come twice.
+    valences : dict of str to float
+        Valence electrons of an atom, by element.
+    final : ndarray, shape (n_atoms, 3), or None
+        Fractions at which the next run would begin, where the file has them.
     selective : bool
         Whether the OUTCAR says that the POSCAR holds selective dynamics.
     started, ended : bool
-        Whether VASP did a first step, and whether the program's last words are there.
+        Whether a first step was done, and whether the program's last words are there.
     """
 
+    code: str = "VASP"
     tags: dict[str, str] = field(default_factory=dict)
     signs: set[str] = field(default_factory=set)
     atoms: tuple[bytes, ...] = ()
+    potentials: tuple[str, ...] = ()
+    elements: tuple[str, ...] = ()
+    valences: dict[str, float] = field(default_factory=dict)
+    final: np.ndarray | None = None
     selective: bool = False
     started: bool = False
     ended: bool = False
@@ -63,19 +83,57 @@ class Run:
         value = self.tags.get(name, "")
         return int(value) if re.fullmatch(r"-?\d+", value) else None
 
+    def number(self, name: str) -> float | None:
+        """A setting as a number; None where it was not found."""
+        try:
+            return float(self.tags[name])
+        except (KeyError, ValueError):
+            return None
+
+    def true(self, name: str) -> bool:
+        """Whether a setting is switched on."""
+        return self.tags.get(name, "F").strip(".").upper().startswith("T")
+
+    def add_potential(self, title: bytes) -> None:
+        """Take the title of a pseudopotential over."""
+        text = title.decode("ascii", "replace").strip()
+        self.potentials = (*self.potentials, *([text] if text not in self.potentials else []))
+
+    def update(self, found: list[tuple[bytes, bytes]]) -> None:
+        """Take settings over; the later ones count."""
+        self.tags.update((name.decode(), value.decode("ascii", "replace")) for name, value in found)
+
 
 def opened(path: Path) -> IO[bytes]:
     """The content of a file, decompressed."""
     return ZIPPED.get(path.suffix, open)(path, "rb")  # type: ignore[call-arg]
 
 
-def runs_in(path: Path, format: str | None) -> list[Run]:
-    """The runs that a file of this format (ASE's name) holds, in order; none of what is not VASP's or pw.x's."""
-    scan = SCANS.get(format or "")
-    if scan is None:
-        return []
-    with opened(path) as file:
-        return list(scan(file))
+class Lines:
+    """The lines of a file one by one, and steps over many at once: most of an output are steps."""
+
+    def __init__(self, file: IO[bytes]):
+        self._file, self._block, self._at = file, b"", 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        while self._filled():
+            end = self._block.find(b"\n", self._at) + 1 or len(self._block)
+            line, self._at = self._block[self._at : end], end
+            yield line
+
+    def skip(self, pattern: re.Pattern[bytes]) -> None:
+        """Go on with the line in which the pattern comes next."""
+        while self._filled():
+            if found := pattern.search(self._block, self._at):
+                self._at = max(self._at, self._block.rfind(b"\n", 0, found.start()) + 1)
+                return
+            self._at = len(self._block)
+
+    def _filled(self) -> bool:
+        if self._at >= len(self._block):
+            # A line is never divided; what comes without any end of line is no output of a program.
+            self._block, self._at = self._file.read(BLOCK) + self._file.readline(64 * BLOCK), 0
+        return bool(self._block)
 
 
 def check_finished(path: Path, runs: Sequence[Run]) -> None:
@@ -100,24 +158,46 @@ def check_length(path: Path, runs: Sequence[Run], n: int) -> None:
     """Raise NotARelaxation where a finished run has a single ionic step."""
     if n != 1 or not (runs and runs[-1].ended):
         return
-    relaxes = "relax" in runs[-1].signs or runs[-1].whole("NSW") not in (None, 0)
+    run = runs[-1]
+    relaxes = "relax" in run.signs or run.whole("NSW") not in (None, 0) or run.tags.get("calculation") == "relax"
     kind = "relaxation of a single step" if relaxes else STATIC
     raise NotARelaxation(
         f"{path}: it holds 1 structure ({kind}); a relaxation needs its first and its last frame.", kind
     )
 
 
-def run_of_incar(path: Path) -> Run:
-    """The run that an INCAR asks for."""
-    with opened(path) as file:
-        lines = (line.partition(b"#")[0].partition(b"!")[0] for line in file)
-        return Run({k.decode(): v.decode() for line in lines for k, v in IN_OUTCAR.findall(line.upper())})
+def moving_cell(run: Run) -> str:
+    """What says that the cell was relaxed, too, as "ISIF = 3" or "vc-relax"; "" where it was not.
+
+    What is added to the stress is ``run.number("PSTRESS")`` in kB of VASP and ``run.number("press")`` in kbar of pw.x,
+    whose ``run.tags["cell_dofree"]`` says what of the cell may move.
+    """
+    isif = run.whole("ISIF")
+    if isif is not None and isif >= 3:
+        return f"ISIF = {isif}"
+    return "vc-relax" if run.tags.get("calculation") == "vc-relax" or "cell moves" in run.signs else ""
 
 
 def _another_kind(run: Run) -> tuple[str, str] | None:
     """The kind of a calculation that is no relaxation, and the sign of it."""
+    if run.code == "VASP":
+        return _of_vasp(run)
     if "md" in run.signs:
-        return BY_IBRION[0], "pw.x says so"
+        return DYNAMICS, f"{run.code} says so"
+    if run.code == "pw.x":
+        return _of_pw(run)
+    return None if "relax" in run.signs else (STATIC, "no relax_geometry")
+
+
+def _of_pw(run: Run) -> tuple[str, str] | None:
+    # What the output says of itself counts more than an input that lies beside it.
+    calculation = "" if "relax" in run.signs else run.tags.get("calculation", "")
+    if calculation in BY_CALCULATION:
+        return BY_CALCULATION[calculation], f"calculation = {calculation}"
+    return (STATIC, "nstep = 0") if calculation and run.whole("nstep") == 0 else None
+
+
+def _of_vasp(run: Run) -> tuple[str, str] | None:
     images, chain, ibrion = run.whole("IMAGES"), run.whole("ICHAIN"), run.whole("IBRION")
     if images:
         return "image of a nudged elastic band", f"IMAGES = {images}"
@@ -129,101 +209,6 @@ def _another_kind(run: Run) -> tuple[str, str] | None:
         return STATIC, "NSW = 0"
     if ibrion in BY_IBRION:
         return BY_IBRION[ibrion], f"IBRION = {ibrion}"
-    if run.tags.get("ML_LMLFF", "F").strip(".").upper().startswith("T"):
+    if run.true("ML_LMLFF"):
         return "machine-learned force field", "ML_LMLFF = T"
     return None
-
-
-def _of_vasprun(file: IO[bytes]) -> Iterator[Run]:
-    run = None
-    for line in file:
-        if b"<modeling>" in line:
-            if run is not None:
-                yield run
-            run = Run()
-        if run is None:
-            continue
-        if not run.started:
-            # The settings in effect come after those of the INCAR, and replace them.
-            run.tags.update((k.decode(), v.decode()) for k, v in IN_XML.findall(line))
-            run.started = b"<calculation" in line
-        run.ended = run.ended or b"</modeling>" in line
-    if run is not None:
-        yield run
-
-
-HEADER = re.compile(
-    rb"POTCAR:|^ vasp\.\d|ions per type|General timing and accounting|Iteration|selective dynamics|NEB: "
-)
-OUTCAR_ENDS = (b"General timing", b"POTCAR:", b" vasp.")
-"""What may follow the first step of a run, of what the regular expression looks for: most lines are steps."""
-
-
-def _of_outcar(file: IO[bytes]) -> Iterator[Run]:
-    run, titled = None, False
-    for line in file:
-        if run is not None and (run.started or run.ended) and not any(word in line for word in OUTCAR_ENDS):
-            continue
-        mark = HEADER.search(line)
-        found = mark.group() if mark else b""
-        if found.startswith(b" vasp.") or (found == b"POTCAR:" and (run is None or run.started or run.ended)):
-            if run is not None and titled:
-                yield run
-                run = None
-            run = run or Run()
-            titled = False
-        if run is None:
-            continue
-        if found in (b"POTCAR:", b"ions per type") and not run.started:
-            titled = titled or found == b"POTCAR:"
-            run.atoms = (*run.atoms, line.strip())
-        elif found == b"Iteration":
-            run.started = True
-        elif found.startswith(b"General"):
-            run.ended = titled
-        elif found == b"selective dynamics" and b"using" in line:
-            run.selective = True
-        elif found == b"NEB: " and b"SPRING" in line:
-            run.signs.add("springs")
-        if not (run.started or run.ended):
-            run.tags.update((k.decode(), v.decode()) for k, v in IN_OUTCAR.findall(line))
-    if run is not None:
-        yield run
-
-
-PW = re.compile(
-    rb"Program PWSCF|JOB DONE|number of atoms/cell|number of atomic types|Geometry Optimization|bfgs|Damped|"
-    rb"Molecular Dynamics Calculation|Entering Dynamics|Langevin Dynamics"
-)
-PW_SIGNS = {b"Geometry Optimization": "relax", b"bfgs": "relax", b"Damped": "relax"}
-
-
-def _of_pw(file: IO[bytes]) -> Iterator[Run]:
-    run = None
-    for line in file:
-        mark = PW.search(line)
-        if mark is None:
-            continue
-        found = mark.group()
-        if found == b"Program PWSCF":
-            if run is not None:
-                yield _told(run)
-            run = Run()
-        elif run is not None and found == b"JOB DONE":
-            run.ended = True
-        elif run is not None and found.startswith(b"number"):
-            run.atoms = (*run.atoms, line.strip())
-        elif run is not None:
-            run.signs.add(PW_SIGNS.get(found, "md"))
-    if run is not None:
-        yield _told(run)
-
-
-def _told(run: Run) -> Run:
-    """Damped dynamics, which ends in a minimum, is a relaxation."""
-    return Run(
-        run.tags, run.signs - {"md"} if "relax" in run.signs else run.signs, run.atoms, started=True, ended=run.ended
-    )
-
-
-SCANS = {"vasp-xml": _of_vasprun, "vasp-out": _of_outcar, "espresso-out": _of_pw}

@@ -15,7 +15,7 @@ from ase import Atoms
 from ase.db.row import AtomsRow
 
 from . import InvalidPair
-from .formats import check_content, read_frames, readable
+from .formats import Loaded, check_content, read_frames, readable
 
 log = logging.getLogger(__name__)
 PAGE = 1000
@@ -54,12 +54,12 @@ class Rows:
         """For messages."""
         return f"{self.label} of {self.path}"
 
-    def load(self) -> tuple[Atoms, Atoms, tuple[Atoms, ...]]:
+    def load(self) -> Loaded:
         """The initial and the relaxed structure; a database has no frames in between."""
         rows = self.in_memory or _two(Path(self.path), self.first, self.last)
         last = rows[self.last].toatoms()
         last.info.update(rows[self.last].key_value_pairs, id=self.label if self.named else self.name)
-        return rows[self.first].toatoms(), last, ()
+        return Loaded(rows[self.first].toatoms(), last)
 
 
 def relaxations_in(path: Path) -> Iterator[Rows | InvalidPair]:
@@ -183,7 +183,8 @@ class Member:
         """For messages."""
         return f"{self.label} of {self.path}"
 
-    def load(self) -> tuple[Atoms, Atoms, Sequence[Atoms]]:
+    def load(self) -> Loaded:
+        """As `Source`."""
         every = self.all_frames or read_frames(Path(self.path))
         frames = [frame for frame in every if label_of(frame) == self.label]
         begin, end = ([f for f in frames if str(f.info["role"]).lower() in words] for words in (FIRST, LAST))
@@ -193,7 +194,7 @@ class Member:
                 "needs one of each."
             )
         end[0].info.setdefault("id", self.label)
-        return begin[0], end[0], frames if len(frames) > 2 else ()
+        return Loaded(begin[0], end[0], frames if len(frames) > 2 else ())
 
 
 def label_of(frame: Atoms) -> str | None:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
@@ -19,7 +19,8 @@ from ase.io import read
 
 from ..threads import quiet
 from . import InvalidPair
-from .calculations import CUT, SCANS, ZIPPED, Run, check_finished, opened, runs_in
+from .calculations import CUT, ZIPPED, Run, check_finished, opened
+from .scans import SCANS, runs_in
 
 log = logging.getLogger(__name__)
 NAMES = {
@@ -34,9 +35,38 @@ VASP = {"vasprun": "vasp-xml", "OUTCAR": "vasp-out", "CONTCAR": "vasp", "POSCAR"
 """VASP's names, the preferred first, and ASE's of their formats."""
 FIRST_WORDS = {"vasp-xml": (b"<modeling>", b"<?xml"), "vasp-out": (b"POTCAR:", b" vasp.", b"INCAR:"), "vasp": (b"\n",)}
 """One of these stands near the beginning of a file of VASP."""
-PW = b"Program PWSCF"
+NAMED = {"espresso-out": b"Program PWSCF", "aims-output": b"Invoking FHI-aims"}
+"""What these programs say of themselves, after what the machine says."""
+LONGEST = max(map(len, NAMED.values()))
+OTHER_CODES = {
+    "ABINIT": b"ABINIT", "CASTEP": b"CASTEP", "CP2K": b"CP2K|", "Gaussian": b"Entering Gaussian System",
+    "GPAW": b"|__ |  _|___|_____|", "ORCA": b"O   R   C   A", "SIESTA": b"SIESTA", "NWChem": b"NWChem",
+    "another program of Quantum ESPRESSO": b"Quantum ESPRESSO suite",
+}  # fmt: skip
+"""Codes whose relaxations are not read from a folder, by what stands near the beginning of their outputs."""
 KEPT = ("energy", "free_energy", "forces", "stress", "magmom", "magmoms")
 """Results that stay with a frame: eigenvalues of thousands of frames would fill the memory."""
+
+
+class Loaded(NamedTuple):
+    """What is read of one relaxation.
+
+    Attributes
+    ----------
+    initial, relaxed : Atoms
+    frames : sequence of Atoms
+        All of them, where there are more.
+    settings : dict
+        What it was computed with, as `methods.settings_of` says it.
+    onward : Atoms or None
+        Where a run that continues it begins, if not at the relaxed structure.
+    """
+
+    initial: Atoms
+    relaxed: Atoms
+    frames: Sequence[Atoms] = ()
+    settings: dict[str, str] | None = None
+    onward: Atoms | None = None
 
 
 @dataclass(frozen=True)
@@ -102,7 +132,8 @@ def read_frames(path: Path, runs: Sequence[Run] | None = None) -> list[Atoms]:
         found = read(path, index=":", format=kind, do_not_split_by_at_sign=True) if stepped else []
     frames = [found] if isinstance(found, Atoms) else list(found)
     if not frames:
-        raise InvalidPair(f"{path}: it holds 0 structures; its run ended before its first step: leave it out.")
+        why = "its run ended before its first step: " if runs else ""
+        raise InvalidPair(f"{path}: it holds 0 structures; {why}leave it out.")
     for frame in frames:
         if frame.calc is not None:
             kept = {name: value for name, value in frame.calc.results.items() if name in KEPT}
@@ -144,13 +175,24 @@ def _format_by_content(path: Path, vasp: VaspFile | None) -> str | None:
                 if any(word in text[:4096] for word in words):
                     return kind
             while text:
-                if PW in text:
-                    return "espresso-out"
-                text = text[-len(PW) :] + more if (more := file.read(2**20)) else b""
+                for kind, word in NAMED.items():
+                    if word in text:
+                        return kind
+                text = text[-LONGEST:] + more if (more := file.read(2**20)) else b""
     except (OSError, EOFError, zlib.error, lzma.LZMAError):
         # What cannot be decompressed is refused where it is read.
         return None
     return None
+
+
+def other_code(path: Path) -> str | None:
+    """The code, not one of ours, that wrote an output."""
+    try:
+        with opened(path) as file:
+            text = file.read(2**16)
+    except (OSError, EOFError, zlib.error, lzma.LZMAError):
+        return None
+    return next((code for code, word in OTHER_CODES.items() if word in text), None)
 
 
 def check_content(path: Path) -> None:

@@ -19,10 +19,11 @@ from ase import Atoms
 from .. import __version__
 from ..utils import replacing
 from . import InvalidPair, RelaxationPair, unwrapped
+from .chains import Legs
 from .databases import Member, Rows
-from .folders import Survey
 from .formats import VaspFile
-from .sources import File, Legs, Source, loaded
+from .sources import File, Source, loaded
+from .survey import Survey
 
 log = logging.getLogger(__name__)
 RECENT = 64
@@ -31,7 +32,7 @@ DESCRIPTORS = 4000
 """Final structures of one composition whose full descriptors are kept, for `find_duplicates`."""
 WIDTH = 32
 """Bytes of a pair's hash."""
-FORMAT = 2
+FORMAT = 3
 
 
 class PairTable:

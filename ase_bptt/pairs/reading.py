@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from . import MAX_REFERENCE_FORCE, InvalidPair, RelaxationPair, check_converged, check_pair, unwrapped, warn_of_moves
-from .folders import Survey, relaxation_files
+from . import MAX_REFERENCE_FORCE, InvalidPair, RelaxationPair
 from .groups import joined, warn_of_equal_starts, with_groups
 from .lazy import DESCRIPTORS, Index, PairTable, lazy_pairs
-from .sources import File, Legs, Source, loaded, short, sources_in, two_files
+from .loading import Choices, Progress, Reader
+from .sources import Source, short
 from .structure_matching import Equals, composition, find_duplicates
+from .survey import Survey, relaxation_files
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +29,7 @@ def read_pairs(
     lazy: bool = False,
     index: str | Path | None = None,
     max_reference_force: float | None = MAX_REFERENCE_FORCE,
+    processes: int = 1,
 ) -> list[RelaxationPair]:
     """Read reference relaxations.
 
@@ -54,6 +57,9 @@ def read_pairs(
     max_reference_force : float or None
         eV/Å: relaxed structures with a larger force left, as where the steps ran out, are no references: a folder's are
         passed by with a count. Forces along constraints do not count. None takes all.
+    processes : int
+        How many read the files of a large folder at once. They are spawned, so a script that asks for several needs
+        ``if __name__ == "__main__":`` around what it does.
 
     Returns
     -------
@@ -76,140 +82,89 @@ def read_pairs(
     >>> pairs[0].id, len(pairs[0].frames)
     ('V_00', 12)
     """
+    choices = Choices(skip_invalid, group, max_reference_force)
+    pairs, survey = read_archive(initial, relaxed, choices=choices, lazy=lazy, index=index, processes=processes)
+    survey.report()
+    return pairs
+
+
+def read_archive(
+    initial: str | Path,
+    relaxed: str | Path | None = None,
+    *,
+    choices: Choices = Choices(),  # noqa: B008 (it is frozen)
+    lazy: bool = False,
+    index: str | Path | None = None,
+    processes: int = 1,
+    progress: Progress | None = None,
+) -> tuple[list[RelaxationPair], Survey]:
+    """`read_pairs`, with what else was found there.
+
+    An InvalidPair that stops it has the survey, of the whole archive, as ``survey``.
+    """
     root = Path(initial)
     if lazy:
-        return lazy_pairs(_table(root, relaxed, skip_invalid, group, index, max_reference_force))
-    if relaxed is None:
-        sources: Iterable[Source] = sources_in(relaxation_files(root))
-    else:
-        sources, root = two_files(root, Path(relaxed)), Path(relaxed)
+        return _read_lazily(root, relaxed, choices, index, processes, progress)
     survey = Survey(initial)
+    reader = Reader(root if relaxed is None else Path(relaxed), survey, choices, processes, progress)
     pairs, names = [], []
-    for source, pair in _checked(sources, root, group, survey, skip_invalid, max_reference_force):
+    for source, pair in reader.read(relaxation_files(root)) if relaxed is None else reader.read_two(root):
         pairs.append(pair)
-        names.append(short(source.name, root))
-    survey.report()
+        names.append(short(source.name, reader.root))
     ids = _distinct([p.id for p in pairs], names)
     named = [p if p.id == id else dataclasses.replace(p, id=id) for p, id in zip(pairs, ids, strict=True)]
-    return named if group else with_groups(named)
+    return named if choices.group else with_groups(named), survey
 
 
-def _table(
+def _read_lazily(
     root: Path,
     relaxed: str | Path | None,
-    skip_invalid: bool,
-    group: str | None,
+    choices: Choices,
     folder: str | Path | None,
-    max_reference_force: float | None,
-) -> PairTable:
-    """The table of all pairs: from the index, or else from reading all of them once."""
+    processes: int,
+    progress: Progress | None,
+) -> tuple[list[RelaxationPair], Survey]:
+    """From the index, or else from reading all of them once."""
     if relaxed is not None or root.suffix == ".json":
         raise InvalidPair(
             f"{relaxed or root} holds many structures and is read whole: give a folder of relaxations or a database "
             "(.db, as 'ase db all.json --insert-into all.db' makes it), or do not ask for lazy reading."
         )
     files = relaxation_files(root)
-    index = Index(root, files, (group, max_reference_force), folder)
+    index = Index(root, files, (choices.group, choices.max_force), folder)
     found = index.read()
-    if found is None:
-        survey = Survey(root)
-        table = PairTable(root)
-        names, compositions = [], []
-        seen, starts = Equals(), []
-        for source, pair in _checked(sources_in(files), root, group, survey, skip_invalid, max_reference_force):
-            table.add(source, pair.id, pair.group, pair.n_atoms, pair.kind, pair.digest())
-            names.append(short(source.name, root))
-            compositions.append(composition(pair.relaxed))
-            starts.append(seen.add(pair.initial))
-        survey.report()
-        table.ids = _distinct(table.ids, names)
-        if not group:
-            ends = find_duplicates(compositions, lambda k: table.read(k).relaxed, keep=DESCRIPTORS)
-            warn_of_equal_starts(table.ids, starts, ends, lambda k: table.read(k).relaxed)
-            table.groups = [table.ids[k] for k in joined(starts, ends)]
-        index.write(table, survey)
-        return table
-    table, survey = found
-    if survey.problems and not skip_invalid:
-        raise InvalidPair(survey.problems[0])
-    for problem in survey.problems:
-        log.warning("Left out: %s", problem)
-    survey.report()
-    return table
+    if found is not None:
+        table, survey = found
+        if survey.problems and not choices.skip_invalid:
+            problem = InvalidPair(survey.problems[0])
+            problem.survey = survey
+            raise problem
+        for sentence in survey.problems:
+            log.warning("Left out: %s", sentence)
+        survey.check()
+        return lazy_pairs(table), survey
+    survey, table = Survey(root), PairTable(root)
+    seen, firsts = Equals(), dict[int, int]()
+    names, compositions = [], []
+    starts: list[int] = []
 
+    def row(source: Source, pair: RelaxationPair) -> tuple[Any, ...]:
+        """What is kept of a pair while the others are read."""
+        known = source, pair.id, pair.group, pair.n_atoms, pair.kind, pair.digest()
+        return known, composition(pair.relaxed), seen.add(pair.initial)
 
-def _checked(
-    sources: Iterable[Source],
-    root: Path,
-    group: str | None,
-    survey: Survey,
-    skip_invalid: bool,
-    max_force: float | None,
-) -> Iterator[tuple[Source, RelaxationPair]]:
-    """Each pair that can be used, with its source; the survey counts them, and what cannot be used.
-
-    A file that holds the same relaxation as one before it is a copy, and does not count.
-    """
-    seen, names = Equals(), list[str]()
-    for source in sources:
-        try:
-            pair = _pair(source, root, group, max_force)
-        except InvalidPair as problem:
-            if survey.passes_by(problem, source.name):
-                continue
-            if not skip_invalid:
-                raise
-            survey.leave_out(problem)
-            continue
-        if isinstance(source, File | Legs):
-            energy = getattr(pair.relaxed.calc, "results", {}).get("energy", 0.0)
-            names.append(source.name)
-            first = names[seen.add(pair.initial, pair.relaxed, number=energy)]
-            if first != source.name:
-                survey.note_copy(source.name, first)
-                continue
-        survey.used += 1
-        yield source, pair
-
-
-PASSING = {"role", "stage", "status", "comment", "time", "timestamp", "date"}
-"""Keys of info that may change along a relaxation."""
-
-
-def _check_one(pair: RelaxationPair, name: str) -> None:
-    """Raise InvalidPair where the info of the first and the last frame is of two structures."""
-    if not pair.frames:
-        return
-    begin, end = pair.initial.info, pair.relaxed.info
-    for key in sorted((begin.keys() & end.keys()) - PASSING):
-        if isinstance(begin[key], str) and isinstance(end[key], str) and begin[key] != end[key]:
-            raise InvalidPair(
-                f"{name}: {key} of its first frame is {begin[key]} and of its last {end[key]}, so it is not one "
-                "relaxation; give two files, or each frame a pair_id and a role (initial or relaxed)."
-            )
-
-
-def _pair(source: Source, root: Path, group: str | None, max_force: float | None) -> RelaxationPair:
-    found = loaded(source, root)
-    _check_one(found, source.name)
-    check_converged(found.relaxed, source.name, max_force)
-    check_pair(found.initial, found.relaxed, source.name)
-    relaxed = unwrapped(found.initial, found.relaxed)
-    warn_of_moves(found.initial, relaxed, source.name)
-    named = "" if not group else _group(found, group, short(source.name, root), root)
-    return dataclasses.replace(found, relaxed=relaxed, group=named)
-
-
-def _group(pair: RelaxationPair, key: str, name: str, root: Path) -> str:
-    if key in pair.relaxed.info:
-        return str(pair.relaxed.info[key])
-    if key == "folder":
-        first = Path(name).parts[0]
-        if (root / first).is_dir():
-            return first
-        raise InvalidPair(f"{pair.id}: it lies in no folder below {root} to group by.")
-    there = ", ".join(pair.relaxed.info) or "nothing"
-    raise InvalidPair(f"{pair.id}: its info has no {key!r} to group by; it has {there} ('folder' takes the folders).")
+    for source, (known, elements, start) in Reader(root, survey, choices, processes, progress, row).read(files):
+        table.add(*known)
+        names.append(short(source.name, root))
+        compositions.append(elements)
+        starts.append(firsts.setdefault(start, len(starts)))
+    table.ids = _distinct(table.ids, names)
+    if not choices.group:
+        ends = find_duplicates(compositions, lambda k: table.read(k).relaxed, keep=DESCRIPTORS)
+        warn_of_equal_starts(table.ids, starts, ends, lambda k: table.read(k).relaxed)
+        table.groups = [table.ids[k] for k in joined(starts, ends)]
+    index.write(table, survey)
+    return lazy_pairs(table), survey
 
 
 def _distinct(ids: Sequence[str], names: Sequence[str]) -> list[str]:

@@ -5,26 +5,26 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from ase import Atoms
-from ase.geometry import find_mic
 
-from . import InvalidPair, RelaxationPair
-from .calculations import CUT, check_kind, check_length, opened, run_of_incar
+from . import InvalidPair, NotARelaxation, RelaxationPair
+from .calculations import CUT, Run, check_kind, check_length, opened
 from .databases import Member, label_of, relaxations_in
-from .formats import VaspFile, examined, format_of, read_frames
+from .formats import Loaded, VaspFile, examined, format_of, other_code, read_frames
+from .methods import describe, settings_of
+from .scans import run_of_incar
 
 log = logging.getLogger(__name__)
 VASP_NAME = re.compile(rf"{re.escape(os.sep)}(vasprun\.xml|OUTCAR|CONTCAR)(\.relax\d+)?(\.gz|\.bz2|\.xz)?$")
 """What a folder's name says as well."""
-CONTINUED = 0.01
-"""Å: a leg begins where the one before it ended, up to the rounding of the files."""
+CP2K = re.compile(rb"\s*i =\s*\d+,(\s*time =[^,]*,)?\s*E =")
+"""The second line of a trajectory that CP2K wrote."""
 
 
 class Source(Protocol):
@@ -34,8 +34,8 @@ class Source(Protocol):
     def name(self) -> str:
         """For messages."""
 
-    def load(self) -> tuple[Atoms, Atoms, Sequence[Atoms]]:
-        """The initial and the relaxed structure, and all frames where there are more.
+    def load(self) -> Loaded:
+        """Its structures, and what is known of it.
 
         Raises
         ------
@@ -69,46 +69,19 @@ class File:
 
     name: str
 
-    def load(self) -> tuple[Atoms, Atoms, Sequence[Atoms]]:
+    def load(self) -> Loaded:
         path = Path(self.name)
         vasp = VaspFile.named(path)
         if vasp is None or vasp.kind != "CONTCAR":
             return _ends(path)
-        if settings := vasp.other("INCAR"):
-            check_kind(path, [run_of_incar(settings)])
-        return read_frames(vasp.other("POSCAR") or path.with_name("POSCAR"))[0], read_frames(path)[0], ()
-
-
-@dataclass(frozen=True)
-class Legs:
-    """A relaxation that was continued from file to file: it begins as the first does and ends as the last does."""
-
-    names: tuple[str, ...]
-
-    @property
-    def name(self) -> str:
-        """For messages."""
-        return self.names[-1]
-
-    def load(self) -> tuple[Atoms, Atoms, Sequence[Atoms]]:
-        legs = [File(name).load() for name in self.names]
-        return legs[0][0], legs[-1][1], LegFrames([leg[2] for leg in legs])
-
-
-class LegFrames(Sequence[Atoms]):
-    """The frames of all legs, in order, read on each access."""
-
-    def __init__(self, legs: Sequence[Sequence[Atoms]]):
-        self._legs = legs
-
-    def __len__(self) -> int:
-        return sum(map(len, self._legs))
-
-    def __getitem__(self, k: Any) -> Any:
-        return list(self)[k]
-
-    def __iter__(self) -> Iterator[Atoms]:
-        return chain.from_iterable(self._legs)
+        begin = read_frames(vasp.other("POSCAR") or path.with_name("POSCAR"))[0]
+        if (settings := vasp.other("INCAR")) is None:
+            return Loaded(begin, read_frames(path)[0])
+        run = run_of_incar(settings)
+        check_kind(path, [run])
+        end = read_frames(path)[0]
+        describe([begin, end], run)
+        return Loaded(begin, end, settings=settings_of(run, begin))
 
 
 def _has_roles(path: Path) -> bool:
@@ -141,8 +114,8 @@ class InMemory:
     initial: Atoms
     relaxed: Atoms
 
-    def load(self) -> tuple[Atoms, Atoms, Sequence[Atoms]]:
-        return self.initial, self.relaxed, ()
+    def load(self) -> Loaded:
+        return Loaded(self.initial, self.relaxed)
 
 
 @dataclass(frozen=True)
@@ -152,53 +125,27 @@ class Unusable:
     name: str
     problem: InvalidPair
 
-    def load(self) -> tuple[Atoms, Atoms, Sequence[Atoms]]:
+    def load(self) -> Loaded:
         raise self.problem
 
 
-def sources_in(files: Iterable[Path]) -> Iterator[Source]:
+def sources_in(files: Sequence[Path]) -> Iterator[Source]:
     """Each relaxation in these files."""
-    places: dict[object, list[Path]] = {}
     for path in files:
         vasp = VaspFile.named(path)
-        # Runs of one place differ in what follows VASP's name, and may be legs of one relaxation.
-        places.setdefault(path if vasp is None else vasp.run[:2], []).append(path)
-    for paths in places.values():
-        if len(paths) > 1:
-            yield from _continued(paths)
-            continue
-        for path in paths:
-            vasp = VaspFile.named(path)
-            if path.suffix in (".db", ".json"):
-                yield from _of_database(path)
-            elif _has_roles(path):
-                yield from _members(path)
-            elif vasp is not None and vasp.kind == "POSCAR":
-                yield File(str(vasp.other("CONTCAR") or path.with_name("CONTCAR")))
-            else:
-                yield File(str(path))
-
-
-def _continued(paths: Sequence[Path]) -> Iterator[Source]:
-    """The relaxations of one place, where those that begin as another ends continue it."""
-    ends: dict[str, tuple[Atoms, Atoms]] = {}
-    for path in paths:
-        try:
-            ends[str(path)] = File(str(path)).load()[:2]
-        except InvalidPair as problem:
-            yield Unusable(str(path), problem)
-    following: dict[str, str] = {}
-    for one, (_, end) in ends.items():
-        others = (
-            n for n, (start, _) in ends.items() if n != one and n not in following.values() and continues(end, start)
-        )
-        if (other := next(others, None)) is not None:
-            following[one] = other
-    for first in [name for name in ends if name not in following.values()] or list(ends)[:1]:
-        names = [first]
-        while (other := following.get(names[-1])) and other not in names:
-            names.append(other)
-        yield Legs(tuple(names)) if len(names) > 1 else File(first)
+        if path.suffix in (".db", ".json"):
+            yield from _of_database(path)
+        elif _has_roles(path):
+            yield from _members(path)
+        elif vasp is not None and vasp.kind == "POSCAR":
+            yield File(str(vasp.other("CONTCAR") or path.with_name("CONTCAR")))
+        elif len(files) > 1 and format_of(path) is None and (code := other_code(path)):
+            kind = f"output of {code}"
+            yield Unusable(
+                str(path), NotARelaxation(f"{path}: it is an {kind}, which is not read; leave it out.", kind)
+            )
+        else:
+            yield File(str(path))
 
 
 def two_files(initial: Path, relaxed: Path) -> list[InMemory]:
@@ -215,11 +162,15 @@ def two_files(initial: Path, relaxed: Path) -> list[InMemory]:
 
 
 def loaded(source: Source, root: Path) -> RelaxationPair:
+    """What a source holds, as `pair_of` makes it."""
+    return pair_of(source.load(), source.name, root)
+
+
+def pair_of(found: Loaded, name: str, root: Path) -> RelaxationPair:
     """The pair with its id, before atoms are unwrapped, ends are checked and a group is assigned."""
-    initial, relaxed, frames = source.load()
-    known = relaxed.info.get("id")
-    id = short(source.name if known is None else str(known), root)
-    return RelaxationPair(initial, relaxed, id, frames=frames)
+    known = found.relaxed.info.get("id")
+    id = short(name if known is None else str(known), root)
+    return RelaxationPair(found.initial, found.relaxed, id, frames=found.frames)
 
 
 def short(name: str, root: Path) -> str:
@@ -236,9 +187,14 @@ def _of_database(path: Path) -> Iterator[Source]:
         yield Unusable(str(path), problem)
 
 
-def _ends(path: Path) -> tuple[Atoms, Atoms, Frames]:
+def _ends(path: Path) -> Loaded:
     runs = examined(path)
     check_kind(path, runs)
+    format = format_of(path)
+    if format == "extxyz":
+        _check_cell_of_cp2k(path)
+    elif format is None:
+        log.warning("%s: it is read as ASE reads it; whether it is a relaxation, and complete, is not checked.", path)
     frames = read_frames(path, runs)
     if "relaxation_frames" in frames[-1].info:
         raise InvalidPair(
@@ -248,14 +204,47 @@ def _ends(path: Path) -> tuple[Atoms, Atoms, Frames]:
     if any(run.selective for run in runs):
         _hold(frames, path)
     # pw.x says JOB DONE even where its last electronic steps did not converge.
-    if format_of(path) == "espresso-out" and "forces" not in getattr(frames[-1].calc, "results", {}):
-        raise InvalidPair(f"{path}: its last step has no forces, so {CUT}.")
+    if format == "espresso-out" and "forces" not in getattr(frames[-1].calc, "results", {}):
+        why = "the electronic steps did not converge" if "scf failed" in runs[-1].signs else CUT
+        raise InvalidPair(f"{path}: its last step has no forces, so {why}.")
     if len(frames) < 2:
         raise InvalidPair(
             f"{path}: it holds {len(frames)} structure; a relaxation needs its first and its last frame, "
             "or give initial and relaxed structures as two files."
         )
-    return frames[0], frames[-1], Frames(path, len(frames))
+    found = Loaded(frames[0], frames[-1], Frames(path, len(frames)))
+    if not runs:
+        return found
+    describe([frames[0], frames[-1]], runs[-1])
+    return found._replace(settings=settings_of(runs[-1], frames[0]), onward=_onward(frames[-1], path, runs[-1]))
+
+
+def _check_cell_of_cp2k(path: Path) -> None:
+    """Raise NotARelaxation for a trajectory as CP2K writes it, which has no cell."""
+    with opened(path) as file:
+        file.readline()
+        said = file.readline(500)
+    if found := CP2K.match(said):
+        kind = "molecular dynamics" if found[1] else "trajectory of CP2K, without its cell"
+        raise NotARelaxation(
+            f"{path}: it is a {kind}; write its first and last structure, with their cell, as extxyz.", kind
+        )
+
+
+def _onward(relaxed: Atoms, path: Path, run: Run) -> Atoms | None:
+    """Where a run that continues this one begins: VASP writes its next step, which the output has not."""
+    next_one = relaxed.copy()
+    if run.final is not None and len(run.final) == len(relaxed):
+        next_one.set_scaled_positions(run.final)
+        return next_one
+    vasp = VaspFile.named(path)
+    beside = vasp.other("CONTCAR") if vasp is not None and vasp.kind == "OUTCAR" else None
+    if beside is None:
+        return None
+    try:
+        return read_frames(beside)[0]
+    except InvalidPair:
+        return None
 
 
 def _hold(frames: Sequence[Atoms], path: Path) -> None:
@@ -277,12 +266,3 @@ def _hold(frames: Sequence[Atoms], path: Path) -> None:
     raise InvalidPair(
         f"{path}: it was run with selective dynamics, which OUTCAR does not hold; put its POSCAR or CONTCAR beside it."
     )
-
-
-def continues(end: Atoms, start: Atoms) -> bool:
-    """Whether a relaxation that starts at one structure continues one that ended at another."""
-    if not np.array_equal(end.numbers, start.numbers) or not np.array_equal(end.pbc, start.pbc):
-        return False
-    if np.abs(end.cell.array - start.cell.array).max() > CONTINUED:
-        return False
-    return bool((find_mic(end.positions - start.positions, end.cell, end.pbc)[1] < CONTINUED).all())

@@ -23,8 +23,9 @@ from ..steppers import Stepper
 from ..terms import Term, make_terms
 from ..utils import check_positive
 from . import checkpoint
+from .cost import Estimate, estimate
 from .distributed import together
-from .metrics import EpochMetrics, Estimate, Progress, estimate, validate
+from .metrics import EpochMetrics, Progress, validate
 from .pair_loss import PairLoss
 from .settings import NUMBERS, Loss, OptimizerSettings, RelaxationSettings, SamplingSettings
 from .state import Parts, RunRecord
@@ -117,12 +118,11 @@ class Trainer:
         self.potential = as_potential(potential)
         self.optimization = OptimizerSettings.resolve(self.potential, lr, rates or {}, clip, patience)
         self.sampling = SamplingSettings(batch_size, along, rattle, seed)
-        self.terms = make_terms(terms)
+        self.terms, self.order = make_terms(terms), Order(self.sampling)
         self.ranks, self.out = together(), None if out is None else Path(out)
         self.progress = progress if self.ranks.writes else False
         self.pair_loss = PairLoss.from_settings(self.potential, self.relaxation, self.ranks)
         self.updates = Updates(self.potential, self.stepper, self.terms, self.ranks, self.optimization, optimizer)
-        self.order = Order(self.sampling)
         self.adjoint, self.optimizer = self.relaxation.adjoint, self.updates.optimizer
         numbers = vars(self.optimization) | vars(self.relaxation) | vars(self.sampling)
         self.parts = Parts(self.pair_loss, self.updates, self.order, {name: numbers[name] for name in NUMBERS})
@@ -245,8 +245,8 @@ class Trainer:
         return evaluate(self.potential, pairs, **settings)
 
     def estimate(self, data: TrainingData, *, epochs: int) -> Estimate:
-        """Time and memory of so many epochs, from one batch; nothing is changed or written."""
-        return estimate(self.pair_loss, data, batch_size=self.sampling.batch_size, epochs=epochs)
+        """Time and memory of so many epochs, from a few small measurements; nothing is changed or written."""
+        return estimate(self.pair_loss, data, self.terms, batch_size=self.sampling.batch_size, epochs=epochs)
 
     def _validate(self, valid: Pairs) -> dict[str, float]:
         return validate(self.potential, valid, self.ranks, self.relaxation.memory)

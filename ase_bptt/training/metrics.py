@@ -1,32 +1,24 @@
-"""What is measured during and before a training: metrics of an epoch, the validation score, the cost of a run."""
+"""What is measured during a training: metrics of an epoch, the validation score."""
 
 from __future__ import annotations
 
 import logging
 import math
 import sys
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
 from functools import partial
 from statistics import fmean
 from types import TracebackType
-from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from ..losses import SCALE, delta_q
 from ..pairs import RelaxationPair
 from ..potential import Potential
-from ..relaxation import relax
 from ..steppers import Stepper
 from ..terms import Term
 from ..throughput import relax_all
-from ..throughput.memory import peak_bytes
 from .distributed import Ranks
-from .pair_loss import PairLoss
-from .training_data import TrainingData
 
 log = logging.getLogger(__name__)
 
@@ -155,82 +147,3 @@ def _distances(potential: Potential, memory: float | None, pairs: list[Relaxatio
     reached, references = [ends[k].atoms for k in range(len(pairs))], [p.relaxed for p in pairs]
     found: list[float] = delta_q(reached, references, cell_weight=1.0).tolist()
     return found
-
-
-FRAMES = 80
-"""Of a relaxation by FIRE or BFGS to 0.02 eV/Å, roughly."""
-PROBED = 5
-"""Frames of the relaxation that is timed."""
-MEASUREMENTS = 8
-"""Before and after, by FIRE and by BFGS, from the initial and the reference structures."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Seconds of an epoch and of the whole run, and bytes of all tensors at the peak of a training step."""
-
-    seconds_per_epoch: float
-    seconds: float
-    peak_bytes: int
-
-    def todict(self) -> dict[str, Any]:
-        """As JSON."""
-        return asdict(self)
-
-    def __str__(self) -> str:
-        return (
-            f"about {_duration(self.seconds)} ({_duration(self.seconds_per_epoch)} an epoch), "
-            f"{_size(self.peak_bytes)} of tensors at the peak"
-        )
-
-
-def estimate(loss: PairLoss, data: TrainingData, *, batch_size: int, epochs: int) -> Estimate:
-    """Run the largest training batch forward and backward, and a few frames; nothing is changed or written.
-
-    Times grow in proportion to the atoms; a relaxation is taken to need `FRAMES` frames.
-
-    Parameters
-    ----------
-    loss : PairLoss
-    data : TrainingData
-    batch_size : int
-    epochs : int
-        Epochs to run.
-    """
-    potential, size = loss.potential, loss.ranks.size
-    largest = sorted(data.train, key=lambda p: -p.n_atoms)[:batch_size]
-    # A copy: the ends for warm starts and the counters of the epoch stay as they are.
-    loss = replace(loss, warm=None, ranks=Ranks())
-    loss.backward(largest[:1])  # what is compiled or allocated at first use
-    _, peak = peak_bytes(partial(loss.backward, largest), potential.device)
-    clock = time.perf_counter()
-    loss.backward(largest)
-    step = (time.perf_counter() - clock) / _atoms(largest)
-    for parameter in loss.trained():
-        parameter.grad = None
-    clock = time.perf_counter()
-    with torch.no_grad():
-        relax(potential, [p.initial for p in largest], stepper="fire", fmax=0.0, steps=PROBED,
-              cell=[p.freedom for p in largest])  # fmt: skip
-    frame = (time.perf_counter() - clock) / (PROBED + 1) / _atoms(largest)
-    epoch = (step * _atoms(data.train) + frame * FRAMES * _atoms(data.valid)) / size
-    return Estimate(
-        seconds_per_epoch=epoch,
-        seconds=epochs * epoch + MEASUREMENTS * frame * FRAMES * _atoms(data.test) / size,
-        peak_bytes=peak,
-    )
-
-
-def _atoms(pairs: Sequence[RelaxationPair]) -> int:
-    return sum(p.n_atoms for p in pairs)
-
-
-def _size(n_bytes: float) -> str:
-    return f"{n_bytes / 2**30:.1f} GiB" if n_bytes >= 2**30 / 10 else f"{n_bytes / 2**20:.1f} MiB"
-
-
-def _duration(seconds: float) -> str:
-    for unit, length in (("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"

@@ -1,0 +1,257 @@
+"""From files to checked pairs: read by several processes at once, joined to relaxations, and counted."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import (
+    MAX_REFERENCE_FORCE,
+    InvalidPair,
+    NotARelaxation,
+    RelaxationPair,
+    check_converged,
+    check_pair,
+    unwrapped,
+    warn_of_moves,
+)
+from .chains import FURTHER, Chains, Legs, joined_legs
+from .formats import Loaded
+from .sources import File, Source, pair_of, short, sources_in, two_files
+from .survey import Survey
+
+log = logging.getLogger(__name__)
+Progress = Callable[[int, int], None]
+"""Called with the number of files that are read, and that of all."""
+
+WORTH = 30e6
+"""Bytes of all files above which further processes read sooner, for each takes some seconds to start."""
+AHEAD = 4
+"""Files that are read ahead, for each process."""
+
+
+def n_cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def load_all(sources: Iterable[Source], files: Iterable[Path], processes: int) -> Iterator[tuple[Source, Any]]:
+    """Each source with what is loaded, or with the InvalidPair that says why it cannot be used."""
+    if processes < 2 or _size(files) < WORTH:
+        for source in sources:
+            yield source, load_one(source)
+        return
+    waiting: deque[tuple[Source, Any]] = deque()
+    # Spawned: a process with threads, as torch has, must not be forked.
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _uninterrupted)
+    try:
+        for source in sources:
+            waiting.append((source, pool.submit(load_one, source) if isinstance(source, File) else load_one(source)))
+            if len(waiting) > AHEAD * processes:
+                yield _done(*waiting.popleft())
+        while waiting:
+            yield _done(*waiting.popleft())
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _done(source: Source, found: Any) -> tuple[Source, Any]:
+    return source, found.result() if isinstance(found, Future) else found
+
+
+def load_one(source: Source) -> Loaded | InvalidPair:
+    """What a source holds, or why it cannot be used."""
+    try:
+        return source.load()
+    except InvalidPair as problem:
+        return problem
+
+
+def _uninterrupted() -> None:
+    """Ctrl-C reaches all processes; only the first one is to answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _size(files: Iterable[Path]) -> int:
+    return sum(path.stat().st_size * (8 if path.suffix in (".gz", ".bz2", ".xz") else 1) for path in files)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What `read_pairs` was asked to take, and how."""
+
+    skip_invalid: bool = False
+    group: str | None = None
+    max_force: float | None = MAX_REFERENCE_FORCE
+
+
+@dataclass
+class Outcome:
+    """What came of one source: a pair, or what is kept of it, or why there is none; and what there is to warn of."""
+
+    source: Source
+    made: Any = None
+    problem: InvalidPair | None = None
+    warnings: Sequence[tuple[Any, ...]] = ()
+    settings: dict[str, str] | None = None
+    n_files: int = 1
+
+
+class Reader:
+    """Reads and checks what files hold, and counts it in a survey.
+
+    Parameters
+    ----------
+    root : Path
+        Where the names of pairs begin.
+    survey : Survey
+    choices : Choices
+    processes : int
+    progress : callable or None
+    keep : callable or None
+        ``keep(source, pair)`` is what remains of a pair; without it all of them are in memory.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        survey: Survey,
+        choices: Choices,
+        processes: int = 1,
+        progress: Progress | None = None,
+        keep: Callable[[Source, RelaxationPair], Any] | None = None,
+    ):
+        self.root, self.survey, self.choices = root, survey, choices
+        self._processes, self._progress, self._keep = processes, progress, keep
+
+    def read_two(self, initial: Path) -> list[tuple[Source, Any]]:
+        """The pairs between the structures of two files, the second of which is the root."""
+        return self._counted([self._outcome(s, s.load()) for s in two_files(initial, self.root)])
+
+    def read(self, files: Sequence[Path]) -> list[tuple[Source, Any]]:
+        """Each relaxation that can be used, once, with its source.
+
+        Raises
+        ------
+        InvalidPair
+            For the first that cannot be used, once all are read, unless they are to be skipped; or where none can.
+        """
+        chains, loaded = Chains(), dict[str, Loaded]()
+        outcomes: list[Outcome | None] = []
+        place: dict[str, int] = {}
+        for source, found in load_all(sources_in(files), files, self._processes):
+            if self._progress is not None:
+                self._progress(len(outcomes) + 1, max(len(files), len(outcomes) + 1))
+            outcomes.append(outcome := self._outcome(source, found))
+            if isinstance(source, File) and isinstance(found, Loaded) and _is_sound(found, outcome.problem):
+                place[source.name] = len(outcomes) - 1
+                if first := chains.add(source.name, found):
+                    self.survey.note_copy(source.name, first)
+                    outcomes[-1] = None
+                elif self._keep is None:
+                    loaded[source.name] = found
+        relaxations, again = chains.joined()
+        for names in relaxations:
+            if len(names) > 1:
+                legs = Legs(tuple(names))
+                whole = joined_legs([loaded[name] for name in names]) if self._keep is None else legs.load()
+                for name in names:
+                    outcomes[place[name]] = None
+                outcomes[place[names[0]]] = self._outcome(legs, whole)
+        for name in again:
+            problem = NotARelaxation(f"{name}: it is a {FURTHER}.", FURTHER)
+            outcomes[place[name]] = Outcome(File(name), problem=problem)
+        return self._counted(filter(None, outcomes))
+
+    def _outcome(self, source: Source, found: Loaded | InvalidPair) -> Outcome:
+        if isinstance(found, InvalidPair):
+            return Outcome(source, problem=found)
+        warnings: list[tuple[Any, ...]] = []
+        try:
+            pair = self._pair(source, found, lambda *said: warnings.append(said))
+        except InvalidPair as problem:
+            return Outcome(source, problem=problem)
+        made = pair if self._keep is None else self._keep(source, pair)
+        n_files = len(source.names) if isinstance(source, Legs) else 1
+        return Outcome(source, made, None, warnings, found.settings, n_files)
+
+    def _pair(self, source: Source, found: Loaded, warn: Callable[..., None]) -> RelaxationPair:
+        pair = pair_of(found, source.name, self.root)
+        _check_one(pair, source.name)
+        check_converged(pair.relaxed, source.name, self.choices.max_force)
+        check_pair(pair.initial, pair.relaxed, source.name, warn)
+        relaxed = unwrapped(pair.initial, pair.relaxed)
+        warn_of_moves(pair.initial, relaxed, source.name, warn)
+        key = self.choices.group
+        named = "" if not key else _group(pair, key, short(source.name, self.root), self.root)
+        return dataclasses.replace(pair, relaxed=relaxed, group=named)
+
+    def _counted(self, outcomes: Iterable[Outcome]) -> list[tuple[Source, Any]]:
+        """Those that can be used; the survey counts them, and the others."""
+        found, stop = [], None
+        for outcome in outcomes:
+            name, problem = outcome.source.name, outcome.problem
+            for said in outcome.warnings:
+                log.warning(*said)
+            if problem is None:
+                self.survey.use(name, outcome.settings or {}, outcome.n_files)
+                found.append((outcome.source, outcome.made))
+            elif not self.survey.passes_by(problem, name):
+                self.survey.problems.append(str(problem))
+                stop = stop or problem
+                if self.choices.skip_invalid:
+                    log.warning("Left out: %s", problem)
+        if stop is not None and not self.choices.skip_invalid:
+            stop.survey = self.survey
+            raise stop
+        self.survey.check()
+        return found
+
+
+def _is_sound(found: Loaded, problem: InvalidPair | None) -> bool:
+    """Whether its structures can be compared with those of others: what is not converged may be continued."""
+    if problem is None or not isinstance(problem, NotARelaxation):
+        return problem is None
+    try:
+        check_pair(found.initial, found.relaxed, "", lambda *said: None)
+    except InvalidPair:
+        return False
+    return True
+
+
+PASSING = {"role", "stage", "status", "comment", "time", "timestamp", "date"}
+"""Keys of info that may change along a relaxation."""
+
+
+def _check_one(pair: RelaxationPair, name: str) -> None:
+    """Raise InvalidPair where the info of the first and the last frame is of two structures."""
+    if not pair.frames:
+        return
+    begin, end = pair.initial.info, pair.relaxed.info
+    for key in sorted((begin.keys() & end.keys()) - PASSING):
+        if isinstance(begin[key], str) and isinstance(end[key], str) and begin[key] != end[key]:
+            raise InvalidPair(
+                f"{name}: {key} of its first frame is {begin[key]} and of its last {end[key]}, so it is not one "
+                "relaxation; give two files, or each frame a pair_id and a role (initial or relaxed)."
+            )
+
+
+def _group(pair: RelaxationPair, key: str, name: str, root: Path) -> str:
+    if key in pair.relaxed.info:
+        return str(pair.relaxed.info[key])
+    if key == "folder":
+        first = Path(name).parts[0]
+        if (root / first).is_dir():
+            return first
+        raise InvalidPair(f"{pair.id}: it lies in no folder below {root} to group by.")
+    there = ", ".join(pair.relaxed.info) or "nothing"
+    raise InvalidPair(f"{pair.id}: its info has no {key!r} to group by; it has {there} ('folder' takes the folders).")

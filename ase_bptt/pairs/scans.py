@@ -1,0 +1,281 @@
+"""The header of an output of VASP, pw.x or FHI-aims: its settings, its kind of calculation and its last words."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from .calculations import BLOCK, ZIPPED, Lines, Run, opened
+
+TAGS = (
+    rb"IBRION|NSW|ISIF|MDALGO|ML_LMLFF|IMAGES|ICHAIN|PSTRESS|ISYM|GGA|METAGGA|LEXCH|LHFCALC|AEXX|HFSCREEN|IVDW|LUSE_VDW|"
+    rb"LSORBIT|ISPIN|NELECT|ENCUT|ENMAX|LDAU|LDAUL|LDAUU|LDAUJ|ZVAL|MAGMOM"
+)
+IN_XML = re.compile(rb'name="(' + TAGS + rb')"[^>]*>\s*([^<]*?)\s*<')
+TYPE_IN_XML = re.compile(
+    rb"<rc>\s*<c>[^<]*</c>\s*<c>\s*(\w+)\s*</c>\s*<c>[^<]*</c>\s*<c>\s*([\d.]+)\s*</c>\s*<c>([^<]*)</c>\s*</rc>"
+)
+IN_OUTCAR = re.compile(rb"(?:^|[\s;,])(" + TAGS + rb")(?:\s*=\s*|\s+)([-\w.*+]+)")
+LIST_IN_OUTCAR = re.compile(rb"(?:^\s*|for each species )(MAGMOM|LDAU[LUJ]|ZVAL)\s*=((?:\s*[-+\d.*]+)+)")
+
+
+def runs_in(path: Path, format: str | None) -> list[Run]:
+    """The runs that a file of this format (ASE's name) holds, in order; none of what has no header that is known."""
+    scan = SCANS.get(format or "")
+    if scan is None:
+        return []
+    with opened(path) as file:
+        runs = list(scan(Lines(file)))
+    if runs and scan is _of_pw and (asked := input_of_pw(path)):
+        for run in runs:
+            run.tags = asked.tags | run.tags
+    return runs
+
+
+def input_of_pw(path: Path) -> Run | None:
+    """The run that the input of pw.x asks for which lies beside an output, as relax.in beside relax.out."""
+    name = path.name.removesuffix(path.suffix) if path.suffix in ZIPPED else path.name
+    stem = name.rpartition(".")[0] or name
+    for file in (path.with_name(stem + end) for end in (".in", ".pwi", ".inp")):
+        if file.is_file() and file != path:
+            with opened(file) as text:
+                run = Run("pw.x")
+                for line in text:
+                    run.update(IN_PW.findall(line.partition(b"!")[0]))
+                return run
+    return None
+
+
+def run_of_incar(path: Path) -> Run:
+    """The run that an INCAR asks for."""
+    run = Run()
+    with opened(path) as file:
+        for line in file:
+            said = line.partition(b"#")[0].partition(b"!")[0].upper()
+            run.update(IN_OUTCAR.findall(said))
+            run.update(LIST_IN_OUTCAR.findall(said))
+    return run
+
+
+IN_BODY_OF_XML = re.compile(rb'name="finalpos"|</modeling>|<modeling>')
+
+
+def _of_vasprun(lines: Lines) -> Iterator[Run]:
+    run = None
+    for line in lines:
+        if b"<modeling>" in line:
+            if run is not None:
+                yield run
+            run = Run()
+        if run is None:
+            continue
+        if not run.started:
+            # The settings in effect come after those of the INCAR, and replace them.
+            run.update(IN_XML.findall(line))
+            for element, valence, title in TYPE_IN_XML.findall(line):
+                run.add_potential(title)
+                run.elements = (*run.elements, element.decode())
+                run.valences[element.decode()] = float(valence)
+            run.started = b"<calculation" in line
+        if b'name="finalpos"' in line:
+            line = _structure(line, lines)
+            run.final = _positions(line)
+        run.ended = run.ended or b"</modeling>" in line
+        if run.started:
+            lines.skip(IN_BODY_OF_XML)
+    if run is not None:
+        yield run
+
+
+def _structure(line: bytes, lines: Lines) -> bytes:
+    """This line and those that follow, to the end of the final structure."""
+    text = line
+    for more in () if b"</structure>" in line[line.index(b'name="finalpos"') :] else lines:
+        text += more
+        if b"</structure>" in more or b"</modeling>" in more or len(text) > 64 * BLOCK:
+            break
+    return text
+
+
+def _positions(text: bytes) -> np.ndarray | None:
+    """The fractions of the final structure."""
+    text = text[text.index(b'name="finalpos"') :].partition(b'name="positions"')[2].partition(b"</varray>")[0]
+    try:
+        return np.array([row.split() for row in re.findall(rb"<v>([^<]*)</v>", text)], float).reshape(-1, 3)
+    except ValueError:
+        return None
+
+
+HEADER = re.compile(
+    rb"POTCAR:|^ vasp\.\d|ions per type|General timing and accounting|Iteration|selective dynamics|NEB: "
+)
+VRHFIN = re.compile(rb"VRHFIN\s*=\s*([A-Z][a-z]?)")
+IN_BODY_OF_OUTCAR = re.compile(rb"General timing|POTCAR:|^ vasp\.", re.M)
+
+
+def _of_outcar(lines: Lines) -> Iterator[Run]:
+    run, titled = None, False
+    for line in lines:
+        mark = HEADER.search(line)
+        found = mark.group() if mark else b""
+        if found.startswith(b" vasp.") or (found == b"POTCAR:" and (run is None or run.started or run.ended)):
+            if run is not None and titled:
+                yield run
+                run = None
+            run = run or Run()
+            titled = False
+        if run is None:
+            continue
+        if found in (b"POTCAR:", b"ions per type") and not run.started:
+            titled = titled or found == b"POTCAR:"
+            run.atoms = (*run.atoms, line.strip())
+            if found == b"POTCAR:":
+                run.add_potential(line.partition(b"POTCAR:")[2])
+        elif found == b"Iteration":
+            run.started = True
+        elif found.startswith(b"General"):
+            run.ended = titled
+        elif found == b"selective dynamics" and b"using" in line:
+            run.selective = True
+        elif found == b"NEB: " and b"SPRING" in line:
+            run.signs.add("springs")
+        if run.started or run.ended:
+            lines.skip(IN_BODY_OF_OUTCAR)
+        else:
+            run.update(IN_OUTCAR.findall(line))
+            run.update(LIST_IN_OUTCAR.findall(line))
+            if element := VRHFIN.search(line):
+                run.elements = (*run.elements, element[1].decode())
+            elif b"  ZVAL " in line and line.lstrip().startswith(b"ZVAL"):
+                run.valences = dict(zip(run.elements, _numbers(line.partition(b"=")[2]), strict=False))
+    if run is not None:
+        yield run
+
+
+def _numbers(text: bytes) -> tuple[float, ...]:
+    try:
+        return tuple(map(float, text.split()))
+    except ValueError:
+        return ()
+
+
+PW = re.compile(
+    rb"Program PWSCF|JOB DONE|number of atoms/cell|number of atomic types|Geometry Optimization|bfgs|Damped|"
+    rb"Molecular Dynamics Calculation|Entering Dynamics|Langevin Dynamics|convergence NOT achieved|"
+    rb"self-consistent calc|number of electrons|Exchange-correlation|kinetic-energy cutoff|U\([A-Z]|Hubbard U|"
+    rb"spin-orbit|atomic species   valence|PseudoPot\. #|CELL_PARAMETERS|"
+    rb"(?:calculation|nstep|tot_charge|cell_dofree|press)\s*="
+)
+PW_SIGNS = {b"Geometry Optimization": "relax", b"bfgs": "relax", b"Damped": "relax"}
+IN_PW = re.compile(
+    rb"(calculation|nstep|tot_charge|cell_dofree|press|Exchange-correlation|kinetic-energy cutoff|number of electrons)"
+    rb"\s*=\s*['\"]?([-\w.+ ]*\w)"
+)
+SPECIES_OF_PW = re.compile(rb"\s+([A-Z][a-z]?)\S*\s+(\d+\.\d+)\s+\d+\.\d+\s+[A-Za-z]")
+U_OF_PW = re.compile(rb"U\((\w+)[-\w]*\)\s*=\s*([\d.]+)")
+
+
+def _of_pw(lines: Lines) -> Iterator[Run]:
+    run, echoed = None, Run("pw.x")
+    lines.skip(PW)
+    for line in lines:
+        mark = PW.search(line)
+        found = mark.group() if mark else b""
+        if found == b"Program PWSCF":
+            if run is not None:
+                yield _told(run)
+            # What stands before is an input that a script has copied there.
+            run = Run("pw.x", dict(echoed.tags))
+        into = run or echoed
+        if found == b"JOB DONE":
+            into.ended = True
+        elif found.startswith(b"number of atom"):
+            into.atoms = (*into.atoms, line.strip())
+        elif found in PW_SIGNS or b"Dynamics" in found:
+            into.signs.add(PW_SIGNS.get(found, "md"))
+        elif found == b"CELL_PARAMETERS":
+            into.signs.add("cell moves")
+        elif found == b"convergence NOT achieved":
+            into.signs.add("scf failed")
+        elif found.startswith(b"self-consistent"):
+            # Of several it is the last that counts.
+            into.signs.discard("scf failed")
+        elif found:
+            _header_of_pw(into, found, line, lines)
+        lines.skip(PW)
+    if run is not None:
+        yield _told(run)
+
+
+def _header_of_pw(run: Run, found: bytes, line: bytes, lines: Lines) -> None:
+    """Take settings over from a line of the header, and from those that follow it."""
+    run.update(IN_PW.findall(line))
+    if found == b"PseudoPot. #":
+        run.add_potential(next(iter(lines), b"").split(b"/")[-1])
+    elif found.startswith(b"atomic species"):
+        for row in lines:
+            if (species := SPECIES_OF_PW.match(row)) is None:
+                break
+            run.valences[species[1].decode()] = float(species[2])
+    elif found == b"spin-orbit":
+        run.tags["LSORBIT"] = "T" if b"without" not in line else "F"
+    for element, value in U_OF_PW.findall(line):
+        run.tags["U"] = " ".join(filter(None, [run.tags.get("U"), f"{element.decode()} {float(value):g}"]))
+
+
+def _told(run: Run) -> Run:
+    """Damped dynamics, which ends in a minimum, is a relaxation."""
+    if "relax" in run.signs:
+        run.signs.discard("md")
+    run.started = True
+    return run
+
+
+AIMS = re.compile(
+    rb"Invoking FHI-aims|Have a nice day|Begin self-consistency|Geometry relaxation:|Molecular dynamics|MD_run|"
+    rb"relax_unit_cell|XC: +Using|\| Number of atoms|Charge ="
+)
+
+
+def _of_aims(lines: Lines) -> Iterator[Run]:
+    run = None
+    lines.skip(AIMS)
+    for line in lines:
+        mark = AIMS.search(line)
+        found = mark.group() if mark and not line.lstrip().startswith(b"#") else b""
+        if found.startswith(b"Invoking"):
+            if run is not None:
+                yield run
+            run = Run("FHI-aims")
+        elif run is None:
+            pass
+        elif found.startswith(b"Have"):
+            run.ended = True
+        elif found.startswith(b"Begin"):
+            run.started = True
+        elif found.startswith(b"Geometry"):
+            run.signs.add("relax")
+        elif found in (b"Molecular dynamics", b"MD_run"):
+            run.signs.add("md")
+        elif found == b"relax_unit_cell" and b"none" not in line:
+            run.signs.add("cell moves")
+        elif b"Number" in found:
+            run.atoms = (*run.atoms, line.strip())
+        elif found.startswith(b"XC") and (words := line.partition(b"Using")[2].split()):
+            run.update([(b"Exchange-correlation", words[0])])
+        elif found.startswith(b"Charge"):
+            run.update([(b"tot_charge", line.partition(b"=")[2].partition(b":")[0].strip())])
+        lines.skip(AIMS)
+    if run is not None:
+        yield run
+
+
+SCANS: dict[str, Callable[[Lines], Iterator[Run]]] = {
+    "vasp-xml": _of_vasprun,
+    "vasp-out": _of_outcar,
+    "espresso-out": _of_pw,
+    "aims-output": _of_aims,
+}
