@@ -170,6 +170,20 @@ def check_pair(initial: Atoms, relaxed: Atoms, name: str, warn: Callable[..., No
             warn("%s: the reference still has a force of %.3f eV/Å; is it relaxed?", name, residual)
 
 
+def check_freedom(pair: RelaxationPair, name: str) -> None:
+    """Raise InvalidPair where a cell changes that is said to be fixed, or moves in a way that is not known."""
+    try:
+        freedom = pair.freedom
+    except (ValueError, NotImplementedError) as error:
+        raise InvalidPair(f"{name}: {error}") from error
+    change = cell_change(pair.initial, pair.relaxed)
+    if not freedom.moves and change > SAME_CELL:
+        raise InvalidPair(
+            f"{name}: its cell changes by {change:.3f} Å though it is said to be fixed: take --cell full, or write both "
+            "structures of one run."
+        )
+
+
 def check_converged(relaxed: Atoms, name: str, max_force: float | None) -> None:
     """Raise NotARelaxation where a force of more than max_force, in eV/Å, is left; None allows any."""
     if max_force is None or "forces" not in getattr(relaxed.calc, "results", {}):

@@ -116,7 +116,10 @@ class Legs:
 
 def joined_legs(legs: Sequence[Loaded]) -> Loaded:
     """One relaxation of several that continue each other."""
-    return legs[-1]._replace(initial=legs[0].initial, frames=LegFrames([leg.frames for leg in legs]))
+    # A last leg at a fixed cell often follows others in which it moved.
+    moving = [leg.cell for leg in legs if leg.cell is not None and leg.cell.moves]
+    frames = LegFrames([leg.frames for leg in legs])
+    return legs[-1]._replace(initial=legs[0].initial, frames=frames, cell=[legs[-1].cell, *moving][-1])
 
 
 class LegFrames(Sequence[Atoms]):

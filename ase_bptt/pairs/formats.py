@@ -17,6 +17,7 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read
 
+from ..cells import CellFreedom
 from ..threads import quiet
 from . import InvalidPair
 from .calculations import CUT, ZIPPED, Run, check_finished, opened
@@ -60,6 +61,8 @@ class Loaded(NamedTuple):
         What it was computed with, as `methods.settings_of` says it.
     onward : Atoms or None
         Where a run that continues it begins, if not at the relaxed structure.
+    cell : CellFreedom or None
+        What of the cell was relaxed; None where nothing says so.
     """
 
     initial: Atoms
@@ -67,6 +70,7 @@ class Loaded(NamedTuple):
     frames: Sequence[Atoms] = ()
     settings: dict[str, str] | None = None
     onward: Atoms | None = None
+    cell: CellFreedom | None = None
 
 
 @dataclass(frozen=True)

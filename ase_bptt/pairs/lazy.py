@@ -50,8 +50,8 @@ class PairTable:
         One hash after the other.
     """
 
-    def __init__(self, root: Path):
-        self.root = root
+    def __init__(self, root: Path, adapt: Callable[[RelaxationPair], RelaxationPair] = lambda pair: pair):
+        self.root, self.adapt = root, adapt
         self.sources: list[Source] = []
         self.ids: list[str] = []
         self.groups: list[str] = []

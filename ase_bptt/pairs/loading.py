@@ -20,6 +20,7 @@ from . import (
     NotARelaxation,
     RelaxationPair,
     check_converged,
+    check_freedom,
     check_pair,
     unwrapped,
     warn_of_moves,
@@ -92,6 +93,14 @@ class Choices:
     skip_invalid: bool = False
     group: str | None = None
     max_force: float | None = MAX_REFERENCE_FORCE
+    cell: str | tuple[int, ...] | None = None
+    pressure: float = 0.0
+
+    def with_cell(self, pair: RelaxationPair) -> RelaxationPair:
+        """The pair with the cell's degrees of freedom that were asked for, where any were."""
+        if self.cell is None:
+            return pair
+        return dataclasses.replace(pair, cell=self.cell, pressure=self.pressure)
 
 
 @dataclass
@@ -186,6 +195,8 @@ class Reader:
 
     def _pair(self, source: Source, found: Loaded, warn: Callable[..., None]) -> RelaxationPair:
         pair = pair_of(found, source.name, self.root)
+        pair = self.choices.with_cell(pair)
+        check_freedom(pair, source.name)
         _check_one(pair, source.name)
         check_converged(pair.relaxed, source.name, self.choices.max_force)
         check_pair(pair.initial, pair.relaxed, source.name, warn)

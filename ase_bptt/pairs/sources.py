@@ -12,9 +12,11 @@ from typing import Any, Protocol
 
 import numpy as np
 from ase import Atoms
+from ase.constraints import FixAtoms
 
+from ..cells import CellFreedom
 from . import InvalidPair, NotARelaxation, RelaxationPair
-from .calculations import CUT, Run, check_kind, check_length, opened
+from .calculations import CUT, Run, cell_of, check_kind, check_length, opened
 from .databases import Member, label_of, relaxations_in
 from .formats import Loaded, VaspFile, examined, format_of, other_code, read_frames
 from .methods import describe, settings_of
@@ -81,7 +83,7 @@ class File:
         check_kind(path, [run])
         end = read_frames(path)[0]
         describe([begin, end], run)
-        return Loaded(begin, end, settings=settings_of(run, begin))
+        return Loaded(begin, end, settings=settings_of(run, begin), cell=_cell([begin, end], path, run))
 
 
 def _has_roles(path: Path) -> bool:
@@ -170,7 +172,7 @@ def pair_of(found: Loaded, name: str, root: Path) -> RelaxationPair:
     """The pair with its id, before atoms are unwrapped, ends are checked and a group is assigned."""
     known = found.relaxed.info.get("id")
     id = short(name if known is None else str(known), root)
-    return RelaxationPair(found.initial, found.relaxed, id, frames=found.frames)
+    return RelaxationPair(found.initial, found.relaxed, id, frames=found.frames, cell=found.cell)
 
 
 def short(name: str, root: Path) -> str:
@@ -216,7 +218,20 @@ def _ends(path: Path) -> Loaded:
     if not runs:
         return found
     describe([frames[0], frames[-1]], runs[-1])
-    return found._replace(settings=settings_of(runs[-1], frames[0]), onward=_onward(frames[-1], path, runs[-1]))
+    return found._replace(
+        settings=settings_of(runs[-1], frames[0]),
+        onward=_onward(frames[-1], path, runs[-1]),
+        cell=_cell([frames[0], frames[-1]], path, runs[-1]),
+    )
+
+
+def _cell(ends: Sequence[Atoms], path: Path, run: Run) -> CellFreedom | None:
+    """What the run relaxed of the cell; atoms that kept their fractional coordinates in it are fixed."""
+    found = cell_of(path, run)
+    if found is not None and found.fixed_fractions:
+        for atoms in ends:
+            atoms.set_constraint(FixAtoms(range(len(atoms))))
+    return None if found is None else found.freedom
 
 
 def _check_cell_of_cp2k(path: Path) -> None:
