@@ -75,6 +75,14 @@ def take_snapshot(
         elements of the crystals.
     size, seed : int
         Of the probe set, as for `make_probes`.
+
+    Examples
+    --------
+    >>> from ase_bptt import load_potential
+    >>> from ase_bptt.drift import take_snapshot
+    >>> snapshot = take_snapshot(load_potential("emt"), size=2)
+    >>> print(f"{snapshot.crystals['Cu'].lattice_constant:.2f} Å, {snapshot.crystals['Cu'].bulk_modulus:.0f} GPa")
+    3.59 Å, 134 GPa
     """
     probes = make_probes(potential, pairs, size=size, seed=seed)
     crystals = chosen_crystals(potential)

@@ -268,5 +268,17 @@ def drift_report(
         Of the same held-out pairs by each.
     size : int
         Probes of each kind.
+
+    Examples
+    --------
+    >>> from ase_bptt import load_potential
+    >>> from ase_bptt.drift.changes import drift_report
+    >>> before, after = load_potential("emt"), load_potential("emt")
+    >>> after.s0.data *= 1.02
+    >>> report = drift_report(before, after, size=2)
+    >>> print(f"crystals: forces changed by {report.drift('crystals').force:.2f} eV/Å")
+    crystals: forces changed by 0.33 eV/Å
+    >>> report.warnings()
+    []
     """
     return DriftReport(take_snapshot(before, pairs, size=size), take_snapshot(after, pairs, size=size), held_out)

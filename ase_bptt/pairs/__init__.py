@@ -90,7 +90,18 @@ class RelaxationPair:
 
 
 class InvalidPair(ValueError):
-    """A pair that cannot be used; its message says why and what to do."""
+    """A pair that cannot be used; its message says why and what to do.
+
+    Examples
+    --------
+    >>> from ase.build import molecule
+    >>> from ase_bptt.pairs import InvalidPair, check_pair
+    >>> try:
+    ...     check_pair(molecule("N2"), molecule("CO2"), "run_1")
+    ... except InvalidPair as problem:
+    ...     print(problem)
+    run_1: the initial structure has 2 atoms and the relaxed one 3; check both.
+    """
 
 
 class NotARelaxation(InvalidPair):

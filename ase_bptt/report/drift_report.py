@@ -40,17 +40,43 @@ RISE, FALL = 12.0, 3.0
 
 
 def drift_figure(report: DriftReport | FoldDriftReports) -> Figure:
-    """Drift of the forces, and for one run lattice constants and dimers, too; `report.plots.save` writes it."""
+    """Drift of the forces, and for one run lattice constants and dimers, too; `report.plots.save` writes it.
+
+    Examples
+    --------
+    >>> from ase_bptt import load_potential
+    >>> from ase_bptt.drift.changes import drift_report
+    >>> figure = drift_figure(drift_report(load_potential("emt"), load_potential("emt"), size=2))
+    >>> figure.axes[0].get_xlabel()
+    'change of the force (eV/Å)'
+    """
     return _figure(report) if isinstance(report, DriftReport) else _fold_figure(report)
 
 
 def drift_section(report: DriftReport | FoldDriftReports) -> Section:
-    """The report as a section of the HTML page."""
+    """The report as a section of the HTML page.
+
+    Examples
+    --------
+    >>> from ase_bptt import load_potential
+    >>> from ase_bptt.drift.changes import drift_report
+    >>> drift_section(drift_report(load_potential("emt"), load_potential("emt"), size=2)).name
+    'What else has changed'
+    """
     return _section(report) if isinstance(report, DriftReport) else _fold_section(report)
 
 
 def drift_text(report: DriftReport) -> str:
-    """Tables and sentences, at most 80 columns wide."""
+    """Tables and sentences, at most 80 columns wide.
+
+    Examples
+    --------
+    >>> from ase_bptt import load_potential
+    >>> from ase_bptt.drift.changes import drift_report
+    >>> report = drift_report(load_potential("emt"), load_potential("emt"), size=2)
+    >>> print(drift_text(report).splitlines()[-1].strip())
+    short-range instability has appeared. Unstable before already: C-C.
+    """
     rows = [_drift_row(kind, drift) for kind, drift in report.drifts.items()]
     lines = [fill(f"{DRIFT}:", WIDTH), *grid(DRIFT_COLUMNS, rows)]
     if report.crystals:

@@ -84,6 +84,13 @@ class Trainer:
         Run folder: settings.json, metrics.csv, checkpoint.pt, potential/ (the best so far).
     progress : bool or None
         A bar on standard error (None: if it is a terminal), or else a line in the log (INFO) for each epoch.
+
+    Examples
+    --------
+    >>> from ase_bptt import Trainer, datasets
+    >>> trainer = Trainer("direct", steps=3, progress=False)
+    >>> trainer.fit(datasets.si_defects("train")[:4], epochs=2).best_epoch  # without validation pairs, the last
+    2
     """
 
     def __init__(
@@ -274,17 +281,10 @@ class Trainer:
 
     @classmethod
     def resume(
-        cls,
-        out: str | Path,
-        *,
-        optimizer: OptimizerFactory | None = None,
-        loss: Loss | None = None,
-        stepper: Stepper | None = None,
-        adjoint: Adjoint | None = None,
-        terms: Sequence[Term] | None = None,
-        device: torch.device | str | None = None,
-        progress: bool | None = None,
-    ) -> Trainer:
+        cls, out: str | Path, *, optimizer: OptimizerFactory | None = None, loss: Loss | None = None,
+        stepper: Stepper | None = None, adjoint: Adjoint | None = None, terms: Sequence[Term] | None = None,
+        device: torch.device | str | None = None, progress: bool | None = None,
+    ) -> Trainer:  # fmt: skip
         """The Trainer of a run folder, after its last complete epoch or, if that checkpoint is damaged, the one before.
 
         An optimizer, loss, stepper, adjoint or term of your own must be given again.
