@@ -478,7 +478,7 @@ class TestDryRun:
         assert not (tmp_path / "run").exists()
 
     def test_it_refuses_what_a_run_would_refuse(self, data):
-        is_refused(train(data, "--dry-run", "--stepper", "fire", "--momentum", "0.5"), "--stepper gd")
+        is_refused(train(data, "--dry-run", "--stepper", "fire", "--step-size", "0.5"), "--stepper gd")
 
 
 def test_a_resumed_run_compares_with_the_untuned_potential_it_began_with(data, tmp_path):

@@ -426,7 +426,7 @@ class TestShell:
         ("flags", "sentence"),
         [
             (["--loss", "colour"], "ase-bptt train: error: argument --loss: There is no loss 'colour'"),
-            (["--last", "1"], "ase-bptt: "),
+            (["--stepper", "bfgs"], "ase-bptt: "),
         ],
     )
     def test_what_cannot_be_done_is_said_once(self, pairs, flags, sentence):
