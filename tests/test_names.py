@@ -23,7 +23,7 @@ from ase_bptt import (
 )
 from ase_bptt.adjoints import FullTape, Guided, Replay, make_adjoint
 from ase_bptt.losses import named_loss, root_delta_q
-from ase_bptt.optimize import BFGS, FIRE, LBFGS
+from ase_bptt.optimize import BFGS, FIRE, LBFGS, QuasiNewton
 from ase_bptt.steppers import make_stepper
 from ase_bptt.suggestions import nearest
 from ase_bptt.terms import make_terms
@@ -129,6 +129,9 @@ class TestOptimizer:
             (FIRE, "step_size", "^FIRE has no keyword 'step_size' .it belongs to stepper='gd'"),
             (BFGS, "memory", "^BFGS has no keyword 'memory' .it belongs to stepper='lbfgs'"),
             (LBFGS, "max_step", "^LBFGS has no keyword 'max_step' .did you mean 'maxstep'"),
+            (QuasiNewton, "max_step", "^BFGSLineSearch has no keyword 'max_step' .did you mean 'maxstep'"),
+            (QuasiNewton, "dt", "^BFGSLineSearch has no keyword 'dt' .it belongs to stepper='fire'"),
+            (QuasiNewton, "fmax", "^BFGSLineSearch has no keyword 'fmax' .give it to run"),
         ],
     )
     def test_those_with_the_names_of_ase(self, cls, keyword, text):
