@@ -29,10 +29,10 @@ CASES = {
     "replay, 75 frames": {"steps": 75, "stepper": {"step_size": 0.05}},
     "truncated:10 of 75": {"adjoint": "truncated:10", "steps": 75, "stepper": {"step_size": 0.05}},
     "implicit": {"adjoint": "implicit"},
-    "implicit, warm": {"adjoint": "implicit", "warm": 4},
-    "one-step, warm": {"adjoint": "one-step", "warm": 4},
+    "implicit, warm": {"adjoint": "implicit", "warm_start_every": 4},
+    "one-step, warm": {"adjoint": "one-step", "warm_start_every": 4},
     "guided:10": {"adjoint": "guided:10"},
-    "guided:10, warm": {"adjoint": "guided:10", "warm": 4},
+    "guided:10, warm": {"adjoint": "guided:10", "warm_start_every": 4},
 }
 
 

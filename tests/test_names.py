@@ -208,7 +208,10 @@ class TestShell:
             ("relax x --pot emt", "There is no flag --pot: did you mean --potential?"),
             ("evaluate x --max-steps 3", "There is no flag --max-steps: did you mean --steps?"),
             ("relax x -z", "There is no flag -z; ase-bptt relax --help lists them."),
-            ("train runs --warm 2", "There is no flag --warm in the shell; Python has it: Trainer(warm=...)."),
+            (
+                "train runs --warm 2",
+                "There is no flag --warm in the shell; Python has it: Trainer(warm_start_every=...).",
+            ),
             (
                 "demo --lora=4",
                 "There is no flag --lora in the shell; Python has it: ase_bptt.tuning.prepare(potential, lora=...).",

@@ -64,7 +64,11 @@ def facts() -> dict:
 class TestChoices:
     def test_implicit_and_a_teacher(self, data):
         out, settings, rows = trained(data, "--adjoint", "implicit", "--teacher", "0.1")
-        assert (settings["adjoint"]["name"], settings["warm"], settings["stepper"]["name"]) == ("implicit", 0, "bfgs")
+        assert (settings["adjoint"]["name"], settings["warm_start_every"], settings["stepper"]["name"]) == (
+            "implicit",
+            0,
+            "bfgs",
+        )
         assert [(term["name"], term["weight"]) for term in settings["terms"]] == [("teacher", 0.1), ("reference", 1.0)]
         assert {"unsolved", "term_teacher"} <= set(rows[0])
         assert float(rows[2]["train_loss"]) < float(rows[1]["train_loss"])
@@ -72,9 +76,9 @@ class TestChoices:
         assert facts()["loss"].startswith("root_delta_q + 0.1 teacher + 1 reference, gradient by Implicit(")
 
     def test_warm_starts(self, data):
-        tuned(data, adjoint="implicit", warm=2, terms=[Distillation(0.1), Labels(required=False)])
+        tuned(data, adjoint="implicit", warm_start_every=2, terms=[Distillation(0.1), Labels(required=False)])
         settings, rows = run_folder()
-        assert settings["warm"] == 2
+        assert settings["warm_start_every"] == 2
         assert {"unsolved", "elsewhere", "term_teacher"} <= set(rows[0])
         assert facts() == {}
 
@@ -148,7 +152,7 @@ class TestRefusing:
     @pytest.mark.parametrize(
         ("settings", "texts"),
         [
-            ({"warm": 2}, "Warm starts .*not 'replay'"),
+            ({"warm_start_every": 2}, "Warm starts .*not 'replay'"),
             ({"adjoint": "implicit", "learn": ["step_size"], "stepper": "gd"}, "'implicit' has no gradient"),
             ({"stepper": GradientDescent("auto"), "learn": ["step_size"]}, "step_size='auto' .*to learn it"),
             ({"learn": ["colour"]}, "step_size.*colour"),
@@ -170,7 +174,7 @@ def test_a_reference_term_without_energies_and_forces_leaves_no_folder(data, tmp
 
 
 def test_a_warm_run_goes_on(data, tmp_path):
-    settings = {"adjoint": "implicit", "warm": 3, "batch_size": 1}
+    settings = {"adjoint": "implicit", "warm_start_every": 3, "batch_size": 1}
     whole = tuned(data, **settings)
     (tmp_path / "run").rename(tmp_path / "whole")
     real, calls = Trainer.train_step, iter(range(100))

@@ -31,7 +31,9 @@ WIDTH = 80
 FLAG = re.compile(r"--?[A-Za-z]")
 """How a flag begins, which a negative number does not."""
 PYTHON_ONLY = {
-    **{f"--{name}": f"Trainer({name}=...)" for name in ("along", "learn", "patience", "rattle", "warm")},
+    **{f"--{name}": f"Trainer({name}=...)" for name in ("learn", "patience", "rattle")},
+    "--along": "Trainer(interpolate=...)",
+    "--warm": "Trainer(warm_start_every=...)",
     **{f"--{name}": f"ase_bptt.tuning.prepare(potential, {name}=...)" for name in ("freeze", "last", "lora", "train")},
     "--momentum": "Trainer(stepper=GradientDescent(momentum=...))",
     "--pull": "Trainer(terms=[WeightAnchor(...)])",

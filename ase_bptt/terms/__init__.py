@@ -3,7 +3,7 @@
 >>> from ase_bptt import Trainer
 >>> trainer = Trainer("emt", terms=[WeightAnchor(0.5), Distillation(1.0), Labels(1.0, energies=False)])
 >>> [term.name for term in trainer.terms]
-['pull', 'teacher', 'reference']
+['weight_anchor', 'teacher', 'reference']
 """
 
 from __future__ import annotations
@@ -111,8 +111,8 @@ def make_terms(terms: Sequence[Term | dict[str, Any] | str] | str | None) -> lis
     Examples
     --------
     >>> from ase_bptt.terms import make_terms
-    >>> [term.name for term in make_terms(["pull", {"name": "teacher", "weight": 2.0}])]
-    ['pull', 'teacher']
+    >>> [term.name for term in make_terms(["weight_anchor", {"name": "teacher", "weight": 2.0}])]
+    ['weight_anchor', 'teacher']
     """
     if terms is None:
         return [Labels(required=False)]

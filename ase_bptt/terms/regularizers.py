@@ -47,7 +47,7 @@ class WeightAnchor:
     2.00
     """
 
-    name: ClassVar[str] = "pull"
+    name: ClassVar[str] = "weight_anchor"
 
     def __init__(self, weight: float = 1.0):
         check_positive(weight=weight)
