@@ -48,7 +48,8 @@ RESULT = {
 FILES = {
     "settings.json", "metrics.csv", "checkpoint.pt", "checkpoint.previous.pt", "potential", "results.json",
     "table.csv", "before_after.png", "by_group.png", "displacements.png", "learning_curve.png", "before.json",
-    "after.json", "report.html", "command.json", "portrait_before.json", "portrait_after.json", "card.json", "card.png",
+    "after.json", "report.html", "command.json", "snapshot_before.json", "snapshot_after.json", "drift_report.json",
+    "drift_report.png",
 }  # fmt: skip
 
 

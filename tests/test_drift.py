@@ -241,8 +241,8 @@ class TestDriftReport:
             assert said in text
 
     def test_json_is_finite_and_whole(self, tmp_path):
-        both().write(tmp_path / "card.json")
-        found = json.loads((tmp_path / "card.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+        both().write(tmp_path / "drift_report.json")
+        found = json.loads((tmp_path / "drift_report.json").read_text(), parse_constant=lambda name: pytest.fail(name))
         assert set(found) == {"drift", "crystals", "dimers", "held_out", "warnings"}
         assert found["drift"]["all"]["n"] == both().drift().n
         assert found["drift"]["all"]["force"] == both().drift().force
@@ -251,8 +251,8 @@ class TestDriftReport:
         assert len(found["dimers"]["Cu-Cu"]["before"]) == len(found["dimers"]["Cu-Cu"]["distances"])
 
     def test_picture_and_part_of_the_page_can_be_made(self, tmp_path):
-        save(drift_figure(both()), tmp_path / "card.png")
-        assert (tmp_path / "card.png").stat().st_size > 10_000
+        save(drift_figure(both()), tmp_path / "drift_report.png")
+        assert (tmp_path / "drift_report.png").stat().st_size > 10_000
         section = drift_section(both())
         assert section.name == TITLE
         assert [len(table.rows) for table in section.tables] == [4, len(both().crystals)]

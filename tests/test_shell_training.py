@@ -112,9 +112,9 @@ class TestChoices:
             f"{drift['force']:.3f} eV/Å (their size was {drift['size']:.3f} eV/Å), energies by "
             f"{1000 * drift['energy']:.1f} meV/atom."
         ) in said
-        assert "Drift report: run/card.png and run/card.json." in said
+        assert "Drift report: run/drift_report.png and run/drift_report.json." in said
         assert max(map(len, out[out.index("Drift on") :].splitlines()[:-1])) <= 80
-        assert {"card.png", "card.json"} <= {p.name for p in Path("run").iterdir()}
+        assert {"drift_report.png", "drift_report.json"} <= {p.name for p in Path("run").iterdir()}
 
     @needs_mace
     def test_low_rank_updates_of_the_last_layer(self, data):

@@ -46,7 +46,7 @@ def add(commands: Any) -> None:
     )
     add_potential(parser, positional=True)
     add_pairs(parser, option="--pairs")
-    group = parser.add_argument_group("diagnosis")
+    group = parser.add_argument_group("suitability")
     flag(group, parser, "--sample", "pairs from which settings for training are derived", 8, type=count, metavar="N")
     flag(group, parser, "--seed", "random seed of the sample and of the rattling", 0, type=seed, metavar="N")
     group = parser.add_argument_group("gradient diagnostics")
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
             diagnosis = diagnose(potential, pairs, seed=arguments.seed, sample=arguments.sample, progress=progress)
     report = _gradients(arguments, potential) if arguments.relax else None
     if arguments.json:
-        parts = {"diagnosis": diagnosis and diagnosis.todict(), "health": report and report.todict()}
+        parts = {"suitability": diagnosis and diagnosis.todict(), "gradients": report and report.todict()}
         print(json.dumps(without_nan(facts | parts)))
         return 0
     for name, value in facts.items():

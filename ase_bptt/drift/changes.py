@@ -117,7 +117,7 @@ class DriftReport:
         dimers = {
             name: {"distances": list(curve.distances), "before": list(curve.energies),
                    "after": list(self.after.dimers[name].energies),
-                   "holes": [None if found is None else vars(found) for found in instabilities[name]]}
+                   "instabilities": [None if found is None else vars(found) for found in instabilities[name]]}
             for name, curve in self.before.dimers.items()
         }  # fmt: skip
         held_out = None if self.held_out is None else {
