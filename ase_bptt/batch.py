@@ -110,7 +110,7 @@ class Batch:
                 self._first_energies[k] = energy[k]
             finite = all(map(math.isfinite, (force[k], energy[k], total[k])))
             status = self._status(k, force[k], energy[k]) if finite else Status.DIVERGED
-            # No edges can be searched for so far away, and the others must go on.
+            # No edges can be searched for so far away, and the others must continue.
             if status is None and self._limit < reach[k] < math.inf:
                 status = Status.DIVERGED
             if status is not None:

@@ -1,4 +1,4 @@
-"""Whether training through the relaxation suits a potential and its pairs: the diagnosis, as data and as text."""
+"""Whether training through the relaxation suits a potential and its pairs, as data and as text."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class RelaxationPair:
     id : str
         Its name in tables and messages.
     group : str
-        Pairs of one group never stand on both sides of a split.
+        A group is never divided by a split.
     frames : sequence of Atoms
         All frames of the relaxation, first and last included, with energies and forces where the reference has
         them; empty where there are none. `read_pairs` provides them for files of frames, and reads them on access.
@@ -166,8 +166,8 @@ def check_converged(relaxed: Atoms, name: str, max_force: float | None) -> None:
     left = float(np.linalg.norm(relaxed.get_forces(), axis=1).max(initial=0.0))
     if not left <= max_force:
         raise NotARelaxation(
-            f"{name}: a force of {left:.2f} eV/Å is left, so it is no reference: relax it on, leave it out, or allow "
-            f"more than {max_force:g} eV/Å (--max-reference-force).",
+            f"{name}: a force of {left:.2f} eV/Å is left, so it is no reference: relax it further, leave it out, or "
+            f"allow more than {max_force:g} eV/Å (--max-reference-force).",
             "not converged", f"{left:.2f} eV/Å left",
         )  # fmt: skip
 

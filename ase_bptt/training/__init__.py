@@ -165,7 +165,7 @@ class Trainer:
         Raises
         ------
         ValueError
-            Before any work: for pairs of one group on both sides, for other pairs or epochs than before.
+            Before any work: for a group in both sets of pairs, for other pairs or epochs than before.
         NotImplementedError
             Before any work: for constraints or elements that cannot be treated, by name.
         """
