@@ -8,7 +8,7 @@ smallest and the largest, and what each is of the force call with frozen weights
 frozen     energy and forces as `Potential.energy_and_forces` gives them without a graph
 live       the same with weights that require gradients
 float32    the same in single precision; errors of the forces against double precision, frames of FIRE to 0.05 eV/Å
-exact      forces with a graph, and the product of a vector with their derivatives by positions and weights: a frame back
+exact      forces with a graph, and the product of a vector with their derivatives by positions, weights: a frame back
 differences  the same product from two gradients of the energy, by positions and weights, at small displacements
            along the vector and against it (central differences), and by how much of its length it is off
 compiled   frozen, through torch.compile (--compile: takes minutes; a MACE)

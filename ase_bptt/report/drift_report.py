@@ -103,13 +103,38 @@ def sentences(report: DriftReport) -> list[str]:
         found.append(f"Dimers ({', '.join(instabilities)}): {verdict}.{had}")
     if report.held_out is not None:
         before, after = report.held_out
-        changed = change(before.mean, after.mean)
+        means = ", ".join(
+            f"{name} {number(b, 2)} before, {number(a, 2)} after{f' ({changed})' if (changed := change(b, a)) else ''}"
+            for name, b, a in (
+                ("geometric mean", before.geometric_mean, after.geometric_mean),
+                ("median", before.median, after.median),
+                ("mean", before.mean, after.mean),
+            )
+        )
         found.append(
-            f"Held out: mean Delta-Q {number(before.mean, 2)} before, {number(after.mean, 2)} after"
-            f"{f' ({changed})' if changed else ''}, in amu^1/2 Å, over {len(after.rows)} structures; right basins "
+            f"Held out, Delta-Q in amu^1/2 Å over {len(after.rows)} structures: {means}; right basins "
             f"{100 * before.basins:.0f} % before, {100 * after.basins:.0f} % after."
         )
-    return found
+    return [*found, *force_sentences(report)]
+
+
+def force_sentences(report: DriftReport | FoldDriftReports) -> list[str]:
+    """The error of the forces on held-out frames, and why it may rise beside better structures."""
+    reports = (report,) if isinstance(report, DriftReport) else report.folds
+    errors = [r.force_errors for r in reports if r.force_errors is not None]
+    if not errors:
+        return []
+    before, after = (fmean(pair[k] for pair in errors) for k in (0, 1))
+    held_out = [r.held_out for r in reports if r.held_out is not None]
+    gain = sum(len(b.rows) * math.log(b.geometric_mean / a.geometric_mean) for b, a in held_out)
+    said = f"Forces on held-out frames: mean absolute error {number(before, 3)} eV/Å before, {number(after, 3)} after."
+    if after > before and gain > 0:
+        said += (
+            " It rises although the structures are better, which is no contradiction: training through the relaxation "
+            "rewards the structure in which it ends, and forces elsewhere may become less accurate. Where forces "
+            "themselves matter, as in molecular dynamics, give --reference a larger weight."
+        )
+    return [said]
 
 
 def _section(report: DriftReport) -> Section:
@@ -240,7 +265,7 @@ def fold_sentences(report: FoldDriftReports) -> list[str]:
             f"Lattice constants have changed by {100 * mean:.2f} % on average, and most by {100 * most:+.2f} % "
             f"({name}, fold {fold})."
         )
-    return found
+    return [*found, *force_sentences(report)]
 
 
 def _fold_figure(report: FoldDriftReports) -> Figure:
