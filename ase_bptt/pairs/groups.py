@@ -132,8 +132,8 @@ def warn_of_few(splits: Mapping[str, Sequence[RelaxationPair]]) -> None:
     n_valid, n_test, n = len(groups["valid"]), len(groups["test"]), len(set().union(*groups.values()))
     if min(n_valid, n_test) < FEW:
         log.warning(
-            "Too few kinds of structure to tell anything about others: of %d, the validation set has %d and the test set "
-            "%d. Hold out each kind once (--folds %d in the shell, split_into_folds in Python), or add more kinds.",
+            "Too few kinds of structure to tell anything about others: of %d, the validation set has %d and the test "
+            "set %d. Hold out each kind once (--folds %d in the shell, split_into_folds in Python), or add more kinds.",
             n, n_valid, n_test, min(5, n),
         )  # fmt: skip
 
