@@ -45,6 +45,17 @@ class Batch:
         The index of the structure in each place.
     frames : list of int, length n
         How many each has taken.
+
+    Examples
+    --------
+    >>> from ase.build import molecule
+    >>> from ase_bptt import Structures, load_potential
+    >>> from ase_bptt.batch import Batch
+    >>> from ase_bptt.iterated_map import IteratedMap
+    >>> from ase_bptt.steppers import FIRE
+    >>> batch = Batch(IteratedMap(load_potential("emt"), FIRE()), Structures.from_atoms([molecule("N2")]), 0.05, 100)
+    >>> len(batch), batch.frames
+    (1, [0])
     """
 
     def __init__(
@@ -99,7 +110,7 @@ class Batch:
                 self._first_energies[k] = energy[k]
             finite = all(map(math.isfinite, (force[k], energy[k], total[k])))
             status = self._status(k, force[k], energy[k]) if finite else Status.DIVERGED
-            # No edges can be searched for so far away, and the others must go on.
+            # No edges can be searched for so far away, and the others must continue.
             if status is None and self._limit < reach[k] < math.inf:
                 status = Status.DIVERGED
             if status is not None:

@@ -20,7 +20,20 @@ from .weights import weights_version
 
 @dataclass(eq=False)
 class IteratedMap:
-    """X(t+1) = step(X(t), F(X(t))): a potential and a stepper."""
+    """X(t+1) = step(X(t), F(X(t))): a potential and a stepper.
+
+    Examples
+    --------
+    >>> from ase.build import molecule
+    >>> from ase_bptt import Structures, load_potential
+    >>> from ase_bptt.iterated_map import IteratedMap
+    >>> from ase_bptt.steppers import GradientDescent
+    >>> iterated = IteratedMap(load_potential("emt"), GradientDescent(step_size=0.005))
+    >>> start = Structures.from_atoms([molecule("N2")])
+    >>> positions, state = iterated.frame(start, iterated.start(start), iterated.neighbor_list())
+    >>> positions.shape, positions.requires_grad
+    (torch.Size([2, 3]), True)
+    """
 
     potential: Potential
     stepper: Stepper
@@ -120,6 +133,12 @@ class Checkpointing:
         Keep only the last `last` frames of each structure.
     forces : bool
         The forces of each frame, too.
+
+    Examples
+    --------
+    >>> from ase_bptt.iterated_map import Checkpointing
+    >>> Checkpointing(every=5)  # as Replay(every=5) keeps them
+    Checkpointing(every=5, last=None, forces=False)
     """
 
     every: int = 1

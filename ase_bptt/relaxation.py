@@ -45,6 +45,17 @@ class Loop:
         eV/Å below which a structure stops.
     steps : int
         Frames at most.
+
+    Examples
+    --------
+    >>> from ase.build import molecule
+    >>> from ase_bptt import Structures, load_potential
+    >>> from ase_bptt.relaxation import Loop
+    >>> start = Structures.from_atoms([molecule("N2")])
+    >>> loop = Loop(load_potential("emt"), "fire", start, fmax=0.05, steps=100)
+    >>> trajectory = loop.run(frames=3)
+    >>> trajectory.map is loop.map
+    True
     """
 
     def __init__(

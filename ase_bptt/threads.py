@@ -51,7 +51,7 @@ _FILTER: Any = ("ignore", _QUIET, Warning, None, 0)
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Drop what this thread prints to standard output, and its warnings; those of other threads go on.
+    """Drop what this thread prints to standard output, and its warnings; those of other threads are not affected.
 
     Standard output is replaced by a stream that passes on what the other threads write, and is put back when the last
     thread leaves.

@@ -1,10 +1,10 @@
-"""What every way to the gradient is worth: fine-tuning on the embedded pairs, three seeds each.
+"""What each adjoint gains: fine-tuning on the embedded pairs, three seeds each.
 
     python benchmarks/adjoint_training.py [--potential mace-si] [--epochs 8] [--seeds 0 1 2] --out adjoint_training
 
 Each case trains on the demo's split with the Trainer's other defaults, and is measured on the held-out kinds: Delta-Q
 by FIRE and the structures in the right basin. Time per epoch is processor time of training alone, validation left out.
-A run that is done is read from its file; a second call goes on with the missing ones and prints the table, whose
+A run that is done is read from its file; a second call continues with the missing ones and prints the table, whose
 missing cells stay empty.
 """
 
@@ -29,10 +29,10 @@ CASES = {
     "replay, 75 frames": {"steps": 75, "stepper": {"step_size": 0.05}},
     "truncated:10 of 75": {"adjoint": "truncated:10", "steps": 75, "stepper": {"step_size": 0.05}},
     "implicit": {"adjoint": "implicit"},
-    "implicit, warm": {"adjoint": "implicit", "warm": 4},
-    "one-step, warm": {"adjoint": "one-step", "warm": 4},
+    "implicit, warm": {"adjoint": "implicit", "warm_start_every": 4},
+    "one-step, warm": {"adjoint": "one-step", "warm_start_every": 4},
     "guided:10": {"adjoint": "guided:10"},
-    "guided:10, warm": {"adjoint": "guided:10", "warm": 4},
+    "guided:10, warm": {"adjoint": "guided:10", "warm_start_every": 4},
 }
 
 

@@ -1,4 +1,4 @@
-"""What every way to the gradient costs, side by side in one run: time, peak memory, and how far it is from exact.
+"""What each adjoint costs, side by side in one run: time, peak memory, and how far it is from exact.
 
     python benchmarks/adjoints.py [--potential mace-si] [--device cpu] [--parts replay memory implicit guided ways]
 
@@ -82,7 +82,7 @@ class Case:
         return int(line.split()[1]) / 1024
 
     def resident(self) -> float:
-        """Memory in use now, MiB, from which the peak begins anew."""
+        """Memory in use now, MiB, from which the peak is counted."""
         if self.potential.device.type == "cuda":
             return torch.cuda.memory_allocated() / 2**20
         Path("/proc/self/clear_refs").write_text("5")  # what loading took for a while is no peak of ours
@@ -100,7 +100,7 @@ class Case:
         self.finish()
 
     def by_hand(self, frames: int) -> torch.Tensor:
-        """The bare loop: gradient descent, positions stored, each frame run again on the way back."""
+        """The bare loop: gradient descent, positions stored, each frame recomputed in the backward pass."""
         potential, start, neighbors = self.potential, self.start, NeighborList(self.potential.cutoff)
         weights = [p for p in potential.parameters() if p.requires_grad]
 

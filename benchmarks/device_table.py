@@ -73,7 +73,7 @@ def equality(potential: Potential) -> list[str]:
 
 @contextmanager
 def marked(potential: Potential):
-    """Calls of the model are told apart in a profile."""
+    """Calls of the model are distinguished in a profile."""
     call = potential.energy_and_forces
 
     def energy_and_forces(*arguments, **settings):

@@ -5,7 +5,7 @@
 One command, and the Trainer's default settings but for the learning rate and the epochs of pretrained models (`--lr`,
 `--epochs`): three seeds on the demo's fold of the kinds of defect, or other folds and seeds. A cell of the table is a
 potential on a fold with a seed and is kept in a file of its own when it is done, so that a second call, also from the
-environment of another family, goes on with the missing ones; cells that nobody has run stay empty, as do those of
+environment of another family, continues with the missing ones; cells that nobody has run stay empty, as do those of
 families that are not installed. DriftReport are those
 of the mean and of the median over all cells that are there; in brackets, those of each cell alone.
 Drift is the root mean square change of the forces on the probe set (`ase_bptt.terms.probes`); `--terms teacher:1`

@@ -8,9 +8,9 @@ smallest and the largest, and what each is of the force call with frozen weights
 frozen     energy and forces as `Potential.energy_and_forces` gives them without a graph
 live       the same with weights that require gradients
 float32    the same in single precision; errors of the forces against double precision, frames of FIRE to 0.05 eV/Å
-exact      forces with a graph, and the product of a vector with their slope by positions and weights: a frame back
-differences  the same product from two gradients of the energy, by positions and weights, a small way forth and back
-           along the vector (central differences), and by how much of its length it is off
+exact      forces with a graph, and the product of a vector with their derivatives by positions, weights: a frame back
+differences  the same product from two gradients of the energy, by positions and weights, at small displacements
+           along the vector and against it (central differences), and by how much of its length it is off
 compiled   frozen, through torch.compile (--compile: takes minutes; a MACE)
 
 --batches: instead, what an atom costs in batches of more and more cells, in the program and in the system.
@@ -59,9 +59,9 @@ class Case:
         return self.potential.energy_and_forces(self.structures, self.pairs)[1]
 
     def live(self) -> Tensor:
-        return -self.slopes(self.structures.positions, weights=False)[0]
+        return -self.gradients(self.structures.positions, weights=False)[0]
 
-    def slopes(self, positions: Tensor, weights: bool = True) -> Sequence[Tensor]:
+    def gradients(self, positions: Tensor, weights: bool = True) -> Sequence[Tensor]:
         """dE/dX, and dE/dweights."""
         at = positions.detach().requires_grad_()
         energy = self.potential(self.structures.replace(positions=at), self.pairs).energy.sum()
@@ -75,7 +75,7 @@ class Case:
 
     def differences(self, away: float) -> Tensor:
         step = away / self.vector.norm(dim=1).max()
-        ahead, behind = (flat(self.slopes(self.structures.positions + s * self.vector)) for s in (step, -step))
+        ahead, behind = (flat(self.gradients(self.structures.positions + s * self.vector)) for s in (step, -step))
         return (behind - ahead) / (2 * step)
 
     def frames(self) -> int:

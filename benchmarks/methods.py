@@ -129,7 +129,7 @@ VARIANTS: dict[str, Method] = {
     "annealed": partial(trained, stepper=GradientDescent(0.05, momentum=0.7, anneal=0.95)),
     "fire": partial(trained, stepper="fire"),
     "not rattled": partial(trained, rattle=0.0),
-    "starts as given": partial(trained, rattle=0.0, along=0.0),
+    "starts as given": partial(trained, rattle=0.0, interpolate=0.0),
     "loss delta_q": partial(trained, loss="delta_q"),
     "loss log_delta_q": partial(trained, loss="log_delta_q"),
     "loss squared_delta_q": partial(trained, loss="squared_delta_q"),

@@ -30,7 +30,7 @@ HELPER = Path(__file__).with_name("torch_sim_relaxer.py")
 class Pass:
     """All structures relaxed once: seconds on the wall and of the processor, and where they ended.
 
-    `frames` is of each structure, None where it is not told.
+    `frames` is of each structure, None where it is not reported.
     """
 
     wall: float

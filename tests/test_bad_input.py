@@ -661,15 +661,13 @@ def test_with_the_extra_the_potential_is_there(potential):
 
 NUMBERS = [
     *[(c, flag, bad, "1", "at least 1") for c, flag in [
-        ("train", "--steps"), ("train", "--epochs"), ("train", "--batch-size"), ("train", "--patience"),
+        ("train", "--steps"), ("train", "--epochs"), ("train", "--batch-size"),
         ("relax", "--steps"), ("relax", "--batch-size"), ("evaluate", "--steps"), ("evaluate", "--batch-size"),
         ("info", "--sample"),
     ] for bad in ("0", "-2")],
     *[(c, flag, bad, "0.01", "positive") for c, flag in [
         ("train", "--step-size"), ("train", "--lr"), ("train", "--fmax"), ("relax", "--fmax"), ("evaluate", "--fmax"),
     ] for bad in ("0", "-0.1", "nan", "inf")],
-    *[("train", flag, bad, "0.5", "between 0 and 1") for flag in ("--momentum", "--along", "--rattle")
-      for bad in ("-0.1", "1.5", "nan")],
     ("train", "--steps", "2.5", "2", "whole number"),
     ("train", "--lr", "fast", "1e-3", "must be a number"),
     *[(c, "--device", bad, "cpu", f"no device '{bad}'") for c in COMMANDS

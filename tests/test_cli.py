@@ -48,7 +48,8 @@ RESULT = {
 FILES = {
     "settings.json", "metrics.csv", "checkpoint.pt", "checkpoint.previous.pt", "potential", "results.json",
     "table.csv", "before_after.png", "by_group.png", "displacements.png", "learning_curve.png", "before.json",
-    "after.json", "report.html", "command.json", "portrait_before.json", "portrait_after.json", "card.json", "card.png",
+    "after.json", "report.html", "command.json", "snapshot_before.json", "snapshot_after.json", "drift_report.json",
+    "drift_report.png",
 }  # fmt: skip
 
 
@@ -237,7 +238,7 @@ class TestTrain:
     def test_few_files_are_told_that_their_test_tells_nothing(self, data):
         code, _, err = run("train", data / "pairs", "--potential", data / "lj", "--dry-run")
         assert code == 0, err
-        assert "Of 5 relaxations, 2 choose the best epoch and 1 measure the gain, and so few tell nothing" in err
+        assert "Too few kinds of structure to tell anything about others: of " in err
 
     def test_bad_pairs_are_left_out_if_asked_to(self, data, tmp_path, caplog):
         folder = tmp_path / "pairs"
@@ -478,7 +479,7 @@ class TestDryRun:
         assert not (tmp_path / "run").exists()
 
     def test_it_refuses_what_a_run_would_refuse(self, data):
-        is_refused(train(data, "--dry-run", "--stepper", "fire", "--momentum", "0.5"), "--stepper gd")
+        is_refused(train(data, "--dry-run", "--stepper", "fire", "--step-size", "0.5"), "--stepper gd")
 
 
 def test_a_resumed_run_compares_with_the_untuned_potential_it_began_with(data, tmp_path):

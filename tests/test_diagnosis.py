@@ -12,7 +12,7 @@ from helpers.potentials import needs_mace, tiny_mace
 from helpers.structures import rattled, silicon
 
 from ase_bptt import Potential, Prediction, RelaxationPair, delta_q, relax
-from ase_bptt.diagnostics import Diagnosis, diagnose, spread
+from ase_bptt.diagnostics import Suitability, diagnose, spread
 from ase_bptt.diagnostics.judgement import CLASSES, RETRAIN, RIGHT_ALREADY, UNLIKELY, YES, allowance, classify, judge
 from ase_bptt.diagnostics.landscape import ForceError, force_error, minima, reference_forces, settling
 from ase_bptt.evaluation import Row
@@ -96,7 +96,7 @@ def wells(*ends: tuple[float, float]) -> list[RelaxationPair]:
     return [RelaxationPair(apart(a), apart(b), f"{a} to {b}", f"kind {k}") for k, (a, b) in enumerate(ends)]
 
 
-def quick_diagnosis(potential, pairs, **settings) -> Diagnosis:
+def quick_diagnosis(potential, pairs, **settings) -> Suitability:
     return diagnose(potential, pairs, **{"sample": 2, "rattles": 1} | settings)
 
 
@@ -338,7 +338,7 @@ class TestLandscape:
 
 
 @pytest.fixture(scope="module")
-def found() -> Diagnosis:
+def found() -> Suitability:
     return diagnose(model(1.05), true_pairs(6, forces=True), sample=3, rattles=2)
 
 

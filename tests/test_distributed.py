@@ -33,7 +33,7 @@ from ase_bptt.training.pair_loss import PairEnd
 
 TESTS = Path(__file__).parent
 TRAIN = ["--epochs", "3", "--batch-size", "2", "--steps", "2", "--lr", "0.02", "--dtype", "float64"]
-MINIMA = {"adjoint": "implicit", "stepper": None, "steps": 60, "warm": 2}
+MINIMA = {"adjoint": "implicit", "stepper": None, "steps": 60, "warm_start_every": 2}
 
 
 def labelled(atoms):
@@ -78,12 +78,12 @@ def exploding():
 CASES = {
     "some diverge": lambda **how: trainer(exploding(), batch_size=3, **how),
     "some have no finite gradient": lambda **how: trainer(loss=sharp, **how),
-    "minima": lambda **how: trainer(**MINIMA, terms=["pull", {"name": "teacher", "weight": 0.1}], **how),
+    "minima": lambda **how: trainer(**MINIMA, terms=["weight_anchor", {"name": "teacher", "weight": 0.1}], **how),
 }
 GO_ON = {
     "warm starts": MINIMA,
     # Of two, it is the second process that knows how the term has changed.
-    "a term that changes": {"terms": ["pull", "reference"]},
+    "a term that changes": {"terms": ["weight_anchor", "reference"]},
 }
 
 
@@ -426,7 +426,7 @@ class TestShell:
         ("flags", "sentence"),
         [
             (["--loss", "colour"], "ase-bptt train: error: argument --loss: There is no loss 'colour'"),
-            (["--last", "1"], "ase-bptt: "),
+            (["--stepper", "bfgs"], "ase-bptt: "),
         ],
     )
     def test_what_cannot_be_done_is_said_once(self, pairs, flags, sentence):

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from ase.build import bulk, molecule
 from ase.calculators.emt import EMT as ASEsEMT
 from ase.calculators.lj import LennardJones as ASEsLennardJones
+from ase.calculators.singlepoint import SinglePointCalculator
 from ase.eos import EquationOfState
 from ase.units import GPa
 from helpers.structures import rattled
@@ -29,9 +31,10 @@ from ase_bptt.drift.curves import (
 from ase_bptt.potential import Prediction
 from ase_bptt.potentials.analytic import LennardJones
 from ase_bptt.potentials.emt import EMT
-from ase_bptt.report.drift_report import TITLE, drift_figure, drift_section, drift_text
+from ase_bptt.report.drift_report import TITLE, drift_figure, drift_section, drift_text, force_sentences
 from ase_bptt.report.plots import save
 from ase_bptt.terms.probes import CRYSTALS, Crystal, chosen_crystals
+from ase_bptt.throughput import single_points
 
 
 def by_ase(name: str, structure: str, a: float, calculator) -> tuple[float, float]:
@@ -237,13 +240,13 @@ class TestDriftReport:
     def test_text_is_at_most_80_columns_wide_and_complete(self):
         text = drift_text(both())
         assert max(map(len, text.splitlines())) <= 80
-        for said in ("rattled structures", "molecules", "Pt", "Cu-Cu", "Held out: mean Delta-Q"):
+        for said in ("rattled structures", "molecules", "Pt", "Cu-Cu", "Held out, Delta-Q in amu^1/2 Å over"):
             assert said in text
 
     def test_json_is_finite_and_whole(self, tmp_path):
-        both().write(tmp_path / "card.json")
-        found = json.loads((tmp_path / "card.json").read_text(), parse_constant=lambda name: pytest.fail(name))
-        assert set(found) == {"drift", "crystals", "dimers", "held_out", "warnings"}
+        both().write(tmp_path / "drift_report.json")
+        found = json.loads((tmp_path / "drift_report.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+        assert set(found) == {"drift", "crystals", "dimers", "force_error", "held_out", "warnings"}
         assert found["drift"]["all"]["n"] == both().drift().n
         assert found["drift"]["all"]["force"] == both().drift().force
         assert found["crystals"]["Cu"]["lattice_constant"][0] == pytest.approx(3.59, abs=0.02)
@@ -251,13 +254,43 @@ class TestDriftReport:
         assert len(found["dimers"]["Cu-Cu"]["before"]) == len(found["dimers"]["Cu-Cu"]["distances"])
 
     def test_picture_and_part_of_the_page_can_be_made(self, tmp_path):
-        save(drift_figure(both()), tmp_path / "card.png")
-        assert (tmp_path / "card.png").stat().st_size > 10_000
+        save(drift_figure(both()), tmp_path / "drift_report.png")
+        assert (tmp_path / "drift_report.png").stat().st_size > 10_000
         section = drift_section(both())
         assert section.name == TITLE
         assert [len(table.rows) for table in section.tables] == [4, len(both().crystals)]
         (picture,) = section.pictures
         assert "molecules" in picture.alt
+
+    @pytest.mark.parametrize(
+        ("errors", "turned", "explained"),
+        [
+            ((0.2, 0.3), False, [True]),
+            ((0.3, 0.2), False, [False]),
+            ((0.2, 0.3), True, [False]),
+            ((None, None), True, []),
+        ],
+    )
+    def test_a_rise_of_the_force_error_beside_better_structures_is_explained(self, errors, turned, explained):
+        found = both()
+        ends = sorted(found.held_out, key=lambda e: e.geometric_mean, reverse=not turned)
+        sides = (replace(side, force_error=e) for side, e in zip((found.before, found.after), errors, strict=True))
+        report = DriftReport(*sides, held_out=tuple(ends))
+        for said in (force_sentences(report), force_sentences(FoldDriftReports((report, report)))):
+            assert [("It rises although the structures are better" in sentence) for sentence in said] == explained
+        assert not [warning for warning in report.warnings() if "force" in warning.lower()]
+
+    def test_forces_are_compared_on_the_frames_of_the_pairs(self):
+        start = rattled(bulk("Cu", cubic=True), 0.1, 1)
+        frames = [start.copy() for _ in range(3)]
+        for k, frame in enumerate(frames[:2]):
+            frame.calc = SinglePointCalculator(frame, energy=0.0, forces=np.full((4, 3), float(k)))
+        pair = RelaxationPair(start, bulk("Cu", cubic=True), "Cu", frames=frames)
+        forces = single_points(EMT(), [start])
+        (forces,) = [f.numpy() for _, _, f in forces]
+        expected = (np.abs(forces).mean() + np.abs(forces - 1.0).mean()) / 2
+        assert take_snapshot(EMT(), [pair], size=1).force_error == pytest.approx(expected)
+        assert take_snapshot(EMT(), silicon_pairs()[:0], size=1).force_error is None
 
     def test_a_snapshot_is_kept_exactly(self, tmp_path):
         found = take_snapshot(EMT(), size=2)

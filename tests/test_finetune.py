@@ -142,8 +142,8 @@ class TestCrossValidation:
         worst = int(np.argmax(forces))
         page = (folder / "report.html").read_text()
         assert f"{forces[worst]:.3f} (fold {worst})" in page
-        assert json.loads((folder / "card.json").read_text())["worst_fold"]["all"] == worst
-        assert (folder / "card.png").stat().st_size > 1000
+        assert json.loads((folder / "drift_report.json").read_text())["worst_fold"]["all"] == worst
+        assert (folder / "drift_report.png").stat().st_size > 1000
 
     def test_a_hole_that_opens_in_one_fold_is_told_with_its_number(self, validated):
         folds = list(validated[2].drift_report.folds)
@@ -222,12 +222,12 @@ def test_a_run_that_dies_in_its_first_measurement_can_be_resumed(pairs, tmp_path
     assert again.after == whole.after
 
 
-@pytest.mark.parametrize("left", [["portrait_before.json"], ["before.json"], []])
+@pytest.mark.parametrize("left", [["snapshot_before.json"], ["before.json"], []])
 def test_a_trained_run_without_what_it_was_before_is_refused_by_file(pairs, tmp_path, left):
     trainer = maker([])(tmp_path)
     splits = {"train": pairs[:2], "valid": pairs[2:4], "test": pairs[4:]}
     finetune(trainer, splits, tmp_path, epochs=1)
-    gone = [name for name in ("portrait_before.json", "before.json") if name not in left]
+    gone = [name for name in ("snapshot_before.json", "before.json") if name not in left]
     for name in gone:
         (tmp_path / name).unlink()
     with pytest.raises(ValueError, match=f"There is no .*{gone[0]} to compare with: only a run that ase-bptt started"):

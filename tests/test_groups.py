@@ -266,14 +266,18 @@ class TestSplitting:
         (record,) = caplog.records
         assert record.levelname == "WARNING"
         assert record.message.startswith(
-            f"Of {n} relaxations, {valid} choose the best epoch and {test} measure the gain, and so few tell nothing"
+            f"Too few kinds of structure to tell anything about others: of {n}, the validation set has {valid} and the "
+            f"test set {test}. Hold out each kind once (--folds {min(n, 5)} "
         )
         assert f"--folds {min(n, 5)} " in record.message
 
-    def test_enough_are_not_warned_of(self, caplog):
+    @pytest.mark.parametrize(
+        ("kinds", "each", "warned"), [(25, 1, False), (25, 4, False), (12, 1, True), (12, 8, True)]
+    )
+    def test_kinds_count_and_not_structures(self, caplog, kinds, each, warned):
         atoms = Atoms("H")
-        split_by_group([RelaxationPair(atoms, atoms, str(k), group=str(k)) for k in range(25)])
-        assert not caplog.records
+        split_by_group([RelaxationPair(atoms, atoms, str(k), group=str(k % kinds)) for k in range(kinds * each)])
+        assert len(caplog.records) == warned
 
     def test_other_seeds_give_other_splits(self):
         tests = {tuple(p.id for p in split_by_group(self.pairs, seed=seed)["test"]) for seed in range(6)}

@@ -157,7 +157,7 @@ class TestCuEquivariance:
         base = results(potential)
         pair = RelaxationPair(skewed(), skewed(2), "a", group="a")
         trainer = Trainer(
-            load_potential(potential, dtype=dtype), steps=2, lr=1e-3, along=0.0, rattle=0.0, progress=False
+            load_potential(potential, dtype=dtype), steps=2, lr=1e-3, interpolate=0.0, rattle=0.0, progress=False
         )
         trainer.fit([pair], epochs=2).save(tmp_path)
         tuned, energy, forces = results(trainer.potential, dtype), 1e-6, 1e-6 if dtype == "float64" else 1e-4

@@ -23,7 +23,7 @@ from ase_bptt import (
 )
 from ase_bptt.adjoints import FullTape, Guided, Replay, make_adjoint
 from ase_bptt.losses import named_loss, root_delta_q
-from ase_bptt.optimize import BFGS, FIRE, LBFGS
+from ase_bptt.optimize import BFGS, FIRE, LBFGS, QuasiNewton
 from ase_bptt.steppers import make_stepper
 from ase_bptt.suggestions import nearest
 from ase_bptt.terms import make_terms
@@ -129,6 +129,9 @@ class TestOptimizer:
             (FIRE, "step_size", "^FIRE has no keyword 'step_size' .it belongs to stepper='gd'"),
             (BFGS, "memory", "^BFGS has no keyword 'memory' .it belongs to stepper='lbfgs'"),
             (LBFGS, "max_step", "^LBFGS has no keyword 'max_step' .did you mean 'maxstep'"),
+            (QuasiNewton, "max_step", "^BFGSLineSearch has no keyword 'max_step' .did you mean 'maxstep'"),
+            (QuasiNewton, "dt", "^BFGSLineSearch has no keyword 'dt' .it belongs to stepper='fire'"),
+            (QuasiNewton, "fmax", "^BFGSLineSearch has no keyword 'fmax' .give it to run"),
         ],
     )
     def test_those_with_the_names_of_ase(self, cls, keyword, text):
@@ -205,6 +208,14 @@ class TestShell:
             ("relax x --pot emt", "There is no flag --pot: did you mean --potential?"),
             ("evaluate x --max-steps 3", "There is no flag --max-steps: did you mean --steps?"),
             ("relax x -z", "There is no flag -z; ase-bptt relax --help lists them."),
+            (
+                "train runs --warm 2",
+                "There is no flag --warm in the shell; Python has it: Trainer(warm_start_every=...).",
+            ),
+            (
+                "demo --lora=4",
+                "There is no flag --lora in the shell; Python has it: ase_bptt.tuning.prepare(potential, lora=...).",
+            ),
             ("info --model chgnet", "There is no flag --model: POTENTIAL is given without a flag."),
         ],
     )

@@ -31,7 +31,7 @@ def tuned(potential, folder):
     """Trained on one pair, and saved by the Trainer; with its weights before."""
     base = {name: weight.detach().clone() for name, weight in potential.model.named_parameters()}
     pair = RelaxationPair(skewed(), skewed(2), "a", group="a")
-    trainer = Trainer(potential, steps=2, lr=1e-3, along=0.0, rattle=0.0, progress=False)
+    trainer = Trainer(potential, steps=2, lr=1e-3, interpolate=0.0, rattle=0.0, progress=False)
     trainer.fit([pair], epochs=2).save(folder)
     return trainer.potential, base
 

@@ -153,7 +153,7 @@ def test_a_copy_loads_its_own_weights_and_is_trained():
     expected = results(other, skewed())["forces"]
     potential.load_state_dict(other.state_dict(), strict=True)
     assert torch.equal(results(potential, skewed())["forces"], expected)
-    trainer = Trainer(potential, steps=2, batch_size=1, lr=1e-4, along=0.0, rattle=0.0, progress=False)
+    trainer = Trainer(potential, steps=2, batch_size=1, lr=1e-4, interpolate=0.0, rattle=0.0, progress=False)
     trainer.fit([moved_pair()], epochs=1)
     assert not torch.equal(results(potential, skewed())["forces"], expected)
 
@@ -162,7 +162,9 @@ def test_a_copy_loads_its_own_weights_and_is_trained():
 @pytest.mark.filterwarnings("ignore")
 def test_it_is_tuned_through_a_relaxation(tmp_path):
     pair = moved_pair()
-    trainer = Trainer("sevennet", steps=2, batch_size=1, lr=1e-4, along=0.0, rattle=0.0, out=tmp_path, progress=False)
+    trainer = Trainer(
+        "sevennet", steps=2, batch_size=1, lr=1e-4, interpolate=0.0, rattle=0.0, out=tmp_path, progress=False
+    )
     trainer.potential.requires_grad_()
     trainer.fit([pair], epochs=2)
     losses = [row["train_loss"] for row in trainer.history]

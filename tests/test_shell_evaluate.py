@@ -115,7 +115,7 @@ class TestInfo:
         code, out, _ = run("info", data / "lj", "--json")
         assert code == 0
         assert json.loads(out)["family"] == "lj"
-        assert json.loads(out)["diagnosis"] is None
+        assert json.loads(out)["suitability"] is None
 
     def test_bad_pairs_are_refused(self, data):
         is_refused(run("info", data / "lj", "--pairs", "nowhere"), "nowhere")
@@ -140,11 +140,11 @@ class TestInfo:
         files = ("still.extxyz", data / "initial.extxyz")
         code, out, err = run("info", data / "lj", "--relax", *files, "--steps", 12, "--json")
         assert code == 0, err
-        found = json.loads(out)["health"]
+        found = json.loads(out)["gradients"]
         assert [row["frames"] for row in found["structures"]] == [0, *[12] * 5]
         assert all(row["growth"] is not None for row in found["structures"][1:])
         assert found["step_limit"] > 0.05
-        assert json.loads(run("info", data / "lj", "--json")[1])["health"] is None
+        assert json.loads(run("info", data / "lj", "--json")[1])["gradients"] is None
 
     def test_a_file_that_cannot_be_relaxed_is_refused(self, data):
         is_refused(run("info", data / "lj", "--relax", "nowhere.extxyz"), "nowhere.extxyz")

@@ -46,7 +46,7 @@ def rng():
     return np.random.default_rng(3)
 
 
-@pytest.mark.parametrize("term", every_term(), ids=["pull", "teacher", "reference", "path"])
+@pytest.mark.parametrize("term", every_term(), ids=["weight_anchor", "teacher", "reference", "path"])
 class TestEveryTerm:
     def test_its_gradient_is_that_of_differences(self, term, pairs):
         potential = wide_lennard_jones(sigma=2.6)
@@ -101,7 +101,7 @@ class TestEveryTerm:
         term.weight /= 3
 
 
-@pytest.mark.parametrize("term", [WeightAnchor(), Distillation(size=3, batch=20)], ids=["pull", "teacher"])
+@pytest.mark.parametrize("term", [WeightAnchor(), Distillation(size=3, batch=20)], ids=["weight_anchor", "teacher"])
 def test_a_regularizer_is_zero_at_the_pretrained_weights_and_nowhere_else(term, pairs):
     potential = wide_lennard_jones()
     term.prepare(potential, pairs)
@@ -428,7 +428,13 @@ def test_a_weight_must_be_positive(name):
 
 
 def test_an_unknown_term_is_refused_with_what_there_is():
-    with pytest.raises(ValueError, match=r"no term 'pul' .did you mean 'pull'.*; there are pull, teacher, reference\."):
-        make_term({"name": "pul"})
-    with pytest.raises(ValueError, match=r"no term 'pul' .did you mean 'pull'.*; there are pull, teacher, reference\."):
-        make_term("pul")
+    with pytest.raises(
+        ValueError,
+        match=r"no term 'weight_anchr' .did you mean 'weight_anchor'.*; there are weight_anchor, teacher, reference\.",
+    ):
+        make_term({"name": "weight_anchr"})
+    with pytest.raises(
+        ValueError,
+        match=r"no term 'weight_anchr' .did you mean 'weight_anchor'.*; there are weight_anchor, teacher, reference\.",
+    ):
+        make_term("weight_anchr")

@@ -143,7 +143,7 @@ class TestStarts:
 
     def test_the_pairs_given_are_left_as_they_are(self, pairs):
         before = fingerprint(pairs["train"])
-        trainer(along=1.0, rattle=0.1).fit(pairs["train"], epochs=1)
+        trainer(interpolate=1.0, rattle=0.1).fit(pairs["train"], epochs=1)
         assert fingerprint(pairs["train"]) == before
 
     def test_noise_has_the_width_asked_for(self, pairs):
@@ -211,14 +211,14 @@ class TestDiverging:
     @pytest.mark.parametrize("adjoint", ["replay", "full"])
     def test_a_diverging_pair_is_named_and_counted_and_the_others_train(self, pairs, caplog, fault, adjoint):
         good = pairs["train"][:3]
-        run = trainer(self.exploding(fault), batch_size=4, adjoint=adjoint, along=0.0, rattle=0.0)
+        run = trainer(self.exploding(fault), batch_size=4, adjoint=adjoint, interpolate=0.0, rattle=0.0)
         run.fit([*good, with_xenon(pairs["train"][3])], epochs=1)
         assert run.history[0]["skipped"] == 1
         warnings = [r.message for r in caplog.records if r.levelno == logging.WARNING]
         assert len(warnings) == 1
         assert "the bad pair" in warnings[0]
         assert "step size is too large" in warnings[0]
-        alone = trainer(batch_size=4, adjoint=adjoint, along=0.0, rattle=0.0).fit(good, epochs=1)
+        alone = trainer(batch_size=4, adjoint=adjoint, interpolate=0.0, rattle=0.0).fit(good, epochs=1)
         assert run.potential.sigma.item() == pytest.approx(alone.potential.sigma.item(), abs=1e-9)
         assert run.potential.sigma.item() != 2.65
 
@@ -369,7 +369,15 @@ class TestResuming:
     @pytest.mark.parametrize(
         "changes",
         [
-            {"loss": "rmsd", "adjoint": "full", "fmax": 0.03, "clip": 0.1, "along": 0.2, "rattle": 0.05, "patience": 7},
+            {
+                "loss": "rmsd",
+                "adjoint": "full",
+                "fmax": 0.03,
+                "clip": 0.1,
+                "interpolate": 0.2,
+                "rattle": 0.05,
+                "patience": 7,
+            },
             {"stepper": "fire"},
             {"stepper": GradientDescent(0.03, anneal=0.9, momentum=0.2, maxstep=0.1)},
             {"optimizer": lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.1)},
@@ -497,7 +505,8 @@ class TestResuming:
         assert Trainer.resume(tmp_path).epoch == 1
 
     @pytest.mark.parametrize(
-        ("file", "name"), [("settings.json", "warm"), ("settings.json", "terms"), ("checkpoint.pt", "best_epoch")]
+        ("file", "name"),
+        [("settings.json", "warm_start_every"), ("settings.json", "terms"), ("checkpoint.pt", "best_epoch")],
     )
     def test_a_run_of_an_older_release_is_refused_with_one_sentence(self, pairs, tmp_path, file, name):
         trainer(out=tmp_path / "run").fit(pairs["train"], epochs=1)

@@ -67,11 +67,11 @@ class TestAdjoints:
             ("replay:3", {}),
             ("truncated:4", {}),
             ("guided:6", {"steps": None}),
-            ("guided:6", {"steps": None, "warm": 2}),
+            ("guided:6", {"steps": None, "warm_start_every": 2}),
             ("implicit", TO_THE_END),
-            ("implicit", TO_THE_END | {"warm": 2}),
+            ("implicit", TO_THE_END | {"warm_start_every": 2}),
             ("one-step", TO_THE_END),
-            ("one-step", TO_THE_END | {"warm": 2}),
+            ("one-step", TO_THE_END | {"warm_start_every": 2}),
         ],
     )
     def test_every_adjoint_trains(self, pairs, adjoint, changes):
@@ -99,7 +99,7 @@ class TestAdjoints:
     @pytest.mark.parametrize("weight", [0.5, 3.0])
     @pytest.mark.parametrize("warm", [0, 2])
     def test_guided_adds_the_loss_after_the_first_frames_times_its_weight(self, pairs, weight, warm):
-        run = trainer(adjoint=Guided(4, weight=weight, solve=TIGHT), steps=300, warm=warm)
+        run = trainer(adjoint=Guided(4, weight=weight, solve=TIGHT), steps=300, warm_start_every=warm)
         for epoch in (0, 1):
             run.pair_loss.backward(pairs[:2], epoch)
             found = gradients(run)
@@ -184,7 +184,7 @@ class TestTerms:
         whole, resumed = interrupted(self.make, tmp_path, labelled[:3], labelled[3:], step=4, epochs=3)
         assert same(*([term.state() for term in run.terms] for run in (whole, resumed)))
         assert same(without_times(whole.history), without_times(resumed.history))
-        assert all(whole.history[-1][f"term_{name}"] > 0 for name in ("pull", "teacher", "reference"))
+        assert all(whole.history[-1][f"term_{name}"] > 0 for name in ("weight_anchor", "teacher", "reference"))
 
     def test_the_page_says_what_else_has_changed(self, labelled, tmp_path):
         splits = {"train": labelled[:2], "valid": labelled[2:3], "test": labelled[3:4]}
@@ -196,7 +196,7 @@ class TestTerms:
         potential = Exploding(**untuned().config())
         potential.fault = float("nan")
         run = trainer(potential, terms=[WeightAnchor()]).fit([with_xenon(p) for p in pairs[:2]], epochs=1)
-        assert np.isnan(run.history[0]["term_pull"])
+        assert np.isnan(run.history[0]["term_weight_anchor"])
 
     def test_objects_serve_several_trainings_each_with_its_own_beginning(self, pairs):
         given = [WeightAnchor(), Distillation(size=3, batch=20)]
@@ -211,13 +211,13 @@ class TestTerms:
 
     def test_two_of_one_name_are_refused(self):
         with pytest.raises(ValueError, match="Two terms of the loss have one name"):
-            trainer(terms=[WeightAnchor(), {"name": "pull", "weight": 2.0}])
+            trainer(terms=[WeightAnchor(), {"name": "weight_anchor", "weight": 2.0}])
 
-    @pytest.mark.parametrize("terms", ["pull", ["pull"], [{"name": "pull"}]])
+    @pytest.mark.parametrize("terms", ["weight_anchor", ["weight_anchor"], [{"name": "weight_anchor"}]])
     def test_by_name_they_have_weight_1(self, pairs, terms):
         run = trainer(terms=terms).fit(pairs[:2], epochs=1)
-        assert [(term.name, term.weight) for term in run.terms] == [("pull", 1.0)]
-        assert "term_pull" in run.history[0]
+        assert [(term.name, term.weight) for term in run.terms] == [("weight_anchor", 1.0)]
+        assert "term_weight_anchor" in run.history[0]
 
     def test_pairs_that_a_term_cannot_use_are_refused_before_there_is_a_folder(self, pairs, tmp_path):
         run = trainer(terms=["reference"], out=tmp_path / "run")

@@ -16,7 +16,7 @@ from ase_bptt.potentials.analytic import DoubleWell
 from ase_bptt.steppers import GradientDescent
 from ase_bptt.training import pair_loss
 
-STILL = {"along": 0.0, "rattle": 0.0}
+STILL = {"interpolate": 0.0, "rattle": 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def pairs():
 
 
 def warm(every=2, adjoint="implicit", **changes):
-    return trainer(**{"adjoint": adjoint, "warm": every, "stepper": None, "steps": None} | changes)
+    return trainer(**{"adjoint": adjoint, "warm_start_every": every, "stepper": None, "steps": None} | changes)
 
 
 def watched(run, monkeypatch) -> list:
@@ -52,7 +52,7 @@ class TestStarts:
         assert max(frames[1], frames[2], frames[4]) < 0.7 * min(frames[0], frames[3])
 
     def test_cold_epochs_begin_at_the_initial_structures_and_others_at_the_ends(self, pairs, monkeypatch):
-        run = warm(every=2, along=0.5, rattle=0.1)
+        run = warm(every=2, interpolate=0.5, rattle=0.1)
         seen, ends = watched(run, monkeypatch), []
         validate = run._validate
 
@@ -122,7 +122,7 @@ class Raised(Trainer):
 def test_another_basin_is_noticed_at_the_next_cold_start_and_told_once(tmp_path, caplog):
     initial, relaxed = (Atoms("Ar2", positions=[[0, 0, 0], [0, 0, z]]) for z in (3.02, 2.5))
     run = Raised(
-        Well(), adjoint="implicit", warm=2, stepper=GradientDescent(0.004), steps=1000, progress=False,
+        Well(), adjoint="implicit", warm_start_every=2, stepper=GradientDescent(0.004), steps=1000, progress=False,
         out=tmp_path / "run", **STILL,
     )  # fmt: skip
     run.fit([RelaxationPair(initial, relaxed, "dimer", "dimer")], epochs=5)
@@ -163,5 +163,5 @@ def test_pairs_must_have_names_of_their_own(pairs):
 
 
 def test_epochs_between_cold_starts_are_not_negative():
-    with pytest.raises(ValueError, match=r"warm must be positive, got -1\."):
+    with pytest.raises(ValueError, match=r"warm_start_every must be positive, got -1\."):
         warm(-1)

@@ -23,7 +23,7 @@ class SolveStatus(enum.Enum):
 
     SOLVED = "solved"
     SADDLE = "saddle"
-    CAPPED = "out of iterations"
+    OUT_OF_ITERATIONS = "out of iterations"
     UNRELAXED = "not relaxed"
 
     @property
@@ -32,8 +32,8 @@ class SolveStatus(enum.Enum):
             SolveStatus.SOLVED: "The equation of the gradient was solved to its tolerance.",
             SolveStatus.SADDLE: "The energy falls along some direction, so that this is a saddle and no minimum: the "
             "gradient holds what was found before that direction appeared.",
-            SolveStatus.CAPPED: "The equation of the gradient was not solved to its tolerance: raise max_iterations, "
-            "or add damping.",
+            SolveStatus.OUT_OF_ITERATIONS: "The equation of the gradient was not solved to its tolerance: raise "
+            "max_iterations, or add damping.",
             SolveStatus.UNRELAXED: "Its relaxation did not converge, so that there is no minimum to take a gradient "
             "at, and it gives none: give it more steps.",
         }[self]
@@ -115,7 +115,7 @@ def conjugate_gradients(
 
 
 def _solve(saddle: bool, live: bool, iterations: int, square: float) -> Solve:
-    status = SolveStatus.SADDLE if saddle else SolveStatus.CAPPED if live else SolveStatus.SOLVED
+    status = SolveStatus.SADDLE if saddle else SolveStatus.OUT_OF_ITERATIONS if live else SolveStatus.SOLVED
     return Solve(status, iterations, square**0.5)
 
 

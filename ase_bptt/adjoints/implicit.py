@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class GradientWarning(UserWarning):
-    """The backward pass could not solve for the gradient of a structure at its minimum."""
+    """The backward pass could not solve for the gradient of a structure at its minimum: see `Solve`."""
 
 
 SHOWN = 5

@@ -30,6 +30,15 @@ log = logging.getLogger(__name__)
 WIDTH = 80
 FLAG = re.compile(r"--?[A-Za-z]")
 """How a flag begins, which a negative number does not."""
+PYTHON_ONLY = {
+    **{f"--{name}": f"Trainer({name}=...)" for name in ("learn", "patience", "rattle")},
+    "--along": "Trainer(interpolate=...)",
+    "--warm": "Trainer(warm_start_every=...)",
+    **{f"--{name}": f"ase_bptt.tuning.prepare(potential, {name}=...)" for name in ("freeze", "last", "lora", "train")},
+    "--momentum": "Trainer(stepper=GradientDescent(momentum=...))",
+    "--pull": "Trainer(terms=[WeightAnchor(...)])",
+}
+"""Choices that hardly any training needs, by the flags that they might have: what gives them in Python."""
 Actions = tuple[Callable[[argparse.Namespace], int], Callable[[argparse.Namespace], str]]
 
 
@@ -64,6 +73,8 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(words, namespace)
 
     def _unknown(self, name: str) -> str:
+        if name in PYTHON_ONLY:
+            return f"There is no flag {name} in the shell; Python has it: {PYTHON_ONLY[name]}."
         flags = [known for known in self._option_string_actions if known.startswith("--")]
         positional = [str(action.metavar) for action in self._actions if not action.option_strings]
         near = nearest(name, [*flags, *positional])
@@ -199,21 +210,6 @@ def positive(text: str) -> float:
     if not (math.isfinite(value) and value > 0):
         raise argparse.ArgumentTypeError(f"must be positive, got {text}")
     return value
-
-
-def between(low: float, high: float) -> Callable[[str], float]:
-    """A number within these limits."""
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"must be between {low:g} and {high:g}, got {text}")
-        return value
-
-    return parse
 
 
 def device(text: str) -> torch.device:

@@ -47,7 +47,7 @@ def add(commands: Any) -> None:
     )
     add_potential(parser, positional=True)
     add_pairs(parser, option="--pairs")
-    group = parser.add_argument_group("diagnosis")
+    group = parser.add_argument_group("suitability")
     flag(group, parser, "--sample", "pairs from which settings for training are derived", 8, type=count, metavar="N")
     flag(group, parser, "--seed", "random seed of the sample and of the rattling", 0, type=seed, metavar="N")
     group = parser.add_argument_group("gradient diagnostics")
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     potential = potential_of(arguments)
     facts = _facts(arguments, potential)
-    diagnosis = None
+    suitability = None
     if arguments.pairs:
         pairs = usable(potential, read_grouped(arguments, show=True), skip_invalid=arguments.skip_invalid)
         with tqdm(disable=None, leave=False) as bar:
@@ -71,16 +71,16 @@ def run(arguments: argparse.Namespace) -> int:
                 bar.total, bar.n = total, done
                 bar.set_description_str(what)
 
-            diagnosis = diagnose(potential, pairs, seed=arguments.seed, sample=arguments.sample, progress=progress)
+            suitability = diagnose(potential, pairs, seed=arguments.seed, sample=arguments.sample, progress=progress)
     report = _gradients(arguments, potential) if arguments.relax else None
     if arguments.json:
-        parts = {"diagnosis": diagnosis and diagnosis.todict(), "health": report and report.todict()}
+        parts = {"suitability": suitability and suitability.todict(), "gradients": report and report.todict()}
         print(json.dumps(without_nan(facts | parts)))
         return 0
     for name, value in facts.items():
         print(f"{name.replace('_', ' '):20} {value}")
-    if diagnosis:
-        print(f"\n{diagnosis.text()}")
+    if suitability:
+        print(f"\n{suitability.text()}")
     if report:
         print(f"\n{report.text()}")
     return 0

@@ -24,6 +24,7 @@ from .. import __version__
 from ..evaluation import BASIN_RULE
 from ..pairs import RelaxationPair
 from ..report import change
+from ..report.drift_report import force_sentences
 from ..report.tables import comparison_text, table
 from ..terms.labels import Labels
 from ..training import Trainer
@@ -173,6 +174,7 @@ def _what_else_changed(results: RunResults) -> str:
             f"{drift.force:.3f} eV/Å (their size was {drift.size:.3f} eV/Å), energies by "
             f"{1000 * drift.energy:.1f} meV/atom."
         )
+    lines += force_sentences(report)
     lines.append(f"Drift report: {results.out / DRIFT_PICTURE} and {results.out / DRIFT_REPORT}.")
     return "\n".join(fill(line, WIDTH, break_long_words=False, break_on_hyphens=False) for line in lines) + "\n\n"
 

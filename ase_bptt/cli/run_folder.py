@@ -21,8 +21,8 @@ COMMAND = "command.json"
 OURS = (
     COMMAND, "settings.json", "metrics.csv", "checkpoint.pt", "checkpoint.previous.pt", "potential", "fold_*",
     "before.json", "after.json", "results.json", "table.csv", "report.html", "relaxed.extxyz", "*.part.traj",
-    "before_after.png", "by_group.png", "displacements.png", "learning_curve.png", "portrait_before.json",
-    "portrait_after.json", "card.json", "card.png",
+    "before_after.png", "by_group.png", "displacements.png", "learning_curve.png", "snapshot_before.json",
+    "snapshot_after.json", "drift_report.json", "drift_report.png",
 )  # fmt: skip
 """Patterns of what the commands write into a run folder: --overwrite deletes nothing else."""
 PASSING = frozenset(

@@ -21,13 +21,11 @@ from ..training.fine_tune import cross_validate, finetune
 from ..training.results import RESULTS, RunResults
 from ..training.settings import MOMENTUM, NUMBERS
 from ..training.training_data import combined_hash
-from ..tuning import prepare
 from . import messages, run_folder
 from .flags import (
     add_output,
     add_pairs,
     add_potential,
-    between,
     command,
     count,
     flag,
@@ -176,7 +174,6 @@ def _pairs(arguments: argparse.Namespace, potential: Potential) -> list[Relaxati
 
 ARGUMENTS = ("loss", *NUMBERS)
 TERMS = {
-    "pull": "weight of the anchor to the pretrained weights (L2-SP)",
     "teacher": "weight of the distillation of pretrained energies and forces on probes",
     "reference": "weight of the energy and force labels of the reference frames (default: 1 where there are any)",
 }
@@ -205,40 +202,19 @@ def add_training(parser: argparse.ArgumentParser) -> Any:
         type=step_size,
         metavar="X",
     )
-    flag(group, parser, "--momentum", f"momentum of gd (default: {MOMENTUM})", type=between(0, 1), metavar="X")
     flag(group, parser, "--adjoint", "how the gradient is taken: replay, replay:N, replay:differences, truncated:N, "
          "guided:N, implicit, one-step or full, with N frames", "replay", type=adjoint, metavar="NAME")  # fmt: skip
-    number("--warm", count, "with implicit, guided or one-step: start relaxations where they ended in the epoch "
-           "before, and from the initial structures in every N-th epoch", "N")  # fmt: skip
-    flag(group, parser, "--learn", "also train these hyperparameters of the stepper, such as step_size", [], nargs="+",
-         metavar="NAME")  # fmt: skip
     flag(group, parser, "--loss", f"loss to minimise, a distance to the reference: {', '.join(LOSSES)}",
          default["loss"], choices=sorted(LOSSES), metavar="NAME")  # fmt: skip
     number("--lr", positive, "initial learning rate of AdamW (default: 4e-3 for up to 200,000 weights, else 1e-3)")
     number("--batch-size", count, "pairs in each step of the optimizer", "N")
     number("--memory", positive, "limit of memory in GiB; larger batches are computed in parts (default: 80 % "
            "of what is free on a GPU)")  # fmt: skip
-    number("--along", between(0, 1), "fraction of training starts on the line from initial to reference structure")
-    number("--rattle", between(0, 1), "random displacement of training starts, in Å")
-    number("--patience", count, "stop after N epochs without improvement on the validation pairs", "N")
     number("--seed", seed, "random seed of the split, the order of pairs and their starts", "N")
-    _add_weights(parser)
-    _add_terms(parser)
-    return group
-
-
-def _add_weights(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("what is trained (default: all weights)")
-    flag(group, parser, "--train", "train the weights whose names match", [], nargs="+", metavar="PATTERN")
-    flag(group, parser, "--freeze", "do not train the weights whose names match", [], nargs="+", metavar="PATTERN")
-    flag(group, parser, "--last", "train the last N layers, with the readout", type=count, metavar="N")
-    flag(group, parser, "--lora", "train low-rank updates of this rank, merged on saving", type=count, metavar="RANK")
-
-
-def _add_terms(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("further terms of the loss")
+    terms = parser.add_argument_group("further terms of the loss")
     for name, text in TERMS.items():
-        flag(group, parser, f"--{name}", text, type=weight, metavar="X")
+        flag(terms, parser, f"--{name}", text, type=weight, metavar="X")
+    return group
 
 
 def new_trainer(arguments: argparse.Namespace, out: Path | None) -> Trainer:
@@ -252,7 +228,6 @@ def new_trainer(arguments: argparse.Namespace, out: Path | None) -> Trainer:
     chosen = make_adjoint(arguments.adjoint)
     assert chosen is not None
     potential = potential_of(arguments)
-    prepare(potential, train=arguments.train, freeze=arguments.freeze, last=arguments.last, lora=arguments.lora)
     numbers = {name: getattr(arguments, name) for name in ARGUMENTS if getattr(arguments, name, None) is not None}
     terms: list[dict[str, Any]]
     terms = [{"name": name, "weight": getattr(arguments, name)} for name in TERMS if getattr(arguments, name)]
@@ -289,12 +264,11 @@ def step_size(text: str) -> float | str:
 
 def _stepper(arguments: argparse.Namespace, adjoint: Adjoint) -> Stepper:
     name = arguments.stepper or ("gd" if adjoint.through_frames else "bfgs")
-    given = {"step_size": arguments.step_size, "momentum": arguments.momentum}
-    given = {key: value for key, value in given.items() if value is not None}
+    given = {} if arguments.step_size is None else {"step_size": arguments.step_size}
     if adjoint.through_frames and not STEPPERS[name].differentiable:
         raise ValueError(f"--stepper {name} cannot be differentiated: take gd or fire, or --adjoint implicit.")
     if name == "gd":
-        return make_stepper("gd", **{"momentum": MOMENTUM} | given)
+        return make_stepper("gd", momentum=MOMENTUM, **given)
     if given:
-        raise ValueError("--step-size and --momentum belong to --stepper gd.")
+        raise ValueError("--step-size belongs to --stepper gd.")
     return make_stepper(name)

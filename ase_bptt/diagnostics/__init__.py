@@ -14,7 +14,7 @@ from ..steppers import GradientDescent
 from ..training.settings import MOMENTUM
 from .judgement import classify, judge
 from .landscape import force_error, minima, settling
-from .suitability import Diagnosis
+from .suitability import Suitability
 
 AT_ONCE = 8
 """Pairs evaluated between two reports of progress."""
@@ -29,7 +29,7 @@ def diagnose(
     sample: int = 8,
     rattles: int = 4,
     progress: Progress | None = None,
-) -> Diagnosis:
+) -> Suitability:
     """Measure whether training through the relaxation can help this potential on these pairs.
 
     Nothing is trained; neither weights nor structures are changed.
@@ -73,7 +73,7 @@ def diagnose(
     forces = force_error(potential, pairs, report=_about(progress, "comparing forces"))
     chosen = spread(pairs, sample, seed)
     stepper = GradientDescent(momentum=MOMENTUM)
-    return Diagnosis(
+    return Suitability(
         evaluation=evaluation,
         classes=classes,
         judgement=judge(evaluation.rows, classes, pairs, forces),

@@ -84,7 +84,7 @@ class GradientReport:
                 yield f"{_named(members)}: not relaxed ({status.value}). {status.sentence}"
 
     def _of_solves(self) -> Iterator[str]:
-        for status in (SolveStatus.UNRELAXED, SolveStatus.SADDLE, SolveStatus.CAPPED):
+        for status in (SolveStatus.UNRELAXED, SolveStatus.SADDLE, SolveStatus.OUT_OF_ITERATIONS):
             members = [k for k, d in enumerate(self.structures) if d.solve and d.solve.status is status]
             if status is SolveStatus.UNRELAXED:
                 members = [k for k in members if self.structures[k].status is Status.OUT_OF_STEPS]

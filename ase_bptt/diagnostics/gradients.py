@@ -54,6 +54,15 @@ def spectral_radius(relaxation: Relaxation, *, iterations: int = ITERATIONS, see
     ------
     TypeError
         For steppers that cannot be differentiated.
+
+    Examples
+    --------
+    >>> from ase.build import molecule
+    >>> from ase_bptt import relax
+    >>> from ase_bptt.steppers import GradientDescent
+    >>> relaxation = relax("emt", molecule("N2"), stepper=GradientDescent(step_size=0.005), steps=20)
+    >>> 0 < spectral_radius(relaxation)[0] < 1  # stable: gradients shrink with each frame
+    True
     """
     trajectory = relaxation.trajectory
     stepper = trajectory.map.stepper

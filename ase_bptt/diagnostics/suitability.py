@@ -1,4 +1,4 @@
-"""Whether training through the relaxation suits a potential and its pairs: the diagnosis, as data and as text."""
+"""Whether training through the relaxation suits a potential and its pairs, as data and as text."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MOST_UNROLLED = 40
 
 
 @dataclass(frozen=True)
-class Diagnosis:
+class Suitability:
     """The result of `ase_bptt.diagnose`.
 
     Attributes
@@ -136,7 +136,7 @@ def _median(values: list[Any]) -> float | None:
     return median(values) if values else None
 
 
-def _verdict(d: Diagnosis) -> Iterator[str]:
+def _verdict(d: Suitability) -> Iterator[str]:
     yield f"Will training through the relaxation help? {d.verdict}"
     yield _wrapped(d.judgement.reason)
     for caution in d.judgement.cautions:
@@ -144,7 +144,7 @@ def _verdict(d: Diagnosis) -> Iterator[str]:
     yield _wrapped("An estimate, not a promise; this measures it: ase-bptt train ... --folds 5")
 
 
-def _ends(d: Diagnosis) -> Iterator[str]:
+def _ends(d: Suitability) -> Iterator[str]:
     rows = d.evaluation.rows
     kinds = len(d.evaluation.by_group())
     yield f"Where its relaxations end (structures: {len(rows)}, kinds: {kinds}; FIRE to 0.02 eV/Å)"
@@ -162,7 +162,7 @@ def _ends(d: Diagnosis) -> Iterator[str]:
     yield f"  farther from the reference than they started: {sum(map(went_farther, rows))} of {len(rows)}"
 
 
-def _forces(d: Diagnosis) -> Iterator[str]:
+def _forces(d: Suitability) -> Iterator[str]:
     f = d.forces
     if f is None:
         yield "Forces: the files hold none to compare with"
@@ -177,7 +177,7 @@ def _forces(d: Diagnosis) -> Iterator[str]:
     yield "  (mean absolute error; mean absolute force of the reference)"
 
 
-def _training(d: Diagnosis) -> Iterator[str]:
+def _training(d: Suitability) -> Iterator[str]:
     # Advice on settings is of no use where the potential must first be retrained.
     if not d.sample or d.verdict == RETRAIN:
         return
@@ -187,7 +187,7 @@ def _training(d: Diagnosis) -> Iterator[str]:
     yield from _basins(d)
 
 
-def _frames(d: Diagnosis) -> Iterator[str]:
+def _frames(d: Suitability) -> Iterator[str]:
     found = [s.frames for s in d.settling if s.frames is not None]
     diverged = len(d.settling) - len(found)
     slow = sum(s.frames is not None and not s.finished for s in d.settling)
@@ -210,7 +210,7 @@ def _frames(d: Diagnosis) -> Iterator[str]:
         )
 
 
-def _step(d: Diagnosis) -> Iterator[str]:
+def _step(d: Suitability) -> Iterator[str]:
     limit = d.step_limit
     if limit is None:
         return
@@ -224,7 +224,7 @@ def _step(d: Diagnosis) -> Iterator[str]:
         yield _item("--step-size", f"{bound}: the default of {d.step_size:g} is too long, {advice}.", "! ")
 
 
-def _basins(d: Diagnosis) -> Iterator[str]:
+def _basins(d: Suitability) -> Iterator[str]:
     if not d.minima:
         return
     ends = [m.ends for m in d.minima]

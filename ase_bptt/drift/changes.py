@@ -93,6 +93,12 @@ class DriftReport:
             for name, curve in self.before.dimers.items()
         }
 
+    @property
+    def force_errors(self) -> tuple[float, float] | None:
+        """Mean absolute error of the forces on held-out frames, before and after, eV/Å; None without such frames."""
+        before, after = self.before.force_error, self.after.force_error
+        return None if before is None or after is None else (before, after)
+
     def warnings(self) -> list[str]:
         """A sentence for each instability that has appeared or grown, and each crystal that is another one now."""
         found = [_sentence(name, b, a) for name, (b, a) in self.instabilities.items() if a and _worse(b, a)]
@@ -117,16 +123,17 @@ class DriftReport:
         dimers = {
             name: {"distances": list(curve.distances), "before": list(curve.energies),
                    "after": list(self.after.dimers[name].energies),
-                   "holes": [None if found is None else vars(found) for found in instabilities[name]]}
+                   "instabilities": [None if found is None else vars(found) for found in instabilities[name]]}
             for name, curve in self.before.dimers.items()
         }  # fmt: skip
         held_out = None if self.held_out is None else {
-            name: [getattr(e, name) for e in self.held_out] for name in ("mean", "median", "basins")
+            name: [getattr(e, name) for e in self.held_out] for name in ("mean", "median", "geometric_mean", "basins")
         }  # fmt: skip
         found = {
             "drift": {kind: vars(drift) for kind, drift in self.drifts.items()},
             "crystals": crystals,
             "dimers": dimers,
+            "force_error": self.force_errors,
             "held_out": held_out,
             "warnings": self.warnings(),
         }
@@ -172,7 +179,7 @@ def _softened(name: str, before: float, after: float) -> Iterator[str]:
         yield (
             f"{name}: its bulk modulus has changed by {100 * (after / before - 1):+.0f} %, from {before:.0f} to "
             f"{after:.0f} GPa: where elastic or thermal properties matter, train with --teacher 1 "
-            '(terms=["teacher"]), which keeps the potential as it was away from the pairs.'
+            '(terms=["teacher"]) or a larger weight, which keeps the potential as it was away from the pairs.'
         )
 
 
@@ -268,5 +275,17 @@ def drift_report(
         Of the same held-out pairs by each.
     size : int
         Probes of each kind.
+
+    Examples
+    --------
+    >>> from ase_bptt import load_potential
+    >>> from ase_bptt.drift.changes import drift_report
+    >>> before, after = load_potential("emt"), load_potential("emt")
+    >>> after.s0.data *= 1.02
+    >>> report = drift_report(before, after, size=2)
+    >>> print(f"crystals: forces changed by {report.drift('crystals').force:.2f} eV/Å")
+    crystals: forces changed by 0.33 eV/Å
+    >>> report.warnings()
+    []
     """
     return DriftReport(take_snapshot(before, pairs, size=size), take_snapshot(after, pairs, size=size), held_out)

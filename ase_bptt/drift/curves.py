@@ -38,6 +38,15 @@ def elastic(potential: Potential, crystals: Sequence[Crystal]) -> dict[str, Elas
 
     The seven lattice constants move until the lowest energy is inside, then close in on it, and the equation of
     state is fitted to their energies (`birch_murnaghan`).
+
+    Examples
+    --------
+    >>> from ase_bptt import load_potential
+    >>> from ase_bptt.terms.probes import known_crystals
+    >>> potential = load_potential("emt")
+    >>> copper = [crystal for crystal in known_crystals(potential) if crystal.name == "Cu"]
+    >>> print(f"{elastic(potential, copper)['Cu'].lattice_constant:.2f} Å")
+    3.59 Å
     """
     cells = [crystal.atoms() for crystal in crystals]
     centre = np.ones(len(cells))
@@ -81,6 +90,14 @@ def birch_murnaghan(volumes: np.ndarray, energies: np.ndarray) -> tuple[float, f
     """Volume and bulk modulus (in energy per volume) at the minimum of a fit; NaN where it has none inside.
 
     The third-order equation of state of Birch and Murnaghan (Phys. Rev. 71, 809 (1947)), fitted by `ase.eos`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> volumes = np.linspace(9, 11, 7)
+    >>> volume, modulus = birch_murnaghan(volumes, 0.5 * (volumes - 10) ** 2)
+    >>> print(f"{volume:.1f} {modulus:.0f}")  # V d2E/dV2 at the minimum
+    10.0 10
     """
     if not np.isfinite(energies).all():
         return np.nan, np.nan
@@ -134,7 +151,14 @@ class ShortRangeInstability:
 
 
 def dimer_curves(potential: Potential, elements: Sequence[tuple[int, int]]) -> dict[str, Curve]:
-    """Curves of two isolated atoms of these elements (atomic numbers), by name, as "Si-O"."""
+    """Curves of two isolated atoms of these elements (atomic numbers), by name, as "Si-O".
+
+    Examples
+    --------
+    >>> from ase_bptt import load_potential
+    >>> list(dimer_curves(load_potential("emt"), [(29, 29), (29, 79)]))
+    ['Cu-Cu', 'Cu-Au']
+    """
     shares = np.linspace(NEAREST, FARTHEST, DISTANCES)
     grid = [shares * (covalent_radii[a] + covalent_radii[b]) for a, b in elements]
     atoms = [
@@ -166,6 +190,12 @@ def short_range_instability(curve: Curve, before: Curve | None = None) -> ShortR
 
     The minimum is the lowest point from `BONDED` outwards. With the curve of another potential before, it is the
     minimum that is reached downhill from where that curve has its own: an instability may be deeper than the minimum.
+
+    Examples
+    --------
+    >>> from ase_bptt.drift.curves import Curve, short_range_instability
+    >>> short_range_instability(Curve((0.8, 1.2, 1.6, 2.0), (-3.0, 2.0, 0.0, 1.0)))
+    ShortRangeInstability(distance=1.2, depth=5.0, barrier=2.0)
     """
     distances, energies = np.array(curve.distances), np.array(curve.energies)
     if not np.isfinite(energies).any():

@@ -130,6 +130,12 @@ def space_group(atoms: Atoms, symprec: float = SYMPREC) -> str:
     """International symbol and number, as "Fd-3m (227)"; empty where the structure is not periodic in all directions.
 
     Also empty where no symmetry can be found, as for positions that are not finite.
+
+    Examples
+    --------
+    >>> from ase.build import bulk
+    >>> space_group(bulk("Si"))
+    'Fd-3m (227)'
     """
     if not atoms.pbc.all() or not np.isfinite(atoms.positions).all():
         return ""

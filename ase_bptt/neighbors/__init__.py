@@ -27,6 +27,16 @@ class Edges:
         Whole numbers of cell vectors that lead to the neighbour's image, in the positions' dtype.
     mirror : Tensor of int64 or None, shape (n_edges,)
         Index of each edge's reverse; None where there are edges without one.
+
+    Examples
+    --------
+    >>> from ase.build import bulk
+    >>> from ase_bptt import Structures
+    >>> from ase_bptt.neighbors import find_edges
+    >>> structures = Structures.from_atoms([bulk("Cu")])  # one atom, and its twelve neighbours' images
+    >>> edges = find_edges(structures, cutoff=3.0)
+    >>> edges.vectors(structures).shape
+    torch.Size([12, 3])
     """
 
     i: Tensor

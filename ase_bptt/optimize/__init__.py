@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 
 from ..result import Relaxation
-from .bptt_optimizer import BPTTOptimizer, not_differentiable, stop
+from .bptt_optimizer import BPTTOptimizer, not_differentiable, refuse_unknown, stop
 from .recording import BROKEN, filter_from_json, filter_to_json, read_restart, unreadable, write_restart
 
 __all__ = ["BFGS", "FIRE", "LBFGS", "BFGSLineSearch", "QuasiNewton"]
@@ -236,6 +237,11 @@ class BFGSLineSearch(ase.optimize.BFGSLineSearch):
     >>> bool(QuasiNewton(atoms, logfile=None).run(fmax=0.01))
     True
     """
+
+    @wraps(ase.optimize.BFGSLineSearch.__init__)  # type: ignore[misc]
+    def __init__(self, *args: Any, **kwargs: Any):
+        refuse_unknown(ase.optimize.BFGSLineSearch, kwargs)
+        super().__init__(*args, **kwargs)
 
     REMEMBERED = ("r0", "g0", "e0", "task", "H", "p", "alpha_k", "no_update")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import IO, Any
@@ -116,12 +117,7 @@ class BPTTOptimizer(Optimizer):
         """Take those of the stepper out of the keywords; TypeError for keywords that nobody knows."""
         rule = stepper if isinstance(stepper, Stepper) else named(STEPPERS, stepper, "stepper")
         found = {name: given.pop(name) for name in rule.fields if name in given}
-        for name in given:
-            known = keywords(type(self))
-            if name not in known:
-                advice = belongs_to() | dict.fromkeys(("fmax", "steps"), f"give it to run(), as run({name}=...)")
-                every = dict.fromkeys([*known, *rule.fields])
-                raise unknown_keyword(type(self).__name__, name, every, advice)
+        refuse_unknown(type(self), given, rule.fields)
         return found
 
     @property
@@ -274,6 +270,15 @@ class BPTTOptimizer(Optimizer):
             raise RuntimeError(not_differentiable(type(self).__name__, self.stepper.name))
         fmax: Any = self.fmax
         return self._recording.relaxation(self.atoms, self.adjoint, fmax)
+
+
+def refuse_unknown(cls: type[Optimizer], given: Iterable[str], fields: Iterable[str] = ()) -> None:
+    """TypeError for a keyword that neither an optimizer's class nor its stepper has."""
+    known = keywords(cls)
+    for name in given:
+        if name not in known:
+            advice = belongs_to() | dict.fromkeys(("fmax", "steps"), f"give it to run(), as run({name}=...)")
+            raise unknown_keyword(cls.__name__, name, dict.fromkeys([*known, *fields]), advice)
 
 
 def stop(optimizer: Optimizer) -> None:

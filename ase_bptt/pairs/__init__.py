@@ -49,7 +49,7 @@ class RelaxationPair:
     id : str
         Its name in tables and messages.
     group : str
-        Pairs of one group never stand on both sides of a split.
+        A group is never divided by a split.
     frames : sequence of Atoms
         All frames of the relaxation, first and last included, with energies and forces where the reference has
         them; empty where there are none. `read_pairs` provides them for files of frames, and reads them on access.
@@ -114,6 +114,16 @@ class InvalidPair(ValueError):
     ----------
     survey : Survey or None
         What else there is, where it was found in an archive that was read to its end.
+
+    Examples
+    --------
+    >>> from ase.build import molecule
+    >>> from ase_bptt.pairs import InvalidPair, check_pair
+    >>> try:
+    ...     check_pair(molecule("N2"), molecule("CO2"), "run_1")
+    ... except InvalidPair as problem:
+    ...     print(problem)
+    run_1: the initial structure has 2 atoms and the relaxed one 3; check both.
     """
 
     survey: Any = None
@@ -179,7 +189,7 @@ def check_freedom(pair: RelaxationPair, name: str) -> None:
     change = cell_change(pair.initial, pair.relaxed)
     if not freedom.moves and change > SAME_CELL:
         raise InvalidPair(
-            f"{name}: its cell changes by {change:.3f} Å though it is said to be fixed: take --cell full, or write both "
+            f"{name}: its cell changes by {change:.3f} Å though it is said to be fixed: take --cell full, or give both "
             "structures of one run."
         )
 
@@ -191,8 +201,8 @@ def check_converged(relaxed: Atoms, name: str, max_force: float | None) -> None:
     left = float(np.linalg.norm(relaxed.get_forces(), axis=1).max(initial=0.0))
     if not left <= max_force:
         raise NotARelaxation(
-            f"{name}: a force of {left:.2f} eV/Å is left, so it is no reference: relax it on, leave it out, or allow "
-            f"more than {max_force:g} eV/Å (--max-reference-force).",
+            f"{name}: a force of {left:.2f} eV/Å is left, so it is no reference: relax it further, leave it out, or "
+            f"allow more than {max_force:g} eV/Å (--max-reference-force).",
             "not converged", f"{left:.2f} eV/Å left",
         )  # fmt: skip
 

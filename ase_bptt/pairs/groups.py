@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 MANY = 10
 """So many pairs are named and compared in one warning."""
 FEW = 5
-"""A validation or test set of fewer structures than this is warned of."""
+"""A validation or test set of fewer groups than this is warned of: structures of one group are not independent."""
 
 
 def with_groups(pairs: Sequence[RelaxationPair]) -> list[RelaxationPair]:
@@ -127,14 +127,14 @@ def unwarned_split(
 
 
 def warn_of_few(splits: Mapping[str, Sequence[RelaxationPair]]) -> None:
-    """Warn where "valid" or "test" hold so few structures that what is measured on them tells nothing."""
-    n_valid, n_test = len(splits["valid"]), len(splits["test"])
+    """Warn where "valid" or "test" hold so few groups that what is measured on them tells nothing."""
+    groups = {name: {p.group for p in pairs} for name, pairs in splits.items()}
+    n_valid, n_test, n = len(groups["valid"]), len(groups["test"]), len(set().union(*groups.values()))
     if min(n_valid, n_test) < FEW:
-        groups = {p.group for pairs in splits.values() for p in pairs}
         log.warning(
-            "Of %d relaxations, %d choose the best epoch and %d measure the gain, and so few tell nothing about other "
-            "structures: hold out each group once (--folds %d in the shell, split_into_folds in Python), or add more.",
-            sum(map(len, splits.values())), n_valid, n_test, min(5, len(groups)),
+            "Too few kinds of structure to tell anything about others: of %d, the validation set has %d and the test "
+            "set %d. Hold out each kind once (--folds %d in the shell, split_into_folds in Python), or add more kinds.",
+            n, n_valid, n_test, min(5, n),
         )  # fmt: skip
 
 

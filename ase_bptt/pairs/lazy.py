@@ -22,6 +22,7 @@ from . import InvalidPair, RelaxationPair, unwrapped
 from .chains import Legs
 from .databases import Member, Rows
 from .formats import VaspFile
+from .loading import Choices
 from .sources import File, Source, loaded
 from .survey import Survey
 
@@ -42,6 +43,8 @@ class PairTable:
     ----------
     root : Path
         The file or folder that was given.
+    choices : Choices
+        With which pairs are read.
     sources : list of Source
     ids, groups, kinds : list of str
     sizes : array of int
@@ -50,8 +53,8 @@ class PairTable:
         One hash after the other.
     """
 
-    def __init__(self, root: Path, adapt: Callable[[RelaxationPair], RelaxationPair] = lambda pair: pair):
-        self.root, self.adapt = root, adapt
+    def __init__(self, root: Path, choices: Choices):
+        self.root, self.choices = root, choices
         self.sources: list[Source] = []
         self.ids: list[str] = []
         self.groups: list[str] = []
@@ -98,7 +101,7 @@ class PairTable:
             raise InvalidPair(
                 f"{name}: it could be read before and now it cannot ({str(error).rstrip('.')}); put it back and resume."
             ) from error
-        pair = replace(found, relaxed=relaxed, id=self.ids[k], group=self.groups[k])
+        pair = replace(self.choices.with_cell(found), relaxed=relaxed, id=self.ids[k], group=self.groups[k])
         if pair.digest() != self.digest(k):
             raise InvalidPair(f"{name}: it has changed since it was checked; put back what it was, or begin again.")
         return pair
@@ -202,16 +205,18 @@ class Index:
     root : Path
     files : sequence of Path
         The files of relaxations; the index is out of date where the size or the time of change of one differs.
-    choices : tuple
-        The group and the largest force, as for `read_pairs`; each choice has an index of its own.
+    choices : Choices
+        As for `read_pairs`; each has an index of its own.
     folder : path or None
         Where indexes are kept.
     """
 
-    def __init__(self, root: Path, files: Sequence[Path], choices: tuple[Any, ...], folder: str | Path | None):
-        self.root = root
+    def __init__(self, root: Path, files: Sequence[Path], choices: Choices, folder: str | Path | None):
+        self.root, self.choices = root, choices
         self._base = root if root.is_dir() else root.parent
-        key = hashlib.sha256(json.dumps([str(root.resolve()), *choices]).encode()).hexdigest()[:16]
+        key = hashlib.sha256(
+            json.dumps([str(root.resolve()), asdict(choices) | {"skip_invalid": None}]).encode()
+        ).hexdigest()[:16]
         self.path = (Path(folder) if folder else _cache()) / f"pairs-{key}.jsonl"
         self._stamp = self._stamped(files)
 
@@ -223,7 +228,7 @@ class Index:
                 if head["stamp"] != self._stamp:
                     log.info("%s: something has changed there, so all pairs are read and checked again.", self.root)
                     return None
-                survey, table = Survey(self.root, **head["survey"]), PairTable(self.root)
+                survey, table = Survey(self.root, **head["survey"]), PairTable(self.root, self.choices)
                 for line in file:
                     place, id, group, size, kind, digest = json.loads(line)
                     table.add(self._source(place, id), id, group, size, kind, bytes.fromhex(digest))

@@ -29,6 +29,8 @@ def read_pairs(
     lazy: bool = False,
     index: str | Path | None = None,
     max_reference_force: float | None = MAX_REFERENCE_FORCE,
+    cell: str | Sequence[int] | None = None,
+    pressure: float = 0.0,
     processes: int = 1,
 ) -> list[RelaxationPair]:
     """Read reference relaxations.
@@ -57,6 +59,9 @@ def read_pairs(
     max_reference_force : float or None
         eV/Å: relaxed structures with a larger force left, as where the steps ran out, are no references: a folder's are
         passed by with a count. Forces along constraints do not count. None takes all.
+    cell, pressure : str or mask, float
+        What of the cells was relaxed, and at which pressure (eV/Å^3), as for `relax`, in place of what the runs say
+        (ISIF and PSTRESS, vc-relax) or, where they do not, what the first and the last cell show.
     processes : int
         How many read the files of a large folder at once. They are spawned, so a script that asks for several needs
         ``if __name__ == "__main__":`` around what it does.
@@ -82,7 +87,8 @@ def read_pairs(
     >>> pairs[0].id, len(pairs[0].frames)
     ('V_00', 12)
     """
-    choices = Choices(skip_invalid, group, max_reference_force)
+    chosen = cell if cell is None or isinstance(cell, str) else tuple(cell)
+    choices = Choices(skip_invalid, group, max_reference_force, chosen, pressure)
     pairs, survey = read_archive(initial, relaxed, choices=choices, lazy=lazy, index=index, processes=processes)
     survey.report()
     return pairs
@@ -131,7 +137,7 @@ def _read_lazily(
             "(.db, as 'ase db all.json --insert-into all.db' makes it), or do not ask for lazy reading."
         )
     files = relaxation_files(root)
-    index = Index(root, files, (choices.group, choices.max_force), folder)
+    index = Index(root, files, choices, folder)
     found = index.read()
     if found is not None:
         table, survey = found
@@ -143,7 +149,7 @@ def _read_lazily(
             log.warning("Left out: %s", sentence)
         survey.check()
         return lazy_pairs(table), survey
-    survey, table = Survey(root), PairTable(root)
+    survey, table = Survey(root), PairTable(root, choices)
     seen, firsts = Equals(), dict[int, int]()
     names, compositions = [], []
     starts: list[int] = []

@@ -40,17 +40,43 @@ RISE, FALL = 12.0, 3.0
 
 
 def drift_figure(report: DriftReport | FoldDriftReports) -> Figure:
-    """Drift of the forces, and for one run lattice constants and dimers, too; `report.plots.save` writes it."""
+    """Drift of the forces, and for one run lattice constants and dimers, too; `report.plots.save` writes it.
+
+    Examples
+    --------
+    >>> from ase_bptt import load_potential
+    >>> from ase_bptt.drift.changes import drift_report
+    >>> figure = drift_figure(drift_report(load_potential("emt"), load_potential("emt"), size=2))
+    >>> figure.axes[0].get_xlabel()
+    'change of the force (eV/Å)'
+    """
     return _figure(report) if isinstance(report, DriftReport) else _fold_figure(report)
 
 
 def drift_section(report: DriftReport | FoldDriftReports) -> Section:
-    """The report as a section of the HTML page."""
+    """The report as a section of the HTML page.
+
+    Examples
+    --------
+    >>> from ase_bptt import load_potential
+    >>> from ase_bptt.drift.changes import drift_report
+    >>> drift_section(drift_report(load_potential("emt"), load_potential("emt"), size=2)).name
+    'What else has changed'
+    """
     return _section(report) if isinstance(report, DriftReport) else _fold_section(report)
 
 
 def drift_text(report: DriftReport) -> str:
-    """Tables and sentences, at most 80 columns wide."""
+    """Tables and sentences, at most 80 columns wide.
+
+    Examples
+    --------
+    >>> from ase_bptt import load_potential
+    >>> from ase_bptt.drift.changes import drift_report
+    >>> report = drift_report(load_potential("emt"), load_potential("emt"), size=2)
+    >>> print(drift_text(report).splitlines()[-1].strip())
+    short-range instability has appeared. Unstable before already: C-C.
+    """
     rows = [_drift_row(kind, drift) for kind, drift in report.drifts.items()]
     lines = [fill(f"{DRIFT}:", WIDTH), *grid(DRIFT_COLUMNS, rows)]
     if report.crystals:
@@ -77,13 +103,38 @@ def sentences(report: DriftReport) -> list[str]:
         found.append(f"Dimers ({', '.join(instabilities)}): {verdict}.{had}")
     if report.held_out is not None:
         before, after = report.held_out
-        changed = change(before.mean, after.mean)
+        means = ", ".join(
+            f"{name} {number(b, 2)} before, {number(a, 2)} after{f' ({changed})' if (changed := change(b, a)) else ''}"
+            for name, b, a in (
+                ("geometric mean", before.geometric_mean, after.geometric_mean),
+                ("median", before.median, after.median),
+                ("mean", before.mean, after.mean),
+            )
+        )
         found.append(
-            f"Held out: mean Delta-Q {number(before.mean, 2)} before, {number(after.mean, 2)} after"
-            f"{f' ({changed})' if changed else ''}, in amu^1/2 Å, over {len(after.rows)} structures; right basins "
+            f"Held out, Delta-Q in amu^1/2 Å over {len(after.rows)} structures: {means}; right basins "
             f"{100 * before.basins:.0f} % before, {100 * after.basins:.0f} % after."
         )
-    return found
+    return [*found, *force_sentences(report)]
+
+
+def force_sentences(report: DriftReport | FoldDriftReports) -> list[str]:
+    """The error of the forces on held-out frames, and why it may rise beside better structures."""
+    reports = (report,) if isinstance(report, DriftReport) else report.folds
+    errors = [r.force_errors for r in reports if r.force_errors is not None]
+    if not errors:
+        return []
+    before, after = (fmean(pair[k] for pair in errors) for k in (0, 1))
+    held_out = [r.held_out for r in reports if r.held_out is not None]
+    gain = sum(len(b.rows) * math.log(b.geometric_mean / a.geometric_mean) for b, a in held_out)
+    said = f"Forces on held-out frames: mean absolute error {number(before, 3)} eV/Å before, {number(after, 3)} after."
+    if after > before and gain > 0:
+        said += (
+            " It rises although the structures are better, which is no contradiction: training through the relaxation "
+            "rewards the structure in which it ends, and forces elsewhere may become less accurate. Where forces "
+            "themselves matter, as in molecular dynamics, give --reference a larger weight."
+        )
+    return [said]
 
 
 def _section(report: DriftReport) -> Section:
@@ -214,7 +265,7 @@ def fold_sentences(report: FoldDriftReports) -> list[str]:
             f"Lattice constants have changed by {100 * mean:.2f} % on average, and most by {100 * most:+.2f} % "
             f"({name}, fold {fold})."
         )
-    return found
+    return [*found, *force_sentences(report)]
 
 
 def _fold_figure(report: FoldDriftReports) -> Figure:

@@ -105,6 +105,17 @@ def write_page(
     ------
     ValueError
         Where the two are not of the same structures.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from ase.build import molecule
+    >>> from ase_bptt import RelaxationPair, evaluate, load_potential
+    >>> found = evaluate(load_potential("emt"), [RelaxationPair(molecule("N2"), molecule("N2"), "N2")])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_page(Path(folder) / "report.html", title="N2 by EMT", evaluation=found, labels=("EMT", ""))
+    ...     "N2 by EMT" in (Path(folder) / "report.html").read_text()
+    True
     """
     if after is not None:
         check_same(evaluation, after)

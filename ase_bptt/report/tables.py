@@ -111,7 +111,16 @@ UNITS = "Delta-Q in amu^1/2 Å; RMSD and largest displacement in Å"
 
 
 def evaluation_table(evaluation: Evaluation) -> str:
-    """A row for each structure, then mean, median and how many are right."""
+    """A row for each structure, then mean, median and how many are right.
+
+    Examples
+    --------
+    >>> from ase.build import molecule
+    >>> from ase_bptt import RelaxationPair, evaluate, load_potential
+    >>> found = evaluate(load_potential("emt"), [RelaxationPair(molecule("N2"), molecule("N2"), "N2")])
+    >>> print(evaluation_table(found).splitlines()[-1])
+    right basin: 1 of 1; space group kept: -
+    """
     measures = (START, *DISTANCES, *OTHERS, STATUS)
     columns = [Column("structure", align="<"), *(m.column for m in measures)]
     names = shorten([row.id for row in evaluation.rows], ID_WIDTH)

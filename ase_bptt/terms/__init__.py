@@ -1,4 +1,10 @@
-"""Terms that are added to the loss: weight anchor (L2-SP), distillation, and energy and force labels."""
+"""Terms that are added to the loss: weight anchor (L2-SP), distillation, and energy and force labels.
+
+>>> from ase_bptt import Trainer
+>>> trainer = Trainer("emt", terms=[WeightAnchor(0.5), Distillation(1.0), Labels(1.0, energies=False)])
+>>> [term.name for term in trainer.terms]
+['weight_anchor', 'teacher', 'reference']
+"""
 
 from __future__ import annotations
 
@@ -28,6 +34,24 @@ class Term(Protocol):
     weight : float
     name : str
         As in `TERMS`; names its column in metrics.csv.
+
+    Examples
+    --------
+    >>> import torch
+    >>> class Small:
+    ...     name, weight = "small", 0.1
+    ...     def prepare(self, potential, pairs):
+    ...         pass
+    ...     def loss(self, potential, pairs, rng):
+    ...         return torch.stack([p.square().mean() for p in potential.parameters()]).mean()
+    ...     def state(self):
+    ...         return {}
+    ...     def load(self, state):
+    ...         pass
+    ...     def todict(self):
+    ...         return {"name": self.name, "weight": self.weight}
+    >>> make_terms([Small(), "teacher"])[0].name  # as Trainer(terms=[...]) takes them
+    'small'
     """
 
     weight: float
@@ -65,7 +89,14 @@ TERMS: dict[str, type[WeightAnchor] | type[Distillation] | type[Labels]] = {
 
 
 def make_term(settings: dict[str, Any] | str) -> Term:
-    """A term by name, with its defaults, or from what its `todict` returned; ValueError for names not in `TERMS`."""
+    """A term by name, with its defaults, or from what its `todict` returned; ValueError for names not in `TERMS`.
+
+    Examples
+    --------
+    >>> from ase_bptt.terms import make_term
+    >>> make_term({"name": "teacher", "weight": 2.0}).weight
+    2.0
+    """
     settings = {"name": settings} if isinstance(settings, str) else dict(settings)
     name = settings.pop("name", None)
     return named(TERMS, name, "term")(**settings)
@@ -76,6 +107,12 @@ def make_terms(terms: Sequence[Term | dict[str, Any] | str] | str | None) -> lis
 
     None is `Labels`, where the pairs have any. Copies, since a term remembers the potential that its training
     started from.
+
+    Examples
+    --------
+    >>> from ase_bptt.terms import make_terms
+    >>> [term.name for term in make_terms(["weight_anchor", {"name": "teacher", "weight": 2.0}])]
+    ['weight_anchor', 'teacher']
     """
     if terms is None:
         return [Labels(required=False)]

@@ -44,8 +44,8 @@ class LabelledFrames:
         self.labelled: dict[str, list[Atoms]] = {}
         for pair in _each_once(pairs):
             frames = _frames_of(pair)
-            self.every[pair.id] = _evenly(frames, most)
-            labelled = _evenly([a for a in frames if _has_labels(a, energies)], most)
+            self.every[pair.id] = evenly(frames, most)
+            labelled = evenly([a for a in frames if has_labels(a, energies)], most)
             if labelled:
                 self.labelled[pair.id] = labelled
 
@@ -75,7 +75,8 @@ def _frames_of(pair: RelaxationPair) -> list[Atoms]:
     return frames
 
 
-def _has_labels(atoms: Atoms, energies: bool) -> bool:
+def has_labels(atoms: Atoms, energies: bool) -> bool:
+    """Whether a frame has finite forces (and an energy) that belong to its positions."""
     results = getattr(atoms.calc, "results", {})
     if "forces" not in results or not np.isfinite(results["forces"]).all():
         return False
@@ -84,7 +85,8 @@ def _has_labels(atoms: Atoms, energies: bool) -> bool:
     return not moved and (not energies or bool(np.isfinite(energy_of(atoms))))
 
 
-def _evenly(frames: Sequence[Atoms], most: int) -> list[Atoms]:
+def evenly(frames: Sequence[Atoms], most: int) -> list[Atoms]:
+    """At most so many, the first and the last included."""
     chosen = np.unique(np.linspace(0, len(frames) - 1, min(most, len(frames))).round().astype(int))
     return [frames[k] for k in chosen] if len(frames) else []
 

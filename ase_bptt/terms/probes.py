@@ -118,6 +118,13 @@ def make_probes(
     -------
     list of Probe
         By kind, in the order of `KINDS`.
+
+    Examples
+    --------
+    >>> from ase_bptt import load_potential
+    >>> from ase_bptt.terms.probes import make_probes
+    >>> [(probe.kind, probe.name) for probe in make_probes(load_potential("emt"), size=1)]
+    [('crystals', 'Al'), ('molecules', 'CCH')]
     """
     makers: tuple[Callable[[np.random.Generator], list[tuple[str, Atoms]]], ...] = (
         lambda rng: [_between(pairs[k], rng) for k in _drawn(len(pairs), size, rng, again=True)],

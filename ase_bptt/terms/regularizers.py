@@ -34,9 +34,20 @@ class WeightAnchor:
     Parameters
     ----------
     weight : float
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from ase_bptt import load_potential
+    >>> from ase_bptt.terms import WeightAnchor
+    >>> potential, anchor = load_potential("lj"), WeightAnchor(1.0)
+    >>> anchor.prepare(potential, [])
+    >>> potential.sigma.data *= 1.02
+    >>> print(f"{anchor.loss(potential, [], np.random.default_rng(0)):.2f}")  # one of two weights, by 2 %
+    2.00
     """
 
-    name: ClassVar[str] = "pull"
+    name: ClassVar[str] = "weight_anchor"
 
     def __init__(self, weight: float = 1.0):
         check_positive(weight=weight)
@@ -111,6 +122,16 @@ class Distillation:
         Of the probe set.
     kinds : str or sequence of str
         Which of `probes.KINDS` are taken. Without "structures" it does not oppose what is to be learnt.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from ase_bptt import load_potential
+    >>> from ase_bptt.terms import Distillation
+    >>> potential, term = load_potential("emt"), Distillation(1.0, kinds="crystals")
+    >>> term.prepare(potential, [])
+    >>> term.loss(potential, [], np.random.default_rng(0)).item()  # nothing has changed yet
+    0.0
     """
 
     name: ClassVar[str] = "teacher"

@@ -97,7 +97,7 @@ class Case:
         for name in (n for n in UNITS if n in found and n in expected):
             with np.errstate(invalid="ignore"):
                 difference = np.abs(found[name] - expected[name])
-            # No volume, no stress: NaN on both sides.
+            # No volume, no stress: NaN in both.
             if name == "stress":
                 difference[np.isnan(found[name]) & np.isnan(expected[name])] = 0.0
             if name == "energy":

@@ -1,7 +1,7 @@
 """Fine-tuning: the Trainer, from pairs of structures to the best state on validation.
 
-`settings` are its keywords, `training_data` its pairs, `pair_loss` takes the gradient of a batch, `updates` the steps
-of the optimizer; `state` is what it remembers, in the run folder of `checkpoint`. `fine_tune` measures around it.
+`settings` are its keywords, `training_data` its pairs, `pair_loss` the gradient of a batch, `updates` the steps of the
+optimizer, `state` what it remembers, `checkpoint` its run folder; `fine_tune` measures around it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Pairs = Sequence[RelaxationPair]
 class Trainer:
     """Fine-tune a potential so that its relaxations end where the reference's do (arXiv 2512.01067).
 
-    In a process group (`torchrun`), all processes build the same Trainer and share each batch.
+    Under `torchrun`, all processes build the same Trainer and share each batch.
 
     Parameters
     ----------
@@ -64,16 +64,16 @@ class Trainer:
         Largest norm of the gradient.
     patience : int or None
         Epochs without a better validation score (mean `log_delta_q` after FIRE) until it stops; None never does.
-    along : float
+    interpolate : float
         Share of the training starts that are drawn, in each epoch, on the straight line from the initial structure to
         the reference: they teach its basin even where no relaxation reaches it.
     rattle : float
         Å, standard deviation of the noise on every training start.
     seed : int
         Of the order of the pairs, of their starts and of what the terms draw.
-    warm : int
+    warm_start_every : int
         With `Implicit`, `OneStep` or `Guided`: relax to the minimum from where it ended in the epoch before, but from
-        the initial structure in every `warm`-th epoch (0: in all). Warm starts are not augmented.
+        the initial structure in every N-th epoch (0: in all). Warm starts are not augmented.
     learn : str or sequence of str
         Hyperparameters that are trained, too, such as "step_size", in a copy of the stepper; its Parameters in place.
     rates : mapping of str to float, optional
@@ -85,6 +85,13 @@ class Trainer:
         Run folder: settings.json, metrics.csv, checkpoint.pt, potential/ (the best so far).
     progress : bool or None
         A bar on standard error (None: if it is a terminal), or else a line in the log (INFO) for each epoch.
+
+    Examples
+    --------
+    >>> from ase_bptt import datasets
+    >>> trainer = Trainer("direct", steps=3, progress=False)
+    >>> trainer.fit(datasets.si_defects("train")[:4], epochs=2).best_epoch  # without validation pairs, the last
+    2
     """
 
     def __init__(
@@ -102,10 +109,10 @@ class Trainer:
         memory: float | None = None,
         clip: float = 1.0,
         patience: int | None = None,
-        along: float = 0.5,
+        interpolate: float = 0.5,
         rattle: float = 0.03,
         seed: int = 0,
-        warm: int = 0,
+        warm_start_every: int = 0,
         learn: Sequence[str] = (),
         rates: Mapping[str, float] | None = None,
         terms: Sequence[Term | dict[str, Any] | str] | None = None,
@@ -113,11 +120,12 @@ class Trainer:
         progress: bool | None = None,
     ):
         self.relaxation = RelaxationSettings.resolve(
-            stepper, adjoint, loss, steps=steps, fmax=fmax, warm=warm, learn=learn, memory=memory
-        )
+            stepper, adjoint, loss, steps=steps, fmax=fmax, warm_start_every=warm_start_every, learn=learn,
+            memory=memory,
+        )  # fmt: skip
         self.potential = as_potential(potential)
         self.optimization = OptimizerSettings.resolve(self.potential, lr, rates or {}, clip, patience)
-        self.sampling = SamplingSettings(batch_size, along, rattle, seed)
+        self.sampling = SamplingSettings(batch_size, interpolate, rattle, seed)
         self.terms, self.order = make_terms(terms), Order(self.sampling)
         self.ranks, self.out = together(), None if out is None else Path(out)
         self.progress = progress if self.ranks.writes else False
@@ -149,15 +157,15 @@ class Trainer:
         return self.record.best_epoch
 
     def fit(self, train: Pairs, valid: Pairs = (), *, epochs: int = 24) -> Trainer:
-        """Train, and leave potential and stepper in their best state on the validation pairs.
+        """Train, and leave potential and stepper in their best state on the validation pairs; without any, in the last.
 
-        Without validation pairs the last state is kept. Where no epoch is better than the untuned potential, that is
-        kept, with a `NoGain` warning. A resumed Trainer continues, and needs the same pairs and epochs.
+        Where no epoch is better than the untuned potential, that is kept, with a `NoGain` warning. A resumed Trainer
+        continues, and needs the same pairs and epochs.
 
         Raises
         ------
         ValueError
-            Before any work: for pairs of one group on both sides, for other pairs or epochs than before.
+            Before any work: for a group in both sets of pairs, for other pairs or epochs than before.
         NotImplementedError
             Before any work: for constraints or elements that cannot be treated, by name.
         """
@@ -171,7 +179,8 @@ class Trainer:
         """The pairs, once everything about them is checked that can be checked before any work; raises as `fit`."""
         if self.out is not None:
             self.potential.config()  # raises where it could not be saved
-        return check_data(self.potential, self.terms, train, valid, test, unique_ids=self.relaxation.warm > 0)
+        warm = self.relaxation.warm_start_every > 0
+        return check_data(self.potential, self.terms, train, valid, test, unique_ids=warm)
 
     def start(self, data: TrainingData, *, epochs: int) -> None:
         """Start or resume the run on these pairs: from here on its folder can be resumed, though no epoch has run."""
@@ -224,10 +233,7 @@ class Trainer:
         return metrics.row(self.epoch + 1, lr, self.pair_loss.counts(), self.stepper)
 
     def train_step(self, pairs: Pairs) -> tuple[list[float], float]:
-        """One step of the optimizer on a batch: the losses that counted, and the norm of the gradient.
-
-        Pairs whose relaxation diverges are reported and left out.
-        """
+        """One step of the optimizer on a batch: the losses of pairs that did not diverge, and the gradient's norm."""
         losses = self.backward(pairs)
         norm = self.updates.step(pairs, (self.sampling.seed, self.epoch)) if losses else None
         if norm is None:
@@ -274,17 +280,10 @@ class Trainer:
 
     @classmethod
     def resume(
-        cls,
-        out: str | Path,
-        *,
-        optimizer: OptimizerFactory | None = None,
-        loss: Loss | None = None,
-        stepper: Stepper | None = None,
-        adjoint: Adjoint | None = None,
-        terms: Sequence[Term] | None = None,
-        device: torch.device | str | None = None,
-        progress: bool | None = None,
-    ) -> Trainer:
+        cls, out: str | Path, *, optimizer: OptimizerFactory | None = None, loss: Loss | None = None,
+        stepper: Stepper | None = None, adjoint: Adjoint | None = None, terms: Sequence[Term] | None = None,
+        device: torch.device | str | None = None, progress: bool | None = None,
+    ) -> Trainer:  # fmt: skip
         """The Trainer of a run folder, after its last complete epoch or, if that checkpoint is damaged, the one before.
 
         An optimizer, loss, stepper, adjoint or term of your own must be given again.

@@ -49,6 +49,22 @@ def finetune(
     epochs : int
     facts : dict of str to str
         Further lines for the head of the page.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from ase.build import bulk
+    >>> from ase_bptt import RelaxationPair, Trainer
+    >>> splits = {}
+    >>> for name, element in (("train", "Al"), ("valid", "Cu"), ("test", "Ag")):
+    ...     initial = bulk(element, cubic=True)
+    ...     initial.rattle(0.1, seed=1)
+    ...     splits[name] = [RelaxationPair(initial, bulk(element, cubic=True), element, element)]
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     trainer = Trainer("emt", steps=5, out=folder, progress=False)
+    ...     results = finetune(trainer, splits, Path(folder), epochs=1)
+    ...     (Path(folder) / "report.html").is_file()
+    True
     """
     clock = time.monotonic()
     data = splits if isinstance(splits, TrainingData) else trainer.check(**splits)

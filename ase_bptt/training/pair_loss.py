@@ -88,7 +88,7 @@ class PairLoss:
         """The loss that the keywords of a Trainer describe."""
         return cls(
             potential, settings.stepper, settings.adjoint, settings.loss, settings.steps, settings.fmax,
-            WarmStarts(settings.warm) if settings.warm else None, ranks, settings.memory,
+            WarmStarts(settings.warm_start_every) if settings.warm_start_every else None, ranks, settings.memory,
         )  # fmt: skip
 
     def __post_init__(self) -> None:

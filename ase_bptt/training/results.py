@@ -22,8 +22,8 @@ from ..report.tables import write_csv
 from ..utils import replacing, without_nan, write_json
 
 RESULTS, BEFORE, AFTER = "results.json", "before.json", "after.json"
-SNAPSHOTS = ("portrait_before.json", "portrait_after.json")
-DRIFT_REPORT, DRIFT_PICTURE = "card.json", "card.png"
+SNAPSHOTS = ("snapshot_before.json", "snapshot_after.json")
+DRIFT_REPORT, DRIFT_PICTURE = "drift_report.json", "drift_report.png"
 
 
 @dataclass(eq=False)

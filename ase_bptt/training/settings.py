@@ -28,8 +28,8 @@ TO_THE_END = 300
 LEARNING_RATES = ((200_000, 4e-3), (math.inf, 1e-3))
 """Numbers of weights, and the learning rate for potentials with at most so many."""
 NUMBERS = (
-    "lr", "steps", "fmax", "batch_size", "memory", "clip", "patience", "along", "rattle", "seed", "warm", "learn",
-    "rates",
+    "lr", "steps", "fmax", "batch_size", "memory", "clip", "patience", "interpolate", "rattle", "seed",
+    "warm_start_every", "learn", "rates",
 )  # fmt: skip
 """Keywords of a Trainer that are plain numbers and names: the fields of the classes below, but for three objects."""
 
@@ -43,7 +43,7 @@ class RelaxationSettings:
     loss: Loss
     steps: int
     fmax: float
-    warm: int
+    warm_start_every: int
     learn: list[str]
     memory: float | None
 
@@ -56,7 +56,7 @@ class RelaxationSettings:
         *,
         steps: int | None,
         fmax: float,
-        warm: int,
+        warm_start_every: int,
         learn: Sequence[str] | str,
         memory: float | None,
     ) -> RelaxationSettings:
@@ -67,7 +67,7 @@ class RelaxationSettings:
         ValueError
             For unknown names, for numbers that are not positive, and for keywords that do not go together.
         """
-        check_positive(steps=steps, memory=memory, fmax=fmax, warm=warm or None)
+        check_positive(steps=steps, memory=memory, fmax=fmax, warm_start_every=warm_start_every or None)
         names = [learn] if isinstance(learn, str) else list(learn)
         chosen = make_adjoint(adjoint) or Replay()
         rule = _default_stepper(chosen) if stepper is None else make_stepper(stepper)
@@ -80,13 +80,13 @@ class RelaxationSettings:
         if names:
             _check_learnable(rule, chosen, names)
             rule.learn(*names)
-        if warm and not chosen.needs_minimum:
+        if warm_start_every and not chosen.needs_minimum:
             raise ValueError(
                 f"Warm starts need an adjoint that ends at the minimum, not {chosen.name!r}: take 'implicit', "
                 "'guided' or 'one-step'."
             )
         frames = steps or (TO_THE_END if chosen.needs_minimum else UNROLLED)
-        return cls(rule, chosen, measured, frames, fmax, warm, names, memory)
+        return cls(rule, chosen, measured, frames, fmax, warm_start_every, names, memory)
 
 
 @dataclass(frozen=True)
@@ -119,12 +119,17 @@ class SamplingSettings:
     """How the pairs of an epoch are drawn: batches, order, and augmentation of the starts; as for `Trainer`."""
 
     batch_size: int
-    along: float
+    interpolate: float
     rattle: float
     seed: int
 
     def __post_init__(self) -> None:
         check_positive(batch_size=self.batch_size)
+        if not (0 <= self.interpolate <= 1 and 0 <= self.rattle < math.inf):
+            raise ValueError(
+                f"interpolate is a share of the starts, from 0 to 1, and rattle a length in Å, 0 or more; got "
+                f"{self.interpolate} and {self.rattle}."
+            )
 
 
 def _default_stepper(adjoint: Adjoint) -> Stepper:

@@ -120,7 +120,7 @@ class Order:
         """The batches of an epoch."""
         drawn = self.sampling
         order = torch.randperm(len(pairs), generator=self.generator).tolist()
-        pairs = VariedStarts(pairs, drawn.along, drawn.rattle, (drawn.seed, epoch))
+        pairs = VariedStarts(pairs, drawn.interpolate, drawn.rattle, (drawn.seed, epoch))
         for first in range(0, len(order), drawn.batch_size):
             yield [pairs[k] for k in order[first : first + drawn.batch_size]]
 
@@ -141,8 +141,8 @@ class VariedStarts(Sequence[RelaxationPair]):
         Seeds the random numbers, such as (seed, epoch).
     """
 
-    def __init__(self, pairs: Sequence[RelaxationPair], along: float, rattle: float, key: Sequence[int]):
-        self._pairs, self._along, self._rattle, self._key = pairs, along, rattle, key
+    def __init__(self, pairs: Sequence[RelaxationPair], interpolate: float, rattle: float, key: Sequence[int]):
+        self._pairs, self._interpolate, self._rattle, self._key = pairs, interpolate, rattle, key
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -152,7 +152,7 @@ class VariedStarts(Sequence[RelaxationPair]):
 
     def _made(self, k: int) -> RelaxationPair:
         pair, rng = self._pairs[k], np.random.default_rng([*self._key, k])
-        share = rng.uniform() if rng.uniform() < self._along else 0.0
+        share = rng.uniform() if rng.uniform() < self._interpolate else 0.0
         noise = rng.normal(0, self._rattle, (pair.n_atoms, 3))
         start = pair.initial.copy()
         # Minimum images are expensive.

@@ -105,13 +105,31 @@ def prepare(
 
 
 def count(potential: Potential) -> Count:
-    """How many numbers train (with low-rank updates: theirs), and how many weights the potential has."""
+    """How many numbers train (with low-rank updates: theirs), and how many weights the potential has.
+
+    Examples
+    --------
+    >>> from ase_bptt import load_potential
+    >>> from ase_bptt.tuning import count, select
+    >>> potential = load_potential("lj")
+    >>> line = select(potential, freeze=["epsilon"])
+    >>> count(potential)
+    Count(trained=1, total=2)
+    """
     trained = sum(p.numel() for p in potential.parameters() if p.requires_grad)
     return Count(trained, sum(weight.numel() for weight in low_rank.weights(potential).values()))
 
 
 def describe(potential: Potential) -> str:
-    """What is trained, in a line, as "trains 1,024 of 72,848 weights"."""
+    """What is trained, in a line, as "trains 1,024 of 72,848 weights".
+
+    Examples
+    --------
+    >>> from ase_bptt import load_potential
+    >>> from ase_bptt.tuning import describe
+    >>> describe(load_potential("lj"))
+    'trains all 2 weights'
+    """
     trained, total = count(potential)
     if (settings := low_rank.settings(potential)) is not None:
         return f"trains {trained:,} parameters of low-rank updates of {total:,} weights (LoRA, rank {settings['rank']})"
@@ -151,6 +169,13 @@ def groups(
     ------
     ValueError
         For a pattern that matches nothing that trains, or a factor that is not positive.
+
+    Examples
+    --------
+    >>> from ase_bptt import load_potential
+    >>> from ase_bptt.tuning import groups
+    >>> [(g["name"], g.get("lr")) for g in groups(load_potential("lj"), rates={"sig*": 0.1}, lr=1e-3)]
+    [('weights', None), ('sig*', 0.0001)]
     """
     check_positive(lr=lr, stepper_rate=stepper_rate)
     left = [(plain(name), p) for name, p in potential.named_parameters() if p.requires_grad]
@@ -193,6 +218,13 @@ def layers(potential: Potential) -> list[list[str]]:
     ------
     NotImplementedError
         For a family whose layers are not known.
+
+    Examples
+    --------
+    >>> from ase_bptt import load_potential
+    >>> from ase_bptt.tuning import layers
+    >>> len(layers(load_potential("direct"))) > 1
+    True
     """
     # Of the class: a module may call its own list of modules so.
     own = getattr(type(potential), "layers", None)

@@ -92,6 +92,14 @@ def add(
     ------
     ValueError
         For a pattern that matches nothing, a potential without linear maps, or with updates already.
+
+    Examples
+    --------
+    >>> from ase_bptt import load_potential
+    >>> from ase_bptt.tuning import describe, low_rank
+    >>> potential = load_potential("direct")
+    >>> low_rank.add(potential, rank=2) > 0, describe(potential).startswith("trains")
+    (True, True)
     """
     alpha = float(rank if alpha is None else alpha)
     check_positive(rank=rank, alpha=alpha)
@@ -121,6 +129,15 @@ def merge(potential: Potential) -> Potential:
     """Fold the updates into the weights, in place: the same energies, from a plain potential.
 
     The weights train again that did before `add`. Nothing happens where there are no updates.
+
+    Examples
+    --------
+    >>> from ase_bptt import load_potential
+    >>> from ase_bptt.tuning import low_rank
+    >>> potential = load_potential("direct")
+    >>> n = low_rank.add(potential, rank=2)
+    >>> low_rank.has(low_rank.merge(potential))
+    False
     """
     if not has(potential):
         return potential

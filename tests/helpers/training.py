@@ -21,7 +21,7 @@ from .potentials import wide_lennard_jones
 from .structures import wide_cluster
 
 SETTINGS = {
-    "loss": "delta_q", "steps": 6, "fmax": 0.01, "batch_size": 2, "lr": 0.02, "clip": 1.0, "along": 0.5,
+    "loss": "delta_q", "steps": 6, "fmax": 0.01, "batch_size": 2, "lr": 0.02, "clip": 1.0, "interpolate": 0.5,
     "rattle": 0.02, "seed": 4, "progress": False, "terms": (),
 }  # fmt: skip
 

@@ -2,7 +2,7 @@
 
     python tutorials/ase/gold_diffusion.py
 
-Both ends are relaxed by QuasiNewton with the lower layers held, the band between them by BFGS and, anew,
+Both ends are relaxed by QuasiNewton with the lower layers fixed, the band between them by BFGS and, once more,
 by FIRE. Energies are those of the band that the optimizer has written to its trajectory.
 """
 
