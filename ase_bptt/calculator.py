@@ -38,7 +38,7 @@ class TorchCalculator(Calculator):
     """An ASE Calculator around a differentiable potential.
 
     Behaves as any of ASE's own: results are float64 numpy arrays in eV, eV/Å and eV/Å^3, kept until
-    the atoms change. The tape is not here: see BPTTOptimizer.relaxation and ase_bptt.relax.
+    the atoms change. No gradient is recorded here: see `BPTTOptimizer.relaxation` and `ase_bptt.relax`.
 
     Parameters
     ----------

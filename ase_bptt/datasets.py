@@ -43,7 +43,7 @@ def si_defects(split: str = "all", *, fold: int = DEMO_FOLD) -> list[RelaxationP
     Raises
     ------
     ValueError
-        For a split or fold that there is not.
+        For an unknown split or fold.
 
     Examples
     --------

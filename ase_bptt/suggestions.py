@@ -69,7 +69,7 @@ def named(table: Mapping[str, T], name: object, what: str) -> T:
 
 
 def unknown_name(what: str, name: object, known: Iterable[str], more: str = "") -> ValueError:
-    """For a name that there is not.
+    """For a name that is not known.
 
     Parameters
     ----------

@@ -22,6 +22,7 @@ from ase_bptt.drift import Snapshot, take_snapshot
 from ase_bptt.drift.changes import DriftReport, FoldDriftReports, drift_report
 from ase_bptt.drift.curves import (
     Curve,
+    Elastic,
     birch_murnaghan,
     chosen_dimers,
     dimer_curves,
@@ -261,6 +262,14 @@ class TestDriftReport:
         assert [len(table.rows) for table in section.tables] == [4, len(both().crystals)]
         (picture,) = section.pictures
         assert "molecules" in picture.alt
+
+    def test_bulk_moduli_that_changed_by_more_than_a_fifth_are_one_warning(self):
+        sides = [
+            Snapshot((), {"Si": Elastic(5.4, si), "Cu": Elastic(3.6, 140.0), "Ge": Elastic(5.7, ge)}, {})
+            for si, ge in ((100.0, 75.0), (64.0, 94.0))
+        ]
+        (said,) = DriftReport(*sides).warnings()
+        assert "more than a fifth: Si by -36 % (from 100 to 64 GPa), Ge by +25 % (from 75 to 94 GPa). Where" in said
 
     @pytest.mark.parametrize(
         ("errors", "turned", "explained"),

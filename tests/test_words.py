@@ -32,7 +32,7 @@ WORDS = {
     r'(?<!")hollow|hardly heard': "basin, vanishing gradient",
     r"begun|told|go(es)? on|anew": "started, reported, continues, rebuilt",
     # Of sentences that had to be read twice.
-    r"on (one|both) sides?": "a group is never divided",
+    r"on (one|two|both) sides?": "a group is never divided",
     r"kept: the weights|best by the mean log": "the best epoch",
     r"the one near the reference": "the minimum near the reference",
     r"not so [A-Z]\w*_": "which structures, and why",

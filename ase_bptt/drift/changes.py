@@ -105,8 +105,7 @@ class DriftReport:
         for name, b in self.before.crystals.items():
             if math.isfinite(b.lattice_constant) and not math.isfinite(self.after.crystals[name].lattice_constant):
                 found.append(f"{name}: the crystal no longer has a minimum of the energy where it had one before.")
-            else:
-                found += _softened(name, b.bulk_modulus, self.after.crystals[name].bulk_modulus)
+        found += _softened(self.crystals)
         lost = sum(_sound(b) and not _finite(a) for b, a in zip(self.before.probes, self.after.probes, strict=True))
         if lost:
             found.append(f"On {lost} of {len(self.before.probes)} probes energies or forces are no longer finite.")
@@ -173,14 +172,20 @@ def _worse(before: ShortRangeInstability | None, after: ShortRangeInstability) -
     return lower or farther or after.depth > max(before.depth + DEEPER, (1 + GROWN) * before.depth)
 
 
-def _softened(name: str, before: float, after: float) -> Iterator[str]:
+def _softened(crystals: dict[str, tuple[Any, Any]]) -> list[str]:
+    """A sentence on all crystals whose bulk modulus has changed much, if there are any."""
+    moduli = {name: (b.bulk_modulus, a.bulk_modulus) for name, (b, a) in crystals.items()}
     # Without a modulus, before or after, the comparison is false.
-    if abs(after / before - 1) > STIFFER:
-        yield (
-            f"{name}: its bulk modulus has changed by {100 * (after / before - 1):+.0f} %, from {before:.0f} to "
-            f"{after:.0f} GPa: where elastic or thermal properties matter, train with --teacher 1 "
-            '(terms=["teacher"]) or a larger weight, which keeps the potential as it was away from the pairs.'
-        )
+    changed = [
+        f"{name} by {100 * (a / b - 1):+.0f} % (from {b:.0f} to {a:.0f} GPa)"
+        for name, (b, a) in moduli.items()
+        if abs(a / b - 1) > STIFFER
+    ]
+    return changed and [
+        f"The bulk modulus has changed by more than a fifth: {', '.join(changed)}. Where elastic or thermal properties "
+        'matter, train with --teacher 1 (terms=["teacher"]) or a larger weight, which keeps the potential as it was '
+        "away from the pairs."
+    ]
 
 
 def _sentence(name: str, before: ShortRangeInstability | None, after: ShortRangeInstability) -> str:

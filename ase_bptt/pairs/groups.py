@@ -89,7 +89,7 @@ def classes(n: int, related: Callable[[int, int], bool]) -> list[int]:
 def split_by_group(
     pairs: Sequence[RelaxationPair], *, seed: int = 0, fractions: tuple[float, float] = (0.2, 0.2)
 ) -> dict[str, list[RelaxationPair]]:
-    """Split into "train", "valid" and "test" so that no group stands on two sides.
+    """Split into "train", "valid" and "test" so that no group is divided.
 
     Parameters
     ----------

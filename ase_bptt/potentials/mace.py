@@ -48,7 +48,7 @@ class MACE(Potential):
     Raises
     ------
     ValueError
-        For a head that there is not, with those that there are.
+        For an unknown head, with those that the model has.
     NotImplementedError
         For a model with electrostatics beyond its cutoff, or with inputs that structures do not have.
     ImportError

@@ -64,7 +64,7 @@ def check_potential(
     AssertionError
         At the first check that fails: what is wrong, by how much, and what to change.
     ValueError
-        For a check to skip that there is not.
+        For an unknown check to skip.
     NotImplementedError
         For elements that the potential does not know.
 
