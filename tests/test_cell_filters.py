@@ -1,5 +1,8 @@
 """Runs on ASE's FrechetCellFilter: they leave the Relaxation that `relax` returns, and other filters none."""
 
+import doctest
+from pathlib import Path
+
 import ase.optimize
 import numpy as np
 import pytest
@@ -336,3 +339,10 @@ def test_the_logarithm_undoes_the_exponential_with_its_derivative():
     torch.testing.assert_close(found, strain)
     (derivative,) = torch.autograd.grad((found * weights).sum(), strain)
     torch.testing.assert_close(derivative, weights)
+
+
+def test_the_examples_of_the_documentation_run():
+    page = Path(__file__).parents[1] / "docs" / "cells.rst"
+    test = doctest.DocTestParser().get_doctest(page.read_text(encoding="utf-8"), {}, page.name, str(page), 0)
+    report: list[str] = []
+    assert doctest.DocTestRunner().run(test, out=report.append).failed == 0, "".join(report)
