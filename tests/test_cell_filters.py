@@ -9,7 +9,7 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import bulk, fcc111
-from ase.constraints import FixAtoms, FixCartesian
+from ase.constraints import FixAtoms, FixCartesian, FixCom, FixSymmetry
 from ase.filters import ExpCellFilter, Filter, FrechetCellFilter, StrainFilter, UnitCellFilter
 from helpers.gradients import check_gradient, gradient, recorded_decisions
 from helpers.potentials import lennard_jones, needs_chgnet, needs_mace
@@ -82,6 +82,32 @@ def test_a_run_leaves_the_relaxation_that_relax_returns(choice):
     for name in ("positions", "cells", "forces", "energies", "fmax"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=0, atol=1e-9)
     torch.testing.assert_close(gradients(found), gradients(expected), rtol=1e-8, atol=1e-9)
+
+
+def hexagonal() -> Atoms:
+    return bulk("Ar", "hcp", a=1.16, c=1.8)
+
+
+CONSTRAINED = {
+    "FixAtoms": (crystal, lambda atoms: FixAtoms([0, 2])),
+    "FixCom": (crystal, lambda atoms: FixCom()),
+    "FixSymmetry": (hexagonal, FixSymmetry),
+}
+
+
+@pytest.mark.parametrize("name", CONSTRAINED)
+def test_constraints_act_as_in_relax(name):
+    make, constraint = CONSTRAINED[name]
+    atoms, potential = make(), lennard_jones()
+    atoms.set_constraint(constraint(atoms))
+    first = atoms.copy()
+    found = run_of(FrechetCellFilter(with_calculator(atoms, potential))).relaxation
+    expected = relax(potential, first, stepper=FIRE(dt=0.03), fmax=1e-3, steps=6, cell="full")
+    assert found.nsteps.tolist() == expected.nsteps.tolist() == [6]
+    torch.testing.assert_close(found.positions, expected.positions, rtol=0, atol=1e-9)
+    torch.testing.assert_close(found.cells, expected.cells, rtol=0, atol=1e-9)
+    weights = list(potential.parameters())
+    torch.testing.assert_close(gradient(weights, ends(found)), gradient(weights, ends(expected)), rtol=1e-7, atol=1e-9)
 
 
 def test_gradients_arrive_at_the_start_and_add_up():
