@@ -241,7 +241,8 @@ def _as_left(
         nsteps=trajectory.nsteps[0],
     )
     trajectory.end({0: end})
-    return Relaxation.of(Attached(trajectory, adjoint.attach(trajectory)), start, (atoms,), single=True)
+    attached = Attached(trajectory, adjoint.attach(trajectory))
+    return Relaxation.of(attached, start=start, sources=(atoms,), single=True)
 
 
 def _leaf(start: Structures, cell: CellRows | None) -> Structures:
