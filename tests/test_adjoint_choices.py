@@ -204,7 +204,12 @@ def refused() -> dict:
     scaled.set_pbc(False)
     return {
         "frames": (calculated(lone, lennard_jones()), "replay", TypeError, "Only 'implicit' and 'one-step'"),
-        "calculator": (foreign, "implicit", RuntimeError, "Only a run on Atoms with a TorchCalculator"),
+        "calculator": (
+            foreign,
+            "implicit",
+            RuntimeError,
+            "Only a run on Atoms or on their FrechetCellFilter",
+        ),
         "constraint": (other, "implicit", NotImplementedError, "FixBondLengths cannot be differentiated"),
         "skewed": (calculated(scaled, lennard_jones()), "one-step", NotImplementedError, "FixScaled constrain forces"),
     }

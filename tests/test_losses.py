@@ -11,12 +11,12 @@ from helpers.potentials import lennard_jones
 from helpers.structures import argon, methanol, rattled, silicon, skewed
 
 from ase_bptt import Structures, delta_q, relax
+from ase_bptt.displacements import shortest_lattice_vector
 from ase_bptt.losses import (
     displacements,
     log_delta_q,
     max_displacement,
     rmsd,
-    shortest_lattice_vector,
     squared_delta_q,
 )
 

@@ -302,7 +302,7 @@ class TestRestartFile:
 
     def test_it_stays_whole_when_the_next_one_cannot_be_written(self, name, monkeypatch):
         text = self.written(name)
-        monkeypatch.setattr("ase_bptt.optimize.recording.encode", lambda data: 1 / 0)
+        monkeypatch.setattr("ase_bptt.optimize.restart.encode", lambda data: 1 / 0)
         run = getattr(optimize, name)(lj_cluster(), logfile=None, restart="a.json")
         with pytest.raises(ZeroDivisionError):
             run.run(fmax=0.0, steps=1)

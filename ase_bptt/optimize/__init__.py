@@ -21,7 +21,7 @@ import torch
 
 from ..result import Relaxation
 from .bptt_optimizer import BPTTOptimizer, not_differentiable, refuse_unknown, stop
-from .recording import BROKEN, filter_from_json, filter_to_json, read_restart, unreadable, write_restart
+from .restart import BROKEN, filter_from_json, filter_to_json, read_restart, unreadable, write_restart
 
 __all__ = ["BFGS", "FIRE", "LBFGS", "BFGSLineSearch", "QuasiNewton"]
 

@@ -25,11 +25,10 @@ from ..stability import resolve_step_size
 from ..steppers import STEPPERS, Learner, State, Stepper, belongs_to, make_stepper
 from ..suggestions import keywords, named, unknown_keyword
 from ..utils import outside_inference_mode
-from .recording import (
+from .cell_filters import atoms_of, check_differentiable
+from .recording import PASSING, Recording, as_relaxation
+from .restart import (
     BROKEN,
-    PASSING,
-    Recording,
-    as_relaxation,
     filter_from_json,
     filter_to_json,
     read_restart,
@@ -154,8 +153,8 @@ class BPTTOptimizer(Optimizer):
         if self._state is None:
             self._settle()
             self._state = self._first_state()
-        if self._started is None and not self.adjoint.through_frames and isinstance(self.atoms, Atoms):
-            self._started = self.atoms.copy()
+        if self._started is None and not self.adjoint.through_frames and (atoms := atoms_of(self.atoms)) is not None:
+            self._started = atoms.copy()
         self._before_frame()
         positions, force = self._rows(self.optimizable.get_x()), -self._rows(gradient)
         if self.record:
@@ -246,7 +245,8 @@ class BPTTOptimizer(Optimizer):
         """The differentiable Relaxation of the run so far.
 
         After ``backward`` the gradients are in the weights of the potential and, with respect to the start, in
-        ``relaxation.start.positions.grad``, shape (n_atoms, 3). Both add up over several calls. The run so far
+        ``relaxation.start.positions.grad``, shape (n_atoms, 3), and after a run on ASE's FrechetCellFilter in
+        ``relaxation.start.cells.grad``, shape (1, 3, 3), too. They add up over several calls. The run so far
         began with the first step, or with the first one after something else had changed atoms, weights or
         hyperparameters, or after a restart from a file, which keeps no frames: what the stepper carried over is then
         taken as given.
@@ -254,15 +254,16 @@ class BPTTOptimizer(Optimizer):
         Raises
         ------
         RuntimeError
-            Without record=True, before any step, for anything but Atoms with a TorchCalculator, or for a
-            stepper that cannot be differentiated.
-        NotImplementedError
-            For constraints that `relax` does not know, by name.
+            Without record=True, before any step, for anything but Atoms or their FrechetCellFilter with a
+            TorchCalculator, or for a stepper that cannot be differentiated.
+        ValueError, NotImplementedError
+            For constraints that `relax` does not know, by name, and for masks whose strains are not closed.
         """
         if not self.adjoint.through_frames:
-            initial = self._started
+            initial, atoms = self._started, check_differentiable(self.atoms)
+            passing = PASSING if atoms is self.atoms else PASSING | {"cell"}
             # Somebody may have changed the atoms between two runs.
-            same = initial is not None and not compare_atoms(initial, self.atoms, excluded_properties=PASSING)
+            same = initial is not None and not compare_atoms(initial, atoms, excluded_properties=passing)
             return as_relaxation(
                 self.atoms, initial=initial if same else None, adjoint=self.adjoint, nsteps=self.nsteps
             )
