@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import re
+import tarfile
+import tempfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +18,17 @@ from ase import Atoms
 
 from . import InvalidPair, NotARelaxation, RelaxationPair
 from .calculations import CUT, Run, check_kind, check_length, opened
-from .databases import Member, label_of, relaxations_in
+from .databases import members_of, relaxations_in
 from .formats import Loaded, VaspFile, examined, format_of, other_code, read_frames
 from .methods import describe, settings_of
 from .scans import run_of_incar
+from .structure_matching import Equals
 
 log = logging.getLogger(__name__)
 VASP_NAME = re.compile(rf"{re.escape(os.sep)}(vasprun\.xml|OUTCAR|CONTCAR)(\.relax\d+)?(\.gz|\.bz2|\.xz)?$")
 """What a folder's name says as well."""
+STOPPED = re.compile(r"error\.\d+")
+"""A folder in which custodian keeps a run that it stopped."""
 CP2K = re.compile(rb"\s*i =\s*\d+,(\s*time =[^,]*,)?\s*E =")
 """The second line of a trajectory that CP2K wrote."""
 
@@ -73,7 +79,8 @@ class File:
         path = Path(self.name)
         vasp = VaspFile.named(path)
         if vasp is None or vasp.kind != "CONTCAR":
-            return _ends(path)
+            found = _ends(path)
+            return found if vasp is None else found._replace(initial=_first_start(path.parent, found.initial))
         begin = read_frames(vasp.other("POSCAR") or path.with_name("POSCAR"))[0]
         if (settings := vasp.other("INCAR")) is None:
             return Loaded(begin, read_frames(path)[0])
@@ -82,28 +89,6 @@ class File:
         end = read_frames(path)[0]
         describe([begin, end], run)
         return Loaded(begin, end, settings=settings_of(run, begin))
-
-
-def _has_roles(path: Path) -> bool:
-    """Whether frames of a file may have roles; most files are not read for it."""
-    if not path.is_file() or format_of(path) not in ("extxyz", "traj"):
-        return False
-    with opened(path) as file:
-        return b"role" in file.read()
-
-
-def _members(path: Path) -> Iterator[Source]:
-    try:
-        frames = read_frames(path)
-    except InvalidPair as problem:
-        yield Unusable(str(path), problem)
-        return
-    labels = [label_of(frame) for frame in frames]
-    if None in labels or (len(set(labels)) == 1 and len(frames) == 2):
-        yield File(str(path))
-        return
-    for label in dict.fromkeys(labels):
-        yield Member(str(path), str(label), frames)
 
 
 @dataclass(frozen=True)
@@ -133,10 +118,13 @@ def sources_in(files: Sequence[Path]) -> Iterator[Source]:
     """Each relaxation in these files."""
     for path in files:
         vasp = VaspFile.named(path)
-        if path.suffix in (".db", ".json"):
+        if STOPPED.fullmatch(path.parent.name):
+            sentence = f"{path}: custodian stopped this run and started it again; leave it out."
+            yield Unusable(str(path), NotARelaxation(sentence, "run that custodian stopped"))
+        elif path.suffix in (".db", ".json"):
             yield from _of_database(path)
-        elif _has_roles(path):
-            yield from _members(path)
+        elif members := members_of(path):
+            yield from members
         elif vasp is not None and vasp.kind == "POSCAR":
             yield File(str(vasp.other("CONTCAR") or path.with_name("CONTCAR")))
         elif len(files) > 1 and format_of(path) is None and (code := other_code(path)):
@@ -229,6 +217,31 @@ def _check_cell_of_cp2k(path: Path) -> None:
         raise NotARelaxation(
             f"{path}: it is a {kind}; write its first and last structure, with their cell, as extxyz.", kind
         )
+
+
+def _first_start(folder: Path, start: Atoms) -> Atoms:
+    """Where custodian first started a run that it stopped, and started again from its CONTCAR."""
+    stopped = sorted(folder.glob("error.*"), key=lambda place: (len(place.name), place.name), reverse=True)
+    for begin, end in filter(None, map(_poscar_and_contcar, stopped)):
+        places = Equals()
+        if places.add(start) == places.add(end):
+            begin.info.update(start.info)
+            start = begin
+    return start
+
+
+def _poscar_and_contcar(place: Path) -> tuple[Atoms, Atoms] | None:
+    """Of a folder or an archive in which custodian keeps a run that it stopped; None where it has not both."""
+    try:
+        if place.is_dir():
+            begin, end = (read_frames(place / name)[0] for name in ("POSCAR", "CONTCAR"))
+            return begin, end
+        with tarfile.open(place) as files, tempfile.TemporaryDirectory() as folder:
+            for name in ("POSCAR", "CONTCAR"):
+                (Path(folder) / name).write_bytes(files.extractfile(name).read())  # type: ignore[union-attr]
+            return _poscar_and_contcar(Path(folder))
+    except (InvalidPair, OSError, EOFError, KeyError, AttributeError, zlib.error, tarfile.TarError):
+        return None
 
 
 def _onward(relaxed: Atoms, path: Path, run: Run) -> Atoms | None:
