@@ -121,11 +121,16 @@ class Lines:
             line, self._at = self._block[self._at : end], end
             yield line
 
-    def skip(self, pattern: re.Pattern[bytes]) -> None:
-        """Go on with the line in which the pattern comes next."""
+    def skip(self, pattern: re.Pattern[bytes] | tuple[bytes, ...]) -> None:
+        """Go on with the line in which the pattern, or the first of these words, comes next."""
         while self._filled():
-            if found := pattern.search(self._block, self._at):
-                self._at = max(self._at, self._block.rfind(b"\n", 0, found.start()) + 1)
+            if isinstance(pattern, tuple):
+                # Much faster than a pattern, where there are few words and they are rare.
+                at = min((k for word in pattern if (k := self._block.find(word, self._at)) >= 0), default=-1)
+            else:
+                at = found.start() if (found := pattern.search(self._block, self._at)) else -1
+            if at >= 0:
+                self._at = max(self._at, self._block.rfind(b"\n", 0, at) + 1)
                 return
             self._at = len(self._block)
 

@@ -109,10 +109,11 @@ class VaspFile:
         return next((path for path in paths if path.is_file()), None)
 
 
-def read_frames(path: Path, runs: Sequence[Run] | None = None) -> list[Atoms]:
+def read_frames(path: Path, runs: Sequence[Run] | None = None, *, ends_only: bool = False) -> list[Atoms]:
     """All frames of a file, in order, with energies and forces where the file holds them; one at least.
 
-    The runs are those that `examined` found there; without them the file is examined first.
+    The runs are those that `examined` found there; without them the file is examined first. Results that are not `KEPT`
+    are taken from all frames, or from both ends where only these are wanted.
 
     Raises
     ------
@@ -134,7 +135,7 @@ def read_frames(path: Path, runs: Sequence[Run] | None = None) -> list[Atoms]:
     if not frames:
         why = "its run ended before its first step: " if runs else ""
         raise InvalidPair(f"{path}: it holds 0 structures; {why}leave it out.")
-    for frame in frames:
+    for frame in (frames[0], frames[-1]) if ends_only else frames:
         if frame.calc is not None:
             kept = {name: value for name, value in frame.calc.results.items() if name in KEPT}
             frame.calc = SinglePointCalculator(frame, **kept)

@@ -60,7 +60,7 @@ def run_of_incar(path: Path) -> Run:
     return run
 
 
-IN_BODY_OF_XML = re.compile(rb'name="finalpos"|</modeling>|<modeling>')
+IN_BODY_OF_XML = (b'name="finalpos"', b"</modeling>", b"<modeling>")
 
 
 def _of_vasprun(lines: Lines) -> Iterator[Run]:
@@ -113,7 +113,7 @@ HEADER = re.compile(
     rb"POTCAR:|^ vasp\.\d|ions per type|General timing and accounting|Iteration|selective dynamics|NEB: "
 )
 VRHFIN = re.compile(rb"VRHFIN\s*=\s*([A-Z][a-z]?)")
-IN_BODY_OF_OUTCAR = re.compile(rb"General timing|POTCAR:|^ vasp\.", re.M)
+IN_BODY_OF_OUTCAR = (b"General timing", b"POTCAR:", b" vasp.")
 
 
 def _of_outcar(lines: Lines) -> Iterator[Run]:
