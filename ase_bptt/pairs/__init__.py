@@ -142,7 +142,8 @@ def check_pair(initial: Atoms, relaxed: Atoms, name: str, warn: Callable[..., No
         raise InvalidPair(
             f"{name}: periodic boundaries change from {initial.pbc} to {relaxed.pbc}; set both structures' pbc alike."
         )
-    change = np.abs(initial.cell.array - relaxed.cell.array).max()
+    with np.errstate(invalid="ignore"):
+        change = np.abs(initial.cell.array - relaxed.cell.array).max()
     if not change <= 1e-3:
         raise InvalidPair(
             f"{name}: its cell changes by {change:.3f} Å, and variable cells are not treated yet (cells come later): "
@@ -158,7 +159,9 @@ def check_pair(initial: Atoms, relaxed: Atoms, name: str, warn: Callable[..., No
 
 def check_converged(relaxed: Atoms, name: str, max_force: float | None) -> None:
     """Raise NotARelaxation where a force of more than max_force, in eV/Å, is left; None allows any."""
-    if max_force is None or "forces" not in getattr(relaxed.calc, "results", {}):
+    known = "forces" in getattr(relaxed.calc, "results", {})
+    # What is no number is refused for that.
+    if max_force is None or not known or not np.isfinite([*relaxed.positions, *relaxed.cell.array]).all():
         return
     left = float(np.linalg.norm(relaxed.get_forces(), axis=1).max(initial=0.0))
     if not left <= max_force:

@@ -49,7 +49,8 @@ class Run:
     tags : dict
         Settings, by name, as written.
     signs : set of str
-        What the output says of its kind of calculation: "relax", "md", "springs"; and "scf failed".
+        What the output says of its kind of calculation: "relax", "bfgs", "md", "springs"; and of how it
+        ended: "scf failed", "out of steps".
     atoms : tuple of bytes
         The lines of the header that name the atoms.
     potentials : tuple of str
@@ -58,8 +59,10 @@ class Run:
         Of VASP's kinds of atoms, in order; one may come twice.
     valences : dict of str to float
         Valence electrons of an atom, by element.
-    final : ndarray, shape (n_atoms, 3), or None
-        Fractions at which the next run would begin, where the file has them.
+    first, final : ndarray, shape (n_atoms, 3), or None
+        Fractions at which this run began, and at which the next one would begin, where the file has them.
+    counters : list of int
+        The numbers of its ionic steps, as it counts them.
     selective : bool
         Whether the OUTCAR says that the POSCAR holds selective dynamics.
     started, ended : bool
@@ -74,6 +77,8 @@ class Run:
     elements: tuple[str, ...] = ()
     valences: dict[str, float] = field(default_factory=dict)
     final: np.ndarray | None = None
+    counters: list[int] = field(default_factory=list)
+    first: np.ndarray | None = None
     selective: bool = False
     started: bool = False
     ended: bool = False
@@ -169,6 +174,37 @@ def check_length(path: Path, runs: Sequence[Run], n: int) -> None:
     raise NotARelaxation(
         f"{path}: it holds 1 structure ({kind}); a relaxation needs its first and its last frame.", kind
     )
+
+
+def check_steps(path: Path, runs: Sequence[Run], n: int) -> None:
+    """Raise InvalidPair where the ionic steps that were read are not those that the runs have counted."""
+    if not runs or not all(run.counters for run in runs):
+        return
+    if any(_lost(run) for run in runs) or not _agree(runs, n):
+        raise InvalidPair(f"{path}: some of its ionic steps are lost or damaged; copy it again, or leave it out.")
+
+
+def _lost(run: Run) -> bool:
+    """Whether the numbers of its steps are not in order; of VASP one comes again for each electronic step."""
+    jumps = {b - a for a, b in zip(run.counters, run.counters[1:], strict=False)}
+    # A run of pw.x may continue to count those of another; files of VASP are cut down by leaving steps out.
+    return (run.code != "pw.x" and run.counters[0] != 1) or (
+        min(jumps, default=0) < 0 if run.code == "VASP" else not jumps <= {1}
+    )
+
+
+def _agree(runs: Sequence[Run], n: int) -> bool:
+    """Whether so many steps were counted."""
+    if runs[0].code == "VASP":
+        return n == sum(len(set(run.counters)) for run in runs)
+    if len(runs) > 1:
+        return True
+    last, said = runs[0].counters[-1], runs[0].whole("scf cycles")
+    if runs[0].code == "pw.x":
+        if said is None:
+            return "bfgs" not in runs[0].signs or "out of steps" in runs[0].signs
+        return runs[0].counters[0] != 1 or "cell moves" in runs[0].signs or n == said
+    return n in (last, last + 1)
 
 
 def moving_cell(run: Run) -> str:

@@ -13,6 +13,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
+import numpy as np
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read
@@ -44,6 +45,9 @@ OTHER_CODES = {
     "another program of Quantum ESPRESSO": b"Quantum ESPRESSO suite",
 }  # fmt: skip
 """Codes whose relaxations are not read from a folder, by what stands near the beginning of their outputs."""
+NUMBER = re.compile(r"-?\d*\.\d")
+HEAVIEST, FAR = 118, 1e5
+"""The last element, and Å: a position farther from the origin is a mistake."""
 KEPT = ("energy", "free_energy", "forces", "stress", "magmom", "magmoms")
 """Results that stay with a frame: eigenvalues of thousands of frames would fill the memory."""
 
@@ -58,15 +62,16 @@ class Loaded(NamedTuple):
         All of them, where there are more.
     settings : dict
         What it was computed with, as `methods.settings_of` says it.
-    onward : Atoms or None
-        Where a run that continues it begins, if not at the relaxed structure.
+    others : tuple of Atoms
+        Its first frame, where the file says that it began elsewhere; and where a run that continues it begins, if not
+        at the relaxed structure. None where there is no such structure.
     """
 
     initial: Atoms
     relaxed: Atoms
     frames: Sequence[Atoms] = ()
     settings: dict[str, str] | None = None
-    onward: Atoms | None = None
+    others: tuple[Atoms | None, Atoms | None] = (None, None)
 
 
 @dataclass(frozen=True)
@@ -135,9 +140,18 @@ def read_frames(path: Path, runs: Sequence[Run] | None = None, *, ends_only: boo
     if not frames:
         why = "its run ended before its first step: " if runs else ""
         raise InvalidPair(f"{path}: it holds 0 structures; {why}leave it out.")
-    for frame in (frames[0], frames[-1]) if ends_only else frames:
+    for k, frame in enumerate((frames[0], frames[-1]) if ends_only else frames):
+        # ASE takes what a damaged file says.
+        far = np.isfinite(frame.positions) & (np.abs(frame.positions) > FAR)
+        forces = getattr(frame.calc, "results", {}).get("forces")
+        shaped = forces is None or np.shape(forces) == frame.positions.shape
+        if far.any() or not shaped or not ((frame.numbers >= 0) & (frame.numbers <= HEAVIEST)).all():
+            raise InvalidPair(
+                f"{path}: an element, a place or a force in structure {k} is not possible; copy it again."
+            )
         if frame.calc is not None:
-            kept = {name: value for name, value in frame.calc.results.items() if name in KEPT}
+            known = {name: value for name, value in frame.calc.results.items() if value is not None}
+            kept = {name: value for name, value in known.items() if name in KEPT}
             frame.calc = SinglePointCalculator(frame, **kept)
     return frames
 
@@ -257,6 +271,9 @@ def _check_poscar(path: Path) -> None:
         rows = words[first : first + n_atoms]
         whole = len(lines) > first + n_atoms or not _is_cut(lines)
         if whole and len(rows) == n_atoms and all(len(row) >= 3 for row in rows):
+            # Before velocities stands an empty line or a word.
+            if len(words) > first + n_atoms and NUMBER.match(" ".join(words[first + n_atoms])):
+                raise InvalidPair(f"{path}: it holds more positions than atoms; copy it again or leave it out.")
             return
     raise InvalidPair(f"{path}: it is cut: it holds fewer positions than atoms; copy it again or leave it out.")
 

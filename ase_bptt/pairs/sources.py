@@ -17,7 +17,7 @@ import numpy as np
 from ase import Atoms
 
 from . import InvalidPair, NotARelaxation, RelaxationPair
-from .calculations import CUT, Run, check_kind, check_length, opened
+from .calculations import CUT, Run, check_kind, check_length, check_steps, opened
 from .databases import members_of, relaxations_in
 from .formats import Loaded, VaspFile, examined, format_of, other_code, read_frames
 from .methods import describe, settings_of
@@ -27,6 +27,8 @@ from .structure_matching import Equals
 log = logging.getLogger(__name__)
 VASP_NAME = re.compile(rf"{re.escape(os.sep)}(vasprun\.xml|OUTCAR|CONTCAR)(\.relax\d+)?(\.gz|\.bz2|\.xz)?$")
 """What a folder's name says as well."""
+OUTSIDE = 1e3
+"""Cells away from which an atom is by mistake."""
 STOPPED = re.compile(r"error\.\d+")
 """A folder in which custodian keeps a run that it stopped."""
 CP2K = re.compile(rb"\s*i =\s*\d+,(\s*time =[^,]*,)?\s*E =")
@@ -189,6 +191,7 @@ def _ends(path: Path) -> Loaded:
             f"{path}: ase-bptt relax wrote it, a structure after the other; a reference is the file of one relaxation."
         )
     check_length(path, runs, len(frames))
+    check_steps(path, runs, len(frames))
     if any(run.selective for run in runs):
         _hold(frames, path)
     # pw.x says JOB DONE even where its last electronic steps did not converge.
@@ -204,19 +207,22 @@ def _ends(path: Path) -> Loaded:
     if not runs:
         return found
     describe([frames[0], frames[-1]], runs[-1])
-    return found._replace(settings=settings_of(runs[-1], frames[0]), onward=_onward(frames[-1], path, runs[-1]))
+    begin, first = frames[0], None
+    if runs[0].first is not None and not _is_at(begin, runs[0].first, path):
+        begin, first = begin.copy(), begin
+        begin.set_scaled_positions(runs[0].first)
+    others = first, _onward(frames[-1], path, runs[-1])
+    return found._replace(initial=begin, settings=settings_of(runs[-1], begin), others=others)
 
 
-def _check_cell_of_cp2k(path: Path) -> None:
-    """Raise NotARelaxation for a trajectory as CP2K writes it, which has no cell."""
-    with opened(path) as file:
-        file.readline()
-        said = file.readline(500)
-    if found := CP2K.match(said):
-        kind = "molecular dynamics" if found[1] else "trajectory of CP2K, without its cell"
-        raise NotARelaxation(
-            f"{path}: it is a {kind}; write its first and last structure, with their cell, as extxyz.", kind
-        )
+def _is_at(atoms: Atoms, fractions: np.ndarray, path: Path) -> bool:
+    """Whether atoms are at these places, of which a step that is lost was the first."""
+    here = atoms.get_scaled_positions(wrap=False)
+    # A huge one, or one that is no number, is not below either.
+    if fractions.shape != here.shape or not (np.abs([fractions, here]) < OUTSIDE).all():
+        raise InvalidPair(f"{path}: its initial structure is damaged; copy it again, or leave it out.")
+    apart = fractions - here
+    return bool(np.abs(apart - np.rint(apart)).max() < 1e-5)
 
 
 def _first_start(folder: Path, start: Atoms) -> Atoms:
@@ -244,10 +250,22 @@ def _poscar_and_contcar(place: Path) -> tuple[Atoms, Atoms] | None:
         return None
 
 
+def _check_cell_of_cp2k(path: Path) -> None:
+    """Raise NotARelaxation for a trajectory as CP2K writes it, which has no cell."""
+    with opened(path) as file:
+        file.readline()
+        said = file.readline(500)
+    if found := CP2K.match(said):
+        kind = "molecular dynamics" if found[1] else "trajectory of CP2K, without its cell"
+        raise NotARelaxation(
+            f"{path}: it is a {kind}; write its first and last structure, with their cell, as extxyz.", kind
+        )
+
+
 def _onward(relaxed: Atoms, path: Path, run: Run) -> Atoms | None:
     """Where a run that continues this one begins: VASP writes its next step, which the output has not."""
     next_one = relaxed.copy()
-    if run.final is not None and len(run.final) == len(relaxed):
+    if run.final is not None and len(run.final) == len(relaxed) and np.isfinite(run.final).all():
         next_one.set_scaled_positions(run.final)
         return next_one
     vasp = VaspFile.named(path)
