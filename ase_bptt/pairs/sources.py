@@ -19,10 +19,11 @@ from ase import Atoms
 from . import InvalidPair, NotARelaxation, RelaxationPair
 from .calculations import CUT, Run, check_kind, check_length, check_steps, opened
 from .databases import members_of, relaxations_in
-from .formats import Loaded, VaspFile, examined, format_of, other_code, read_frames
+from .formats import Loaded, VaspFile, examined, format_of, read_frames
 from .methods import describe, settings_of
 from .scans import run_of_incar
 from .structure_matching import Equals
+from .survey import other_code
 
 log = logging.getLogger(__name__)
 VASP_NAME = re.compile(rf"{re.escape(os.sep)}(vasprun\.xml|OUTCAR|CONTCAR)(\.relax\d+)?(\.gz|\.bz2|\.xz)?$")
