@@ -137,6 +137,13 @@ class TestChainsOverFolders:
         assert [p.relaxed.info["charge"] for p in read_pairs(tmp_path)] == [0.0, 1.0]
         assert not warnings(caplog)
 
+    @pytest.mark.parametrize("name", ["a.extxyz", "a.traj"])
+    def test_what_nobody_knows_the_origin_of_is_a_relaxation_of_its_own(self, tmp_path, name):
+        for folder, amplitudes in (("1", (0.2, 0.1)), ("2", (0.1, 0.0))):
+            (tmp_path / folder).mkdir()
+            ase_write(tmp_path / folder / name, frames_between(*amplitudes))
+        assert len(read_pairs(tmp_path)) == 2
+
     def test_two_that_did_not_move_are_no_circle(self, tmp_path):
         for k in range(3):
             frames = frames_between(0.1, 0.1)

@@ -10,7 +10,7 @@ from typing import Any
 
 from ase import Atoms
 
-from .formats import Loaded
+from .formats import Loaded, format_of
 from .methods import CHARGE, contradict
 from .sources import File
 from .structure_matching import Equals
@@ -38,7 +38,9 @@ class Chains:
         for places, end, other in zip(
             (self._starts, self._ends), (found.initial, found.relaxed), found.others, strict=True
         ):
-            places.append({self._single.add(atoms) for atoms in (end, other) if atoms is not None})
+            # Of an extxyz or .traj nobody knows what made it: it is a relaxation of its own.
+            known = () if format_of(Path(name)) in ("extxyz", "traj", None) else (end, other)
+            places.append({self._single.add(atoms) for atoms in known if atoms is not None})
         self._settings.append(found.settings or {})
         k = len(self._names) - 1
         return self._names[self._first[k]] if self._first[k] != k else None

@@ -29,24 +29,28 @@ def runs_in(path: Path, format: str | None) -> list[Run]:
         return []
     with opened(path) as file:
         runs = list(scan(Lines(file)))
-    if runs and scan is _of_pw and (asked := input_of_pw(path)):
+    if scan is _of_pw:
+        asked = _asked_of_pw(path)
         for run in runs:
-            run.tags = asked.tags | run.tags
+            run.tags = asked | run.tags
     return runs
 
 
-def input_of_pw(path: Path) -> Run | None:
-    """The run that the input of pw.x asks for which lies beside an output, as relax.in beside relax.out."""
+def inputs_of_pw(path: Path) -> list[Path]:
+    """The inputs of pw.x that lie beside an output, as relax.in beside relax.out."""
     name = path.name.removesuffix(path.suffix) if path.suffix in ZIPPED else path.name
     stem = name.rpartition(".")[0] or name
-    for file in (path.with_name(stem + end) for end in (".in", ".pwi", ".inp")):
-        if file.is_file() and file != path:
-            with opened(file) as text:
-                run = Run("pw.x")
-                for line in text:
-                    run.update(IN_PW.findall(line.partition(b"!")[0]))
-                return run
-    return None
+    files = (path.with_name(stem + end) for end in (".in", ".pwi", ".inp"))
+    return [file for file in files if file.is_file() and file != path]
+
+
+def _asked_of_pw(path: Path) -> dict[str, str]:
+    """The settings of the input beside an output."""
+    run = Run("pw.x")
+    for file in inputs_of_pw(path)[:1]:
+        with opened(file) as text:
+            run.update([found for line in text for found in IN_PW.findall(line.partition(b"!")[0])])
+    return run.tags
 
 
 def run_of_incar(path: Path) -> Run:

@@ -184,9 +184,9 @@ def _ends(path: Path) -> Loaded:
     format = format_of(path)
     if format == "extxyz":
         _check_cell_of_cp2k(path)
-    elif format is None:
-        log.warning("%s: it is read as ASE reads it; whether it is a relaxation, and complete, is not checked.", path)
     frames = read_frames(path, runs, ends_only=True)
+    if format is None:
+        log.warning("%s: it is read as ASE reads it; whether it is a relaxation, and complete, is not checked.", path)
     if "relaxation_frames" in frames[-1].info:
         raise InvalidPair(
             f"{path}: ase-bptt relax wrote it, a structure after the other; a reference is the file of one relaxation."
