@@ -31,8 +31,8 @@ PROBED = 2
 BUDGET = 16.0
 """Seconds that the measurements of an estimate may take, roughly."""
 STEP_COST, STEP_MEMORY = 5.0, 3.5
-"""Of a training step of one frame: seconds and bytes, in those of an evaluation of forces (CHGNet: 4 to 5, 3 to 4; MACE:
-4 to 5, 2 to 3); used where the smallest pair is too large to measure it."""
+"""Of a training step of one frame, in evaluations of forces: seconds (CHGNet, MACE: 4 to 5) and bytes (3 to 4, 2 to 3);
+used where the smallest pair is too large to measure it."""
 TRIED = 4
 """Structures that are relaxed, for the number of frames."""
 SAMPLED = 16
