@@ -119,6 +119,7 @@ class Lines:
 
     def __init__(self, file: IO[bytes]):
         self._file, self._block, self._at = file, b"", 0
+        self._known: dict[bytes, int] = {}
 
     def __iter__(self) -> Iterator[bytes]:
         while self._filled():
@@ -131,7 +132,7 @@ class Lines:
         while self._filled():
             if isinstance(pattern, tuple):
                 # Much faster than a pattern, where there are few words and they are rare.
-                at = min((k for word in pattern if (k := self._block.find(word, self._at)) >= 0), default=-1)
+                at = min((k for word in pattern if (k := self._next(word)) >= 0), default=-1)
             else:
                 at = found.start() if (found := pattern.search(self._block, self._at)) else -1
             if at >= 0:
@@ -139,10 +140,18 @@ class Lines:
                 return
             self._at = len(self._block)
 
+    def _next(self, word: bytes) -> int:
+        """Where a word comes next in the block; -1 where it does not. It is looked for once."""
+        known = self._known.get(word, -2)
+        if known != -1 and known < self._at:
+            known = self._known[word] = self._block.find(word, self._at)
+        return known
+
     def _filled(self) -> bool:
         if self._at >= len(self._block):
             # A line is never divided; what comes without any end of line is no output of a program.
             self._block, self._at = self._file.read(BLOCK) + self._file.readline(64 * BLOCK), 0
+            self._known = {}
         return bool(self._block)
 
 
