@@ -115,7 +115,8 @@ def pw(
             "     Forces acting on atoms (cartesian axes, Ry/au):", "",
             *(f"     atom {j + 1:4d} type  1   force = {row}"
               for j, row in enumerate(rows(forces(frames, k, left) * Bohr / Rydberg))), "",
-            *(["     bfgs converged in   4 scf cycles"] if k == len(frames) - 1 and "Geometry" in said else []),
+            *([f"     bfgs converged in {k + 1:3d} scf cycles"] if k == len(frames) - 1 and "Geometry" in said else []),
+            *([f"     number of scf cycles    = {k + 1:3d}"] if k + 1 < len(frames) else []), "",
             "ATOMIC_POSITIONS (angstrom)",
             *(f"{a.symbol:2} {row}" for a, row in zip(after, rows(after.positions, "18.10f"), strict=True)), "",
         ]  # fmt: skip
@@ -152,6 +153,7 @@ def aims(frames: list[Atoms], left: float = 0.01, relaxes: bool = True) -> str:
             "  Total atomic forces (unitary) [eV/Ang]:",
             *(f"  |{j + 1:5d} {row}" for j, row in enumerate(rows(forces(frames, k, left), "24.12f"))),
             *(["  Geometry optimization: Attempting to predict improved coordinates."] if relaxes else []),
+            *([f"  Relaxation step number {k + 1:6d}: Predicting new coordinates."] if k + 1 < len(frames) else []),
             *(["  Updated atomic structure:", *geometry(frames[k + 1]),
                '  Writing the current geometry to file "geometry.in.next_step".',
                "  Begin self-consistency loop: Re-initialization."] if k + 1 < len(frames) else []),

@@ -85,10 +85,8 @@ class RelaxationPair:
     @property
     def freedom(self) -> CellFreedom:
         """What of the cell is relaxed, and at what pressure."""
-        cell = self.cell
-        if cell is None:
-            cell = "full" if cell_change(self.initial, self.relaxed) > SAME_CELL else "fixed"
-        return CellFreedom.of(cell, self.pressure)
+        guess = "full" if self.cell is None and cell_change(self.initial, self.relaxed) > SAME_CELL else "fixed"
+        return CellFreedom.of(guess if self.cell is None else self.cell, self.pressure)
 
     @property
     def kind(self) -> str:
@@ -182,12 +180,12 @@ def check_pair(initial: Atoms, relaxed: Atoms, name: str, warn: Callable[..., No
 
 def check_freedom(pair: RelaxationPair, name: str) -> None:
     """Raise InvalidPair where a cell changes that is said to be fixed, or moves in a way that is not known."""
+    change = cell_change(pair.initial, pair.relaxed)
     try:
-        freedom = pair.freedom
+        wrong = change > SAME_CELL and not pair.freedom.moves
     except (ValueError, NotImplementedError) as error:
         raise InvalidPair(f"{name}: {error}") from error
-    change = cell_change(pair.initial, pair.relaxed)
-    if not freedom.moves and change > SAME_CELL:
+    if wrong:
         raise InvalidPair(
             f"{name}: its cell changes by {change:.3f} Å though it is said to be fixed: take --cell full, or give both "
             "structures of one run."
@@ -196,7 +194,9 @@ def check_freedom(pair: RelaxationPair, name: str) -> None:
 
 def check_converged(relaxed: Atoms, name: str, max_force: float | None) -> None:
     """Raise NotARelaxation where a force of more than max_force, in eV/Å, is left; None allows any."""
-    if max_force is None or "forces" not in getattr(relaxed.calc, "results", {}):
+    known = "forces" in getattr(relaxed.calc, "results", {})
+    # What is no number is refused for that.
+    if max_force is None or not known or not np.isfinite([*relaxed.positions, *relaxed.cell.array]).all():
         return
     left = float(np.linalg.norm(relaxed.get_forces(), axis=1).max(initial=0.0))
     if not left <= max_force:

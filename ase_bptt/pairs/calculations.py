@@ -9,12 +9,10 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import numpy as np
-from ase import units
 
-from ..cells import CellFreedom
 from . import InvalidPair, NotARelaxation
 
 ZIPPED: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
@@ -51,7 +49,8 @@ class Run:
     tags : dict
         Settings, by name, as written.
     signs : set of str
-        What the output says of its kind of calculation: "relax", "md", "springs"; and "scf failed".
+        What the output says of its kind of calculation: "relax", "bfgs", "md", "springs"; and of how it
+        ended: "scf failed", "out of steps".
     atoms : tuple of bytes
         The lines of the header that name the atoms.
     potentials : tuple of str
@@ -60,8 +59,10 @@ class Run:
         Of VASP's kinds of atoms, in order; one may come twice.
     valences : dict of str to float
         Valence electrons of an atom, by element.
-    final : ndarray, shape (n_atoms, 3), or None
-        Fractions at which the next run would begin, where the file has them.
+    first, final : ndarray, shape (n_atoms, 3), or None
+        Fractions at which this run began, and at which the next one would begin, where the file has them.
+    counters : list of int
+        The numbers of its ionic steps, as it counts them.
     selective : bool
         Whether the OUTCAR says that the POSCAR holds selective dynamics.
     started, ended : bool
@@ -76,6 +77,8 @@ class Run:
     elements: tuple[str, ...] = ()
     valences: dict[str, float] = field(default_factory=dict)
     final: np.ndarray | None = None
+    counters: list[int] = field(default_factory=list)
+    first: np.ndarray | None = None
     selective: bool = False
     started: bool = False
     ended: bool = False
@@ -116,6 +119,7 @@ class Lines:
 
     def __init__(self, file: IO[bytes]):
         self._file, self._block, self._at = file, b"", 0
+        self._known: dict[bytes, int] = {}
 
     def __iter__(self) -> Iterator[bytes]:
         while self._filled():
@@ -123,18 +127,31 @@ class Lines:
             line, self._at = self._block[self._at : end], end
             yield line
 
-    def skip(self, pattern: re.Pattern[bytes]) -> None:
-        """Go on with the line in which the pattern comes next."""
+    def skip(self, pattern: re.Pattern[bytes] | tuple[bytes, ...]) -> None:
+        """Continue with the line in which the pattern, or the first of these words, comes next."""
         while self._filled():
-            if found := pattern.search(self._block, self._at):
-                self._at = max(self._at, self._block.rfind(b"\n", 0, found.start()) + 1)
+            if isinstance(pattern, tuple):
+                # Much faster than a pattern, where there are few words and they are rare.
+                at = min((k for word in pattern if (k := self._next(word)) >= 0), default=-1)
+            else:
+                at = found.start() if (found := pattern.search(self._block, self._at)) else -1
+            if at >= 0:
+                self._at = max(self._at, self._block.rfind(b"\n", 0, at) + 1)
                 return
             self._at = len(self._block)
+
+    def _next(self, word: bytes) -> int:
+        """Where a word comes next in the block; -1 where it does not. It is looked for once."""
+        known = self._known.get(word, -2)
+        if known != -1 and known < self._at:
+            known = self._known[word] = self._block.find(word, self._at)
+        return known
 
     def _filled(self) -> bool:
         if self._at >= len(self._block):
             # A line is never divided; what comes without any end of line is no output of a program.
             self._block, self._at = self._file.read(BLOCK) + self._file.readline(64 * BLOCK), 0
+            self._known = {}
         return bool(self._block)
 
 
@@ -168,66 +185,35 @@ def check_length(path: Path, runs: Sequence[Run], n: int) -> None:
     )
 
 
-class CellOfRun(NamedTuple):
-    """What a run relaxed of its cell; `fixed_fractions` where the atoms kept their fractional coordinates."""
-
-    freedom: CellFreedom
-    fixed_fractions: bool = False
-
-
-BY_ISIF = {
-    **dict.fromkeys((0, 1, 2), ("fixed", False)),
-    3: ("full", False),
-    4: ("constant-volume", False),
-    5: ("constant-volume", True),
-    6: ("full", True),
-    7: ("hydrostatic", True),
-    8: ("hydrostatic", False),
-}
-"""What of the cell VASP relaxes by ISIF, and whether fractions stay (https://www.vasp.at/wiki/index.php/ISIF)."""
-BY_DOFREE: dict[str, Any] = {
-    "all": "full",
-    "volume": "hydrostatic",
-    "shape": "constant-volume",
-    "xyz": (1, 1, 1, 0, 0, 0),
-    "x": (1, 0, 0, 0, 0, 0),
-    "y": (0, 1, 0, 0, 0, 0),
-    "z": (0, 0, 1, 0, 0, 0),
-    "xy": (1, 1, 0, 0, 0, 0),
-    "xz": (1, 0, 1, 0, 0, 0),
-    "yz": (0, 1, 1, 0, 0, 0),
-    "2Dxy": (1, 1, 0, 0, 0, 1),
-}
-"""Likewise of pw.x, by ``cell_dofree``."""
-KBAR = 0.1 * units.GPa
-"""VASP's kB and pw.x's kbar in eV/Å^3."""
+def check_steps(path: Path, runs: Sequence[Run], n: int) -> None:
+    """Raise InvalidPair where the ionic steps that were read are not those that the runs have counted."""
+    if not runs or not all(run.counters for run in runs):
+        return
+    if any(_lost(run) for run in runs) or not _agree(runs, n):
+        raise InvalidPair(f"{path}: some of its ionic steps are lost or damaged; copy it again, or leave it out.")
 
 
-def cell_of(path: Path, run: Run) -> CellOfRun | None:
-    """What the run relaxed of its cell, and at what pressure; None where its output does not say.
+def _lost(run: Run) -> bool:
+    """Whether the numbers of its steps are not in order; of VASP one comes again for each electronic step."""
+    jumps = {b - a for a, b in zip(run.counters, run.counters[1:], strict=False)}
+    # A run of pw.x may continue to count those of another; files of VASP are cut down by leaving steps out.
+    return (run.code != "pw.x" and run.counters[0] != 1) or (
+        min(jumps, default=0) < 0 if run.code == "VASP" else not jumps <= {1}
+    )
 
-    Raises
-    ------
-    InvalidPair
-        For a choice of pw.x that has no counterpart here.
-    """
-    isif = run.whole("ISIF")
-    if run.code == "VASP":
-        if isif not in BY_ISIF:
-            return None
-        cell, fractions = BY_ISIF[isif]
-        pressure = (run.number("PSTRESS") or 0.0) * KBAR if cell not in ("fixed", "constant-volume") else 0.0
-        return CellOfRun(CellFreedom.of(cell, pressure), fractions)
-    calculation = run.tags.get("calculation", "")
-    if calculation != "vc-relax" and "cell moves" not in run.signs:
-        return CellOfRun(CellFreedom.of("fixed")) if calculation == "relax" else None
-    free = run.tags.get("cell_dofree", "all").strip("'\" ,")
-    if free not in BY_DOFREE:
-        raise InvalidPair(
-            f"{path}: its cell was relaxed with cell_dofree = {free!r}, which is not known here: give what moved by "
-            "--cell (RelaxationPair(cell=...) in Python), or leave it out."
-        )
-    return CellOfRun(CellFreedom.of(BY_DOFREE[free], (run.number("press") or 0.0) * KBAR))
+
+def _agree(runs: Sequence[Run], n: int) -> bool:
+    """Whether so many steps were counted."""
+    if runs[0].code == "VASP":
+        return n == sum(len(set(run.counters)) for run in runs)
+    if len(runs) > 1:
+        return True
+    last, said = runs[0].counters[-1], runs[0].whole("scf cycles")
+    if runs[0].code == "pw.x":
+        if said is None:
+            return "bfgs" not in runs[0].signs or "out of steps" in runs[0].signs
+        return runs[0].counters[0] != 1 or "cell moves" in runs[0].signs or n == said
+    return n in (last, last + 1)
 
 
 def _another_kind(run: Run) -> tuple[str, str] | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ase import Atoms
 
-from .formats import Loaded
+from .formats import Loaded, format_of
 from .methods import CHARGE, contradict
 from .sources import File
 from .structure_matching import Equals
@@ -26,7 +26,7 @@ class Chains:
     _whole: Equals = field(default_factory=Equals)
     _single: Equals = field(default_factory=Equals)
     _first: list[int] = field(default_factory=list)
-    _starts: list[int] = field(default_factory=list)
+    _starts: list[set[int]] = field(default_factory=list)
     _ends: list[set[int]] = field(default_factory=list)
     _settings: list[dict[str, str]] = field(default_factory=list)
 
@@ -35,11 +35,12 @@ class Chains:
         energy = getattr(found.relaxed.calc, "results", {}).get("energy", 0.0)
         self._first.append(self._whole.add(found.initial, found.relaxed, number=energy))
         self._names.append(name)
-        self._starts.append(self._single.add(found.initial))
-        ends = {self._single.add(found.relaxed)}
-        if found.onward is not None:
-            ends.add(self._single.add(found.onward))
-        self._ends.append(ends)
+        for places, end, other in zip(
+            (self._starts, self._ends), (found.initial, found.relaxed), found.others, strict=True
+        ):
+            # Of an extxyz or .traj nobody knows what made it: it is a relaxation of its own.
+            known = () if format_of(Path(name)) in ("extxyz", "traj", None) else (end, other)
+            places.append({self._single.add(atoms) for atoms in known if atoms is not None})
         self._settings.append(found.settings or {})
         k = len(self._names) - 1
         return self._names[self._first[k]] if self._first[k] != k else None
@@ -60,7 +61,8 @@ class Chains:
         continued: set[int] = set()
         further: set[int] = set()
         for k in sorted(own, key=lambda k: self._names[k]):
-            before = [j for j in ending.get(self._starts[k], ()) if j != k and not self._leads(following, k, j)]
+            before = [j for place in sorted(self._starts[k]) for j in ending.get(place, ()) if j != k]
+            before = [j for j in dict.fromkeys(before) if not self._leads(following, k, j)]
             before = [j for j in before if self._alike(j, k, CHARGE)]
             before.sort(key=lambda j: -_nearness(self._names[j], self._names[k]))
             same = [j for j in before if not contradict(self._settings[j], self._settings[k])]

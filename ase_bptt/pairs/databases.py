@@ -15,7 +15,8 @@ from ase import Atoms
 from ase.db.row import AtomsRow
 
 from . import InvalidPair
-from .formats import Loaded, check_content, read_frames, readable
+from .calculations import opened
+from .formats import Loaded, check_content, format_of, read_frames, readable
 
 log = logging.getLogger(__name__)
 PAGE = 1000
@@ -200,3 +201,22 @@ class Member:
 def label_of(frame: Atoms) -> str | None:
     """What a frame with a role says that it belongs to."""
     return next((str(frame.info[key]) for key in NAMED_BY if key in frame.info), None) if "role" in frame.info else None
+
+
+def members_of(path: Path) -> list[Member]:
+    """The relaxations of a file whose frames have roles; none where it is of one, or cannot be read."""
+    # Most files have no roles, and are not read for them.
+    if not path.is_file() or format_of(path) not in ("extxyz", "traj"):
+        return []
+    try:
+        with readable(path), opened(path) as file:
+            if b"role" not in file.read():
+                return []
+        frames = read_frames(path)
+    except InvalidPair:
+        # Which is said where it is read as one relaxation.
+        return []
+    labels = [label_of(frame) for frame in frames]
+    if None in labels or (len(set(labels)) == 1 and len(frames) == 2):
+        return []
+    return [Member(str(path), str(label), frames) for label in dict.fromkeys(labels)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import lzma
+import math
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
+import numpy as np
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read
@@ -37,14 +39,13 @@ VASP = {"vasprun": "vasp-xml", "OUTCAR": "vasp-out", "CONTCAR": "vasp", "POSCAR"
 FIRST_WORDS = {"vasp-xml": (b"<modeling>", b"<?xml"), "vasp-out": (b"POTCAR:", b" vasp.", b"INCAR:"), "vasp": (b"\n",)}
 """One of these stands near the beginning of a file of VASP."""
 NAMED = {"espresso-out": b"Program PWSCF", "aims-output": b"Invoking FHI-aims"}
-"""What these programs say of themselves, after what the machine says."""
-LONGEST = max(map(len, NAMED.values()))
-OTHER_CODES = {
-    "ABINIT": b"ABINIT", "CASTEP": b"CASTEP", "CP2K": b"CP2K|", "Gaussian": b"Entering Gaussian System",
-    "GPAW": b"|__ |  _|___|_____|", "ORCA": b"O   R   C   A", "SIESTA": b"SIESTA", "NWChem": b"NWChem",
-    "another program of Quantum ESPRESSO": b"Quantum ESPRESSO suite",
-}  # fmt: skip
-"""Codes whose relaxations are not read from a folder, by what stands near the beginning of their outputs."""
+"""What these programs say of themselves."""
+BEFORE_VELOCITIES = re.compile("cart|direct|lattice", re.IGNORECASE)
+"""What may stand between positions and velocities in a POSCAR, if no empty line does."""
+ARRAY = re.compile(rb'"ndarray": \[\[([\d, ]*)\], "\w+", (\d+)\]')
+"""An array in the description of a frame of a .traj: its shape, and where it begins."""
+HEAVIEST, FAR = 118, 1e5
+"""The last element, and Å: a position farther from the origin is a mistake."""
 KEPT = ("energy", "free_energy", "forces", "stress", "magmom", "magmoms")
 """Results that stay with a frame: eigenvalues of thousands of frames would fill the memory."""
 
@@ -54,22 +55,22 @@ class Loaded(NamedTuple):
 
     Attributes
     ----------
-    initial, relaxed : Atoms
-    frames : sequence of Atoms
-        All of them, where there are more.
+    initial, relaxed, frames
+        As of a `RelaxationPair`.
     settings : dict
         What it was computed with, as `methods.settings_of` says it.
-    onward : Atoms or None
-        Where a run that continues it begins, if not at the relaxed structure.
+    others : tuple of Atoms
+        Its first frame, where the file says that it began elsewhere; and where a run that continues it begins, if not
+        at the relaxed structure. None where there is no such structure.
     cell : CellFreedom or None
-        What of the cell was relaxed; None where nothing says so.
+        What of the cell was relaxed, where the run says so.
     """
 
     initial: Atoms
     relaxed: Atoms
     frames: Sequence[Atoms] = ()
     settings: dict[str, str] | None = None
-    onward: Atoms | None = None
+    others: tuple[Atoms | None, Atoms | None] = (None, None)
     cell: CellFreedom | None = None
 
 
@@ -113,10 +114,11 @@ class VaspFile:
         return next((path for path in paths if path.is_file()), None)
 
 
-def read_frames(path: Path, runs: Sequence[Run] | None = None) -> list[Atoms]:
+def read_frames(path: Path, runs: Sequence[Run] | None = None, *, ends_only: bool = False) -> list[Atoms]:
     """All frames of a file, in order, with energies and forces where the file holds them; one at least.
 
-    The runs are those that `examined` found there; without them the file is examined first.
+    The runs are those that `examined` found there; without them the file is examined first. Results that are not `KEPT`
+    are taken from all frames, or from both ends where only these are wanted.
 
     Raises
     ------
@@ -138,9 +140,18 @@ def read_frames(path: Path, runs: Sequence[Run] | None = None) -> list[Atoms]:
     if not frames:
         why = "its run ended before its first step: " if runs else ""
         raise InvalidPair(f"{path}: it holds 0 structures; {why}leave it out.")
-    for frame in frames:
+    for k, frame in enumerate((frames[0], frames[-1]) if ends_only else frames):
+        # ASE takes what a damaged file says.
+        far = np.isfinite(frame.positions) & (np.abs(frame.positions) > FAR)
+        forces = getattr(frame.calc, "results", {}).get("forces")
+        shaped = forces is None or np.shape(forces) == frame.positions.shape
+        if far.any() or not shaped or not ((frame.numbers >= 0) & (frame.numbers <= HEAVIEST)).all():
+            raise InvalidPair(
+                f"{path}: an element, a place or a force in structure {k} is not possible; copy it again."
+            )
         if frame.calc is not None:
-            kept = {name: value for name, value in frame.calc.results.items() if name in KEPT}
+            known = {name: value for name, value in frame.calc.results.items() if value is not None}
+            kept = {name: value for name, value in known.items() if name in KEPT}
             frame.calc = SinglePointCalculator(frame, **kept)
     return frames
 
@@ -148,11 +159,7 @@ def read_frames(path: Path, runs: Sequence[Run] | None = None) -> list[Atoms]:
 def examined(path: Path) -> list[Run]:
     """The runs that a file of VASP or pw.x holds, as their headers describe them; none of another format.
 
-    Raises
-    ------
-    FileNotFoundError
-    InvalidPair
-        Where the file is empty or cannot be decompressed.
+    FileNotFoundError or InvalidPair where there is none, it is empty, or cannot be decompressed.
     """
     check_content(path)
     with readable(path):
@@ -182,21 +189,10 @@ def _format_by_content(path: Path, vasp: VaspFile | None) -> str | None:
                 for kind, word in NAMED.items():
                     if word in text:
                         return kind
-                text = text[-LONGEST:] + more if (more := file.read(2**20)) else b""
+                text = text[-64:] + more if (more := file.read(2**20)) else b""
     except (OSError, EOFError, zlib.error, lzma.LZMAError):
-        # What cannot be decompressed is refused where it is read.
-        return None
+        pass  # what cannot be decompressed is refused where it is read
     return None
-
-
-def other_code(path: Path) -> str | None:
-    """The code, not one of ours, that wrote an output."""
-    try:
-        with opened(path) as file:
-            text = file.read(2**16)
-    except (OSError, EOFError, zlib.error, lzma.LZMAError):
-        return None
-    return next((code for code, word in OTHER_CODES.items() if word in text), None)
 
 
 def check_content(path: Path) -> None:
@@ -242,6 +238,9 @@ def _check_xyz(path: Path) -> None:
         end = at + 2 + int(lines[at])
         if end > len(lines) or (end == len(lines) and _is_cut(lines)):
             raise InvalidPair(f"{path}: it is cut within structure {structures}; copy or write it again.")
+        columns = re.search(r"Properties=[\"']?([\w:]+)", lines[at + 1])
+        if columns and sum(map(int, re.findall(r":(\d+)", columns[1]))) > len(lines[end - 1].split()):
+            raise InvalidPair(f"{path}: structure {structures} has fewer columns than it names; write it again.")
         at, structures = end, structures + 1
         while at < len(lines) and lines[at].lstrip().startswith("VEC"):
             at += 1
@@ -260,8 +259,30 @@ def _check_poscar(path: Path) -> None:
         rows = words[first : first + n_atoms]
         whole = len(lines) > first + n_atoms or not _is_cut(lines)
         if whole and len(rows) == n_atoms and all(len(row) >= 3 for row in rows):
+            follows = " ".join(words[first + n_atoms]) if len(words) > first + n_atoms else ""
+            if follows and not BEFORE_VELOCITIES.match(follows):
+                raise InvalidPair(f"{path}: it holds more positions than atoms; copy it again or leave it out.")
             return
     raise InvalidPair(f"{path}: it is cut: it holds fewer positions than atoms; copy it again or leave it out.")
+
+
+def _check_traj(path: Path) -> None:
+    """Raise InvalidPair where a .traj says that it holds more than its bytes: ASE would ask for as much memory."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        head = file.read(48)
+        n, place = np.frombuffer(head[32:48].ljust(16, b"\0"), "<i8").tolist()
+        whole = head[:8] == b"- of Ulm" and 0 <= n <= size and 0 <= place <= size - 8 * n
+        file.seek(place if whole else 0)
+        for offset in np.frombuffer(file.read(8 * n), "<i8").tolist() if whole else ():
+            file.seek(max(0, min(offset, size)))
+            length = int.from_bytes(file.read(8).ljust(8, b"\0"), "little", signed=True)
+            whole = whole and 0 <= offset < size and 0 <= length < size
+            for shape, begin in ARRAY.findall(file.read(length) if whole else b""):
+                bytes_at_least = math.prod(map(int, shape.split(b","))) if shape else 1
+                whole = whole and int(begin) + bytes_at_least <= size
+    if not whole:
+        raise InvalidPair(f"{path}: it is cut or damaged; copy or write it again.")
 
 
 def _lines(path: Path) -> list[str]:
@@ -274,5 +295,5 @@ def _is_cut(lines: list[str]) -> bool:
     return not lines[-1].endswith("\n") and len(lines[-1].rstrip()) < len(lines[-2].rstrip())
 
 
-WHOLE: dict[str, Callable[[Path], None]] = {"extxyz": _check_xyz, "vasp": _check_poscar}
+WHOLE: dict[str, Callable[[Path], None]] = {"extxyz": _check_xyz, "vasp": _check_poscar, "traj": _check_traj}
 """Formats in which ASE does not notice every truncated file."""

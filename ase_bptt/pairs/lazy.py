@@ -23,6 +23,7 @@ from .chains import Legs
 from .databases import Member, Rows
 from .formats import VaspFile
 from .loading import Choices
+from .scans import inputs_of_pw
 from .sources import File, Source, loaded
 from .survey import Survey
 
@@ -290,7 +291,8 @@ def _and_beside(file: Path) -> list[Path]:
     vasp = VaspFile.named(file)
     kinds = () if vasp is None or vasp.kind == "vasprun" else ("POSCAR", "CONTCAR", "INCAR")
     found = [vasp.other(kind, tag) for kind in kinds for tag in dict.fromkeys((vasp.tag, ""))] if vasp else []
-    return list(dict.fromkeys([file, *filter(None, found)]))
+    others = inputs_of_pw(file) if vasp is None else sorted(file.parent.glob("error.*"))
+    return list(dict.fromkeys([file, *filter(None, found), *others]))
 
 
 def _cache() -> Path:

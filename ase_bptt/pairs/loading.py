@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from . import (
     MAX_REFERENCE_FORCE,
     InvalidPair,
@@ -193,6 +195,7 @@ class Reader:
         n_files = len(source.names) if isinstance(source, Legs) else 1
         return Outcome(source, made, None, warnings, found.settings, n_files)
 
+    @np.errstate(over="ignore", invalid="ignore")  # by what a damaged file holds, before it is refused
     def _pair(self, source: Source, found: Loaded, warn: Callable[..., None]) -> RelaxationPair:
         pair = pair_of(found, source.name, self.root)
         pair = self.choices.with_cell(pair)
@@ -228,6 +231,7 @@ class Reader:
         return found
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def _is_sound(found: Loaded, problem: InvalidPair | None) -> bool:
     """Whether its structures can be compared with those of others: what is not converged may be continued."""
     if problem is None or not isinstance(problem, NotARelaxation):

@@ -29,24 +29,28 @@ def runs_in(path: Path, format: str | None) -> list[Run]:
         return []
     with opened(path) as file:
         runs = list(scan(Lines(file)))
-    if runs and scan is _of_pw and (asked := input_of_pw(path)):
+    if scan is _of_pw:
+        asked = _asked_of_pw(path)
         for run in runs:
-            run.tags = asked.tags | run.tags
+            run.tags = asked | run.tags
     return runs
 
 
-def input_of_pw(path: Path) -> Run | None:
-    """The run that the input of pw.x asks for which lies beside an output, as relax.in beside relax.out."""
+def inputs_of_pw(path: Path) -> list[Path]:
+    """The inputs of pw.x that lie beside an output, as relax.in beside relax.out."""
     name = path.name.removesuffix(path.suffix) if path.suffix in ZIPPED else path.name
     stem = name.rpartition(".")[0] or name
-    for file in (path.with_name(stem + end) for end in (".in", ".pwi", ".inp")):
-        if file.is_file() and file != path:
-            with opened(file) as text:
-                run = Run("pw.x")
-                for line in text:
-                    run.update(IN_PW.findall(line.partition(b"!")[0]))
-                return run
-    return None
+    files = (path.with_name(stem + end) for end in (".in", ".pwi", ".inp"))
+    return [file for file in files if file.is_file() and file != path]
+
+
+def _asked_of_pw(path: Path) -> dict[str, str]:
+    """The settings of the input beside an output."""
+    run = Run("pw.x")
+    for file in inputs_of_pw(path)[:1]:
+        with opened(file) as text:
+            run.update([found for line in text for found in IN_PW.findall(line.partition(b"!")[0])])
+    return run.tags
 
 
 def run_of_incar(path: Path) -> Run:
@@ -60,7 +64,8 @@ def run_of_incar(path: Path) -> Run:
     return run
 
 
-IN_BODY_OF_XML = re.compile(rb'name="finalpos"|</modeling>|<modeling>')
+FIRST_IN_XML, LAST_IN_XML = b'name="initialpos"', b'name="finalpos"'
+IN_BODY_OF_XML = (b"<calculation", b'name="finalpos"', b"</modeling>", b"<modeling>")
 
 
 def _of_vasprun(lines: Lines) -> Iterator[Run]:
@@ -79,10 +84,14 @@ def _of_vasprun(lines: Lines) -> Iterator[Run]:
                 run.add_potential(title)
                 run.elements = (*run.elements, element.decode())
                 run.valences[element.decode()] = float(valence)
-            run.started = b"<calculation" in line
-        if b'name="finalpos"' in line:
-            line = _structure(line, lines)
-            run.final = _positions(line)
+            if FIRST_IN_XML in line:
+                line = _structure(line, lines, FIRST_IN_XML)
+                run.first = _positions(line, FIRST_IN_XML)
+        run.counters += range(len(run.counters) + 1, len(run.counters) + 1 + line.count(b"<calculation"))
+        run.started = bool(run.counters)
+        if LAST_IN_XML in line:
+            line = _structure(line, lines, LAST_IN_XML)
+            run.final = _positions(line, LAST_IN_XML)
         run.ended = run.ended or b"</modeling>" in line
         if run.started:
             lines.skip(IN_BODY_OF_XML)
@@ -90,19 +99,19 @@ def _of_vasprun(lines: Lines) -> Iterator[Run]:
         yield run
 
 
-def _structure(line: bytes, lines: Lines) -> bytes:
-    """This line and those that follow, to the end of the final structure."""
+def _structure(line: bytes, lines: Lines, name: bytes) -> bytes:
+    """This line and those that follow, to the end of the structure of this name."""
     text = line
-    for more in () if b"</structure>" in line[line.index(b'name="finalpos"') :] else lines:
+    for more in () if b"</structure>" in line[line.index(name) :] else lines:
         text += more
-        if b"</structure>" in more or b"</modeling>" in more or len(text) > 64 * BLOCK:
+        if any(end in more for end in (b"</structure>", b"<calculation", b"</modeling>")) or len(text) > 64 * BLOCK:
             break
     return text
 
 
-def _positions(text: bytes) -> np.ndarray | None:
-    """The fractions of the final structure."""
-    text = text[text.index(b'name="finalpos"') :].partition(b'name="positions"')[2].partition(b"</varray>")[0]
+def _positions(text: bytes, name: bytes) -> np.ndarray | None:
+    """The fractions of the structure of this name; None where they are no numbers."""
+    text = text[text.index(name) :].partition(b'name="positions"')[2].partition(b"</varray>")[0]
     try:
         return np.array([row.split() for row in re.findall(rb"<v>([^<]*)</v>", text)], float).reshape(-1, 3)
     except ValueError:
@@ -113,7 +122,8 @@ HEADER = re.compile(
     rb"POTCAR:|^ vasp\.\d|ions per type|General timing and accounting|Iteration|selective dynamics|NEB: "
 )
 VRHFIN = re.compile(rb"VRHFIN\s*=\s*([A-Z][a-z]?)")
-IN_BODY_OF_OUTCAR = re.compile(rb"General timing|POTCAR:|^ vasp\.", re.M)
+ITERATION = re.compile(rb"Iteration\s+(\d+)\(")
+IN_BODY_OF_OUTCAR = (b"Iteration", b"General timing", b"POTCAR:", b" vasp.")
 
 
 def _of_outcar(lines: Lines) -> Iterator[Run]:
@@ -136,6 +146,7 @@ def _of_outcar(lines: Lines) -> Iterator[Run]:
                 run.add_potential(line.partition(b"POTCAR:")[2])
         elif found == b"Iteration":
             run.started = True
+            run.counters += [int(number[1])] if (number := ITERATION.search(line)) else []
         elif found.startswith(b"General"):
             run.ended = titled
         elif found == b"selective dynamics" and b"using" in line:
@@ -164,9 +175,10 @@ def _numbers(text: bytes) -> tuple[float, ...]:
 
 PW = re.compile(
     rb"Program PWSCF|JOB DONE|number of atoms/cell|number of atomic types|Geometry Optimization|bfgs|Damped|"
-    rb"Molecular Dynamics Calculation|Entering Dynamics|Langevin Dynamics|convergence NOT achieved|"
-    rb"self-consistent calc|number of electrons|Exchange-correlation|kinetic-energy cutoff|U\([A-Z]|Hubbard U|"
-    rb"spin-orbit|atomic species   valence|PseudoPot\. #|CELL_PARAMETERS|"
+    rb"Molecular Dynamics Calculation|Entering Dynamics|Langevin Dynamics|maximum number of steps|"
+    rb"convergence NOT achieved|"
+    rb"self-consistent calc|number of scf cycles|number of electrons|Exchange-correlation|"
+    rb"kinetic-energy cutoff|U\([A-Z]|Hubbard U|spin-orbit|atomic species   valence|PseudoPot\. #|CELL_PARAMETERS|"
     rb"(?:calculation|nstep|tot_charge|cell_dofree|press)\s*="
 )
 PW_SIGNS = {b"Geometry Optimization": "relax", b"bfgs": "relax", b"Damped": "relax"}
@@ -195,11 +207,16 @@ def _of_pw(lines: Lines) -> Iterator[Run]:
         elif found.startswith(b"number of atom"):
             into.atoms = (*into.atoms, line.strip())
         elif found in PW_SIGNS or b"Dynamics" in found:
-            into.signs.add(PW_SIGNS.get(found, "md"))
+            into.signs |= {PW_SIGNS.get(found, "md"), *(["bfgs"] if b"BFGS" in line else [])}
+            into.update([(b"scf cycles", n) for n in re.findall(rb"converged in\s+(\d+) scf", line)])
+        elif found == b"maximum number of steps":
+            into.signs.add("out of steps")
         elif found == b"CELL_PARAMETERS":
             into.signs.add("cell moves")
         elif found == b"convergence NOT achieved":
             into.signs.add("scf failed")
+        elif found == b"number of scf cycles":
+            into.counters += map(int, re.findall(rb"=\s*(\d+)", line))
         elif found.startswith(b"self-consistent"):
             # Of several it is the last that counts.
             into.signs.discard("scf failed")
@@ -236,7 +253,7 @@ def _told(run: Run) -> Run:
 
 AIMS = re.compile(
     rb"Invoking FHI-aims|Have a nice day|Begin self-consistency|Geometry relaxation:|Molecular dynamics|MD_run|"
-    rb"relax_unit_cell|XC: +Using|\| Number of atoms|Charge ="
+    rb"relax_unit_cell|Relaxation step number|XC: +Using|\| Number of atoms|Charge ="
 )
 
 
@@ -256,6 +273,8 @@ def _of_aims(lines: Lines) -> Iterator[Run]:
             run.ended = True
         elif found.startswith(b"Begin"):
             run.started = True
+        elif found.startswith(b"Relaxation"):
+            run.counters += map(int, re.findall(rb"number\s+(\d+)", line))
         elif found.startswith(b"Geometry"):
             run.signs.add("relax")
         elif found in (b"Molecular dynamics", b"MD_run"):

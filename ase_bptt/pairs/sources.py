@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import re
+import tarfile
+import tempfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,19 +15,24 @@ from typing import Any, Protocol
 
 import numpy as np
 from ase import Atoms
-from ase.constraints import FixAtoms
 
-from ..cells import CellFreedom
 from . import InvalidPair, NotARelaxation, RelaxationPair
-from .calculations import CUT, Run, cell_of, check_kind, check_length, opened
-from .databases import Member, label_of, relaxations_in
-from .formats import Loaded, VaspFile, examined, format_of, other_code, read_frames
+from .calculations import CUT, Run, check_kind, check_length, check_steps, opened
+from .cells_of_runs import freedom_of
+from .databases import members_of, relaxations_in
+from .formats import Loaded, VaspFile, examined, format_of, read_frames
 from .methods import describe, settings_of
 from .scans import run_of_incar
+from .structure_matching import Equals
+from .survey import other_code
 
 log = logging.getLogger(__name__)
 VASP_NAME = re.compile(rf"{re.escape(os.sep)}(vasprun\.xml|OUTCAR|CONTCAR)(\.relax\d+)?(\.gz|\.bz2|\.xz)?$")
 """What a folder's name says as well."""
+OUTSIDE = 1e3
+"""Cells away from which an atom is by mistake."""
+STOPPED = re.compile(r"error\.\d+")
+"""A folder in which custodian keeps a run that it stopped."""
 CP2K = re.compile(rb"\s*i =\s*\d+,(\s*time =[^,]*,)?\s*E =")
 """The second line of a trajectory that CP2K wrote."""
 
@@ -37,13 +45,7 @@ class Source(Protocol):
         """For messages."""
 
     def load(self) -> Loaded:
-        """Its structures, and what is known of it.
-
-        Raises
-        ------
-        InvalidPair
-            Where the relaxation cannot be used.
-        """
+        """Its structures, and what is known of it; InvalidPair where the relaxation cannot be used."""
 
 
 class Frames(Sequence[Atoms]):
@@ -75,7 +77,8 @@ class File:
         path = Path(self.name)
         vasp = VaspFile.named(path)
         if vasp is None or vasp.kind != "CONTCAR":
-            return _ends(path)
+            found = _ends(path)
+            return found if vasp is None else found._replace(initial=_first_start(path.parent, found.initial))
         begin = read_frames(vasp.other("POSCAR") or path.with_name("POSCAR"))[0]
         if (settings := vasp.other("INCAR")) is None:
             return Loaded(begin, read_frames(path)[0])
@@ -83,29 +86,7 @@ class File:
         check_kind(path, [run])
         end = read_frames(path)[0]
         describe([begin, end], run)
-        return Loaded(begin, end, settings=settings_of(run, begin), cell=_cell([begin, end], path, run))
-
-
-def _has_roles(path: Path) -> bool:
-    """Whether frames of a file may have roles; most files are not read for it."""
-    if not path.is_file() or format_of(path) not in ("extxyz", "traj"):
-        return False
-    with opened(path) as file:
-        return b"role" in file.read()
-
-
-def _members(path: Path) -> Iterator[Source]:
-    try:
-        frames = read_frames(path)
-    except InvalidPair as problem:
-        yield Unusable(str(path), problem)
-        return
-    labels = [label_of(frame) for frame in frames]
-    if None in labels or (len(set(labels)) == 1 and len(frames) == 2):
-        yield File(str(path))
-        return
-    for label in dict.fromkeys(labels):
-        yield Member(str(path), str(label), frames)
+        return Loaded(begin, end, settings=settings_of(run, begin), cell=freedom_of([begin, end], path, run))
 
 
 @dataclass(frozen=True)
@@ -135,10 +116,13 @@ def sources_in(files: Sequence[Path]) -> Iterator[Source]:
     """Each relaxation in these files."""
     for path in files:
         vasp = VaspFile.named(path)
-        if path.suffix in (".db", ".json"):
+        if STOPPED.fullmatch(path.parent.name):
+            sentence = f"{path}: custodian stopped this run and started it again; leave it out."
+            yield Unusable(str(path), NotARelaxation(sentence, "run that custodian stopped"))
+        elif path.suffix in (".db", ".json"):
             yield from _of_database(path)
-        elif _has_roles(path):
-            yield from _members(path)
+        elif members := members_of(path):
+            yield from members
         elif vasp is not None and vasp.kind == "POSCAR":
             yield File(str(vasp.other("CONTCAR") or path.with_name("CONTCAR")))
         elif len(files) > 1 and format_of(path) is None and (code := other_code(path)):
@@ -195,14 +179,15 @@ def _ends(path: Path) -> Loaded:
     format = format_of(path)
     if format == "extxyz":
         _check_cell_of_cp2k(path)
-    elif format is None:
+    frames = read_frames(path, runs, ends_only=True)
+    if format is None:
         log.warning("%s: it is read as ASE reads it; whether it is a relaxation, and complete, is not checked.", path)
-    frames = read_frames(path, runs)
     if "relaxation_frames" in frames[-1].info:
         raise InvalidPair(
             f"{path}: ase-bptt relax wrote it, a structure after the other; a reference is the file of one relaxation."
         )
     check_length(path, runs, len(frames))
+    check_steps(path, runs, len(frames))
     if any(run.selective for run in runs):
         _hold(frames, path)
     # pw.x says JOB DONE even where its last electronic steps did not converge.
@@ -218,20 +203,47 @@ def _ends(path: Path) -> Loaded:
     if not runs:
         return found
     describe([frames[0], frames[-1]], runs[-1])
-    return found._replace(
-        settings=settings_of(runs[-1], frames[0]),
-        onward=_onward(frames[-1], path, runs[-1]),
-        cell=_cell([frames[0], frames[-1]], path, runs[-1]),
-    )
+    begin, first = frames[0], None
+    if runs[0].first is not None and not _is_at(begin, runs[0].first, path):
+        begin, first = begin.copy(), begin
+        begin.set_scaled_positions(runs[0].first)
+    others = first, _onward(frames[-1], path, runs[-1])
+    cell = freedom_of([begin, frames[-1]], path, runs[-1])
+    return found._replace(initial=begin, settings=settings_of(runs[-1], begin), others=others, cell=cell)
 
 
-def _cell(ends: Sequence[Atoms], path: Path, run: Run) -> CellFreedom | None:
-    """What the run relaxed of the cell; atoms that kept their fractional coordinates in it are fixed."""
-    found = cell_of(path, run)
-    if found is not None and found.fixed_fractions:
-        for atoms in ends:
-            atoms.set_constraint(FixAtoms(range(len(atoms))))
-    return None if found is None else found.freedom
+def _is_at(atoms: Atoms, fractions: np.ndarray, path: Path) -> bool:
+    """Whether atoms are at these places, of which a step that is lost was the first."""
+    here = atoms.get_scaled_positions(wrap=False)
+    # A huge one, or one that is no number, is not below either.
+    if fractions.shape != here.shape or not (np.abs([fractions, here]) < OUTSIDE).all():
+        raise InvalidPair(f"{path}: its initial structure is damaged; copy it again, or leave it out.")
+    apart = fractions - here
+    return bool(np.abs(apart - np.rint(apart)).max() < 1e-5)
+
+
+def _first_start(folder: Path, start: Atoms) -> Atoms:
+    """Where custodian first started a run that it stopped, and started again from its CONTCAR."""
+    stopped = sorted(folder.glob("error.*"), key=lambda place: (len(place.name), place.name), reverse=True)
+    for begin, end in filter(None, map(_poscar_and_contcar, stopped)):
+        if (places := Equals()).add(start) == places.add(end):
+            begin.info.update(start.info)
+            start = begin
+    return start
+
+
+def _poscar_and_contcar(place: Path) -> tuple[Atoms, Atoms] | None:
+    """Of a folder or an archive in which custodian keeps a run that it stopped; None where it has not both."""
+    try:
+        if place.is_dir():
+            begin, end = (read_frames(place / name)[0] for name in ("POSCAR", "CONTCAR"))
+            return begin, end
+        with tarfile.open(place) as files, tempfile.TemporaryDirectory() as folder:
+            for name in ("POSCAR", "CONTCAR"):
+                (Path(folder) / name).write_bytes(files.extractfile(name).read())  # type: ignore[union-attr]
+            return _poscar_and_contcar(Path(folder))
+    except (InvalidPair, OSError, EOFError, KeyError, AttributeError, zlib.error, tarfile.TarError):
+        return None
 
 
 def _check_cell_of_cp2k(path: Path) -> None:
@@ -249,7 +261,7 @@ def _check_cell_of_cp2k(path: Path) -> None:
 def _onward(relaxed: Atoms, path: Path, run: Run) -> Atoms | None:
     """Where a run that continues this one begins: VASP writes its next step, which the output has not."""
     next_one = relaxed.copy()
-    if run.final is not None and len(run.final) == len(relaxed):
+    if run.final is not None and len(run.final) == len(relaxed) and np.isfinite(run.final).all():
         next_one.set_scaled_positions(run.final)
         return next_one
     vasp = VaspFile.named(path)

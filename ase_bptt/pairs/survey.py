@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+import lzma
 import os
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from . import InvalidPair, NotARelaxation
-from .calculations import ZIPPED
-from .formats import NAMES, VASP, VaspFile, format_of, other_code
+from .calculations import ZIPPED, opened
+from .formats import NAMES, VASP, VaspFile, format_of
 from .methods import CHARGE, CUTOFF
 
 log = logging.getLogger(__name__)
@@ -30,6 +32,12 @@ SUFFIXES = (
 """What a folder is searched for; of the .out files only those of pw.x."""
 OUTPUTS = (".out", ".log", ".txt", ".castep", ".abo")
 """Ends of names of outputs, of which what they hold says whose they are."""
+OTHER_CODES = {
+    "ABINIT": b"ABINIT", "CASTEP": b"CASTEP", "CP2K": b"CP2K|", "Gaussian": b"Entering Gaussian System",
+    "GPAW": b"|__ |  _|___|_____|", "ORCA": b"O   R   C   A", "SIESTA": b"SIESTA", "NWChem": b"NWChem",
+    "another program of Quantum ESPRESSO": b"Quantum ESPRESSO suite",
+}  # fmt: skip
+"""Codes whose relaxations are not read from a folder, by what stands near the beginning of their outputs."""
 Tally = dict[str, list[str]]
 """Names of files, by what they are."""
 SHOWN = 4
@@ -226,6 +234,16 @@ def _is_relaxation(file: Path) -> bool:
     if plain.endswith(OUTPUTS):
         return format_of(file) is not None or other_code(file) is not None
     return plain.endswith(tuple(NAMES)) or file.suffix == ".db"
+
+
+def other_code(path: Path) -> str | None:
+    """The code, not one of ours, that wrote an output."""
+    try:
+        with opened(path) as file:
+            text = file.read(2**16)
+    except (OSError, EOFError, zlib.error, lzma.LZMAError):
+        return None
+    return next((code for code, word in OTHER_CODES.items() if word in text), None)
 
 
 def _preference(file: Path) -> tuple[int, int]:

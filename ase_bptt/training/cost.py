@@ -30,6 +30,9 @@ PROBED = 2
 """Frames of the relaxation that is timed."""
 BUDGET = 16.0
 """Seconds that the measurements of an estimate may take, roughly."""
+STEP_COST, STEP_MEMORY = 5.0, 3.5
+"""Of a training step of one frame, in evaluations of forces: seconds (CHGNet, MACE: 4 to 5) and bytes (3 to 4, 2 to 3);
+used where the smallest pair is too large to measure it."""
 TRIED = 4
 """Structures that are relaxed, for the number of frames."""
 SAMPLED = 16
@@ -87,8 +90,9 @@ def estimate(
     """Time a few small computations, and scale them by edges and frames; nothing is changed or written.
 
     One frame is timed on the smallest training pair, and on as many of the largest as `BUDGET` allows; all frames are
-    on the smallest, where that is soon done, and else taken to cost as much as the first. A relaxation
-    of the validation is run for a few structures, or else taken to need `FRAMES`.
+    on the smallest, where that is soon done, and else taken to cost as much as the first. Where one frame of the
+    smallest pair takes long, an evaluation of its forces is timed instead. A relaxation of the validation is run for a
+    few structures, or else taken to need `FRAMES`.
 
     Parameters
     ----------
@@ -103,37 +107,66 @@ def estimate(
     potential, size = loss.potential, loss.ranks.size
     edges = _edge_counts(potential, data)
     by_size = sorted(data.train, key=lambda p: p.n_atoms)
-    small, n_small = by_size[:1], edges(by_size[:1])
     # A copy: the ends for warm starts and the counters of the epoch stay as they are.
-    loss = replace(loss, warm=None, ranks=Ranks())
+    costs = _measured(replace(loss, warm=None, ranks=Ranks()), by_size, edges, terms, batch_size)
+    some = sorted(data.valid, key=lambda p: p.n_atoms)[:TRIED]
+    n_frames = _frames_to_relax(potential, some, costs.forces.seconds(1, edges(some)))
+
+    def relaxed(pairs: Sequence[RelaxationPair]) -> float:
+        batches = math.ceil(sum(p.n_atoms for p in pairs) / ATOMS) if potential.device.type == "cpu" else 1
+        return n_frames * costs.forces.seconds(batches, edges(pairs))
+
+    training = costs.step.seconds(math.ceil(len(by_size) / batch_size), edges(by_size)) * costs.with_terms
+    epoch = (training + relaxed(data.valid)) / size
+    for parameter in loss.trained():
+        parameter.grad = None
+    peak = costs.bytes_an_edge * edges(by_size[-batch_size:])
+    return Estimate(epoch, epochs * epoch + MEASUREMENTS * relaxed(data.test) / size, round(peak))
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of a training step and of an evaluation of forces; the factor by which terms slow a step; bytes at its peak."""
+
+    step: CostLaw
+    forces: CostLaw
+    with_terms: float
+    bytes_an_edge: float
+
+
+def _measured(
+    loss: PairLoss,
+    by_size: Sequence[RelaxationPair],
+    edges: Callable[[Sequence[RelaxationPair]], float],
+    terms: Sequence[Term],
+    batch_size: int,
+) -> Costs:
+    """The costs, from the smallest pair and from as many of the largest as the budget allows."""
+    potential, small = loss.potential, by_size[:1]
+    n_small, frames = edges(small), min(loss.steps, FRAMES)
+    evaluate = partial(_seconds_per_frame, potential, small, 0)
+    once = evaluate()  # with what is compiled or allocated at first use
+    once = evaluate() if once < BUDGET / 8 else once
+    if once > BUDGET / 40:
+        # One step would take too long.
+        frame, forces = STEP_COST * once, CostLaw(0.0, once / n_small)
+        _, peak = peak_bytes(evaluate, potential.device)
+        step = CostLaw(0.0, frame * (1 + frames) / 2 / n_small)
+        return Costs(step, forces, 1 + 2 * len(terms) / (1 + frames), STEP_MEMORY * peak / n_small)
     one = replace(loss, steps=1)
-    first = seconds(partial(one.backward, small))  # with what is compiled or allocated at first use
-    frame = seconds(partial(one.backward, small)) if first < BUDGET / 5 else first
-    frames = min(loss.steps, FRAMES)
+    one.backward(small)
+    frame = seconds(partial(one.backward, small))
     whole = frame * (1 + frames) / 2
     if whole < BUDGET / 4:
         whole = seconds(partial(loss.backward, small))
     batches = [by_size[-k:] for k in range(min(batch_size, len(by_size)), 0, -1)]
     singles = [by_size[len(by_size) // k :][:1] for k in (2, 4, 8)]
     large = next((p for p in [*batches, *singles] if frame * edges(p) / n_small < BUDGET / 5), small)
-    step = CostLaw.through((n_small, frame), (edges(large), seconds(partial(one.backward, large))))
-    law = CostLaw(step.a_batch * whole / frame, step.an_edge * whole / frame)
+    law = CostLaw.through((n_small, frame), (edges(large), seconds(partial(one.backward, large))))
     forces = CostLaw.through(*((edges(p), _seconds_per_frame(potential, p)) for p in (small, large)))
+    step = CostLaw(law.a_batch * whole / frame, law.an_edge * whole / frame)
     by_terms = _seconds_of_terms(terms, potential, small) / whole
-
-    some = sorted(data.valid, key=lambda p: p.n_atoms)[:TRIED]
-    n_frames = _frames_to_relax(potential, some, forces.seconds(1, edges(some)))
-
-    def relaxed(pairs: Sequence[RelaxationPair]) -> float:
-        batches = math.ceil(sum(p.n_atoms for p in pairs) / ATOMS) if potential.device.type == "cpu" else 1
-        return n_frames * forces.seconds(batches, edges(pairs))
-
-    training = law.seconds(math.ceil(len(by_size) / batch_size), edges(by_size)) * (1 + by_terms)
-    epoch = (training + relaxed(data.valid)) / size
-    peak = _peak(loss, small, frame) * edges(by_size[-batch_size:]) / n_small
-    for parameter in loss.trained():
-        parameter.grad = None
-    return Estimate(epoch, epochs * epoch + MEASUREMENTS * relaxed(data.test) / size, round(peak))
+    return Costs(step, forces, 1 + by_terms, _peak(loss, small, frame) / n_small)
 
 
 def seconds(run: Callable[[], Any]) -> float:
@@ -153,10 +186,10 @@ def _edge_counts(potential: Potential, data: TrainingData) -> Callable[[Sequence
     return lambda pairs: per_atom * sum(p.n_atoms for p in pairs)
 
 
-def _seconds_per_frame(potential: Potential, pairs: Sequence[RelaxationPair]) -> float:
+def _seconds_per_frame(potential: Potential, pairs: Sequence[RelaxationPair], steps: int = PROBED) -> float:
     with torch.no_grad():
         starts = [p.initial for p in pairs]
-        return seconds(lambda: relax(potential, starts, stepper="fire", fmax=0.0, steps=PROBED)) / (PROBED + 1)
+        return seconds(lambda: relax(potential, starts, stepper="fire", fmax=0.0, steps=steps)) / (steps + 1)
 
 
 def _frames_to_relax(potential: Potential, pairs: Sequence[RelaxationPair], a_frame: float) -> float:

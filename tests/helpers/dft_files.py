@@ -198,6 +198,43 @@ def _atomic_positions(frame: Atoms) -> str:
     return f"ATOMIC_POSITIONS (angstrom)\n{rows}\n"
 
 
+def write_aims(path: Path, frames: list[Atoms], said: str = "  Geometry relaxation: Textbook BFGS.\n") -> None:
+    """The output of FHI-aims, with these lines in its header: a relaxation unless they say otherwise."""
+    first, relaxes = frames[0], "Geometry relaxation" in said
+    cell = "".join(f"  | {_columns(row, '16.8f')}\n" for row in first.cell.array)
+    sites = "".join(
+        f"  |{k:5d}: Species {symbol:10} {_columns(x, '16.8f')}\n"
+        for k, (symbol, x) in enumerate(zip(first.symbols, first.positions, strict=True), 1)
+    )
+    text = (
+        f"          Invoking FHI-aims ...\n  XC: Using PBE gradient-corrected functionals.\n{said}"
+        f"  | Number of atoms                   : {len(first):8d}\n  | Number of spin channels           :        1\n"
+        "  | Number of Kohn-Sham states (occupied + empty):       40\n"
+        f"  The structure contains {len(first)} atoms, and a total of 112.000 electrons.\n"
+        f"  | Unit cell:\n{cell}  | Atomic structure:\n  |       Atom    x [A]   y [A]    z [A]\n{sites}"
+        "  Begin self-consistency iteration #    1\n\n"
+    )
+    for k, frame in enumerate(frames):
+        energy = frame.get_potential_energy()
+        rows = "".join(f"  |{j:5d} {_columns(f, '20.12f')}\n" for j, f in enumerate(frame.get_forces(), 1))
+        text += (
+            f"  | Total energy uncorrected      : {energy:20.10f} eV\n"
+            f"  | Electronic free energy        : {energy:20.10f} eV\n  Total atomic forces (unitary) [eV/Ang]:\n{rows}"
+        )
+        if relaxes:
+            text += "  Geometry optimization: Attempting to predict improved coordinates.\n"
+        if k + 1 < len(frames):
+            after = frames[k + 1]
+            vectors = "".join(f"  lattice_vector   {_columns(row, '16.8f')}\n" for row in after.cell.array)
+            atoms = "".join(f"  atom   {_columns(a.position, '16.8f')}  {a.symbol}\n" for a in after)
+            text += (
+                f"  Updated atomic structure:\n{vectors}{atoms}"
+                '  Writing the current geometry to file "geometry.in.next_step".\n'
+                "  Begin self-consistency loop: Re-initialization.\n"
+            )
+    path.write_text(f"{text}\n          Have a nice day.\n------------------------\n")
+
+
 def write_poscar_and_contcar(folder: Path, frames: list[Atoms]) -> None:
     """The first frame as POSCAR, the last, wrapped into the cell, as CONTCAR."""
     for name, atoms, wrap in (("POSCAR", frames[0], False), ("CONTCAR", frames[-1], True)):
@@ -226,6 +263,7 @@ WRITERS = {
     "OUTCAR.gz": write_outcar,
     "relax.pwo": write_espresso,
     "relax.out": write_espresso,
+    "aims.out": write_aims,
     "relax.extxyz": write,
     "relax.traj": write,
     "CONTCAR": lambda path, frames: write_poscar_and_contcar(path.parent, frames),
