@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 """Called with the number of files that are read, and that of all."""
 
-WORTH = 30e6
+WORTH = 100e6
 """Bytes of all files above which further processes read sooner, for each takes some seconds to start."""
 AHEAD = 4
 """Files that are read ahead, for each process."""
