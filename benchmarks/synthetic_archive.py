@@ -74,7 +74,7 @@ def fill(a: Archive) -> None:
         for leg, part in ((1, frames[:3]), (2, frames[2:])):
             a.write(f"mp/mp-{100 + k}/OUTCAR.relax{leg}.gz", outcar(part, ISPIN=1), "used")
             a.write(f"mp/mp-{100 + k}/INCAR.relax{leg}.gz", "IBRION = 2\nNSW = 80\n", "")
-    for k in range(14, 22):  # doped: distorted starts, relaxed on with another functional and with spin-orbit coupling
+    for k in range(14, 22):  # doped: distorted starts, then another functional and spin-orbit coupling
         frames, other = a.path(k, 4), a.path(k + 40, 4)
         place = f"defects/v_{frames[0][0].symbol}_{k}_0"
         a.write(f"{place}/Bond_Distortion_-40.0%/OUTCAR", outcar(frames), "used")

@@ -172,9 +172,7 @@ def _named(cell: CellChoice) -> CellFreedom:
         )
     full = np.asarray(voigt_6_to_full_3x3_stress(mask) if mask.shape == (6,) else mask)
     if not np.isin(full, (0, 1)).all() or not (full == full.T).all():
-        raise ValueError(
-            f"A mask of the cell holds ones and zeros, symmetric about the diagonal; got {cell!r}."
-        )
+        raise ValueError(f"A mask of the cell holds ones and zeros, symmetric about the diagonal; got {cell!r}.")
     if not full.any():
         return CELLS["fixed"]
     if full.all():

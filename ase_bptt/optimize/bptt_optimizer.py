@@ -27,16 +27,9 @@ from ..suggestions import keywords, named, unknown_keyword
 from ..utils import outside_inference_mode
 from .cell_filters import atoms_of, check_differentiable
 from .recording import PASSING, Recording, as_relaxation
-from .restart import (
-    BROKEN,
-    filter_from_json,
-    filter_to_json,
-    read_restart,
-    state_from_json,
-    state_to_json,
-    unreadable,
-    write_restart,
-)
+from .restart import BROKEN, filter_from_json, filter_to_json, read_restart
+
+from .restart import state_from_json, state_to_json, unreadable, write_restart  # isort: skip
 
 log = logging.getLogger(__name__)
 

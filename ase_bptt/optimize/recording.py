@@ -88,7 +88,7 @@ class Recording:
                 "The atoms were changed after the last step of this run: take its relaxation before that."
             )
         assert self._start is not None
-        # Attached anew each time: a graph can be gone through once.
+        # Attached again each time: a graph can be gone through once.
         rows = self._start if self._cell is None else self._cell.strained(self._start)
         if torch.is_grad_enabled():
             adjoint.check(trajectory.map, rows)

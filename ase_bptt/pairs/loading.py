@@ -106,7 +106,7 @@ class Choices:
 
 
 @dataclass
-class Outcome:
+class Reading:
     """What came of one source: a pair, or what is kept of it, or why there is none; and what there is to warn of."""
 
     source: Source
@@ -146,7 +146,7 @@ class Reader:
 
     def read_two(self, initial: Path) -> list[tuple[Source, Any]]:
         """The pairs between the structures of two files, the second of which is the root."""
-        return self._counted([self._outcome(s, s.load()) for s in two_files(initial, self.root)])
+        return self._counted([self._reading(s, s.load()) for s in two_files(initial, self.root)])
 
     def read(self, files: Sequence[Path]) -> list[tuple[Source, Any]]:
         """Each relaxation that can be used, once, with its source.
@@ -157,17 +157,17 @@ class Reader:
             For the first that cannot be used, once all are read, unless they are to be skipped; or where none can.
         """
         chains, loaded = Chains(), dict[str, Loaded]()
-        outcomes: list[Outcome | None] = []
+        readings: list[Reading | None] = []
         place: dict[str, int] = {}
         for source, found in load_all(sources_in(files), files, self._processes):
             if self._progress is not None:
-                self._progress(len(outcomes) + 1, max(len(files), len(outcomes) + 1))
-            outcomes.append(outcome := self._outcome(source, found))
-            if isinstance(source, File) and isinstance(found, Loaded) and _is_sound(found, outcome.problem):
-                place[source.name] = len(outcomes) - 1
+                self._progress(len(readings) + 1, max(len(files), len(readings) + 1))
+            readings.append(reading := self._reading(source, found))
+            if isinstance(source, File) and isinstance(found, Loaded) and _is_sound(found, reading.problem):
+                place[source.name] = len(readings) - 1
                 if first := chains.add(source.name, found):
                     self.survey.note_copy(source.name, first)
-                    outcomes[-1] = None
+                    readings[-1] = None
                 elif self._keep is None:
                     loaded[source.name] = found
         relaxations, again = chains.joined()
@@ -176,24 +176,24 @@ class Reader:
                 legs = Legs(tuple(names))
                 whole = joined_legs([loaded[name] for name in names]) if self._keep is None else legs.load()
                 for name in names:
-                    outcomes[place[name]] = None
-                outcomes[place[names[0]]] = self._outcome(legs, whole)
+                    readings[place[name]] = None
+                readings[place[names[0]]] = self._reading(legs, whole)
         for name in again:
             problem = NotARelaxation(f"{name}: it is a {FURTHER}.", FURTHER)
-            outcomes[place[name]] = Outcome(File(name), problem=problem)
-        return self._counted(filter(None, outcomes))
+            readings[place[name]] = Reading(File(name), problem=problem)
+        return self._counted(filter(None, readings))
 
-    def _outcome(self, source: Source, found: Loaded | InvalidPair) -> Outcome:
+    def _reading(self, source: Source, found: Loaded | InvalidPair) -> Reading:
         if isinstance(found, InvalidPair):
-            return Outcome(source, problem=found)
+            return Reading(source, problem=found)
         warnings: list[tuple[Any, ...]] = []
         try:
             pair = self._pair(source, found, lambda *said: warnings.append(said))
         except InvalidPair as problem:
-            return Outcome(source, problem=problem)
+            return Reading(source, problem=problem)
         made = pair if self._keep is None else self._keep(source, pair)
         n_files = len(source.names) if isinstance(source, Legs) else 1
-        return Outcome(source, made, None, warnings, found.settings, n_files)
+        return Reading(source, made, None, warnings, found.settings, n_files)
 
     @np.errstate(over="ignore", invalid="ignore")  # by what a damaged file holds, before it is refused
     def _pair(self, source: Source, found: Loaded, warn: Callable[..., None]) -> RelaxationPair:
@@ -209,16 +209,16 @@ class Reader:
         named = "" if not key else _group(pair, key, short(source.name, self.root), self.root)
         return dataclasses.replace(pair, relaxed=relaxed, group=named)
 
-    def _counted(self, outcomes: Iterable[Outcome]) -> list[tuple[Source, Any]]:
+    def _counted(self, readings: Iterable[Reading]) -> list[tuple[Source, Any]]:
         """Those that can be used; the survey counts them, and the others."""
         found, stop = [], None
-        for outcome in outcomes:
-            name, problem = outcome.source.name, outcome.problem
-            for said in outcome.warnings:
+        for reading in readings:
+            name, problem = reading.source.name, reading.problem
+            for said in reading.warnings:
                 log.warning(*said)
             if problem is None:
-                self.survey.use(name, outcome.settings or {}, outcome.n_files)
-                found.append((outcome.source, outcome.made))
+                self.survey.use(name, reading.settings or {}, reading.n_files)
+                found.append((reading.source, reading.made))
             elif not self.survey.passes_by(problem, name):
                 self.survey.problems.append(str(problem))
                 stop = stop or problem

@@ -19,7 +19,7 @@ OF_PW = {"SLA PW PBE PBE": "PBE", "SLA PW PBX PBC": "PBE", "SLA PW PSX PSC": "PB
 FUNCTIONAL, SPIN_ORBIT, CHARGE = "functional", "spin-orbit coupling", "charge"
 CUTOFF, POTENTIAL, U = "cutoff", "pseudopotential of ", "U (eV) of "
 MINOR = (CUTOFF, POTENTIAL, CHARGE)
-"""Legs of one relaxation may differ in the first two. A charge is told of where it leads somewhere else."""
+"""Legs of one relaxation may differ in the first two. A charge is reported where it leads somewhere else."""
 
 
 def settings_of(run: Run, atoms: Atoms) -> dict[str, str]:

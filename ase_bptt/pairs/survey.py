@@ -159,7 +159,7 @@ class Survey:
         width = max(len(name) for name, _, _ in rows)
         lines = [f"  {name:{width}} {n:6}  {example}".rstrip() for name, n, example in rows]
         for name, values in sorted(self.settings.items()):
-            # What all have in common is told where it fits on the line.
+            # What all have in common is written where it fits on the line.
             if len(values) > 1 or not name.startswith(("U (eV)", "pseudopotential", CHARGE)):
                 lines.append(f"  {name:{width}} {_values(values)}")
         return "\n".join([f"{self.where}:", *lines])

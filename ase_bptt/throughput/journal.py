@@ -24,6 +24,7 @@ from ..utils import replacing
 from . import Relaxed, relax_all
 
 KEYS = ("_index", "_status", "_nsteps", "_run")
+RESULTS = ("energy", "forces", "stress")
 BEGIN = b"- of Ulm"
 """Of every trajectory file of ASE's."""
 
@@ -101,8 +102,9 @@ class Journal:
             self._append(path, ends)
 
     def _append(self, path: Path, ends: dict[int, Relaxed]) -> None:
-        with Trajectory(path, "a", properties=["energy", "forces", "stress"]) as frames:
+        with Trajectory(path, "a") as frames:
             for index, end in ends.items():
+                frames.properties = [name for name in RESULTS if name in end.atoms.calc.results]
                 found = end.atoms.copy()
                 found.constraints = []
                 found.info = dict(zip(KEYS, (index, end.status.value, end.nsteps, self.run), strict=True))
