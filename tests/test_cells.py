@@ -5,23 +5,43 @@ import json
 import numpy as np
 import pytest
 import torch
-from ase import Atoms
+from ase import Atoms, units
 from ase.build import bulk, fcc111, molecule
+from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms, FixCartesian, FixSymmetry
 from ase.filters import FrechetCellFilter
+from ase.io import read, write
 from ase.optimize import BFGS, FIRE, LBFGS
 from ase.spacegroup.symmetrize import check_symmetry
 from helpers.gradients import check_gradient, gradient, recorded_decisions
 from helpers.potentials import lennard_jones, needs_mace, stiff_mace
 
-from ase_bptt import Status, Structures, TorchCalculator, adjoints, delta_q, relax, steppers
+from ase_bptt import (
+    RelaxationPair,
+    Status,
+    Structures,
+    TorchCalculator,
+    Trainer,
+    adjoints,
+    delta_q,
+    evaluate,
+    load_potential,
+    relax,
+    steppers,
+)
 from ase_bptt.cells import CellFreedom, freedoms
 from ase_bptt.cells.strained import Strained
+from ase_bptt.cli import main
 from ase_bptt.losses import cell_strain, lattice_error, root_delta_q, volume_error
 from ase_bptt.neighbors import NeighborList
+from ase_bptt.pairs import InvalidPair
+from ase_bptt.pairs.calculations import Run
+from ase_bptt.pairs.cells_of_runs import freedom_of
 from ase_bptt.potentials.analytic import Morse
 from ase_bptt.potentials.direct import Direct
 from ase_bptt.potentials.emt import EMT
+from ase_bptt.report.tables import table
+from ase_bptt.terms.labels import Labels
 
 
 def strained(atoms: Atoms, seed: int = 0, strain: float = 0.03, rattle: float = 0.05) -> Atoms:
@@ -340,3 +360,112 @@ def test_emt_at_rest_stays():
 
 
 EMT_LATTICE = 3.5899
+
+
+# Pairs, training and the shell -----------------------------------------------------------------
+
+
+def crystal_pairs(n: int = 4) -> list[RelaxationPair]:
+    """Strained crystals of copper, and what another potential would have them: 3 % shorter."""
+    relaxed = bulk("Cu", a=EMT_LATTICE * 0.97)
+    return [RelaxationPair(strained(relaxed, seed=k), relaxed, f"Cu {k}", f"group {k}") for k in range(n)]
+
+
+@pytest.mark.parametrize("adjoint", ["replay", "implicit", "guided:3"])
+def test_training_on_structures_alone_mends_the_volume(adjoint):
+    potential = Morse(r0=2.6, rho0=4.0)
+    pairs = [RelaxationPair(strained(bulk("Cu", a=3.6), seed=k), bulk("Cu", a=3.5), f"Cu {k}") for k in range(2)]
+    before = evaluate(potential, pairs)
+    trainer = Trainer(potential, adjoint=adjoint, terms=(), lr=0.01, batch_size=2, progress=False)
+    trainer.fit(pairs, epochs=6)
+    after = evaluate(trainer.potential, pairs)
+    assert after.volume_error < before.volume_error
+    assert after.mean < before.mean
+    assert all(row.cell_strain is not None for row in after.rows)
+    assert "cells that moved (2): mean absolute volume error" in table(before, after)
+
+
+def test_stress_labels_are_the_forces_on_the_rows_of_a_cell():
+    teacher, frames = TorchCalculator("emt"), [strained(bulk("Cu"), seed=k) for k in range(3)]
+    for atoms in frames:
+        atoms.calc = teacher
+        results = {name: teacher.get_property(name, atoms) for name in ("energy", "forces", "stress")}
+        atoms.calc = SinglePointCalculator(atoms, **results)
+    pair = RelaxationPair(frames[0], frames[-1], "Cu", frames=frames)
+    assert pair.freedom.name == "full"
+    labels = Labels(energies=False, per_pair=3)
+    labels.prepare(teacher.potential, [pair])
+    assert labels.loss(teacher.potential, [pair], np.random.default_rng(0)).item() == pytest.approx(0, abs=1e-12)
+    other = Morse(rho0=4.0)
+    labels.prepare(other, [pair])
+    loss = labels.loss(other, [pair], np.random.default_rng(0))
+    # A crystal of one atom has no forces: what is matched is the stress alone.
+    assert loss.item() > 0
+    loss.backward()
+    assert all(p.grad is not None for p in other.parameters())
+
+
+def test_fixed_and_moving_pairs_are_evaluated_apart():
+    still = molecule("N2")
+    pairs = [*crystal_pairs(1), RelaxationPair(still, still.copy(), "N2", "N2")]
+    found = evaluate(load_potential("emt"), pairs)
+    assert [row.volume_error is None for row in found.rows] == [False, True]
+    assert found.volume_error == pytest.approx(abs(found.rows[0].volume_error))
+
+
+@pytest.mark.parametrize(
+    ("flags", "moved"), [((), False), (("--cell", "full", "--pressure", "1"), True), (("--cell", "0,0,1,0,0,0"), True)]
+)
+def test_the_shell_relaxes_cells(tmp_path, flags, moved):
+    atoms = strained(bulk("Cu", cubic=True))
+    write(tmp_path / "a.extxyz", atoms)
+    out = tmp_path / "out.extxyz"
+    assert main(["relax", str(tmp_path / "a.extxyz"), "--potential", "emt", *flags, "--out", str(out)]) == 0
+    found = read(out)
+    change = np.abs(found.cell - atoms.cell)
+    assert (change.max() > 0.01) == moved
+    if "0,0,1,0,0,0" in flags:
+        gradient = np.linalg.solve(atoms.cell, found.cell)
+        assert np.abs(gradient - np.diag([1, 1, gradient[2, 2]])).max() < 1e-7
+    if "1" in flags:
+        assert found.get_stress()[:3] / units.GPa == pytest.approx(-np.ones(3), abs=1.0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--cell", "shape"], "no cell 'shape'"),
+        (["--cell", "0,0,0,0,0,1"], "a shear without the two axes"),
+        (["--pressure", "much"], "number of GPa"),
+    ],
+)
+def test_the_shell_refuses_cells_that_it_does_not_know(tmp_path, capsys, flags, said):
+    write(tmp_path / "a.extxyz", bulk("Cu"))
+    with pytest.raises(SystemExit):
+        main(["relax", str(tmp_path / "a.extxyz"), "--potential", "emt", *flags])
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("tags", "name", "pressure", "fractions"),
+    [
+        ({"ISIF": "2"}, "fixed", 0.0, False),
+        ({"ISIF": "3", "PSTRESS": "20.0"}, "full", 2 * units.GPa, False),
+        ({"ISIF": "4"}, "constant-volume", 0.0, False),
+        ({"ISIF": "7"}, "hydrostatic", 0.0, True),
+    ],
+)
+def test_what_vasp_relaxed_comes_from_its_settings(tmp_path, tags, name, pressure, fractions):
+    atoms = bulk("Cu")
+    found = freedom_of([atoms], tmp_path / "OUTCAR", Run(tags=tags))
+    assert (found.name, found.pressure) == (name, pytest.approx(pressure))
+    assert bool(atoms.constraints) == fractions
+
+
+@pytest.mark.parametrize(("free", "name"), [("all", "full"), ("'volume'", "hydrostatic"), ("z", "mask")])
+def test_what_pw_relaxed_comes_from_its_settings(tmp_path, free, name):
+    tags = {"calculation": "vc-relax", "cell_dofree": free, "press": "5.0"}
+    found = freedom_of([bulk("Cu")], tmp_path / "relax.out", Run(code="pw.x", tags=tags))
+    assert (found.name, found.pressure) == (name, pytest.approx(0.5 * units.GPa))
+    with pytest.raises(InvalidPair, match="cell_dofree = 'ibrav'"):
+        freedom_of([bulk("Cu")], tmp_path / "relax.out", Run(code="pw.x", tags=tags | {"cell_dofree": "ibrav"}))

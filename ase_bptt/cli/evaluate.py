@@ -136,7 +136,8 @@ def _evaluated(
     settings = {name: getattr(arguments, name) for name in ("stepper", "fmax", "steps")}
     room = {name: getattr(arguments, name) for name in ("batch_size", "memory")}
     structures = [p.initial for p in pairs] + [p.relaxed for p in pairs]
-    journal = Journal(arguments.out / name, run_key(potential, structures, settings))
+    cells = [p.freedom.todict() for p in pairs]
+    journal = Journal(arguments.out / name, run_key(potential, structures, settings | {"cells": cells}))
     return evaluate(potential, pairs, **settings, **room, journal=journal, progress=None)
 
 

@@ -24,6 +24,7 @@ from ..potentials import load_potential
 from ..suggestions import named, nearest, unknown_name
 from ..training.distributed import together
 from ..utils import as_device
+from .cell_flags import cell, pressure
 from .run_folder import signals_deferred
 
 log = logging.getLogger(__name__)
@@ -167,8 +168,17 @@ def add_pairs(parser: argparse.ArgumentParser, nargs: str = "+", option: str | N
          action="store_true")  # fmt: skip
     flag(group, parser, "--max-reference-force", "eV/Å: what is left with a larger force is no reference and left out",
          MAX_REFERENCE_FORCE, type=positive, metavar="X")  # fmt: skip
+    add_cell(group, parser, "what of the cells was relaxed (default: what the runs say, or else the cells show)", None)
     flag(group, parser, "--lazy", "for a folder or a .db: check all pairs once, then read each when it is needed, "
          "so that they need not fit in memory", False, action="store_true")  # fmt: skip
+
+
+def add_cell(group: Any, parser: argparse.ArgumentParser, text: str, default: str | None) -> None:
+    """--cell and --pressure."""
+    flag(group, parser, "--cell", f"{text}: fixed, full, hydrostatic, constant-volume, or a mask as 1,1,0,0,0,1 for "
+         "xx,yy,zz,yz,xz,xy", default, type=cell, metavar="CELL")  # fmt: skip
+    flag(group, parser, "--pressure", "GPa (1 GPa is 0.00624 eV/Å^3) on cells that move, with --cell", 0.0,
+         type=pressure, metavar="GPA")  # fmt: skip
 
 
 def add_output(parser: argparse.ArgumentParser, out: str, text: str, *, resume: bool) -> None:
@@ -237,7 +247,9 @@ def read_grouped(arguments: argparse.Namespace, *, show: bool = False) -> list[R
     paths = [Path(path) for path in arguments.pairs]
     if not 1 <= len(paths) <= 2:
         raise ValueError("Give one file or folder of relaxations, or two files: initial and relaxed structures.")
-    choices = Choices(arguments.skip_invalid, arguments.group, arguments.max_reference_force)
+    choices = Choices(
+        arguments.skip_invalid, arguments.group, arguments.max_reference_force, arguments.cell, arguments.pressure
+    )
     processes = max(1, n_cores() // together().size)
     show = show and paths[0].is_dir() and not arguments.json
     with tqdm(desc="reading", unit=" files", disable=None, leave=False) as bar:

@@ -17,17 +17,19 @@ from ase import Atoms
 from ase.io import read, write
 from ase.io.formats import filetype, ioformats
 
-from ..iterated_map import Status
+from ..cells import CELLS, CellFreedom
+from ..iterated_map import IteratedMap, Status
 from ..pairs import InvalidPair
 from ..pairs.formats import read_frames
 from ..pairs.groups import check_structure
 from ..potential import Potential
+from ..relaxation import rows_of
 from ..steppers import STEPPERS, make_stepper
 from ..throughput import Relaxed
 from ..throughput.journal import Journal, relax_kept, run_key
 from ..utils import check_writable, replacing, without_nan
 from . import messages
-from .flags import add_output, add_potential, add_room, command, count, flag, positive, potential_of
+from .flags import add_cell, add_output, add_potential, add_room, command, count, flag, positive, potential_of
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +64,7 @@ def add(commands: Any) -> None:
     flag(group, parser, "--step-size", "step size of gd in Å^2/eV (default: 0.05)", type=positive, metavar="X")
     flag(group, parser, "--fmax", "converged when all forces are below this, in eV/Å", 0.05, type=positive, metavar="X")
     flag(group, parser, "--steps", "frames at most", 500, type=count, metavar="N")
+    add_cell(group, parser, "what moves beside the atoms", "fixed")
     add_room(group, parser)
     flag(group, parser, "--skip-invalid", "leave out structures that cannot be relaxed, and list them", False,
          action="store_true")  # fmt: skip
@@ -74,12 +77,16 @@ def run(arguments: argparse.Namespace) -> int:
     out = _checked_output(arguments)
     potential = potential_of(arguments)
     stepper = _stepper(arguments)
-    names, structures, left_out = read_structures(arguments.files, potential, skip_invalid=arguments.skip_invalid)
+    of_cell = CellFreedom.of(arguments.cell, arguments.pressure)
+    names, structures, left_out = read_structures(
+        arguments.files, potential, skip_invalid=arguments.skip_invalid, cell=of_cell
+    )
     if len(structures) > 1 and ioformats[_format(out)].single:
         raise ValueError(f"{out}: this format holds one structure, and there are {len(structures)}: take .extxyz.")
     warn_of_lost_constraints(out, _format(out), structures)
     settings = {"stepper": arguments.stepper, "step_size": arguments.step_size, "fmax": arguments.fmax,
                 "steps": arguments.steps}  # fmt: skip
+    settings |= {"cell": of_cell.todict()} if of_cell.moves else {}
     journal = Journal(_journal(out), run_key(potential, structures, settings))
     done = len(journal.read(structures)) if arguments.resume else 0
     if not arguments.dry_run:
@@ -95,7 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
         journal.remove()
     ends = relax_kept(
         potential, structures, journal=journal, progress=None, report=partial(_report, names), stepper=stepper,
-        fmax=arguments.fmax, steps=arguments.steps, batch_size=arguments.batch_size,
+        fmax=arguments.fmax, steps=arguments.steps, cells=[of_cell] * len(structures), batch_size=arguments.batch_size,
         memory=arguments.memory,
     )  # fmt: skip
     _write(out, ends)
@@ -249,8 +256,17 @@ def _conclude(
     return 0 if converged == len(rows) and not left_out else NOT_DONE
 
 
+def _check_cell(potential: Potential, atoms: Atoms, cell: CellFreedom, name: str) -> None:
+    """Raise InvalidPair where the cell of a structure cannot be relaxed."""
+    if cell.moves:
+        try:
+            rows_of(potential.batch(atoms), [cell], IteratedMap(potential, make_stepper(None)))
+        except (ValueError, NotImplementedError) as error:
+            raise InvalidPair(f"{name}: {error}") from error
+
+
 def read_structures(
-    files: Sequence[Path], potential: Potential, *, skip_invalid: bool
+    files: Sequence[Path], potential: Potential, *, skip_invalid: bool, cell: CellFreedom = CELLS["fixed"]
 ) -> tuple[list[str], list[Atoms], int]:
     """Names and structures of every frame of all files, and how many were left out."""
     names, structures, problems = [], [], []
@@ -268,6 +284,7 @@ def read_structures(
             name = str(path) if len(frames) == 1 else f"structure {k} of {path}"
             try:
                 check_structure(potential, atoms, name)
+                _check_cell(potential, atoms, cell, name)
             except (InvalidPair, NotImplementedError) as problem:
                 if not skip_invalid:
                     raise

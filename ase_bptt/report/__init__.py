@@ -219,3 +219,14 @@ def _spans(columns: Sequence[Column]) -> list[tuple[int, int]]:
     """First and one past last of each run of columns below the same top."""
     starts = [k for k, c in enumerate(columns) if k == 0 or not c.top or c.top != columns[k - 1].top]
     return list(zip(starts, [*starts[1:], len(columns)]))
+
+
+def cell_lines(evaluations: Sequence[Evaluation], labels: Sequence[str] = ("",)) -> list[str]:
+    """How far the cells that moved are from the references', in a line; none where all are fixed."""
+    if not any(e.cells_move for e in evaluations):
+        return []
+    both = list(zip(evaluations, labels, strict=True))
+    volumes = ", ".join(f"{100 * e.volume_error:.2f} % {label}".strip() for e, label in both)
+    strains = ", ".join(f"{e.cell_strain:.4f} {label}".strip() for e, label in both)
+    n = sum(row.volume_error is not None for row in evaluations[-1].rows)
+    return [f"cells that moved ({n}): mean absolute volume error {volumes}; median strain {strains}"]

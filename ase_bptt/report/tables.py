@@ -17,6 +17,7 @@ from ..utils import replacing
 from . import (
     LABELS,
     Column,
+    cell_lines,
     change,
     comparison_sentences,
     count,
@@ -130,7 +131,7 @@ def evaluation_table(evaluation: Evaluation) -> str:
         ["median", "", number(evaluation.median, 2)],
     ]
     last = f"right basin: {count(evaluation, 'basin')}; space group kept: {count(evaluation, 'symmetry')}"
-    return "\n".join([f"{UNITS}; force in eV/Å", *grid(columns, rows, foot), last])
+    return "\n".join([f"{UNITS}; force in eV/Å", *grid(columns, rows, foot), last, *cell_lines([evaluation])])
 
 
 def table(before: Evaluation, after: Evaluation, labels: tuple[str, str] = LABELS) -> str:
@@ -159,7 +160,7 @@ def table(before: Evaluation, after: Evaluation, labels: tuple[str, str] = LABEL
     ]
     changes = [change(before.mean, after.mean), change(before.median, after.median)]
     last = f"right basin: {count(before, 'basin')} {labels[0]}, {count(after, 'basin')} {labels[1]}"
-    return "\n".join([UNITS, *legend, *grid(columns, rows, foot, changes), last])
+    return "\n".join([UNITS, *legend, *grid(columns, rows, foot, changes), last, *cell_lines([before, after], labels)])
 
 
 def structures_table(evaluation: Evaluation, after: Evaluation | None, labels: tuple[str, str]) -> Table:
