@@ -17,8 +17,9 @@ from .pairs.reading import read_pairs
 from .pairs.structure_matching import same_structure
 from .suggestions import unknown_name
 
-__all__ = ["DEMO_FOLD", "FOLDER", "FOLDS", "SPLITS", "folds", "si_defects"]
+__all__ = ["CRYSTALS", "DEMO_FOLD", "FOLDER", "FOLDS", "SPLITS", "folds", "pbesol_crystals", "si_defects"]
 FOLDER = Path(__file__).parent / "data" / "si_defects"
+CRYSTALS = FOLDER.with_name("pbesol_crystals")
 FOLDS = 5
 DEMO_FOLD = 0
 """The fold of the demo: the first, not chosen by its result. benchmarks/study.py measures all five."""
@@ -51,14 +52,51 @@ def si_defects(split: str = "all", *, fold: int = DEMO_FOLD) -> list[RelaxationP
     >>> len(datasets.si_defects()), len(datasets.si_defects("test"))
     (92, 20)
     """
+    _check(split, fold)
+    pairs = _grouped_by_kind()
+    return _of_split(pairs, folds(pairs), split, fold)
+
+
+def pbesol_crystals(split: str = "all", *, fold: int = 0) -> list[RelaxationPair]:
+    """Small crystals relaxed in cell and positions with DFT (GPAW, PBEsol), for training on cells that move.
+
+    23 relaxations of 2 or 4 atoms, each frame with energy, forces and stress; data/pbesol_crystals/README.md says how they
+    were made. A compound (a set of elements) is one group, whatever its structure type. The compounds are sorted by name and
+    assigned to five folds in turn; fold k is "test", fold k+1 "valid", the others "train".
+
+    Parameters
+    ----------
+    split : "train", "valid", "test" or "all"
+    fold : int
+        0 to 4.
+
+    Raises
+    ------
+    ValueError
+        For an unknown split or fold.
+
+    Examples
+    --------
+    >>> from ase_bptt import datasets
+    >>> datasets.pbesol_crystals()[0], datasets.pbesol_crystals()[0].freedom.name
+    (RelaxationPair('AlSb_zincblende', AlSb, group 'Al-Sb'), 'full')
+    """
+    _check(split, fold)
+    found = read_pairs(CRYSTALS)
+    pairs = [dataclasses.replace(p, group="-".join(sorted({*p.relaxed.get_chemical_symbols()}))) for p in found]
+    groups = sorted({p.group for p in pairs})
+    return _of_split(pairs, [groups.index(p.group) % FOLDS for p in pairs], split, fold)
+
+
+def _check(split: str, fold: int) -> None:
     if split not in SPLITS:
         raise unknown_name("split", split, SPLITS)
     if fold not in range(FOLDS):
         raise ValueError(f"There is no fold {fold!r}; there are 0 to {FOLDS - 1}.")
-    pairs = _grouped_by_kind()
-    if split == "all":
-        return pairs
-    return [p for p, k in zip(pairs, folds(pairs), strict=True) if _side(k, fold) == split]
+
+
+def _of_split(pairs: list[RelaxationPair], of: list[int], split: str, fold: int) -> list[RelaxationPair]:
+    return [p for p, k in zip(pairs, of, strict=True) if split in ("all", _side(k, fold))]
 
 
 def folds(pairs: list[RelaxationPair]) -> list[int]:

@@ -12,7 +12,7 @@ import torch
 from helpers.potentials import needs_mace
 
 from ase_bptt import load_potential
-from ase_bptt.datasets import DEMO_FOLD, FOLDER, FOLDS, si_defects
+from ase_bptt.datasets import DEMO_FOLD, FOLDER, FOLDS, pbesol_crystals, si_defects
 from ase_bptt.pairs import RESIDUAL
 from ase_bptt.pairs.structure_matching import same_structure
 from ase_bptt.potentials import EMBEDDED, require
@@ -122,3 +122,15 @@ class TestEmbeddedPotential:
             potential = load_potential("mace-si")
         assert {int(z) for p in everything for z in p.initial.numbers} <= potential.atomic_numbers
         assert all(p.requires_grad for p in potential.parameters())
+
+
+def test_no_compound_of_the_crystals_is_on_two_sides_of_a_fold():
+    every = pbesol_crystals()
+    assert len(every) == len(ids(every)) == 23
+    with mock.patch("ase_bptt.datasets.read_pairs", return_value=every):
+        for fold in range(FOLDS):
+            sides = [pbesol_crystals(side, fold=fold) for side in SIDES]
+            assert sum(map(len, sides)) == 23
+            elements = [{frozenset(p.relaxed.get_chemical_symbols()) for p in side} for side in sides]
+            assert not any(a & b for a, b in combinations(elements, 2))
+    assert all(p.freedom.name == "full" and "stress" in p.relaxed.calc.results for p in every)
