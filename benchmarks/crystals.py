@@ -2,12 +2,13 @@
 
     python benchmarks/crystals.py [--potential chgnet] [--methods structures labels zero-force] [--epochs 9]
 
-Trains on the compounds of three of five folds (`ase_bptt.datasets.pbesol_crystals`), keeps the epoch that is best on the
-fourth, and measures the fifth, for each fold in turn. "structures" asks only where the relaxation ends (no energy, force or
-stress of the reference); "labels" is the Trainer's default, with energies, forces and stresses of the frames beside it;
-"zero-force" asks for no force and no stress at the references, without any relaxation. Prints a line for each method over
-all held-out crystals: mean absolute and median volume error, median strain, the share of crystals whose volume is better, the
-share that is worse by more than half a percentage point, and the time of training.
+Trains on the compounds of three of five folds (`ase_bptt.datasets.pbesol_crystals`), keeps the epoch that is best on
+the fourth, and measures the fifth, for each fold in turn. "structures" asks only where the relaxation ends (no
+energy, force or stress of the reference); "labels" is the Trainer's default, with energies, forces and stresses of
+the frames beside it; "zero-force" asks for no force and no stress at the references, without any relaxation. Prints a
+line for each method over all held-out crystals: mean absolute and median volume error, median strain, the share of
+crystals whose volume is better, the share that is worse by more than half a percentage point, and the time of
+training.
 """
 
 from __future__ import annotations
