@@ -34,7 +34,7 @@ from .flags import add_cell, add_output, add_potential, add_room, command, count
 log = logging.getLogger(__name__)
 
 DESCRIPTION = """\
-Relax all structures of one or more files at fixed cells, many at once.
+Relax all structures of one or more files, many at once, at fixed cells or with --cell.
 Structures are kept as they finish, and --resume continues a stopped run.
 Constraints of the structures are obeyed.
 
