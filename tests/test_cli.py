@@ -35,6 +35,8 @@ KEYS = {
     "median_after",
     "basins_before",
     "basins_after",
+    "volume_error_before",
+    "volume_error_after",
     "geometric_before",
     "geometric_after",
     "improved",

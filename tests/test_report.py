@@ -222,6 +222,7 @@ class TestCsv:
             "id": "defect_00", "group": "kind", "reference_space_group": "P1 (1)", "delta_q_unrelaxed": "5.0",
             "delta_q": "4.0", "rmsd": "0.8", "max_displacement": "2.0", "right_basin": "False",
             "status": "converged", "residual_force": "0.25", "space_group": "P1 (1)", "nsteps": "12",
+            "volume_error": "", "cell_strain": "",
         }  # fmt: skip
 
     def test_of_two(self, tmp_path):

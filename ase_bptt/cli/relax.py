@@ -34,13 +34,14 @@ from .flags import add_cell, add_output, add_potential, add_room, command, count
 log = logging.getLogger(__name__)
 
 DESCRIPTION = """\
-Relax all structures of one or more files, many at once, at fixed cells or with --cell.
+Relax all structures of one or more files, many at once; --cell moves cells.
 Structures are kept as they finish, and --resume continues a stopped run.
 Constraints of the structures are obeyed.
 
 examples:
   ase-bptt relax starts.extxyz --potential chgnet --out relaxed.extxyz
   ase-bptt relax */POSCAR --potential tuned --out relaxed.traj --fmax 0.01
+  ase-bptt relax */CONTCAR --potential tuned --cell full --pressure 10
   ase-bptt relax starts.extxyz --potential tuned --resume
 """
 NOT_DONE = 3

@@ -21,8 +21,10 @@ MANY = 10
 """A value that has grown by this factor is given as a multiple, not in per cent."""
 
 
-def number(value: float, digits: int) -> str:
-    """With so many decimals; a dash where it is not finite."""
+def number(value: float | None, digits: int) -> str:
+    """With so many decimals; a dash where it is not finite, and nothing where there is none."""
+    if value is None:
+        return ""
     return f"{value:.{digits}f}" if math.isfinite(value) else NONE
 
 

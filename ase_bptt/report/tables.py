@@ -106,8 +106,13 @@ OTHERS = (
     Measure("nsteps", Column("frames", page="Frames"), lambda row: str(row.nsteps), NUMBER,
             lambda row: row.converged, lambda row: "" if row.converged else row.status),
 )  # fmt: skip
-MEASURES = (*DISTANCES, STATUS, *OTHERS)
-"""In the order of the CSV. The page has no column for the status: it stands below the frames."""
+OF_CELLS = (
+    Measure("volume_error", Column("V/V_ref - 1"), lambda row: number(row.volume_error, 4)),
+    Measure("cell_strain", Column("strain"), lambda row: number(row.cell_strain, 4)),
+)
+MEASURES = (*DISTANCES, STATUS, *OTHERS, *OF_CELLS)
+"""In the order of the CSV, which alone has those of cells, empty where a cell is fixed. The page has no column for the
+status: it stands below the frames."""
 UNITS = "Delta-Q in amu^1/2 Å; RMSD and largest displacement in Å"
 
 

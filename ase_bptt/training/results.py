@@ -163,13 +163,16 @@ def drift_of_folds(folds: Sequence[RunResults]) -> FoldDriftReports | None:
 
 
 def summary(before: Evaluation | None, after: Evaluation) -> dict[str, Any]:
-    """The figures that scripts read; those of "before" are null where there is nothing to compare with."""
+    """The figures that scripts read; those of "before" are null where there is nothing to compare with, and errors of
+    volumes are not numbers where no cell moves.
+    """
     found: dict[str, Any] = {
         "n": len(after.rows),
         "kinds": len(after.by_group()),
         "mean_unrelaxed": after.mean_unrelaxed,
     }
-    for key, name in (("mean", "mean"), ("median", "median"), ("geometric", "geometric_mean"), ("basins", "basins")):
+    same = {name: name for name in ("mean", "median", "basins", "volume_error")}
+    for key, name in (same | {"geometric": "geometric_mean"}).items():
         found[f"{key}_before"] = None if before is None else getattr(before, name)
         found[f"{key}_after"] = getattr(after, name)
     gain = None if before is None else compare(before, after)
