@@ -32,9 +32,10 @@ from ase_bptt import (
 from ase_bptt.cells import CellFreedom, freedoms
 from ase_bptt.cells.strained import Strained
 from ase_bptt.cli import main
+from ase_bptt.evaluation import Evaluation
 from ase_bptt.losses import cell_strain, lattice_error, root_delta_q, volume_error
 from ase_bptt.neighbors import NeighborList
-from ase_bptt.pairs import InvalidPair
+from ase_bptt.pairs import InvalidPair, warn_of_moves
 from ase_bptt.pairs.calculations import Run
 from ase_bptt.pairs.cells_of_runs import freedom_of
 from ase_bptt.potentials.analytic import Morse
@@ -343,6 +344,13 @@ def test_a_match_has_no_gradient_and_no_nan():
         assert found is None or not found.any()
 
 
+def test_a_crystal_whose_atoms_keep_their_fractions_is_no_copy_of_its_start(caplog):
+    warn_of_moves(bulk("Cu"), bulk("Cu", a=3.5), "Cu")
+    assert not caplog.records
+    warn_of_moves(bulk("Cu"), bulk("Cu"), "Cu")
+    assert "its relaxed structure is its initial one" in caplog.text
+
+
 def test_the_loss_weighs_a_strain_as_the_displacement_it_causes():
     a = bulk("Cu", cubic=True)
     b = a.copy()
@@ -411,6 +419,7 @@ def test_fixed_and_moving_pairs_are_evaluated_apart():
     found = evaluate(load_potential("emt"), pairs)
     assert [row.volume_error is None for row in found.rows] == [False, True]
     assert found.volume_error == pytest.approx(abs(found.rows[0].volume_error))
+    assert Evaluation.from_rows(json.loads(json.dumps(found.todict()))["rows"]) == found
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def row_of(pair: RelaxationPair, found: Relaxed, control: Atoms, residual: float
 def _shift(a: Atoms, b: Atoms) -> float:
     """How far the strain between two cells displaces neighbours, in Å; zero where the cells are equal."""
     strain = cell_strain(a, b)
-    return strain * (b.get_volume() / len(b)) ** (1 / 3) if strain else 0.0
+    return float(strain * (b.get_volume() / len(b)) ** (1 / 3)) if strain else 0.0
 
 
 SYMPREC = 0.05

@@ -258,7 +258,7 @@ def warn_of_moves(initial: Atoms, relaxed: Atoms, name: str, warn: Callable[...,
     """Warn where no atom has moved, and where the atoms of an element seem to be in another order at the end."""
     moves = positions_in(initial, relaxed) - initial.positions
     lengths = np.linalg.norm(moves - moves.mean(axis=0), axis=1)
-    if lengths.max() < STILL:
+    if lengths.max() < STILL and cell_change(initial, relaxed) <= SAME_CELL:
         warn(
             "%s: its relaxed structure is its initial one; did the relaxation run, or was one file copied over the "
             "other? It teaches nothing about a path.", name,
