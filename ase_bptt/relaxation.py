@@ -203,7 +203,7 @@ def relax(
     >>> volume = torch.linalg.det(relaxation.cells[0])
     >>> potential.zero_grad(); volume.backward()
     >>> print(f"V = {volume:.4f} Å^3, dV/dsigma = {potential.sigma.grad:.2f} Å^2")
-    V = 0.9145 Å^3, dV/dsigma = 2.74 Å^2
+    V = 0.9245 Å^3, dV/dsigma = 2.77 Å^2
     """
     potential = as_potential(potential)
     start, sources, single = _structures(structures, potential)

@@ -161,6 +161,10 @@ def stretched(by: float):
     return boxed(change)
 
 
+def mirrored(a, b):
+    b.cell[0] *= -1
+
+
 def bounded(*pbc: bool):
     def change(a, b):
         b.pbc = pbc
@@ -201,7 +205,7 @@ FAULTS = [
         ("change from Ne3Ar3 to Ar3Ne3", "same order"),
         named(["Ne"] * 3 + ["Ar"] * 3, ["Ne"] * 3 + ["Ar"] * 3),
     ),
-    Fault("cell", stretched(0.02), ("cell changes by 0.020",), stretched(5e-4)),
+    Fault("cell", boxed(mirrored), ("its cell changes handedness",), stretched(0.02)),
     Fault("pbc", bounded(True, True, False), ("periodic boundaries change",), bounded(True, True, True)),
     Fault("flat cell", flat(0.0), ("is periodic along a cell vector of length zero",), flat(20.0)),
     Fault("NaN", set_position(0, np.nan), ("not a finite number",), set_position(0, 3.0)),

@@ -13,7 +13,18 @@ import pytest
 import ase_bptt
 
 MODULES = ("adjoints", "datasets", "losses", "optimize", "steppers", "testing")
-CONSTANTS = {"ADJOINTS", "STEPPERS", "LOSSES", "TOLERANCES", "DEMO_FOLD", "FOLDER", "FOLDS", "SPLITS"}
+CONSTANTS = {
+    "ADJOINTS",
+    "STEPPERS",
+    "LOSSES",
+    "TOLERANCES",
+    "DEMO_FOLD",
+    "FOLDER",
+    "FOLDS",
+    "SPLITS",
+    "CRYSTALS",
+    "CELLS",
+}
 """Values, which hold no docstring; the example of their module shows them."""
 ELSEWHERE = {
     "GradientWarning",  # docs/adjoints

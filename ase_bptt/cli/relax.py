@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -275,7 +276,7 @@ def read_structures(
         if path.is_dir():
             raise InvalidPair(f"{path} is a folder: name the files in it, as {path}/*.extxyz or {path}/*/POSCAR.")
         try:
-            frames = read_frames(path)
+            frames = read_frames(path, limit=math.inf)
         except InvalidPair as problem:
             if not skip_invalid:
                 raise

@@ -183,8 +183,7 @@ def _softened(crystals: dict[str, tuple[Any, Any]]) -> list[str]:
     ]
     return changed and [
         f"The bulk modulus has changed by more than a fifth: {', '.join(changed)}. Where elastic or thermal properties "
-        'matter, train with --teacher 1 (terms=["teacher"]) or a larger weight, which keeps the potential as it was '
-        "away from the pairs."
+        "matter, compute them with the untuned potential, or train with --teacher and a weight above 1 and compare."
     ]
 
 

@@ -114,17 +114,15 @@ class VaspFile:
         return next((path for path in paths if path.is_file()), None)
 
 
-def read_frames(path: Path, runs: Sequence[Run] | None = None, *, ends_only: bool = False) -> list[Atoms]:
+def read_frames(
+    path: Path, runs: Sequence[Run] | None = None, *, ends_only: bool = False, limit: float = FAR
+) -> list[Atoms]:
     """All frames of a file, in order, with energies and forces where the file holds them; one at least.
 
     The runs are those that `examined` found there; without them the file is examined first. Results that are not `KEPT`
-    are taken from all frames, or from both ends where only these are wanted.
+    are taken from all frames, or from both ends where only these are wanted. Places beyond the limit, in Å, are damage.
 
-    Raises
-    ------
-    FileNotFoundError
-    InvalidPair
-        Where the file is empty, cut, of a run that did not finish, or not readable by ASE.
+    FileNotFoundError, or InvalidPair where it is empty, cut, of a run that did not finish, or not readable by ASE.
     """
     runs = examined(path) if runs is None else runs
     kind = format_of(path)
@@ -138,11 +136,11 @@ def read_frames(path: Path, runs: Sequence[Run] | None = None, *, ends_only: boo
         found = read(path, index=":", format=kind, do_not_split_by_at_sign=True) if stepped else []
     frames = [found] if isinstance(found, Atoms) else list(found)
     if not frames:
-        why = "its run ended before its first step: " if runs else ""
+        why = "its run ended before its first step: " * bool(runs)
         raise InvalidPair(f"{path}: it holds 0 structures; {why}leave it out.")
     for k, frame in enumerate((frames[0], frames[-1]) if ends_only else frames):
         # ASE takes what a damaged file says.
-        far = np.isfinite(frame.positions) & (np.abs(frame.positions) > FAR)
+        far = np.isfinite(frame.positions) & (np.abs(frame.positions) > limit)
         forces = getattr(frame.calc, "results", {}).get("forces")
         shaped = forces is None or np.shape(forces) == frame.positions.shape
         if far.any() or not shaped or not ((frame.numbers >= 0) & (frame.numbers <= HEAVIEST)).all():
