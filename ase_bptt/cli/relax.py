@@ -229,9 +229,8 @@ def _effect(atoms: Atoms) -> np.ndarray:
 
 
 def _planned(arguments: argparse.Namespace, structures: list[Atoms], left_out: int) -> int:
-    found = {"dry_run": True, "n": len(structures), "left_out": left_out, "out": str(arguments.out)}
     if arguments.json:
-        print(json.dumps(found))
+        print(json.dumps({"dry_run": True, "n": len(structures), "left_out": left_out, "out": str(arguments.out)}))
     else:
         print(f"would be written: {arguments.out}\nA dry run: nothing was relaxed, nothing was written.")
     return 0
@@ -260,11 +259,11 @@ def _conclude(
 
 def _check_cell(potential: Potential, atoms: Atoms, cell: CellFreedom, name: str) -> None:
     """Raise InvalidPair where the cell of a structure cannot be relaxed."""
-    if cell.moves:
-        try:
+    try:
+        if cell.moves:
             rows_of(potential.batch(atoms), [cell], IteratedMap(potential, make_stepper(None)))
-        except (ValueError, NotImplementedError) as error:
-            raise InvalidPair(f"{name}: {error}") from error
+    except (ValueError, NotImplementedError) as error:
+        raise InvalidPair(f"{name}: {error}") from error
 
 
 def read_structures(
