@@ -106,6 +106,8 @@ class TestDemo:
         assert set(found["test"]) == KEYS
         assert set(found["test_bfgs"]) == KEYS
         assert (found["test"]["n"], found["test"]["kinds"]) == (2, 2)
+        of_cells = [found["test"].pop(f"volume_error_{when}") for when in ("before", "after")]
+        assert of_cells == [None, None]  # no cell moves
         assert all(np.isfinite(x).all() for x in found["test"].values())
         assert (found["checkpoint"], found["run"], found["epochs"]) == (str(folder / "potential"), str(folder), 1)
 

@@ -445,6 +445,7 @@ class TestResuming:
             killed_in(trainer(out=run), step).fit(*arguments, epochs=EPOCHS)
         before = torch.load(run / "checkpoint.previous.pt", weights_only=True)
         DAMAGE[kind](run / "checkpoint.pt")
+        caplog.clear()  # of the run that was killed, where another test has set the level
         with caplog.at_level(logging.WARNING, logger="ase_bptt"):
             resumed = Trainer.resume(run)
         (said,) = caplog.messages
