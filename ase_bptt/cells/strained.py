@@ -164,7 +164,11 @@ class Strained(Structures):
     @property
     def deformations(self) -> Tensor:
         """F = expm(L) of each structure, shape (n, 3, 3)."""
-        found = torch.matrix_exp(self.strains)
+        return self._exponentials(self.strains)
+
+    def _exponentials(self, strains: Tensor) -> Tensor:
+        """Of each cell that moves, shape (m, 3, 3), and the identity for the others, shape (n, 3, 3)."""
+        found = torch.matrix_exp(strains)
         if len(self.moving) == len(self):
             return found
         unit = torch.eye(3).to(found).expand(len(self), 3, 3)
@@ -182,18 +186,14 @@ class Strained(Structures):
     @torch.no_grad()
     def atomic_forces(self, forces: Tensor) -> Tensor:
         """-dE/dX = -dE/ds F^-1."""
-        inverse = torch.matrix_exp(-self.strains)
-        if len(self.moving) < len(self):
-            unit = torch.eye(3).to(inverse).expand(len(self), 3, 3)
-            inverse = unit.index_copy(0, self.moving, inverse)
+        inverse = self._exponentials(-self.strains)
         return (forces[self.atom_rows].unsqueeze(1) @ inverse[self.source.batch]).squeeze(1)
 
     def work(self) -> Tensor | None:
         """p V of each structure in eV, shape (n,); None where no cell is under pressure."""
         if self.pressures is None:
             return None
-        volumes = torch.linalg.det(self.cells @ self.deformations.mT).abs()
-        return self.pressures * volumes
+        return self.pressures * torch.linalg.det(self.cells @ self.deformations.mT).abs()
 
     def largest_force(self, forces: Tensor) -> Tensor:
         """The largest norm of a row, with cell rows as ASE scales them (virial / n_atoms), in eV/Å, shape (n,)."""
