@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 from .pairs import RelaxationPair
-from .pairs.groups import classes
+from .pairs.groups import classes, sides
 from .pairs.reading import read_pairs
 from .pairs.structure_matching import same_structure
 from .suggestions import unknown_name
@@ -33,7 +33,7 @@ def si_defects(split: str = "all", *, fold: int = DEMO_FOLD) -> list[RelaxationP
     they were made. Kinds of defect are never split: all relaxations of a kind, and all that end in
     the same structure, are one group. The groups are sorted by family (native, substituted,
     interstitial, vacancy complex, pair) and name and assigned to five folds in turn; fold k is
-    "test", fold k+1 "valid", the others "train".
+    "test", every second group of fold k+1 "valid", the others "train".
 
     Parameters
     ----------
@@ -96,7 +96,9 @@ def _check(split: str, fold: int) -> None:
 
 
 def _of_split(pairs: list[RelaxationPair], of: list[int], split: str, fold: int) -> list[RelaxationPair]:
-    return [p for p, k in zip(pairs, of, strict=True) if split in ("all", _side(k, fold))]
+    part = {p.group: k for p, k in sorted(zip(pairs, of, strict=True), key=lambda found: found[0].group)}
+    side = sides(part, fold, FOLDS)
+    return [p for p in pairs if split in ("all", side[p.group])]
 
 
 def folds(pairs: list[RelaxationPair]) -> list[int]:
@@ -108,10 +110,6 @@ def folds(pairs: list[RelaxationPair]) -> list[int]:
     """
     groups = sorted({p.group for p in pairs}, key=lambda kind: (_family(kind), kind))
     return [groups.index(p.group) % FOLDS for p in pairs]
-
-
-def _side(k: int, fold: int) -> str:
-    return {fold: "test", (fold + 1) % FOLDS: "valid"}.get(k, "train")
 
 
 def _grouped_by_kind() -> list[RelaxationPair]:

@@ -1,12 +1,11 @@
 """The methods that benchmarks/study.py compares: each tunes a potential in place, and ends in its best epoch.
 
-All are judged by the Trainer's validation score (mean logarithm of Delta-Q of the validation kinds). "default" is what
+All keep their epoch as the Trainer does (the last as good as the best on the validation kinds). "default" is what
 `Trainer` and `ase-bptt train` do; the other entries say in what they differ from it.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -15,11 +14,13 @@ import numpy as np
 import torch
 from ase import Atoms
 
-from ase_bptt import RelaxationPair, Structures, Trainer, relax
-from ase_bptt.losses import log_delta_q
+from ase_bptt import RelaxationPair, Structures, Trainer
 from ase_bptt.neighbors import NeighborList
 from ase_bptt.potential import Potential
 from ase_bptt.steppers import GradientDescent
+from ase_bptt.training.distributed import together
+from ase_bptt.training.state import RunRecord
+from ase_bptt.training.validation import validate
 
 Splits = dict[str, list[RelaxationPair]]
 Method = Callable[[Potential, Splits, int], dict[str, Any]]
@@ -53,7 +54,8 @@ def matched(
     optimizer = torch.optim.AdamW(potential.parameters(), lr=FORCE_LEARNING_RATE, weight_decay=0.0)
     count = -(-len(frames) // FORCE_BATCH) * FORCE_EPOCHS
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, count)
-    best, kept, best_epoch = score(potential, splits["valid"]), copy.deepcopy(potential.state_dict()), 0
+    record = RunRecord()
+    keep(record, potential, splits["valid"])
     for epoch in range(1, FORCE_EPOCHS + 1):
         order = rng.permutation(len(frames))
         for k in range(0, len(order), FORCE_BATCH):
@@ -63,11 +65,12 @@ def matched(
             torch.nn.utils.clip_grad_norm_(potential.parameters(), 10.0)
             optimizer.step()
             schedule.step()
-        if epoch % 2 == 0 and (found := score(potential, splits["valid"])) < best:
-            best, kept, best_epoch = found, copy.deepcopy(potential.state_dict()), epoch
-    potential.load_state_dict(kept)
-    return {"epochs": FORCE_EPOCHS, "lr": FORCE_LEARNING_RATE, "batch_size": FORCE_BATCH, "best_epoch": best_epoch,
-            "training_frames": len(frames)}  # fmt: skip
+        if epoch % 2 == 0:
+            record.epoch = epoch
+            keep(record, potential, splits["valid"])
+    potential.load_state_dict(record.best["potential"])
+    return {"epochs": FORCE_EPOCHS, "lr": FORCE_LEARNING_RATE, "batch_size": FORCE_BATCH,
+            "best_epoch": record.best_epoch, "training_frames": len(frames)}  # fmt: skip
 
 
 def staged(potential: Potential, splits: Splits, seed: int, *, at_references: bool = False) -> dict[str, Any]:
@@ -95,11 +98,12 @@ def force_error(potential: Potential, frames: Sequence[Atoms]) -> float:
     return float(np.average([force_loss(potential, chunk).item() for chunk in chunks], weights=weights))
 
 
-def score(potential: Potential, valid: Sequence[RelaxationPair]) -> float:
-    """The Trainer's validation score."""
-    with torch.no_grad():
-        run = relax(potential, [p.initial for p in valid], stepper="fire", fmax=0.02, steps=200)
-    return log_delta_q(run, [p.relaxed for p in valid]).mean().item()
+def keep(record: RunRecord, potential: Potential, valid: Sequence[RelaxationPair]) -> None:
+    """Keep the weights where the Trainer would, by its validation."""
+    found = validate(potential, valid, together())
+    record.untuned = record.untuned or found.row
+    if record.keeps(found):
+        record.keep(potential=potential.state_dict())
 
 
 def untuned(potential: Potential, splits: Splits, seed: int) -> dict[str, Any]:

@@ -259,6 +259,13 @@ class TestSplitting:
         one, two = split_by_group(self.pairs, seed=3), split_by_group(self.pairs[::-1], seed=3)
         assert all({p.id for p in one[name]} == {p.id for p in two[name]} for name in one)
 
+    @pytest.mark.parametrize(
+        ("n", "train", "valid", "test"), [(3, 1, 1, 1), (20, 12, 4, 4), (25, 15, 5, 5), (80, 56, 8, 16)]
+    )
+    def test_validation_is_a_tenth_but_five_groups_where_a_fifth_is(self, n, train, valid, test):
+        split = split_by_group(named(*(str(k) for k in range(n))))
+        assert {name: len(part) for name, part in split.items()} == {"train": train, "valid": valid, "test": test}
+
     @pytest.mark.parametrize(("n", "valid", "test"), [(3, 1, 1), (8, 2, 2), (12, 2, 2)])
     def test_too_few_to_measure_by_are_warned_of(self, caplog, n, valid, test):
         atoms = Atoms("H")
@@ -303,7 +310,9 @@ class TestFolds:
         assert len(found) == k
         assert sorted(p.id for fold in found for p in fold["test"]) == sorted(p.id for p in self.pairs)
         for i, fold in enumerate(found):
-            assert {p.id for p in fold["valid"]} == {p.id for p in found[(i + 1) % k]["test"]}
+            following, valid = ({p.group for p in side} for side in (found[(i + 1) % k]["test"], fold["valid"]))
+            assert valid <= following
+            assert len(valid) == max(min(5, len(following)), -(-len(following) // 2))
             assert sorted(p.id for side in fold.values() for p in side) == sorted(p.id for p in self.pairs)
             assert len(set().union(*({p.group for p in side} for side in fold.values()))) == sum(
                 len({p.group for p in side}) for side in fold.values()

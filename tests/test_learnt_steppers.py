@@ -61,9 +61,9 @@ class TestLearning:
         seen = []
 
         class Watched(Scripted):
-            def _validate(self, valid):
+            def validate(self, valid):
                 seen.append(self.stepper.step_size.item())
-                return super()._validate(valid)
+                return super().validate(valid)
 
         settings = SETTINGS | {"stepper": GradientDescent(0.03), "learn": "step_size", "out": tmp_path / "run"}
         run = Watched(untuned(), script=script, **settings).fit(pairs[:4], pairs[4:], epochs=3)

@@ -363,11 +363,11 @@ class TestLearningCurve:
     def test_the_best_epoch_is_marked(self, given, marked):
         upper, lower = learning_curve(history([3.0, 1.0, 2.0]), given).axes
         assert tuple(lower.lines[-1].get_xydata()[0]) == marked
-        assert upper.get_title() == f"best: epoch {marked[0]}"
+        assert upper.get_title() == f"kept: epoch {marked[0]}"
 
     def test_that_no_epoch_was_better_than_the_start_is_reported(self):
         upper, lower = learning_curve(history([3.0, 1.0]), 0).axes
-        assert upper.get_title() == "best: the weights before training"
+        assert upper.get_title() == "no epoch was better than the untuned weights"
         assert len(lower.lines) == 1
 
     def test_without_validation_there_is_one_panel(self):

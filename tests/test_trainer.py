@@ -167,9 +167,12 @@ class TestChoosing:
         ("script", "best"),
         [
             ([3.0, 2.0, 1.0, 2.5], 2),
-            ([3.0, 2.0, 2.0, 2.5], 1),
+            ([3.0, 2.0, 2.0, 2.5], 2),
             ([1.0, 2.0, 2.0, 2.5], 0),
             ([np.nan, 2.0, np.nan, 3.0], 1),
+            ([[3.0, 3.0, 3.0], [1.0, 2.0, 1.5], [0.8, 2.3, 1.6], [1.1, 2.1, 1.6]], 2),  # as good, then clearly worse
+            ([[3.0, 3.0, 3.0], [1.1, 2.1, 1.6], [1.0, 2.0, 1.5], [1.0, 2.3, 1.3]], 3),  # better, then as good
+            ([[1.0, 2.0, 1.5], [0.8, 2.3, 1.6], [1.1, 2.1, 1.6], [0.8, 2.3, 1.5]], 0),  # none better than untuned
         ],
     )
     @pytest.mark.filterwarnings("ignore::ase_bptt.training.state.NoGain")

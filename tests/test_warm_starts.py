@@ -54,13 +54,13 @@ class TestStarts:
     def test_cold_epochs_begin_at_the_initial_structures_and_others_at_the_ends(self, pairs, monkeypatch):
         run = warm(every=2, interpolate=0.5, rattle=0.1)
         seen, ends = watched(run, monkeypatch), []
-        validate = run._validate
+        validate = run.validate
 
         def note(valid):
             ends.append(dict(run.pair_loss.warm.ends))
             return validate(valid)
 
-        run._validate = note
+        run.validate = note
         run.fit(pairs, epochs=4)
         initial = {p.id: torch.from_numpy(p.initial.positions) for p in pairs}
         for epoch in range(4):
@@ -112,11 +112,11 @@ class Well(DoubleWell):
 class Raised(Trainer):
     """After its first epoch the bump is there, which sends the path from the initial structure to the other well."""
 
-    def _validate(self, valid):
+    def validate(self, valid):
         if self.epoch == 1:
             with torch.no_grad():
                 self.potential.height.fill_(0.3)
-        return super()._validate(valid)
+        return super().validate(valid)
 
 
 def test_another_basin_is_noticed_at_the_next_cold_start_and_told_once(tmp_path, caplog):

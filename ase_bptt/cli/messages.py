@@ -129,13 +129,13 @@ def conclusion(results: RunResults) -> str:
     kept = ""
     if results.folds and not results.kept_as_it_was:
         kept = (
-            f"\nThe potential in {place} was trained on all pairs, for {results.best_epoch} epochs (the mean of the "
-            "folds' best epochs).\nThe figures below are of the folds: each pair was measured where it was held out.\n"
+            f"\nThe potential in {place} was trained on all pairs, for {results.best_epoch} epochs (the mean of those "
+            "that the folds kept).\nThe figures below are of the folds: each pair was measured where it was held out.\n"
         )
     elif results.best_epoch:
         kept = (
-            f"\nBest on the validation structures (mean logarithm of Delta-Q): epoch {results.best_epoch} of "
-            f"{results.epochs}.\n"
+            f"\nKept: epoch {results.best_epoch} of {results.epochs}, the last as good as the best on the validation "
+            "structures (mean logarithm of Delta-Q).\n"
         )
     if results.kept_as_it_was:
         kept = f"{kept}\n{fill(_no_gain(results), WIDTH)}\n"

@@ -38,8 +38,8 @@ from .run_folder import signals_deferred
 
 DESCRIPTION = """\
 Fine-tune a potential on reference relaxations, so that its own relaxations
-end in the same structures. The kinds of structures are divided: three fifths
-to train on, a fifth to choose the best epoch, a fifth to measure the gain.
+end in the same structures. The kinds of structures are divided: a fifth to
+measure the gain, a tenth to choose the epoch by, the others to train on.
 
 examples:
   ase-bptt train runs/ --potential chgnet --out tuned

@@ -87,7 +87,7 @@ def classes(n: int, related: Callable[[int, int], bool]) -> list[int]:
 
 
 def split_by_group(
-    pairs: Sequence[RelaxationPair], *, seed: int = 0, fractions: tuple[float, float] = (0.2, 0.2)
+    pairs: Sequence[RelaxationPair], *, seed: int = 0, fractions: tuple[float, float] = (0.1, 0.2)
 ) -> dict[str, list[RelaxationPair]]:
     """Split into "train", "valid" and "test" so that no group is divided.
 
@@ -97,7 +97,7 @@ def split_by_group(
     seed : int
         Of the order of the groups.
     fractions : two floats
-        Shares of the groups for "valid" and "test"; each gets one at least.
+        Shares of the groups for "valid" and "test"; each gets one at least, and "valid" five unless "test" has fewer.
 
     Raises
     ------
@@ -109,7 +109,7 @@ def split_by_group(
     >>> from ase_bptt import datasets, split_by_group
     >>> splits = split_by_group(datasets.si_defects())
     >>> {name: len(pairs) for name, pairs in splits.items()}
-    {'train': 57, 'valid': 18, 'test': 17}
+    {'train': 67, 'valid': 8, 'test': 17}
     """
     splits = unwarned_split(pairs, seed=seed, fractions=fractions)
     warn_of_few(splits)
@@ -117,11 +117,12 @@ def split_by_group(
 
 
 def unwarned_split(
-    pairs: Sequence[RelaxationPair], *, seed: int = 0, fractions: tuple[float, float] = (0.2, 0.2)
+    pairs: Sequence[RelaxationPair], *, seed: int = 0, fractions: tuple[float, float] = (0.1, 0.2)
 ) -> dict[str, list[RelaxationPair]]:
     """`split_by_group`, for callers that check more before `warn_of_few`."""
     order = _shuffled(pairs, 3, "training, validation and test need one each", seed)
     n_valid, n_test = (max(1, round(f * len(order))) for f in fractions)
+    n_valid = max(n_valid, min(FEW, n_test))
     side = {g: "test" if k < n_test else "valid" if k < n_test + n_valid else "train" for k, g in enumerate(order)}
     return {name: [p for p in pairs if side[p.group] == name] for name in ("train", "valid", "test")}
 
@@ -143,9 +144,9 @@ def split_into_folds(
 ) -> list[dict[str, list[RelaxationPair]]]:
     """Split k times into "train", "valid" and "test" so that each pair is in one "test", for a cross-validation.
 
-    The groups, shuffled and the largest first, go to the part that has the fewest pairs so far. In
-    fold i, part i is "test", part i+1 "valid" (the first follows the last) and the others "train".
-    No group is in two parts.
+    The groups, shuffled and the largest first, go to the part that has the fewest pairs so far. In fold i, part i is
+    "test", half of the groups of part i+1 (five at least; the first part follows the last) "valid", and all others
+    "train". No group is in two parts.
 
     Parameters
     ----------
@@ -178,11 +179,18 @@ def split_into_folds(
     for group in sorted(order, key=lambda group: -size[group]):
         part[group] = filled.index(min(filled))
         filled[part[group]] += size[group]
-    sides = [{i: "test", (i + 1) % k: "valid"} for i in range(k)]
     return [
-        {name: [p for p in pairs if side.get(part[p.group], "train") == name] for name in ("train", "valid", "test")}
-        for side in sides
+        {name: [p for p in pairs if side[p.group] == name] for name in ("train", "valid", "test")}
+        for side in (sides(part, i, k) for i in range(k))
     ]
+
+
+def sides(part: Mapping[str, int], fold: int, k: int) -> dict[str, str]:
+    """Where each group is in a fold of k: "test", "valid", of which half the next part is enough, or "train"."""
+    following = [group for group, i in part.items() if i == (fold + 1) % k]
+    chosen = np.linspace(0, len(following) - 1, max(min(FEW, len(following)), -(-len(following) // 2))).round()
+    valid = {following[int(n)] for n in chosen}
+    return {g: "test" if i == fold else "valid" if g in valid else "train" for g, i in part.items()}
 
 
 def _shuffled(pairs: Sequence[RelaxationPair], least: int, purpose: str, seed: int) -> list[str]:

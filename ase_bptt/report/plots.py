@@ -256,12 +256,12 @@ def learning_curve(history: Sequence[dict[str, float]], best_epoch: int | None =
 
 def _mark(panels: Sequence[Axes], best: float, found: dict[float, float]) -> None:
     if best not in found:
-        panels[0].set_title("best: the weights before training", fontsize=10)
+        panels[0].set_title("no epoch was better than the untuned weights", fontsize=10)
         return
     for axes in panels:
         axes.axvline(best, color=ORANGE, linewidth=1, linestyle="--", zorder=0)
     panels[1].plot([best], [found[best]], "*", color=ORANGE, markersize=14, zorder=3)
-    panels[0].set_title(f"best: epoch {best:.0f}", fontsize=10)
+    panels[0].set_title(f"kept: epoch {best:.0f}", fontsize=10)
 
 
 def save(figure: Figure, path: str | Path) -> None:

@@ -1,7 +1,7 @@
 """Fine-tuning: the Trainer, from pairs of structures to the best state on validation.
 
-`settings` are its keywords, `training_data` its pairs, `pair_loss` the gradient of a batch, `updates` the steps of the
-optimizer, `state` what it remembers, `checkpoint` its run folder; `fine_tune` measures around it.
+`settings` are its keywords, `training_data` its pairs, `pair_loss` the gradient of a batch, `updates` the optimizer's
+steps, `validation` judges an epoch, `state` remembers, `checkpoint` is the run folder; `fine_tune` measures around it.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from ..utils import check_positive
 from . import checkpoint
 from .cost import Estimate, estimate
 from .distributed import together
-from .metrics import EpochMetrics, Progress, validate
+from .metrics import EpochMetrics, Progress
 from .pair_loss import PairLoss
 from .settings import NUMBERS, Loss, OptimizerSettings, RelaxationSettings, SamplingSettings
 from .state import Parts, RunRecord
 from .training_data import Order, TrainingData, check_data
 from .updates import OptimizerFactory, Updates
+from .validation import Validation, validate
 
 Pairs = Sequence[RelaxationPair]
 
@@ -153,14 +154,14 @@ class Trainer:
 
     @property
     def best_epoch(self) -> int:
-        """The epoch with the best validation score, whose weights `fit` leaves; 0 is the untuned potential."""
+        """The epoch whose weights `fit` leaves: the last as good as the best; 0 is the untuned potential."""
         return self.record.best_epoch
 
     def fit(self, train: Pairs, valid: Pairs = (), *, epochs: int = 24) -> Trainer:
-        """Train, and leave potential and stepper in their best state on the validation pairs; without any, in the last.
+        """Train, and leave potential and stepper as after the last epoch that is as good as the best.
 
-        Where no epoch is better than the untuned potential, that is kept, with a `NoGain` warning. A resumed Trainer
-        continues, and needs the same pairs and epochs.
+        `Validation.as_good_as` tells; without validation pairs it is the last. Where no epoch is better than the
+        untuned potential, that is kept, with a `NoGain` warning. A resumed Trainer needs the same pairs and epochs.
 
         Raises
         ------
@@ -206,17 +207,17 @@ class Trainer:
         """Train the epochs that are left of a run that was started on these pairs; ends in the best state."""
         record = self.record
         if record.epoch == 0:
-            found = self._validate(data.valid)
-            record.untuned = found if data.valid else {}
-            self._keep(found["valid_score"], data.valid)
+            found = self.validate(data.valid)
+            record.untuned = found.row if data.valid else {}
+            self._keep(found)
         with Progress(record.epochs, len(data.train), done=record.epoch, bar=self.progress) as progress:
             while record.epoch < record.epochs and not record.out_of_patience(self.optimization.patience):
                 clock = time.monotonic()
                 row = self._train_epoch(data.train, progress)
                 record.epoch += 1
-                found = self._validate(data.valid)
-                record.history.append(row | found | {"seconds": time.monotonic() - clock})
-                self._keep(found["valid_score"], data.valid)
+                found = self.validate(data.valid)
+                record.history.append(row | found.row | {"seconds": time.monotonic() - clock})
+                self._keep(found)
                 progress.epoch(record.history[-1])
         self.potential.load_state_dict(record.best["potential"])
         self.stepper.load_state_dict(record.best["stepper"])
@@ -250,19 +251,19 @@ class Trainer:
         """`ase_bptt.evaluation.evaluate` with the potential as it is."""
         return evaluate(self.potential, pairs, **settings)
 
+    def validate(self, pairs: Pairs) -> Validation:
+        """What epochs are compared by, with the potential as it is."""
+        return validate(self.potential, pairs, self.ranks, self.relaxation.memory)
+
     def estimate(self, data: TrainingData, *, epochs: int) -> Estimate:
         """Time and memory of so many epochs, from a few small measurements; nothing is changed or written."""
         return estimate(self.pair_loss, data, self.terms, batch_size=self.sampling.batch_size, epochs=epochs)
 
-    def _validate(self, valid: Pairs) -> dict[str, float]:
-        return validate(self.potential, valid, self.ranks, self.relaxation.memory)
-
-    def _keep(self, score: float, valid: Pairs) -> None:
-        """Write a checkpoint, and remember the state as the best: by its score, or without validation as the last."""
-        best = not valid or self.record.improves(score)
-        if best:
-            self.record.keep_best(score, potential=self.potential.state_dict(), stepper=self.stepper.state_dict())
-        self._write(potential=best)
+    def _keep(self, found: Validation) -> None:
+        """Write a checkpoint, and keep the state if its validation says so, or without validation as the last."""
+        if kept := self.record.keeps(found):
+            self.record.keep(potential=self.potential.state_dict(), stepper=self.stepper.state_dict())
+        self._write(potential=kept)
 
     def settings(self) -> dict[str, Any]:
         """What `resume` needs to build the same Trainer, as JSON."""

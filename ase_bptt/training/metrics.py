@@ -1,4 +1,4 @@
-"""What is measured during a training: metrics of an epoch, the validation score."""
+"""The metrics of an epoch, and the progress of a training."""
 
 from __future__ import annotations
 
@@ -6,19 +6,12 @@ import logging
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from functools import partial
-from statistics import fmean
 from types import TracebackType
 
 from tqdm import tqdm
 
-from ..losses import SCALE, delta_q
-from ..pairs import RelaxationPair
-from ..potential import Potential
 from ..steppers import Stepper
 from ..terms import Term
-from ..throughput import relax_all
-from .distributed import Ranks
 
 log = logging.getLogger(__name__)
 
@@ -112,38 +105,3 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.close()
-
-
-def validate(
-    potential: Potential, pairs: Sequence[RelaxationPair], ranks: Ranks, memory: float | None = None
-) -> dict[str, float]:
-    """Relax from the initial structures by FIRE, each rank its share, and compare the ends with the references.
-
-    Parameters
-    ----------
-    potential : Potential
-    pairs : sequence of RelaxationPair
-    ranks : Ranks
-    memory : float or None
-        GiB that may be taken at once, as for `relax_all`.
-
-    Returns
-    -------
-    dict
-        "valid_score", the mean of log(1 + Delta-Q / 0.1 amu^1/2 Å), and "valid_delta_q", the mean Delta-Q in
-        amu^1/2 Å; NaN without pairs. One structure in a far basin must not decide for all, so the score is
-        what epochs are judged by.
-    """
-    if not pairs:
-        return {"valid_score": float("nan"), "valid_delta_q": float("nan")}
-    distances = ranks.dealt(pairs, [p.n_atoms for p in pairs], partial(_distances, potential, memory))
-    return {"valid_score": fmean(math.log1p(d / SCALE) for d in distances), "valid_delta_q": fmean(distances)}
-
-
-def _distances(potential: Potential, memory: float | None, pairs: list[RelaxationPair]) -> list[float]:
-    starts = [p.initial for p in pairs]
-    cells = [p.freedom for p in pairs]
-    ends = dict(relax_all(potential, starts, stepper="fire", fmax=0.02, steps=200, cells=cells, memory=memory))
-    reached, references = [ends[k].atoms for k in range(len(pairs))], [p.relaxed for p in pairs]
-    found: list[float] = delta_q(reached, references, cell_weight=1.0).tolist()
-    return found

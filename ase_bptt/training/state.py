@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -17,6 +18,7 @@ from .distributed import Ranks
 from .pair_loss import PairLoss
 from .training_data import Order
 from .updates import Updates
+from .validation import Validation
 
 KEPT_AS_IT_WAS = (
     "The potential was kept as it was: after no epoch did the validation structures end closer to their references. "
@@ -41,15 +43,17 @@ class RunRecord:
     history : list of dict
         A row of metrics.csv for each epoch.
     untuned : dict
-        Validation before the first epoch: what `validate` returned, the row of epoch 0.
+        Validation before the first epoch, the row of epoch 0.
     initial : dict of str to Tensor
         State dict of the potential before training.
     best : dict
-        State dicts of the "potential" and the "stepper" in their best state; empty before the first validation.
-    best_loss : float
-        Validation score of the best state.
+        State dicts of the "potential" and the "stepper" as they are kept; empty before the first validation.
     best_epoch : int
-        0 is the state before training.
+        The epoch that is kept; 0 is the state before training.
+    lowest_epoch : int
+        That with the lowest validation score.
+    lowest_scores : list of float
+        Its validation scores, pair by pair.
     initial_hyperparameters : dict of str to float
         Of the stepper before training.
     """
@@ -61,8 +65,9 @@ class RunRecord:
     untuned: dict[str, float] = field(default_factory=dict)
     initial: dict[str, Tensor] = field(default_factory=dict)
     best: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    best_loss: float = float("inf")
     best_epoch: int = 0
+    lowest_epoch: int = 0
+    lowest_scores: list[float] = field(default_factory=list)
     initial_hyperparameters: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -78,14 +83,21 @@ class RunRecord:
                 "This run was started with other pairs or epochs: continue with those, or start a new run."
             )
 
-    def improves(self, score: float) -> bool:
-        """Whether a validation score is the best so far, or the first."""
-        return not self.best or score < self.best_loss
+    def keeps(self, found: Validation) -> bool:
+        """Whether the present epoch is to be kept, by its validation: the last that is as good as the best.
 
-    def keep_best(self, score: float, **state_dicts: dict[str, Any]) -> None:
-        """Keep copies of state dicts as those of the best epoch, which is the present one."""
-        self.best_loss, self.best_epoch = min(self.best_loss, score), self.epoch
-        self.best = copy.deepcopy(state_dicts)
+        The learning rate falls, so that of epochs which the validation pairs cannot tell apart the last has the most
+        settled weights. One that is no better than the untuned potential is never kept.
+        """
+        first = not self.lowest_scores
+        lowest = found if first else Validation(self.lowest_scores, found.kinds, found.delta_q)
+        if first or found.score < lowest.score or math.isnan(lowest.score):
+            lowest, self.lowest_epoch, self.lowest_scores = found, self.epoch, list(found.scores)
+        return first or (not found.score >= self.untuned["valid_score"] and found.as_good_as(lowest))
+
+    def keep(self, **state_dicts: dict[str, Any]) -> None:
+        """Keep copies of state dicts of the present epoch."""
+        self.best_epoch, self.best = self.epoch, copy.deepcopy(state_dicts)
 
     def warn_without_gain(self) -> None:
         """Warn, in the name of the caller's caller, where the untuned potential was the best."""
@@ -93,8 +105,8 @@ class RunRecord:
             warnings.warn(KEPT_AS_IT_WAS, NoGain, stacklevel=3)
 
     def out_of_patience(self, patience: int | None) -> bool:
-        """Whether the best state is so many epochs old."""
-        return patience is not None and self.epoch - self.best_epoch >= patience
+        """Whether the lowest validation score is so many epochs old."""
+        return patience is not None and self.epoch - self.lowest_epoch >= patience
 
 
 @dataclass(kw_only=True)
