@@ -1,4 +1,4 @@
-"""The header of an output of VASP, pw.x or FHI-aims: its settings, its kind of calculation and its last words."""
+"""The header of an output of VASP or pw.x: its settings, its kind of calculation and its last words."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from .aims import of_aims
 from .calculations import BLOCK, ZIPPED, Lines, Run, opened
+from .cp2k import CP2K, of_cp2k, take_input
 
 TAGS = (
     rb"IBRION|NSW|ISIF|MDALGO|ML_LMLFF|IMAGES|ICHAIN|PSTRESS|ISYM|GGA|METAGGA|LEXCH|LHFCALC|AEXX|HFSCREEN|IVDW|LUSE_VDW|"
@@ -33,6 +35,9 @@ def runs_in(path: Path, format: str | None) -> list[Run]:
         asked = _asked_of_pw(path)
         for run in runs:
             run.tags = asked | run.tags
+    elif scan is of_cp2k:
+        for run in runs:
+            take_input(path, run)
     return runs
 
 
@@ -179,11 +184,12 @@ PW = re.compile(
     rb"convergence NOT achieved|"
     rb"self-consistent calc|number of scf cycles|number of electrons|Exchange-correlation|"
     rb"kinetic-energy cutoff|U\([A-Z]|Hubbard U|spin-orbit|atomic species   valence|PseudoPot\. #|CELL_PARAMETERS|"
-    rb"(?:calculation|nstep|tot_charge|cell_dofree|press)\s*="
+    rb"Sym\. ?Ops|No symmetry found|(?:calculation|nstep|tot_charge|cell_dofree|press|nosym)\s*="
 )
 PW_SIGNS = {b"Geometry Optimization": "relax", b"bfgs": "relax", b"Damped": "relax"}
 IN_PW = re.compile(
-    rb"(calculation|nstep|tot_charge|cell_dofree|press|Exchange-correlation|kinetic-energy cutoff|number of electrons)"
+    rb"(calculation|nstep|tot_charge|cell_dofree|press|nosym|"
+    rb"Exchange-correlation|kinetic-energy cutoff|number of electrons)"
     rb"\s*=\s*['\"]?([-\w.+ ]*\w)"
 )
 SPECIES_OF_PW = re.compile(rb"\s+([A-Z][a-z]?)\S*\s+(\d+\.\d+)\s+\d+\.\d+\s+[A-Za-z]")
@@ -211,6 +217,8 @@ def _of_pw(lines: Lines) -> Iterator[Run]:
             into.update([(b"scf cycles", n) for n in re.findall(rb"converged in\s+(\d+) scf", line)])
         elif found == b"maximum number of steps":
             into.signs.add("out of steps")
+        elif found == b"No symmetry found" or found.startswith(b"Sym."):
+            into.signs.add("no symmetry" if found.startswith(b"No") else "symmetry")
         elif found == b"CELL_PARAMETERS":
             into.signs.add("cell moves")
         elif found == b"convergence NOT achieved":
@@ -251,50 +259,10 @@ def _told(run: Run) -> Run:
     return run
 
 
-AIMS = re.compile(
-    rb"Invoking FHI-aims|Have a nice day|Begin self-consistency|Geometry relaxation:|Molecular dynamics|MD_run|"
-    rb"relax_unit_cell|Relaxation step number|XC: +Using|\| Number of atoms|Charge ="
-)
-
-
-def _of_aims(lines: Lines) -> Iterator[Run]:
-    run = None
-    lines.skip(AIMS)
-    for line in lines:
-        mark = AIMS.search(line)
-        found = mark.group() if mark and not line.lstrip().startswith(b"#") else b""
-        if found.startswith(b"Invoking"):
-            if run is not None:
-                yield run
-            run = Run("FHI-aims")
-        elif run is None:
-            pass
-        elif found.startswith(b"Have"):
-            run.ended = True
-        elif found.startswith(b"Begin"):
-            run.started = True
-        elif found.startswith(b"Relaxation"):
-            run.counters += map(int, re.findall(rb"number\s+(\d+)", line))
-        elif found.startswith(b"Geometry"):
-            run.signs.add("relax")
-        elif found in (b"Molecular dynamics", b"MD_run"):
-            run.signs.add("md")
-        elif found == b"relax_unit_cell" and b"none" not in line:
-            run.signs.add("cell moves")
-        elif b"Number" in found:
-            run.atoms = (*run.atoms, line.strip())
-        elif found.startswith(b"XC") and (words := line.partition(b"Using")[2].split()):
-            run.update([(b"Exchange-correlation", words[0])])
-        elif found.startswith(b"Charge"):
-            run.update([(b"tot_charge", line.partition(b"=")[2].partition(b":")[0].strip())])
-        lines.skip(AIMS)
-    if run is not None:
-        yield run
-
-
 SCANS: dict[str, Callable[[Lines], Iterator[Run]]] = {
     "vasp-xml": _of_vasprun,
     "vasp-out": _of_outcar,
     "espresso-out": _of_pw,
-    "aims-output": _of_aims,
+    "aims-output": of_aims,
+    CP2K: of_cp2k,
 }
