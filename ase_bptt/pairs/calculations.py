@@ -70,6 +70,8 @@ class Run:
         Of VASP's kinds of atoms, in order; one may come twice.
     valences : dict of str to float
         Valence electrons of an atom, by element.
+    labels, moments : dict of bytes to float
+        Valence electrons and initial magnetic moments (μB) of an atom, by pw.x's name of its species.
     first, final : ndarray, shape (n_atoms, 3), or None
         Fractions at which this run began, and at which the next one would begin, where the file has them.
     counters : list of int
@@ -87,6 +89,8 @@ class Run:
     potentials: tuple[str, ...] = ()
     elements: tuple[str, ...] = ()
     valences: dict[str, float] = field(default_factory=dict)
+    labels: dict[bytes, float] = field(default_factory=dict)
+    moments: dict[bytes, float] = field(default_factory=dict)
     final: np.ndarray | None = None
     counters: list[int] = field(default_factory=list)
     first: np.ndarray | None = None

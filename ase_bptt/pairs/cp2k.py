@@ -207,7 +207,7 @@ def _of_output(path: Path, text: bytes) -> tuple[Atoms, dict[int, np.ndarray], d
             energies[step] = _number(line.split()[-1]) * Hartree
     if not rows or start is None:
         raise InvalidPair(
-            f"{path}: it has no coordinates and cell of its first structure (PRINT_LEVEL LOW?); leave it out."
+            f"{path}: it has no coordinates, or no cell, of its first structure (PRINT_LEVEL LOW?); leave it out."
         )
     places = np.array([row[-5:-2] for row in rows], float)
     atoms = Atoms([int(row[-6]) for row in rows], positions=places, cell=start, pbc=[x in pbc for x in b"XYZ"])
@@ -251,10 +251,12 @@ def _rows_by_step(file: Path, first: Atoms) -> dict[int, np.ndarray]:
     found: dict[int, np.ndarray] = {}
     for at in range(0, len(lines) - n - 1, n + 2):
         step, rows = STEP.match(lines[at + 1]), [line.split() for line in lines[at + 2 : at + 2 + n]]
+        if at + n + 2 >= len(lines) and len(rows[-1]) < 4:
+            break
         same = [row[0].decode("ascii", "replace").rstrip("0123456789_") for row in rows if len(row) == 4]
         if step is None or lines[at].strip() != b"%d" % n or same != [*first.symbols]:
             raise InvalidPair(
-                f"{file}: its atoms are not those of the output beside it; copy it again, or leave it out."
+                f"{file}: its atoms are not those of the output beside it; copy both again, or leave them out."
             )
         found[int(step[1])] = np.array([row[1:] for row in rows], float)
     return found

@@ -73,7 +73,9 @@ def _symmetry_of(run: Run) -> str | None:
 
 
 def describe(frames: list[Atoms], run: Run) -> None:
-    """Give frames their charge, ``info["charge"]``, and the first one the moments that the run began with."""
+    """Give frames their charge, ``info["charge"]``, the first one the moments that the run began with, and the last
+    one those that it ended with.
+    """
     if (charge := charge_of(run, frames[0])) is not None:
         for frame in frames:
             frame.info["charge"] = charge
@@ -81,6 +83,9 @@ def describe(frames: list[Atoms], run: Run) -> None:
     polarized = run.tags.get("ISPIN") == "2" and not run.true("LSORBIT")
     if polarized and len(moments) == len(frames[0]) and not frames[0].has("initial_magmoms"):
         frames[0].set_initial_magnetic_moments(moments)
+    ended, calc = _expanded(run.tags.get("final moments", "")), frames[-1].calc
+    if calc is not None and len(ended) == len(frames[-1]):
+        calc.results["magmoms"] = ended
 
 
 def _expanded(text: str) -> np.ndarray:

@@ -158,25 +158,25 @@ def _read_lazily(
         survey.check()
         return lazy_pairs(table), survey
     survey, table = Survey(root), PairTable(root, choices)
-    seen, firsts = Equals(), dict[int, int]()
+    seen = Equals()
     names, compositions = [], []
-    starts: list[int] = []
+    places: list[tuple[int, int]] = []
 
     def row(source: Source, pair: RelaxationPair) -> tuple[Any, ...]:
         """What is kept of a pair while the others are read."""
         known = source, pair.id, pair.group, pair.n_atoms, pair.kind, pair.digest()
-        return known, composition(pair.relaxed), seen.add(pair.initial)
+        return known, composition(pair.relaxed), (seen.add(pair.initial), seen.add(pair.relaxed))
 
-    for source, (known, elements, start) in Reader(root, survey, choices, processes, progress, row).read(files):
+    for source, (known, elements, both) in Reader(root, survey, choices, processes, progress, row).read(files):
         table.add(*known)
         names.append(short(source.name, root))
         compositions.append(elements)
-        starts.append(firsts.setdefault(start, len(starts)))
+        places.append(both)
     table.ids = _distinct(table.ids, names)
     if not choices.group:
         ends = find_duplicates(compositions, lambda k: table.read(k).relaxed, keep=DESCRIPTORS)
-        warn_of_equal_starts(table.ids, starts, ends, lambda k: table.read(k).relaxed)
-        table.groups = [table.ids[k] for k in joined(starts, ends)]
+        warn_of_equal_starts(table.ids, [start for start, _ in places], ends, lambda k: table.read(k).relaxed)
+        table.groups = [table.ids[k] for k in joined(places, ends)]
     index.write(table, survey)
     return lazy_pairs(table), survey
 

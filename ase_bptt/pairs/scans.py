@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -183,7 +184,8 @@ PW = re.compile(
     rb"Molecular Dynamics Calculation|Entering Dynamics|Langevin Dynamics|maximum number of steps|"
     rb"convergence NOT achieved|"
     rb"self-consistent calc|number of scf cycles|number of electrons|Exchange-correlation|"
-    rb"kinetic-energy cutoff|U\([A-Z]|Hubbard U|spin-orbit|atomic species   valence|PseudoPot\. #|CELL_PARAMETERS|"
+    rb"kinetic-energy cutoff|U\([A-Z]|Hubbard U|spin-orbit|"
+    rb"atomic species   (?:valence|magnetization)|site n\.|Magnetic moment per site|PseudoPot\. #|CELL_PARAMETERS|"
     rb"Sym\. ?Ops|No symmetry found|(?:calculation|nstep|tot_charge|cell_dofree|press|nosym)\s*="
 )
 PW_SIGNS = {b"Geometry Optimization": "relax", b"bfgs": "relax", b"Damped": "relax"}
@@ -192,7 +194,10 @@ IN_PW = re.compile(
     rb"Exchange-correlation|kinetic-energy cutoff|number of electrons)"
     rb"\s*=\s*['\"]?([-\w.+ ]*\w)"
 )
-SPECIES_OF_PW = re.compile(rb"\s+([A-Z][a-z]?)\S*\s+(\d+\.\d+)\s+\d+\.\d+\s+[A-Za-z]")
+SPECIES_OF_PW = re.compile(rb"\s+(([A-Z][a-z]?)\S*)\s+(\d+\.\d+)\s+\d+\.\d+\s+[A-Za-z]")
+MOMENT_OF_PW = re.compile(rb"\s+([A-Z]\S*)\s+(-?\d+\.\d+)\s*$")
+MOMENT_OF_SITE = re.compile(rb"\s+atom.*magn[:=]\s*(-?\d+\.\d+)")
+SITE_OF_PW = re.compile(rb"\s+\d+\s+([A-Z]\S*)\s+tau\(")
 U_OF_PW = re.compile(rb"U\((\w+)[-\w]*\)\s*=\s*([\d.]+)")
 
 
@@ -240,15 +245,29 @@ def _header_of_pw(run: Run, found: bytes, line: bytes, lines: Lines) -> None:
     run.update(IN_PW.findall(line))
     if found == b"PseudoPot. #":
         run.add_potential(next(iter(lines), b"").split(b"/")[-1])
-    elif found.startswith(b"atomic species"):
-        for row in lines:
-            if (species := SPECIES_OF_PW.match(row)) is None:
-                break
-            run.valences[species[1].decode()] = float(species[2])
+    elif found == b"atomic species   valence":
+        for row in _table(SPECIES_OF_PW, lines):
+            run.labels[row[1]] = float(row[3])
+            run.valences[row[2].decode()] = float(row[3])
+    elif found == b"atomic species   magnetization":
+        # As a share of the valence electrons.
+        run.moments = {row[1]: float(row[2]) * run.labels.get(row[1], 0.0) for row in _table(MOMENT_OF_PW, lines)}
+    elif found == b"Magnetic moment per site":
+        # ASE takes the last column, which is a constraint in older versions.
+        run.tags["final moments"] = b" ".join(row[1] for row in _table(MOMENT_OF_SITE, lines)).decode()
+    elif found == b"site n.":
+        sites = [row[1] for row in _table(SITE_OF_PW, lines)]
+        if run.moments and "MAGMOM" not in run.tags:
+            run.update([(b"ISPIN", b"2"), (b"MAGMOM", b" ".join(b"%.4f" % run.moments.get(x, 0.0) for x in sites))])
     elif found == b"spin-orbit":
         run.tags["LSORBIT"] = "T" if b"without" not in line else "F"
     for element, value in U_OF_PW.findall(line):
         run.tags["U"] = " ".join(filter(None, [run.tags.get("U"), f"{element.decode()} {float(value):g}"]))
+
+
+def _table(pattern: re.Pattern[bytes], lines: Lines) -> list[re.Match[bytes]]:
+    """The rows that come next, as far as they are of this pattern."""
+    return [row for row in takewhile(bool, map(pattern.match, lines)) if row]
 
 
 def _told(run: Run) -> Run:
