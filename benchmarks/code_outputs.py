@@ -1,10 +1,10 @@
-"""Outputs of VASP, pw.x and FHI-aims as these programs write them, as far as a reader looks at them."""
+"""Outputs of VASP, pw.x, FHI-aims and CP2K as these programs write them, as far as a reader looks at them."""
 
 from __future__ import annotations
 
 import numpy as np
 from ase import Atoms
-from ase.units import Bohr, Rydberg
+from ase.units import Bohr, Hartree, Rydberg
 
 ZVAL = {"Cu": 11.0, "Ag": 11.0, "Au": 11.0, "Ni": 10.0, "Pd": 10.0, "Pt": 10.0, "Al": 3.0}
 RELAX = {"IBRION": 2, "NSW": 80, "ISIF": 2, "ENCUT": 420}
@@ -159,6 +159,60 @@ def aims(frames: list[Atoms], left: float = 0.01, relaxes: bool = True) -> str:
                "  Begin self-consistency loop: Re-initialization."] if k + 1 < len(frames) else []),
         ]  # fmt: skip
     return "\n".join([*text, "  Present geometry is converged.", "", "          Have a nice day.", "-" * 60]) + "\n"
+
+
+def cp2k(frames: list[Atoms], left: float = 0.01, run_type: str = "GEO_OPT", project: str = "cp2k") -> str:
+    """The output; its steps are in `cp2k_steps`."""
+    atoms = frames[0]
+
+    def cell(frame: Atoms, label: str) -> list[str]:
+        vectors = zip("abc", rows(frame.cell.array, "10.3f"), frame.cell.lengths(), strict=True)
+        names = zip(("(b,c), alpha", "(a,c), beta ", "(a,b), gamma"), frame.cell.angles(), strict=True)
+        return [
+            f" {label}| Volume [angstrom^3]: {frame.get_volume():58.6f}",
+            *(f" {label}| Vector {x} [angstrom]:  {vector}   |{x}| = {length:11.6f}" for x, vector, length in vectors),
+            *(f" {label}| Angle {name} [degree]: {angle:45.6f}" for name, angle in names),
+        ]
+
+    text = [
+        "  **** **** ******  **  PROGRAM STARTED AT               2022-02-03 09:01:00.123", "",
+        " CP2K| version string:                                       CP2K version 2022.1",
+        f" CP2K| Input file name {project + '.inp':>58}", "", f" GLOBAL| Project name {project:>59}",
+        f" GLOBAL| Run type {run_type:>63}", "", *cell(atoms, "CELL_TOP"), *cell(atoms, "CELL"), "",
+        " DFT| Multiplicity                                                             1",
+        " DFT| Charge                                                                   0",
+        " FUNCTIONAL| PBE:", " QS| Density cutoff [a.u.]:                                                250.0", "",
+        f"  1. Atomic kind: {atoms[0].symbol:4} Number of atoms: {len(atoms):7d}",
+        "     GTH Potential information for                       GTH-PBE-q11", "",
+        " MODULE QUICKSTEP:  ATOMIC COORDINATES IN angstrom", "",
+        "  Atom  Kind  Element       X           Y           Z          Z(eff)       Mass", "",
+        *(f"{k:7d}    1 {a.symbol:2} {a.number:4d}{row}{11:13.4f}{a.mass:12.4f}"
+          for k, (a, row) in enumerate(zip(atoms, rows(atoms.positions, "13.6f"), strict=True), 1)), "", "",
+    ]  # fmt: skip
+    if run_type.endswith("OPT"):
+        text += [" ***                     STARTING GEOMETRY OPTIMIZATION                      ***", ""]
+    for k, frame in enumerate(frames):
+        text += [
+            *(cell(frame, "CELL") if run_type == "CELL_OPT" else []), "  *** SCF run converged in    10 steps ***", "",
+            f" --------  Informations at step = {k:5d} ------------",
+            "  Optimization Method        =                 BFGS",
+            f"  Total Energy               = {-3.0 * len(frame) / Hartree:20.10f}",
+            *([f"  Max. gradient              = {forces(frames, k, left).max() * Bohr / Hartree:20.10f}"] if k else []),
+            " ---------------------------------------------------", "",
+        ]  # fmt: skip
+    return "\n".join([
+        *text, " ***                    GEOMETRY OPTIMIZATION COMPLETED                      ***", "",
+        "  **** **** ******  **  PROGRAM ENDED AT                 2022-02-03 09:11:00.123", "",
+    ])  # fmt: skip
+
+
+def cp2k_steps(frames: list[Atoms]) -> str:
+    """PROJECT-pos-1.xyz."""
+    return "".join(
+        f"{len(frame):8d}\n i = {k:8d}, E = {-3.0 * len(frame) / Hartree:19.10f}\n"
+        + "".join(f"{a.symbol:>3}{row}\n" for a, row in zip(frame, rows(frame.positions, "20.10f"), strict=True))
+        for k, frame in enumerate(frames) if k
+    )  # fmt: skip
 
 
 def poscar(atoms: Atoms) -> str:

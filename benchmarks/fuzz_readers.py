@@ -29,12 +29,17 @@ import numpy as np
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.db import connect
 from ase.io import write
-from code_outputs import aims, forces, outcar, poscar, pw, vasprun
+from code_outputs import aims, cp2k, cp2k_steps, forces, outcar, poscar, pw, vasprun
 
 from ase_bptt import read_pairs
 from ase_bptt.pairs import InvalidPair, RelaxationPair
 
-FORMATS = ("vasprun.xml", "OUTCAR", "relax.out", "aims.out", "CONTCAR", "a.extxyz", "a.traj", "a.db", "OUTCAR.gz")
+FORMATS = (
+    "vasprun.xml", "OUTCAR", "relax.out", "aims.out", "cp2k.out", "cp2k-pos-1.xyz", "CONTCAR", "a.extxyz", "a.traj",
+    "a.db", "OUTCAR.gz",
+)  # fmt: skip
+READ = {"cp2k-pos-1.xyz": "cp2k.out"}
+"""What is read where it is another file than the one that is damaged."""
 DIGITS = "0123456789.-+ eE"
 LIMIT = 20
 """Seconds."""
@@ -60,7 +65,10 @@ def frames() -> list[Any]:
 def original(name: str, folder: Path) -> bytes:
     """The file as it was."""
     path, some = folder / name, frames()
-    texts = {"vasprun.xml": vasprun, "OUTCAR": outcar, "OUTCAR.gz": outcar, "relax.out": pw, "aims.out": aims}
+    texts = {
+        "vasprun.xml": vasprun, "OUTCAR": outcar, "OUTCAR.gz": outcar, "relax.out": pw, "aims.out": aims,
+        "cp2k.out": cp2k, "cp2k-pos-1.xyz": cp2k_steps,
+    }  # fmt: skip
     if name in texts:
         text = texts[name](some).encode()
         return gzip.compress(text, mtime=0) if name.endswith(".gz") else text
@@ -200,7 +208,7 @@ def verdict(path: Path, truth: RelaxationPair, data: bytes, before: bytes) -> st
     """ "refused", "read", "a digit", or what went wrong."""
     try:
         with within(LIMIT):
-            pairs = read_pairs(path)
+            pairs = read_pairs(path.with_name(READ.get(path.name, path.name)))
     except InvalidPair as problem:
         return "refused" if "\n" not in str(problem) else "WRONG: two lines"
     except TimeoutError:
@@ -230,14 +238,21 @@ def _whole_lines(data: bytes, before: bytes) -> bool:
     return len(data) < len(before) and len(set(data.splitlines()) - set(before.splitlines())) <= 1
 
 
+def write_beside(name: str, folder: Path) -> None:
+    """What else belongs to a file of this name."""
+    beside = {"CONTCAR": "POSCAR", "cp2k.out": "cp2k-pos-1.xyz", "cp2k-pos-1.xyz": "cp2k.out"}.get(name)
+    if beside is not None:
+        data = poscar(frames()[0]).encode() if beside == "POSCAR" else original(beside, folder)
+        (folder / beside).write_bytes(data)
+
+
 def fuzz(name: str, n: int, folder: Path) -> dict[str, Counter[str]]:
     """The verdicts on so many mutations of a file of this name, by the name of the mutation."""
     before = original(name, folder)
     path, found = folder / name, dict[str, Counter[str]]()
-    if name == "CONTCAR":
-        (folder / "POSCAR").write_text(poscar(frames()[0]))
+    write_beside(name, folder)
     path.write_bytes(before)
-    (truth,) = read_pairs(path)
+    (truth,) = read_pairs(folder / READ.get(name, name))
     for seed in range(n):
         kind, data = mutated(name, seed, before)
         path.write_bytes(data)

@@ -2,7 +2,7 @@
 
     python benchmarks/synthetic_archive.py [--keep FOLDER] [--train]
 
-Outputs of VASP 5.4 and 6.3, pw.x 6.8 and 7.3 and FHI-aims, in the layouts of custodian, atomate2, doped and plain
+Outputs of VASP 5.4 and 6.3, pw.x 6.8 and 7.3, FHI-aims and CP2K, in the layouts of custodian, atomate2, doped and plain
 folders, are written with a label for each file; then the archive is read, and the labels are compared. With --train the
 broken files are taken out, and `ase-bptt train ARCHIVE --potential emt` has to run on the rest without a flag.
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from ase import Atoms
 from ase.build import bulk
-from code_outputs import aims, outcar, poscar, pw, vasprun
+from code_outputs import aims, cp2k, cp2k_steps, outcar, poscar, pw, vasprun
 
 from ase_bptt.pairs.chains import Legs
 from ase_bptt.pairs.loading import Choices, Reader
@@ -106,17 +106,15 @@ def fill(a: Archive) -> None:
     for k in range(6):
         a.write(f"unfinished/{k}/OUTCAR", outcar(a.path(k + 3), left=0.9), "not converged")
     espresso(a)
-    for k in range(10):
+    for k in range(6):
         a.write(f"aims/{k}/aims.out", aims(a.path(k + 2)), "used")
         a.write(f"aims/{k}/control.in", "xc pbe\nrelax_geometry bfgs 5e-3\n", "")
         a.write(f"aims/scf_{k}.out", aims(a.path(k)[:1], relaxes=False), "single-point calculation")
     elsewhere = {"log": ("Gaussian", "Entering Gaussian System, Link 0=g16"), "castep": ("CASTEP", "CASTEP 22.1"),
-                 "out": ("CP2K", " CP2K| version string"), "abo": ("ABINIT", ".Version 9.8.3 of ABINIT")}  # fmt: skip
+                 "out": ("ORCA", "   O   R   C   A"), "abo": ("ABINIT", ".Version 9.8.3 of ABINIT")}  # fmt: skip
     for k, (end, (code, said)) in enumerate(2 * [*elsewhere.items()]):
         a.write(f"elsewhere/{k}.{end}", f"\n {said}\n", f"output of {code}")
-    for k in range(3):
-        xyz = f"1\n i = {k}, E = -17.16\nCu 0 0 0\n"
-        a.write(f"elsewhere/{k}-pos-1.xyz", 2 * xyz, "trajectory of CP2K, without its cell")
+    of_cp2k(a)
     whole = outcar(a.path(5))
     for k in range(4):
         a.write(f"broken/{k}/OUTCAR", whole[: len(whole) * (k + 4) // 9], "broken")
@@ -128,8 +126,29 @@ def fill(a: Archive) -> None:
         )
 
 
+def of_cp2k(a: Archive) -> None:
+    steps = "trajectory of CP2K, read with its output"
+    for k in range(4):
+        frames, place = a.path(k + 30), f"cp2k/geo_{k}"
+        a.write(f"{place}/run.out", cp2k(frames, project="geo"), "used")
+        a.write(f"{place}/geo-pos-1.xyz", cp2k_steps(frames), steps)
+        a.write(f"{place}/geo.inp", "&GLOBAL\n  RUN_TYPE GEO_OPT\n&END\n", "")
+    for k in range(2):
+        frames, place = a.path(k + 50), f"cp2k/cell_{k}"
+        for frame, share in zip(frames, (1.02, 1.01, 1.0, 1.0), strict=True):
+            frame.set_cell(frame.cell.array * share, scale_atoms=True)
+        a.write(f"{place}/cp2k.log", cp2k(frames, run_type="CELL_OPT"), "used")
+        a.write(f"{place}/cp2k-pos-1.xyz", cp2k_steps(frames), steps)
+        a.write(f"cp2k/energy_{k}.out", cp2k(a.path(k)[:1], run_type="ENERGY_FORCE"), "single-point calculation")
+        a.write(f"cp2k/md_{k}.out", cp2k(a.path(k)[:1], run_type="MD"), "molecular dynamics")
+    frames = a.path(37)
+    a.write("cp2k/far/cp2k.out", cp2k(frames, left=0.9), "not converged")
+    a.write("cp2k/far/cp2k-pos-1.xyz", cp2k_steps(frames), steps)
+    a.write("cp2k/lost/cp2k.out", cp2k(a.path(39)), "broken")
+
+
 def espresso(a: Archive) -> None:
-    for k in range(10):
+    for k in range(8):
         version = ("6.8", "7.3")[k % 2]
         a.write(f"qe/relax_{k}/pw.{('out', 'log', 'pwo')[k % 3]}", pw(a.path(k + 9), version=version), "used")
         a.write(f"qe/relax_{k}/pw.in", "&CONTROL\n calculation = 'relax'\n/\n", "")

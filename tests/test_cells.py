@@ -35,8 +35,9 @@ from ase_bptt.cells.strained import Strained
 from ase_bptt.evaluation import Evaluation
 from ase_bptt.losses import cell_strain, lattice_error, root_delta_q, volume_error
 from ase_bptt.neighbors import NeighborList
-from ase_bptt.pairs import InvalidPair, warn_of_moves
+from ase_bptt.pairs import InvalidPair
 from ase_bptt.pairs.calculations import Run
+from ase_bptt.pairs.cell_changes import warn_of_moves
 from ase_bptt.pairs.cells_of_runs import freedom_of
 from ase_bptt.potentials.analytic import Morse
 from ase_bptt.potentials.direct import Direct

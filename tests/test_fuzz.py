@@ -24,7 +24,10 @@ def fuzz():
     return module
 
 
-FORMATS = ("vasprun.xml", "OUTCAR", "relax.out", "aims.out", "CONTCAR", "a.extxyz", "a.traj", "a.db", "OUTCAR.gz")
+FORMATS = (
+    "vasprun.xml", "OUTCAR", "relax.out", "aims.out", "cp2k.out", "cp2k-pos-1.xyz", "CONTCAR", "a.extxyz", "a.traj",
+    "a.db", "OUTCAR.gz",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -44,8 +47,7 @@ def test_no_mutation_of_a_file_is_read_wrongly(fuzz, tmp_path, name):
 )  # fmt: skip
 def test_what_once_was_read_wrongly(fuzz, tmp_path, name, seed):
     before = fuzz.original(name, tmp_path)
-    if name == "CONTCAR":
-        (tmp_path / "POSCAR").write_text(fuzz.poscar(fuzz.frames()[0]))
+    fuzz.write_beside(name, tmp_path)
     (tmp_path / name).write_bytes(before)
     (truth,) = fuzz.read_pairs(tmp_path / name)
     _, data = fuzz.mutated(name, seed, before)

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ase import units
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write as ase_write
 from helpers.dft_files import (
     computed_frames,
     write_aims,
+    write_cp2k,
     write_espresso,
     write_outcar,
     write_poscar_and_contcar,
@@ -134,7 +136,11 @@ class TestChainsOverFolders:
         known = "   VRHFIN =Si: s2p2\n   ZVAL   =   4.00\n"
         written(tmp_path / "q0" / "OUTCAR", frames_between(0.2, 0.1), known, NELECT=32.0)
         written(tmp_path / "q1" / "OUTCAR", frames_between(0.1, 0.0), known, NELECT=31.0)
-        assert [p.relaxed.info["charge"] for p in read_pairs(tmp_path)] == [0.0, 1.0]
+        for lazy in (False, True):
+            pairs = read_pairs(tmp_path, lazy=lazy, index=tmp_path / "index" if lazy else None)
+            assert [p.relaxed.info["charge"] for p in pairs] == [0.0, 1.0]
+            # The start of one is the target of the other: they stay on one side of a split.
+            assert len({p.group for p in pairs}) == 1
         assert not warnings(caplog)
 
     @pytest.mark.parametrize("name", ["a.extxyz", "a.traj"])
@@ -218,6 +224,36 @@ class TestWhatAnOutputHolds:
         written(tmp_path / "OUTCAR", computed_frames(), "   MAGMOM = 2*3.0 5*0\n", ISPIN=2)
         assert not read_pairs(tmp_path)[0].initial.has("initial_magmoms")
 
+    @pytest.mark.parametrize("line", ["atom:{k:5d}    charge:    4.0    magn:  {x:8.4f}    constr:    0.0000",
+                                      "atom {k:3d} (R=0.218)  charge=  4.0  magn=  {x:8.4f}"])  # fmt: skip
+    def test_moments_of_pw_x_at_the_start_and_at_the_end(self, tmp_path, line):
+        species = (
+            "     atomic species   valence    mass     pseudopotential\n        P1             5.00    30.97376   P\n"
+            "        Si             4.00    28.08550   Si( 1.00)\n\n     Starting magnetic structure \n"
+            "     atomic species   magnetization\n        P1           0.400\n        Si          -0.100\n\n"
+        )
+        sites = "".join("     " + line.format(k=k, x=0.1 * k) + "\n" for k in range(1, 9))
+        write_espresso(tmp_path / "a.out", computed_frames(symbol="P"))
+        text = (tmp_path / "a.out").read_text().replace("   Cartesian axes\n", f"{species}   Cartesian axes\n")
+        text = text.replace("           P   tau(", "           P1  tau(")
+        text = text.replace("!    total energy", f"     Magnetic moment per site:\n{sites}\n!    total energy")
+        (tmp_path / "a.out").write_text(text)
+        (pair,) = read_pairs(tmp_path)
+        assert pair.initial.get_initial_magnetic_moments() == pytest.approx([2.0, *7 * [-0.4]])
+        assert pair.relaxed.get_magnetic_moments() == pytest.approx(0.1 * np.arange(1, 9))
+
+    def test_moments_of_fhi_aims_likewise(self, tmp_path):
+        geometry = "  atom 0 0 0 P\n    initial_moment 1.5\n" + 7 * "  atom 1 1 1 Si\n"
+        said = f"  default_initial_moment 0.25\n  Geometry relaxation: Textbook BFGS.\n{geometry}"
+        write_aims(tmp_path / "aims.out", computed_frames(symbol="P"), said)
+        rows = "".join(f"  |  {k:4d}   {0.1 * k:9.6f}  0.0\n" for k in range(1, 9))
+        spins = f"  Summary of the per-atom spin analysis:\n  |\n  |  atom       spin   l=0\n{rows}  |\n"
+        text = (tmp_path / "aims.out").read_text()
+        (tmp_path / "aims.out").write_text(text.replace("          Have a nice", f"{spins}          Have a nice"))
+        (pair,) = read_pairs(tmp_path)
+        assert pair.initial.get_initial_magnetic_moments() == pytest.approx([1.5, *7 * [0.25]])
+        assert pair.relaxed.get_magnetic_moments() == pytest.approx(0.1 * np.arange(1, 9))
+
     @pytest.mark.parametrize(
         ("calculation", "kind"), [("scf", "single-point calculation"), ("vc-md", "molecular dynamics"), ("relax", None)]
     )
@@ -251,7 +287,7 @@ class TestOtherCodes:
     @pytest.mark.parametrize(
         ("name", "said", "code"),
         [("a.log", "Entering Gaussian System", "Gaussian"), ("b.castep", " CASTEP version 22", "CASTEP"),
-         ("c.out", " CP2K| version", "CP2K"), ("d.out", "Quantum ESPRESSO suite", "another program of Quantum E")],
+         ("c.out", "   O   R   C   A", "ORCA"), ("d.out", "Quantum ESPRESSO suite", "another program of Quantum E")],
     )  # fmt: skip
     def test_are_passed_by_with_their_name(self, tmp_path, caplog, name, said, code):
         written(tmp_path / "good" / "OUTCAR", computed_frames())
@@ -261,17 +297,132 @@ class TestOtherCodes:
         assert said.startswith(f"Passed by 1 that are no relaxations: output of {code}")
         assert said.endswith(f"(1, as {name}).")
 
-    @pytest.mark.parametrize(("time", "kind"), [("", "trajectory of CP2K"), (" time = 0.5,", "molecular dynamics")])
+    @pytest.mark.parametrize(
+        ("time", "kind"), [("", "trajectory of CP2K, read with its output"), (" time = 0.5,", "molecular dynamics")]
+    )
     def test_a_trajectory_without_its_cell_is_refused(self, tmp_path, time, kind):
         (tmp_path / "x-pos-1.xyz").write_text("".join(f"1\n i =  {k},{time} E = -1.0\nSi 0 0 {k}\n" for k in range(3)))
-        with pytest.raises(NotARelaxation, match=f"it is a {kind}.*with their cell, as extxyz") as error:
+        with pytest.raises(NotARelaxation, match="it is a trajectory of CP2K, which has no cell") as error:
             read_pairs(tmp_path / "x-pos-1.xyz")
         assert is_one_sentence(error.value)
+        assert error.value.kind == kind
 
     def test_what_ase_alone_reads_is_said_not_to_be_checked(self, tmp_path, caplog):
         ase_write(tmp_path / "XDATCAR", frames_between(0.1, 0.0), format="vasp-xdatcar")
         assert len(read_pairs(tmp_path / "XDATCAR")) == 1
         assert "whether it is a relaxation, and complete, is not checked" in warnings(caplog)[0]
+
+
+class TestCp2k:
+    @pytest.mark.parametrize("new", [True, False])
+    @pytest.mark.parametrize("run_type", ["GEO_OPT", "CELL_OPT"])
+    def test_what_is_in_several_files_is_one_relaxation(self, tmp_path, new, run_type):
+        frames = frames_between(0.2, 0.0)
+        if run_type == "CELL_OPT":
+            calc = frames[1].calc
+            frames[1].set_cell(frames[1].cell.array @ [[1.01, 0, 0], [0.01, 0.99, 0], [0, 0.02, 1]], scale_atoms=True)
+            frames[1].calc = SinglePointCalculator(frames[1], **calc.results)
+        write_cp2k(tmp_path / "a.out", frames, run_type=run_type, new=new)
+        (pair,) = read_pairs(tmp_path)
+        for found, frame in zip((pair.initial, pair.relaxed), frames, strict=True):
+            np.testing.assert_allclose(found.positions, frame.positions, atol=1e-6)
+            np.testing.assert_allclose(found.cell.array, frame.cell.array, atol=1e-5)
+        assert pair.freedom.name == ("full" if run_type == "CELL_OPT" else "fixed")
+        assert pair.relaxed.get_potential_energy() == pytest.approx(frames[1].get_potential_energy())
+        np.testing.assert_allclose(pair.relaxed.get_forces(), frames[1].get_forces(), atol=1e-8)
+        _, survey = read_archive(tmp_path)
+        assert {name: [*values] for name, values in survey.settings.items() if not name.startswith("U ")} == {
+            "charge": ["0"], "cutoff": ["600 Ry"], "functional": ["PBE"], "pseudopotential of Si": ["Si GTH-PBE-Q4"],
+        }  # fmt: skip
+
+    @pytest.mark.parametrize(
+        ("run_type", "kind"),
+        [("ENERGY", "single-point calculation"), ("ENERGY_FORCE", "single-point calculation"),
+         ("MD", "molecular dynamics"), ("BAND", "image of a nudged elastic band"),
+         ("VIBRATIONAL_ANALYSIS", "finite differences"), ("BSSE", "BSSE")],
+    )  # fmt: skip
+    def test_what_is_no_relaxation_is_passed_by(self, tmp_path, caplog, run_type, kind):
+        written(tmp_path / "good" / "OUTCAR", computed_frames())
+        write_cp2k(tmp_path / "a.out", computed_frames(2), run_type=run_type)
+        for file in tmp_path.glob("a-*"):
+            file.unlink()
+        assert len(read_pairs(tmp_path)) == 1
+        assert warnings(caplog) == [f"Passed by 1 that are no relaxations: {kind} (1, as a.out)."]
+
+    @pytest.mark.parametrize("said", [" DIMER| Step\n", " DIMER| something\n"])
+    def test_a_search_for_saddle_points_is_none(self, tmp_path, said):
+        write_cp2k(tmp_path / "a.out", computed_frames(), said)
+        with pytest.raises(NotARelaxation, match="saddle point search"):
+            read_pairs(tmp_path / "a.out")
+
+    @pytest.mark.parametrize("lost", ["PROGRAM ENDED AT", "-pos-1.xyz", "step", "atoms", "scf", "coordinates"])
+    def test_what_is_not_whole_is_refused(self, tmp_path, lost):
+        write_cp2k(tmp_path / "a.out", computed_frames())
+        path, steps = tmp_path / "a.out", tmp_path / "a-pos-1.xyz"
+        said = {
+            "PROGRAM ENDED AT": "did not finish or the file is cut", "-pos-1.xyz": r"a-pos-1\.xyz, which is not beside",
+            "step": r"a-pos-1\.xyz has no step 2, its last", "atoms": "its atoms are not those of the output",
+            "scf": "the electronic steps did not converge", "coordinates": "no coordinates, or no cell",
+        }  # fmt: skip
+        if lost == "-pos-1.xyz":
+            steps.unlink()
+        elif lost == "step":
+            steps.write_text(steps.read_text()[:-40])
+        elif lost == "atoms":
+            steps.write_text(steps.read_text().replace("Si", "P"))
+        elif lost == "scf":
+            head, _, tail = path.read_text().rpartition("SCF run converged")
+            path.write_text(f"{head}SCF run NOT converged{tail}")
+        else:
+            path.write_text(path.read_text().replace(lost, "").replace(lost.upper(), ""))
+        with pytest.raises(InvalidPair, match=said[lost]) as error:
+            read_pairs(path)
+        assert is_one_sentence(error.value)
+
+    @pytest.mark.parametrize(("gradient", "limit", "used"), [(1e-4, 0.5, 1), (0.02, 0.5, 0), (0.02, 1.1, 1)])
+    def test_the_gradient_that_is_left_says_whether_it_is_converged(self, tmp_path, gradient, limit, used):
+        written(tmp_path / "good" / "OUTCAR", computed_frames())
+        end = "MAXIMUM NUMBER OF OPTIMIZATION STEPS REACHED"
+        write_cp2k(tmp_path / "a.out", computed_frames(2), end=end, gradient=gradient, forces=False)
+        assert len(read_pairs(tmp_path, max_reference_force=limit)) == 1 + used
+
+    @pytest.mark.parametrize(
+        ("said", "fixed", "cell"),
+        [("&FIXED_ATOMS\n LIST 1..3 8\n&END\n", [0, 1, 2, 7], "full"),
+         ("&FIXED_ATOMS\n COMPONENTS_TO_FIX Z\n LIST 2\n&END\n KEEP_ANGLES TRUE\n", None, "mask"),
+         ("  CONSTRAINT Z\n  EXTERNAL_PRESSURE [bar] 10000.0\n", [], "mask")],
+    )  # fmt: skip
+    @pytest.mark.parametrize("name", ["a.inp", "a-1.restart"])
+    def test_its_input_says_what_was_held(self, tmp_path, said, fixed, cell, name):
+        write_cp2k(tmp_path / "a.out", computed_frames(), run_type="CELL_OPT")
+        (tmp_path / name).write_text(said)
+        if fixed is None:
+            (constraint,) = read_pairs(tmp_path)[0].initial.constraints
+            assert type(constraint).__name__ == "FixCartesian"
+        else:
+            (pair,) = read_pairs(tmp_path)
+            assert [k for c in pair.initial.constraints for k in c.index] == fixed
+            assert pair.freedom.pressure == pytest.approx(units.GPa * ("PRESSURE" in said))
+        assert read_pairs(tmp_path)[0].freedom.name == cell
+
+    def test_cells_with_more_digits_and_a_lazy_start(self, tmp_path):
+        frames = computed_frames()
+        write_cp2k(tmp_path / "a.out", frames, run_type="CELL_OPT")
+        rows = [f"{k} 0.0 " + " ".join(f"{x:.10f}" for x in (f.cell.array + 0.01 * k).ravel()) + " 1.0\n"
+                for k, f in enumerate(frames)]  # fmt: skip
+        (tmp_path / "a-1.cell").write_text("#   Step   Time [fs]       Ax [Angstrom] ...\n" + "".join(rows))
+        for _ in range(2):
+            (pair,) = read_pairs(tmp_path, lazy=True, index=tmp_path / "index")
+            np.testing.assert_allclose(pair.relaxed.cell.array, frames[-1].cell.array + 0.02, atol=1e-9)
+        (tmp_path / "a-1.cell").unlink()
+        (pair,) = read_pairs(tmp_path, lazy=True, index=tmp_path / "index")
+        np.testing.assert_allclose(pair.relaxed.cell.array, frames[-1].cell.array, atol=1e-5)
+
+    def test_a_leg_that_continues_another_is_no_pair_of_its_own(self, tmp_path):
+        for k, amplitudes in enumerate([(0.2, 0.1), (0.1, 0.0)]):
+            (tmp_path / str(k)).mkdir()
+            write_cp2k(tmp_path / str(k) / "cp2k.out", frames_between(*amplitudes))
+        assert len(read_pairs(tmp_path)) == 1
 
 
 class TestFhiAims:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from ..pairs import MAX_REFERENCE_FORCE, InvalidPair, RelaxationPair
 from ..pairs.loading import Choices, n_cores
 from ..pairs.reading import read_archive
+from ..pairs.symmetry import SYMMETRIES
 from ..potential import Potential
 from ..potentials import load_potential
 from ..suggestions import named, nearest, unknown_name
@@ -169,6 +170,9 @@ def add_pairs(parser: argparse.ArgumentParser, nargs: str = "+", option: str | N
     flag(group, parser, "--max-reference-force", "eV/Å: what is left with a larger force is no reference and left out",
          MAX_REFERENCE_FORCE, type=positive, metavar="X")  # fmt: skip
     add_cell(group, parser, "what of the cells was relaxed (default: what the runs say, or else the cells show)", None)
+    flag(group, parser, "--symmetry", "of starts: keep it (FixSymmetry), break it by a small rattle, or leave it free "
+         "(default: keep it where the reference did: ISYM of VASP, nosym of pw.x)",
+         choices=SYMMETRIES)  # fmt: skip
     flag(group, parser, "--lazy", "for a folder or a .db: check all pairs once, then read each when it is needed, "
          "so that they need not fit in memory", False, action="store_true")  # fmt: skip
 
@@ -248,8 +252,9 @@ def read_grouped(arguments: argparse.Namespace, *, show: bool = False) -> list[R
     if not 1 <= len(paths) <= 2:
         raise ValueError("Give one file or folder of relaxations, or two files: initial and relaxed structures.")
     choices = Choices(
-        arguments.skip_invalid, arguments.group, arguments.max_reference_force, arguments.cell, arguments.pressure
-    )
+        arguments.skip_invalid, arguments.group, arguments.max_reference_force, arguments.cell, arguments.pressure,
+        arguments.symmetry,
+    )  # fmt: skip
     processes = max(1, n_cores() // together().size)
     show = show and paths[0].is_dir() and not arguments.json
     with tqdm(desc="reading", unit=" files", disable=None, leave=False) as bar:

@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +14,6 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.geometry import find_mic
 from ase.io.jsonio import encode
-from scipy.optimize import linear_sum_assignment
 
 from ..cells import CellFreedom
 from ..displacements import lattice_translations, shortest_lattice_vector
@@ -32,10 +31,6 @@ MAX_REFERENCE_FORCE = 0.5
 as far as two ends of one basin may be apart."""
 CLASH = 0.5
 """Å: atoms nearer than this are a mistake."""
-STILL = 1e-4
-"""Å: where no atom has moved farther, beyond the drift, a relaxation has not run."""
-FAR = 1.5
-"""Å: the largest displacement, beyond the drift, above which the order of the atoms is checked."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +52,8 @@ class RelaxationPair:
         What of the cell was relaxed, as for `relax`; None is "full" where the two cells differ, and "fixed" else.
     pressure : float
         At which a cell that moves was relaxed, eV/Å^3.
+    symmetry : str, optional
+        "keep" or "free": whether the run kept the space group of its start. `symmetry.with_symmetry` does likewise.
 
     Examples
     --------
@@ -74,6 +71,7 @@ class RelaxationPair:
     frames: Sequence[Atoms] = ()
     cell: Any = None
     pressure: float = 0.0
+    symmetry: str | None = None
 
     def __repr__(self) -> str:
         return f"RelaxationPair({self.id!r}, {self.relaxed.symbols}, group {self.group!r})"
@@ -103,6 +101,36 @@ class RelaxationPair:
         if self.freedom.moves:
             digest.update(repr(self.freedom).encode())
         return digest.digest()
+
+
+class Loaded(NamedTuple):
+    """What is read of one relaxation.
+
+    Attributes
+    ----------
+    initial, relaxed, frames
+        As of a `RelaxationPair`.
+    settings : dict
+        What it was computed with, as `methods.settings_of` says it.
+    others : tuple of Atoms
+        Its first frame, where the file says that it began elsewhere; and where a run that continues it begins, if not
+        at the relaxed structure. None where there is no such structure.
+    cell : CellFreedom or None
+        What of the cell was relaxed, where the run says so.
+    symmetry : str or None
+        "keep" or "free", where the run says so.
+    left : float or None
+        The largest component of a force at the end, eV/Å, where the run says it without the forces.
+    """
+
+    initial: Atoms
+    relaxed: Atoms
+    frames: Sequence[Atoms] = ()
+    settings: dict[str, str] | None = None
+    others: tuple[Atoms | None, Atoms | None] = (None, None)
+    cell: CellFreedom | None = None
+    symmetry: str | None = None
+    left: float | None = None
 
 
 class InvalidPair(ValueError):
@@ -192,13 +220,14 @@ def check_freedom(pair: RelaxationPair, name: str) -> None:
         )
 
 
-def check_converged(relaxed: Atoms, name: str, max_force: float | None) -> None:
-    """Raise NotARelaxation where a force of more than max_force, in eV/Å, is left; None allows any."""
-    known = "forces" in getattr(relaxed.calc, "results", {})
+def check_converged(relaxed: Atoms, name: str, max_force: float | None, said: float | None = None) -> None:
+    """Raise NotARelaxation where a force above max_force (eV/Å; None: any) is left, or `said` to be if it has none."""
+    has_forces = "forces" in getattr(relaxed.calc, "results", {})
+    known = has_forces or said is not None
     # What is no number is refused for that.
     if max_force is None or not known or not np.isfinite([*relaxed.positions, *relaxed.cell.array]).all():
         return
-    left = float(np.linalg.norm(relaxed.get_forces(), axis=1).max(initial=0.0))
+    left = float(np.linalg.norm(relaxed.get_forces(), axis=1).max(initial=0.0)) if has_forces else said or 0.0
     if not left <= max_force:
         raise NotARelaxation(
             f"{name}: a force of {left:.2f} eV/Å is left, so it is no reference: relax it further, leave it out, or "
@@ -252,36 +281,6 @@ def unwrapped(initial: Atoms, relaxed: Atoms) -> Atoms:
     if relaxed.calc is not None:
         found.calc = SinglePointCalculator(found, **relaxed.calc.results)
     return found
-
-
-def warn_of_moves(initial: Atoms, relaxed: Atoms, name: str, warn: Callable[..., None] = log.warning) -> None:
-    """Warn where no atom has moved, and where the atoms of an element seem to be in another order at the end."""
-    moves = positions_in(initial, relaxed) - initial.positions
-    lengths = np.linalg.norm(moves - moves.mean(axis=0), axis=1)
-    if lengths.max() < STILL and cell_change(initial, relaxed) <= SAME_CELL:
-        warn(
-            "%s: its relaxed structure is its initial one; did the relaxation run, or was one file copied over the "
-            "other? It teaches nothing about a path.", name,
-        )  # fmt: skip
-    if lengths.max() <= FAR:
-        return
-    reassigned, direct = _reassigned(initial, relaxed), np.sqrt(np.mean(lengths**2))
-    if reassigned < direct / 2:
-        warn(
-            "%s: its atoms seem to be stored in another order at the end, for they move by %.2f Å (root mean square) "
-            "and by %.2f Å if reassigned; write both structures in the same order.", name, direct, reassigned,
-        )  # fmt: skip
-
-
-def _reassigned(initial: Atoms, relaxed: Atoms) -> float:
-    """Root mean square displacement in Å with the atoms of each element assigned to its final sites at least cost."""
-    total, lattice = 0.0, periodic_cell(initial.cell.array, initial.pbc)
-    for z in np.unique(initial.numbers):
-        of = initial.numbers == z
-        ends = positions_in(initial, relaxed)[of]
-        squares = np.stack([find_mic(ends - x, lattice, initial.pbc)[1] ** 2 for x in initial.positions[of]])
-        total += squares[linear_sum_assignment(squares)].sum()
-    return float(np.sqrt(total / len(initial)))
 
 
 def fingerprint(pairs: Sequence[RelaxationPair]) -> str:

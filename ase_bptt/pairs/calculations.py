@@ -1,4 +1,4 @@
-"""What kind of calculation an output of VASP, pw.x or FHI-aims is of, by its header, and whether it was finished."""
+"""What kind of calculation an output of VASP, pw.x, FHI-aims or CP2K is of, and whether it was finished."""
 
 from __future__ import annotations
 
@@ -37,6 +37,17 @@ BY_IBRION = {
 BY_CALCULATION = {"scf": STATIC, "nscf": STATIC, "bands": STATIC, "md": DYNAMICS, "vc-md": DYNAMICS}
 """Likewise of pw.x, by ``calculation`` (https://www.quantum-espresso.org/Doc/INPUT_PW.html)."""
 
+BY_RUN_TYPE = {
+    "ENERGY": STATIC,
+    "ENERGY_FORCE": STATIC,
+    "MD": DYNAMICS,
+    "BAND": "image of a nudged elastic band",
+    "VIBRATIONAL_ANALYSIS": "finite differences",
+    "NORMAL_MODES": "finite differences",
+    "LINEAR_RESPONSE": "perturbation theory",
+}
+"""Likewise of CP2K, by RUN_TYPE (https://manual.cp2k.org/trunk/CP2K_INPUT/GLOBAL.html)."""
+
 
 @dataclass(eq=False)
 class Run:
@@ -45,7 +56,7 @@ class Run:
     Attributes
     ----------
     code : str
-        "VASP", "pw.x" or "FHI-aims".
+        "VASP", "pw.x", "FHI-aims" or "CP2K".
     tags : dict
         Settings, by name, as written.
     signs : set of str
@@ -59,6 +70,8 @@ class Run:
         Of VASP's kinds of atoms, in order; one may come twice.
     valences : dict of str to float
         Valence electrons of an atom, by element.
+    labels, moments : dict of bytes to float
+        Valence electrons and initial magnetic moments (μB) of an atom, by pw.x's name of its species.
     first, final : ndarray, shape (n_atoms, 3), or None
         Fractions at which this run began, and at which the next one would begin, where the file has them.
     counters : list of int
@@ -76,6 +89,8 @@ class Run:
     potentials: tuple[str, ...] = ()
     elements: tuple[str, ...] = ()
     valences: dict[str, float] = field(default_factory=dict)
+    labels: dict[bytes, float] = field(default_factory=dict)
+    moments: dict[bytes, float] = field(default_factory=dict)
     final: np.ndarray | None = None
     counters: list[int] = field(default_factory=list)
     first: np.ndarray | None = None
@@ -197,7 +212,7 @@ def _lost(run: Run) -> bool:
     """Whether the numbers of its steps are not in order; of VASP one comes again for each electronic step."""
     jumps = {b - a for a, b in zip(run.counters, run.counters[1:], strict=False)}
     # A run of pw.x may continue to count those of another; files of VASP are cut down by leaving steps out.
-    return (run.code != "pw.x" and run.counters[0] != 1) or (
+    return (run.code not in ("pw.x", "CP2K") and run.counters[0] != 1) or (
         min(jumps, default=0) < 0 if run.code == "VASP" else not jumps <= {1}
     )
 
@@ -206,7 +221,7 @@ def _agree(runs: Sequence[Run], n: int) -> bool:
     """Whether so many steps were counted."""
     if runs[0].code == "VASP":
         return n == sum(len(set(run.counters)) for run in runs)
-    if len(runs) > 1:
+    if len(runs) > 1 or runs[0].code == "CP2K":
         return True
     last, said = runs[0].counters[-1], runs[0].whole("scf cycles")
     if runs[0].code == "pw.x":
@@ -224,6 +239,8 @@ def _another_kind(run: Run) -> tuple[str, str] | None:
         return DYNAMICS, f"{run.code} says so"
     if run.code == "pw.x":
         return _of_pw(run)
+    if run.code == "CP2K":
+        return _of_cp2k(run)
     return None if "relax" in run.signs else (STATIC, "no relax_geometry")
 
 
@@ -233,6 +250,13 @@ def _of_pw(run: Run) -> tuple[str, str] | None:
     if calculation in BY_CALCULATION:
         return BY_CALCULATION[calculation], f"calculation = {calculation}"
     return (STATIC, "nstep = 0") if calculation and run.whole("nstep") == 0 else None
+
+
+def _of_cp2k(run: Run) -> tuple[str, str] | None:
+    kind = run.tags.get("run type", "GEO_OPT")
+    if "dimer" in run.signs:
+        return "saddle point search", "DIMER"
+    return None if kind in ("GEO_OPT", "CELL_OPT") else (BY_RUN_TYPE.get(kind, kind), f"RUN_TYPE {kind}")
 
 
 def _of_vasp(run: Run) -> tuple[str, str] | None:

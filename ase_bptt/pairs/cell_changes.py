@@ -1,16 +1,26 @@
-"""How the cell of a relaxation changes from its first to its last structure."""
+"""How far a relaxation moves its cell and its atoms from its first to its last structure."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+
 import numpy as np
 from ase import Atoms
+from ase.geometry import find_mic
+from scipy.optimize import linear_sum_assignment
 
 from ..neighbors.lattice import periodic_cell
 
+log = logging.getLogger(__name__)
 LARGEST_STRAIN = 0.7
 """Green-Lagrange strain between the cells of a pair above which they are other choices of vectors, or lattices."""
 SAME_CELL = 1e-3
 """Å: cells whose vectors differ by less are one cell, written with fewer digits."""
+STILL = 1e-4
+"""Å: where no atom has moved farther, beyond the drift, a relaxation has not run."""
+FAR = 1.5
+"""Å: the largest displacement, beyond the drift, above which the order of the atoms is checked."""
 
 
 def cell_change(initial: Atoms, relaxed: Atoms) -> float:
@@ -46,3 +56,33 @@ def cell_problem(initial: Atoms, relaxed: Atoms) -> str:
             "write both structures with the same choice of cell vectors."
         )
     return ""
+
+
+def warn_of_moves(initial: Atoms, relaxed: Atoms, name: str, warn: Callable[..., None] = log.warning) -> None:
+    """Warn where no atom has moved, and where the atoms of an element seem to be in another order at the end."""
+    moves = positions_in(initial, relaxed) - initial.positions
+    lengths = np.linalg.norm(moves - moves.mean(axis=0), axis=1)
+    if lengths.max() < STILL and cell_change(initial, relaxed) <= SAME_CELL:
+        warn(
+            "%s: its relaxed structure is its initial one; did the relaxation run, or was one file copied over the "
+            "other? It teaches nothing about a path.", name,
+        )  # fmt: skip
+    if lengths.max() <= FAR:
+        return
+    reassigned, direct = _reassigned(initial, relaxed), np.sqrt(np.mean(lengths**2))
+    if reassigned < direct / 2:
+        warn(
+            "%s: its atoms seem to be stored in another order at the end, for they move by %.2f Å (root mean square) "
+            "and by %.2f Å if reassigned; write both structures in the same order.", name, direct, reassigned,
+        )  # fmt: skip
+
+
+def _reassigned(initial: Atoms, relaxed: Atoms) -> float:
+    """Root mean square displacement in Å with the atoms of each element assigned to its final sites at least cost."""
+    total, lattice = 0.0, periodic_cell(initial.cell.array, initial.pbc)
+    for z in np.unique(initial.numbers):
+        of = initial.numbers == z
+        ends = positions_in(initial, relaxed)[of]
+        squares = np.stack([find_mic(ends - x, lattice, initial.pbc)[1] ** 2 for x in initial.positions[of]])
+        total += squares[linear_sum_assignment(squares)].sum()
+    return float(np.sqrt(total / len(initial)))

@@ -1,4 +1,4 @@
-"""What a run of VASP or pw.x relaxed of its cell, and at what pressure."""
+"""What a run of VASP, pw.x or CP2K relaxed of its cell, and at what pressure."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from ase import Atoms, units
 from ase.constraints import FixAtoms
 
@@ -58,6 +59,8 @@ def _cell_of(path: Path, run: Run) -> CellOfRun | None:
         cell, fractions = BY_ISIF[isif]
         pressure = (run.number("PSTRESS") or 0.0) * KBAR if cell not in ("fixed", "constant-volume") else 0.0
         return CellOfRun(CellFreedom.of(cell, pressure), fractions)
+    if run.code == "CP2K":
+        return _cell_of_cp2k(path, run)
     calculation = run.tags.get("calculation", "")
     if calculation != "vc-relax" and "cell moves" not in run.signs:
         return CellOfRun(CellFreedom.of("fixed")) if calculation == "relax" else None
@@ -68,6 +71,30 @@ def _cell_of(path: Path, run: Run) -> CellOfRun | None:
             "--cell (RelaxationPair(cell=...) in Python), or leave it out."
         )
     return CellOfRun(CellFreedom.of(BY_DOFREE[free], (run.number("press") or 0.0) * KBAR))
+
+
+def _cell_of_cp2k(path: Path, run: Run) -> CellOfRun:
+    """By RUN_TYPE, and CONSTRAINT, KEEP_ANGLES and EXTERNAL_PRESSURE (in bar) of its input."""
+    if run.tags.get("run type") != "CELL_OPT":
+        return CellOfRun(CellFreedom.of("fixed"))
+    fixed, said = run.tags.get("CONSTRAINT", "NONE").upper(), run.tags.get("EXTERNAL_PRESSURE", "0").split()
+    axes = [int(x not in fixed) for x in "XYZ"] if fixed != "NONE" else [1, 1, 1]
+    angles = run.tags.get("KEEP_ANGLES", "F").strip(".").upper()
+    keeps_angles = angles.startswith("T") or not angles
+    shears = [0 if keeps_angles else axes[a] * axes[b] for a, b in ((1, 2), (0, 2), (0, 1))]
+    try:
+        pressures = [float(word) for word in said if not word.startswith("[")]
+        # One number, or the nine of a tensor, of which only an isotropic one is a pressure.
+        isotropic = len(pressures) == 1 or np.array_equal(pressures, pressures[0] * np.eye(3).ravel())
+    except ValueError:
+        isotropic = False
+    if not isotropic or any(word.startswith("[") and word.lower() != "[bar]" for word in said):
+        raise InvalidPair(
+            f"{path}: its EXTERNAL_PRESSURE {' '.join(said)} is not one number of bar: give --cell and --pressure, or "
+            "leave it out."
+        )
+    mask: Any = (*axes, *shears)
+    return CellOfRun(CellFreedom.of("full" if all(mask) else mask, pressures[0] * 1e-3 * KBAR))
 
 
 def freedom_of(ends: Sequence[Atoms], path: Path, run: Run) -> CellFreedom | None:

@@ -10,7 +10,8 @@ from typing import Any
 
 from ase import Atoms
 
-from .formats import Loaded, format_of
+from . import Loaded
+from .formats import format_of
 from .methods import CHARGE, contradict
 from .sources import File
 from .structure_matching import Equals

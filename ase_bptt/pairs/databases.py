@@ -14,9 +14,9 @@ import ase.db
 from ase import Atoms
 from ase.db.row import AtomsRow
 
-from . import InvalidPair
+from . import InvalidPair, Loaded
 from .calculations import opened
-from .formats import Loaded, check_content, format_of, read_frames, readable
+from .formats import check_content, format_of, read_frames, readable
 
 log = logging.getLogger(__name__)
 PAGE = 1000

@@ -8,22 +8,22 @@ import math
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import numpy as np
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read
 
-from ..cells import CellFreedom
 from ..threads import quiet
 from . import InvalidPair
 from .calculations import CUT, ZIPPED, Run, check_finished, opened
-from .scans import SCANS, runs_in
+from .cp2k import BEGINS, CP2K, files_of_cp2k, frames_of_cp2k
+from .scans import SCANS, inputs_of_pw, runs_in
 
 log = logging.getLogger(__name__)
 NAMES = {
@@ -38,7 +38,7 @@ VASP = {"vasprun": "vasp-xml", "OUTCAR": "vasp-out", "CONTCAR": "vasp", "POSCAR"
 """VASP's names, the preferred first, and ASE's of their formats."""
 FIRST_WORDS = {"vasp-xml": (b"<modeling>", b"<?xml"), "vasp-out": (b"POTCAR:", b" vasp.", b"INCAR:"), "vasp": (b"\n",)}
 """One of these stands near the beginning of a file of VASP."""
-NAMED = {"espresso-out": b"Program PWSCF", "aims-output": b"Invoking FHI-aims"}
+NAMED = {"espresso-out": b"Program PWSCF", "aims-output": b"Invoking FHI-aims", CP2K: BEGINS}
 """What these programs say of themselves."""
 BEFORE_VELOCITIES = re.compile("cart|direct|lattice", re.IGNORECASE)
 """What may stand between positions and velocities in a POSCAR, if no empty line does."""
@@ -48,30 +48,6 @@ HEAVIEST, FAR = 118, 1e5
 """The last element, and Å: a position farther from the origin is a mistake."""
 KEPT = ("energy", "free_energy", "forces", "stress", "magmom", "magmoms")
 """Results that stay with a frame: eigenvalues of thousands of frames would fill the memory."""
-
-
-class Loaded(NamedTuple):
-    """What is read of one relaxation.
-
-    Attributes
-    ----------
-    initial, relaxed, frames
-        As of a `RelaxationPair`.
-    settings : dict
-        What it was computed with, as `methods.settings_of` says it.
-    others : tuple of Atoms
-        Its first frame, where the file says that it began elsewhere; and where a run that continues it begins, if not
-        at the relaxed structure. None where there is no such structure.
-    cell : CellFreedom or None
-        What of the cell was relaxed, where the run says so.
-    """
-
-    initial: Atoms
-    relaxed: Atoms
-    frames: Sequence[Atoms] = ()
-    settings: dict[str, str] | None = None
-    others: tuple[Atoms | None, Atoms | None] = (None, None)
-    cell: CellFreedom | None = None
 
 
 @dataclass(frozen=True)
@@ -133,7 +109,7 @@ def read_frames(
             WHOLE[kind](path)
         # Without a step, ASE calls an OUTCAR incomplete.
         stepped = not runs or any(run.started for run in runs)
-        found = read(path, index=":", format=kind, do_not_split_by_at_sign=True) if stepped else []
+        found = _read(path, kind, runs) if stepped else []
     frames = [found] if isinstance(found, Atoms) else list(found)
     if not frames:
         why = "its run ended before its first step: " * bool(runs)
@@ -152,6 +128,12 @@ def read_frames(
             kept = {name: value for name, value in known.items() if name in KEPT}
             frame.calc = SinglePointCalculator(frame, **kept)
     return frames
+
+
+def _read(path: Path, kind: str | None, runs: Sequence[Run]) -> Atoms | list[Atoms]:
+    if kind == CP2K:
+        return frames_of_cp2k(path, runs)
+    return read(path, index=":", format=kind, do_not_split_by_at_sign=True)
 
 
 def examined(path: Path) -> list[Run]:
@@ -191,6 +173,15 @@ def _format_by_content(path: Path, vasp: VaspFile | None) -> str | None:
     except (OSError, EOFError, zlib.error, lzma.LZMAError):
         pass  # what cannot be decompressed is refused where it is read
     return None
+
+
+def inputs_of(path: Path) -> list[Path]:
+    """Files beside an output of pw.x or CP2K from which its relaxation is read, too."""
+    if format_of(path) != CP2K:
+        return inputs_of_pw(path)
+    with suppress(InvalidPair):
+        return [file for run in examined(path) for file in files_of_cp2k(path, run)]
+    return []
 
 
 def check_content(path: Path) -> None:

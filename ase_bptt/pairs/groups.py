@@ -28,7 +28,8 @@ FEW = 5
 def with_groups(pairs: Sequence[RelaxationPair]) -> list[RelaxationPair]:
     """Assign pairs without a group to one: that of the same composition and final structure, by `same_structure`.
 
-    Pairs that begin in one structure are of one group as well; where they end in several, a warning says so.
+    Pairs that begin in one structure are of one group as well, and a warning says where they end in several; so are
+    pairs of which one begins where the other ended, as in another charge.
 
     >>> from ase.build import bulk
     >>> from ase_bptt import RelaxationPair
@@ -39,9 +40,10 @@ def with_groups(pairs: Sequence[RelaxationPair]) -> list[RelaxationPair]:
     """
     ends = find_duplicates([composition(pair.relaxed) for pair in pairs], lambda k: pairs[k].relaxed)
     seen = Equals()
-    starts = [seen.add(pair.initial) for pair in pairs]
+    places = [(seen.add(pair.initial), seen.add(pair.relaxed)) for pair in pairs]
+    starts = [start for start, _ in places]
     warn_of_equal_starts([pair.id for pair in pairs], starts, ends, lambda k: pairs[k].relaxed)
-    together = joined(starts, ends)
+    together = joined(places, ends)
     names: dict[int, str] = {}
     for pair, first in zip(pairs, together, strict=True):
         names[first] = names.get(first) or pair.group
@@ -51,9 +53,19 @@ def with_groups(pairs: Sequence[RelaxationPair]) -> list[RelaxationPair]:
     ]
 
 
-def joined(starts: Sequence[int], ends: Sequence[int]) -> list[int]:
-    """For each pair the first that begins or ends in the same structure, directly or by way of others."""
-    return first_connected(len(starts), [*enumerate(starts), *enumerate(ends)])
+def joined(places: Sequence[tuple[int, int]], ends: Sequence[int]) -> list[int]:
+    """For each pair the first that shares a structure with it, directly or by way of others.
+
+    Parameters
+    ----------
+    places : sequence of two ints
+        What `Equals.add` returned for both ends of each pair.
+    ends : sequence of int
+        For each pair the first whose relaxed structure is the same by `same_structure`.
+    """
+    first: dict[int, int] = {}
+    links = [(k, first.setdefault(place, k)) for k, both in enumerate(places) for place in both]
+    return first_connected(len(ends), [*links, *enumerate(ends)])
 
 
 def warn_of_equal_starts(

@@ -14,18 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import ase
-from ase import Atoms
 
 from .. import __version__
 from ..utils import replacing
 from . import InvalidPair, RelaxationPair, unwrapped
 from .chains import Legs
 from .databases import Member, Rows
-from .formats import VaspFile
+from .formats import VaspFile, inputs_of
 from .loading import Choices
-from .scans import inputs_of_pw
 from .sources import File, Source, loaded
 from .survey import Survey
+from .symmetry import with_symmetry
 
 log = logging.getLogger(__name__)
 RECENT = 64
@@ -34,7 +33,7 @@ DESCRIPTORS = 4000
 """Final structures of one composition whose full descriptors are kept, for `find_duplicates`."""
 WIDTH = 32
 """Bytes of a pair's hash."""
-FORMAT = 3
+FORMAT = 4
 
 
 class PairTable:
@@ -103,12 +102,18 @@ class PairTable:
                 f"{name}: it could be read before and now it cannot ({str(error).rstrip('.')}); put it back and resume."
             ) from error
         pair = replace(self.choices.with_cell(found), relaxed=relaxed, id=self.ids[k], group=self.groups[k])
+        pair = with_symmetry(pair, self.choices.symmetry)
         if pair.digest() != self.digest(k):
             raise InvalidPair(f"{name}: it has changed since it was checked; put back what it was, or begin again.")
         return pair
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_recent": {}}
+
+
+def _of_the_made_pair(name: str) -> Any:
+    """A field that is read on access."""
+    return property(lambda self: getattr(self.made(), name))
 
 
 class DeferredPair(RelaxationPair):
@@ -127,25 +132,12 @@ class DeferredPair(RelaxationPair):
         """The pair as an ordinary one."""
         raise NotImplementedError
 
-    @property
-    def initial(self) -> Atoms:  # type: ignore[override]
-        return self.made().initial
-
-    @property
-    def relaxed(self) -> Atoms:  # type: ignore[override]
-        return self.made().relaxed
-
-    @property
-    def frames(self) -> Sequence[Atoms]:  # type: ignore[override]
-        return self.made().frames
-
-    @property
-    def cell(self) -> Any:  # type: ignore[override]
-        return self.made().cell
-
-    @property
-    def pressure(self) -> float:  # type: ignore[override]
-        return self.made().pressure
+    initial = _of_the_made_pair("initial")
+    relaxed = _of_the_made_pair("relaxed")
+    frames = _of_the_made_pair("frames")
+    cell = _of_the_made_pair("cell")
+    pressure = _of_the_made_pair("pressure")
+    symmetry = _of_the_made_pair("symmetry")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.id!r}, {self.group!r})"
@@ -291,7 +283,7 @@ def _and_beside(file: Path) -> list[Path]:
     vasp = VaspFile.named(file)
     kinds = () if vasp is None or vasp.kind == "vasprun" else ("POSCAR", "CONTCAR", "INCAR")
     found = [vasp.other(kind, tag) for kind in kinds for tag in dict.fromkeys((vasp.tag, ""))] if vasp else []
-    others = inputs_of_pw(file) if vasp is None else sorted(file.parent.glob("error.*"))
+    others = inputs_of(file) if vasp is None else sorted(file.parent.glob("error.*"))
     return list(dict.fromkeys([file, *filter(None, found), *others]))
 
 

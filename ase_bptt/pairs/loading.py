@@ -19,18 +19,19 @@ import numpy as np
 from . import (
     MAX_REFERENCE_FORCE,
     InvalidPair,
+    Loaded,
     NotARelaxation,
     RelaxationPair,
     check_converged,
     check_freedom,
     check_pair,
     unwrapped,
-    warn_of_moves,
 )
+from .cell_changes import warn_of_moves
 from .chains import FURTHER, Chains, Legs, joined_legs
-from .formats import Loaded
 from .sources import File, Source, pair_of, short, sources_in, two_files
 from .survey import Survey
+from .symmetry import with_symmetry
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
@@ -97,6 +98,7 @@ class Choices:
     max_force: float | None = MAX_REFERENCE_FORCE
     cell: str | tuple[int, ...] | None = None
     pressure: float = 0.0
+    symmetry: str | None = None
 
     def with_cell(self, pair: RelaxationPair) -> RelaxationPair:
         """The pair with the cell's degrees of freedom that were asked for, where any were."""
@@ -201,13 +203,13 @@ class Reader:
         pair = self.choices.with_cell(pair)
         check_freedom(pair, source.name)
         _check_one(pair, source.name)
-        check_converged(pair.relaxed, source.name, self.choices.max_force)
+        check_converged(pair.relaxed, source.name, self.choices.max_force, found.left)
         check_pair(pair.initial, pair.relaxed, source.name, warn)
         relaxed = unwrapped(pair.initial, pair.relaxed)
         warn_of_moves(pair.initial, relaxed, source.name, warn)
         key = self.choices.group
         named = "" if not key else _group(pair, key, short(source.name, self.root), self.root)
-        return dataclasses.replace(pair, relaxed=relaxed, group=named)
+        return with_symmetry(dataclasses.replace(pair, relaxed=relaxed, group=named), self.choices.symmetry)
 
     def _counted(self, readings: Iterable[Reading]) -> list[tuple[Source, Any]]:
         """Those that can be used; the survey counts them, and the others."""

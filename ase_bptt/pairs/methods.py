@@ -29,7 +29,7 @@ def settings_of(run: Run, atoms: Atoms) -> dict[str, str]:
         found[SPIN_ORBIT] = "yes" if run.true("LSORBIT") else "no"
     cutoff = run.tags.get("kinetic-energy cutoff") or run.tags.get("ENCUT") or run.tags.get("ENMAX", "")
     if number := re.match(r"[\d.]+", cutoff):
-        found[CUTOFF] = f"{float(number[0]):g} {'Ry' if run.code == 'pw.x' else 'eV'}"
+        found[CUTOFF] = f"{float(number[0]):g} {'Ry' if run.code in ('pw.x', 'CP2K') else 'eV'}"
     for title in run.potentials:
         if element := re.search(r"(?:^|\s)([A-Z][a-z]?)(?=[\s_.\-]|$)", title):
             found[f"{POTENTIAL}{element[1]}"] = title
@@ -57,8 +57,25 @@ def charge_of(run: Run, atoms: Atoms) -> float | None:
     return round(sum(run.valences[symbol] for symbol in atoms.symbols) - electrons, 2) + 0.0
 
 
+def symmetry_of(*runs: Run) -> str | None:
+    """Whether runs kept the space group of their start, "keep" or "free"; None where they do not all say so."""
+    said = {_symmetry_of(run) for run in runs}
+    return "free" if "free" in said else said.pop() if len(said) == 1 else None
+
+
+def _symmetry_of(run: Run) -> str | None:
+    if run.code == "VASP":
+        found = run.whole("ISYM")
+        return None if found is None else "keep" if found > 0 else "free"
+    if "symmetry" in run.signs:
+        return "free" if run.true("nosym") else "keep"
+    return "free" if "no symmetry" in run.signs else None
+
+
 def describe(frames: list[Atoms], run: Run) -> None:
-    """Give frames their charge, ``info["charge"]``, and the first one the moments that the run began with."""
+    """Give frames their charge, ``info["charge"]``, the first one the moments that the run began with, and the last
+    one those that it ended with.
+    """
     if (charge := charge_of(run, frames[0])) is not None:
         for frame in frames:
             frame.info["charge"] = charge
@@ -66,6 +83,9 @@ def describe(frames: list[Atoms], run: Run) -> None:
     polarized = run.tags.get("ISPIN") == "2" and not run.true("LSORBIT")
     if polarized and len(moments) == len(frames[0]) and not frames[0].has("initial_magmoms"):
         frames[0].set_initial_magnetic_moments(moments)
+    ended, calc = _expanded(run.tags.get("final moments", "")), frames[-1].calc
+    if calc is not None and len(ended) == len(frames[-1]):
+        calc.results["magmoms"] = ended
 
 
 def _expanded(text: str) -> np.ndarray:

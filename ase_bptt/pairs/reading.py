@@ -16,6 +16,7 @@ from .loading import Choices, Progress, Reader
 from .sources import Source, short
 from .structure_matching import Equals, composition, find_duplicates
 from .survey import Survey, relaxation_files
+from .symmetry import check_symmetry
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ def read_pairs(
     max_reference_force: float | None = MAX_REFERENCE_FORCE,
     cell: str | Sequence[int] | None = None,
     pressure: float = 0.0,
+    symmetry: str | None = None,
     processes: int = 1,
 ) -> list[RelaxationPair]:
     """Read reference relaxations.
@@ -62,6 +64,9 @@ def read_pairs(
     cell, pressure : str or mask, float
         What of the cells was relaxed, and at which pressure (eV/Å^3), as for `relax`, in place of what the runs say
         (ISIF and PSTRESS, vc-relax) or, where they do not, what the first and the last cell show.
+    symmetry : str, optional
+        "keep", "break" or "free": what becomes of the symmetry of the starts (`with_symmetry`). By default it is kept
+        where the run kept it (VASP's ISYM above 0, symmetry operations of pw.x).
     processes : int
         How many read the files of a large folder at once. They are spawned, so a script that asks for several needs
         ``if __name__ == "__main__":`` around what it does.
@@ -79,6 +84,8 @@ def read_pairs(
         Where there is nothing to read.
     InvalidPair
         Naming the structure, the file and what to do.
+    ValueError
+        For an unknown name of a symmetry.
 
     Examples
     --------
@@ -87,8 +94,9 @@ def read_pairs(
     >>> pairs[0].id, len(pairs[0].frames)
     ('V_00', 12)
     """
+    check_symmetry(symmetry)
     chosen = cell if cell is None or isinstance(cell, str) else tuple(cell)
-    choices = Choices(skip_invalid, group, max_reference_force, chosen, pressure)
+    choices = Choices(skip_invalid, group, max_reference_force, chosen, pressure, symmetry)
     pairs, survey = read_archive(initial, relaxed, choices=choices, lazy=lazy, index=index, processes=processes)
     survey.report()
     return pairs
@@ -150,25 +158,25 @@ def _read_lazily(
         survey.check()
         return lazy_pairs(table), survey
     survey, table = Survey(root), PairTable(root, choices)
-    seen, firsts = Equals(), dict[int, int]()
+    seen = Equals()
     names, compositions = [], []
-    starts: list[int] = []
+    places: list[tuple[int, int]] = []
 
     def row(source: Source, pair: RelaxationPair) -> tuple[Any, ...]:
         """What is kept of a pair while the others are read."""
         known = source, pair.id, pair.group, pair.n_atoms, pair.kind, pair.digest()
-        return known, composition(pair.relaxed), seen.add(pair.initial)
+        return known, composition(pair.relaxed), (seen.add(pair.initial), seen.add(pair.relaxed))
 
-    for source, (known, elements, start) in Reader(root, survey, choices, processes, progress, row).read(files):
+    for source, (known, elements, both) in Reader(root, survey, choices, processes, progress, row).read(files):
         table.add(*known)
         names.append(short(source.name, root))
         compositions.append(elements)
-        starts.append(firsts.setdefault(start, len(starts)))
+        places.append(both)
     table.ids = _distinct(table.ids, names)
     if not choices.group:
         ends = find_duplicates(compositions, lambda k: table.read(k).relaxed, keep=DESCRIPTORS)
-        warn_of_equal_starts(table.ids, starts, ends, lambda k: table.read(k).relaxed)
-        table.groups = [table.ids[k] for k in joined(starts, ends)]
+        warn_of_equal_starts(table.ids, [start for start, _ in places], ends, lambda k: table.read(k).relaxed)
+        table.groups = [table.ids[k] for k in joined(places, ends)]
     index.write(table, survey)
     return lazy_pairs(table), survey
 

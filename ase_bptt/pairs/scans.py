@@ -1,14 +1,17 @@
-"""The header of an output of VASP, pw.x or FHI-aims: its settings, its kind of calculation and its last words."""
+"""The header of an output of VASP or pw.x: its settings, its kind of calculation and its last words."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
 
+from .aims import of_aims
 from .calculations import BLOCK, ZIPPED, Lines, Run, opened
+from .cp2k import CP2K, of_cp2k, take_input
 
 TAGS = (
     rb"IBRION|NSW|ISIF|MDALGO|ML_LMLFF|IMAGES|ICHAIN|PSTRESS|ISYM|GGA|METAGGA|LEXCH|LHFCALC|AEXX|HFSCREEN|IVDW|LUSE_VDW|"
@@ -33,6 +36,9 @@ def runs_in(path: Path, format: str | None) -> list[Run]:
         asked = _asked_of_pw(path)
         for run in runs:
             run.tags = asked | run.tags
+    elif scan is of_cp2k:
+        for run in runs:
+            take_input(path, run)
     return runs
 
 
@@ -178,15 +184,20 @@ PW = re.compile(
     rb"Molecular Dynamics Calculation|Entering Dynamics|Langevin Dynamics|maximum number of steps|"
     rb"convergence NOT achieved|"
     rb"self-consistent calc|number of scf cycles|number of electrons|Exchange-correlation|"
-    rb"kinetic-energy cutoff|U\([A-Z]|Hubbard U|spin-orbit|atomic species   valence|PseudoPot\. #|CELL_PARAMETERS|"
-    rb"(?:calculation|nstep|tot_charge|cell_dofree|press)\s*="
+    rb"kinetic-energy cutoff|U\([A-Z]|Hubbard U|spin-orbit|"
+    rb"atomic species   (?:valence|magnetization)|site n\.|Magnetic moment per site|PseudoPot\. #|CELL_PARAMETERS|"
+    rb"Sym\. ?Ops|No symmetry found|(?:calculation|nstep|tot_charge|cell_dofree|press|nosym)\s*="
 )
 PW_SIGNS = {b"Geometry Optimization": "relax", b"bfgs": "relax", b"Damped": "relax"}
 IN_PW = re.compile(
-    rb"(calculation|nstep|tot_charge|cell_dofree|press|Exchange-correlation|kinetic-energy cutoff|number of electrons)"
+    rb"(calculation|nstep|tot_charge|cell_dofree|press|nosym|"
+    rb"Exchange-correlation|kinetic-energy cutoff|number of electrons)"
     rb"\s*=\s*['\"]?([-\w.+ ]*\w)"
 )
-SPECIES_OF_PW = re.compile(rb"\s+([A-Z][a-z]?)\S*\s+(\d+\.\d+)\s+\d+\.\d+\s+[A-Za-z]")
+SPECIES_OF_PW = re.compile(rb"\s+(([A-Z][a-z]?)\S*)\s+(\d+\.\d+)\s+\d+\.\d+\s+[A-Za-z]")
+MOMENT_OF_PW = re.compile(rb"\s+([A-Z]\S*)\s+(-?\d+\.\d+)\s*$")
+MOMENT_OF_SITE = re.compile(rb"\s+atom.*magn[:=]\s*(-?\d+\.\d+)")
+SITE_OF_PW = re.compile(rb"\s+\d+\s+([A-Z]\S*)\s+tau\(")
 U_OF_PW = re.compile(rb"U\((\w+)[-\w]*\)\s*=\s*([\d.]+)")
 
 
@@ -211,6 +222,8 @@ def _of_pw(lines: Lines) -> Iterator[Run]:
             into.update([(b"scf cycles", n) for n in re.findall(rb"converged in\s+(\d+) scf", line)])
         elif found == b"maximum number of steps":
             into.signs.add("out of steps")
+        elif found == b"No symmetry found" or found.startswith(b"Sym."):
+            into.signs.add("no symmetry" if found.startswith(b"No") else "symmetry")
         elif found == b"CELL_PARAMETERS":
             into.signs.add("cell moves")
         elif found == b"convergence NOT achieved":
@@ -232,15 +245,29 @@ def _header_of_pw(run: Run, found: bytes, line: bytes, lines: Lines) -> None:
     run.update(IN_PW.findall(line))
     if found == b"PseudoPot. #":
         run.add_potential(next(iter(lines), b"").split(b"/")[-1])
-    elif found.startswith(b"atomic species"):
-        for row in lines:
-            if (species := SPECIES_OF_PW.match(row)) is None:
-                break
-            run.valences[species[1].decode()] = float(species[2])
+    elif found == b"atomic species   valence":
+        for row in _table(SPECIES_OF_PW, lines):
+            run.labels[row[1]] = float(row[3])
+            run.valences[row[2].decode()] = float(row[3])
+    elif found == b"atomic species   magnetization":
+        # As a share of the valence electrons.
+        run.moments = {row[1]: float(row[2]) * run.labels.get(row[1], 0.0) for row in _table(MOMENT_OF_PW, lines)}
+    elif found == b"Magnetic moment per site":
+        # ASE takes the last column, which is a constraint in older versions.
+        run.tags["final moments"] = b" ".join(row[1] for row in _table(MOMENT_OF_SITE, lines)).decode()
+    elif found == b"site n.":
+        sites = [row[1] for row in _table(SITE_OF_PW, lines)]
+        if run.moments and "MAGMOM" not in run.tags:
+            run.update([(b"ISPIN", b"2"), (b"MAGMOM", b" ".join(b"%.4f" % run.moments.get(x, 0.0) for x in sites))])
     elif found == b"spin-orbit":
         run.tags["LSORBIT"] = "T" if b"without" not in line else "F"
     for element, value in U_OF_PW.findall(line):
         run.tags["U"] = " ".join(filter(None, [run.tags.get("U"), f"{element.decode()} {float(value):g}"]))
+
+
+def _table(pattern: re.Pattern[bytes], lines: Lines) -> list[re.Match[bytes]]:
+    """The rows that come next, as far as they are of this pattern."""
+    return [row for row in takewhile(bool, map(pattern.match, lines)) if row]
 
 
 def _told(run: Run) -> Run:
@@ -251,50 +278,10 @@ def _told(run: Run) -> Run:
     return run
 
 
-AIMS = re.compile(
-    rb"Invoking FHI-aims|Have a nice day|Begin self-consistency|Geometry relaxation:|Molecular dynamics|MD_run|"
-    rb"relax_unit_cell|Relaxation step number|XC: +Using|\| Number of atoms|Charge ="
-)
-
-
-def _of_aims(lines: Lines) -> Iterator[Run]:
-    run = None
-    lines.skip(AIMS)
-    for line in lines:
-        mark = AIMS.search(line)
-        found = mark.group() if mark and not line.lstrip().startswith(b"#") else b""
-        if found.startswith(b"Invoking"):
-            if run is not None:
-                yield run
-            run = Run("FHI-aims")
-        elif run is None:
-            pass
-        elif found.startswith(b"Have"):
-            run.ended = True
-        elif found.startswith(b"Begin"):
-            run.started = True
-        elif found.startswith(b"Relaxation"):
-            run.counters += map(int, re.findall(rb"number\s+(\d+)", line))
-        elif found.startswith(b"Geometry"):
-            run.signs.add("relax")
-        elif found in (b"Molecular dynamics", b"MD_run"):
-            run.signs.add("md")
-        elif found == b"relax_unit_cell" and b"none" not in line:
-            run.signs.add("cell moves")
-        elif b"Number" in found:
-            run.atoms = (*run.atoms, line.strip())
-        elif found.startswith(b"XC") and (words := line.partition(b"Using")[2].split()):
-            run.update([(b"Exchange-correlation", words[0])])
-        elif found.startswith(b"Charge"):
-            run.update([(b"tot_charge", line.partition(b"=")[2].partition(b":")[0].strip())])
-        lines.skip(AIMS)
-    if run is not None:
-        yield run
-
-
 SCANS: dict[str, Callable[[Lines], Iterator[Run]]] = {
     "vasp-xml": _of_vasprun,
     "vasp-out": _of_outcar,
     "espresso-out": _of_pw,
-    "aims-output": _of_aims,
+    "aims-output": of_aims,
+    CP2K: of_cp2k,
 }

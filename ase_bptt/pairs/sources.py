@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from ase import Atoms
+from ase import Atoms, units
 
-from . import InvalidPair, NotARelaxation, RelaxationPair
-from .calculations import CUT, Run, check_kind, check_length, check_steps, opened
+from . import InvalidPair, Loaded, NotARelaxation, RelaxationPair
+from .calculations import CUT, Run, check_kind, check_length, check_steps
 from .cells_of_runs import freedom_of
+from .cp2k import CP2K, refuse_trajectory
 from .databases import members_of, relaxations_in
-from .formats import Loaded, VaspFile, examined, format_of, read_frames
-from .methods import describe, settings_of
+from .formats import VaspFile, examined, format_of, read_frames
+from .methods import describe, settings_of, symmetry_of
 from .scans import run_of_incar
 from .structure_matching import Equals
 from .survey import other_code
@@ -33,8 +34,6 @@ OUTSIDE = 1e3
 """Cells away from which an atom is by mistake."""
 STOPPED = re.compile(r"error\.\d+")
 """A folder in which custodian keeps a run that it stopped."""
-CP2K = re.compile(rb"\s*i =\s*\d+,(\s*time =[^,]*,)?\s*E =")
-"""The second line of a trajectory that CP2K wrote."""
 
 
 class Source(Protocol):
@@ -86,7 +85,8 @@ class File:
         check_kind(path, [run])
         end = read_frames(path)[0]
         describe([begin, end], run)
-        return Loaded(begin, end, settings=settings_of(run, begin), cell=freedom_of([begin, end], path, run))
+        found = Loaded(begin, end, settings=settings_of(run, begin), symmetry=symmetry_of(run))
+        return found._replace(cell=freedom_of([begin, end], path, run))
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,9 @@ def pair_of(found: Loaded, name: str, root: Path) -> RelaxationPair:
     """The pair with its id, before atoms are unwrapped, ends are checked and a group is assigned."""
     known = found.relaxed.info.get("id")
     id = short(name if known is None else str(known), root)
-    return RelaxationPair(found.initial, found.relaxed, id, frames=found.frames, cell=found.cell)
+    return RelaxationPair(
+        found.initial, found.relaxed, id, frames=found.frames, cell=found.cell, symmetry=found.symmetry
+    )
 
 
 def short(name: str, root: Path) -> str:
@@ -178,7 +180,7 @@ def _ends(path: Path) -> Loaded:
     check_kind(path, runs)
     format = format_of(path)
     if format == "extxyz":
-        _check_cell_of_cp2k(path)
+        refuse_trajectory(path)
     frames = read_frames(path, runs, ends_only=True)
     if format is None:
         log.warning("%s: it is read as ASE reads it; whether it is a relaxation, and complete, is not checked.", path)
@@ -191,8 +193,10 @@ def _ends(path: Path) -> Loaded:
     if any(run.selective for run in runs):
         _hold(frames, path)
     # pw.x says JOB DONE even where its last electronic steps did not converge.
-    if format == "espresso-out" and "forces" not in getattr(frames[-1].calc, "results", {}):
-        why = "the electronic steps did not converge" if "scf failed" in runs[-1].signs else CUT
+    failed = bool(runs) and "scf failed" in runs[-1].signs
+    forced = "forces" in getattr(frames[-1].calc, "results", {})
+    if (format == "espresso-out" and not forced) or (failed and format == CP2K):
+        why = "the electronic steps did not converge" if failed else CUT
         raise InvalidPair(f"{path}: its last step has no forces, so {why}.")
     if len(frames) < 2:
         raise InvalidPair(
@@ -209,7 +213,10 @@ def _ends(path: Path) -> Loaded:
         begin.set_scaled_positions(runs[0].first)
     others = first, _onward(frames[-1], path, runs[-1])
     cell = freedom_of([begin, frames[-1]], path, runs[-1])
-    return found._replace(initial=begin, settings=settings_of(runs[-1], begin), others=others, cell=cell)
+    found = found._replace(initial=begin, settings=settings_of(runs[-1], begin), others=others, cell=cell)
+    # CP2K says this even where the forces themselves are not written.
+    left = runs[-1].number("gradient")
+    return found._replace(symmetry=symmetry_of(*runs), left=None if left is None else left * units.Ha / units.Bohr)
 
 
 def _is_at(atoms: Atoms, fractions: np.ndarray, path: Path) -> bool:
@@ -244,18 +251,6 @@ def _poscar_and_contcar(place: Path) -> tuple[Atoms, Atoms] | None:
             return _poscar_and_contcar(Path(folder))
     except (InvalidPair, OSError, EOFError, KeyError, AttributeError, zlib.error, tarfile.TarError):
         return None
-
-
-def _check_cell_of_cp2k(path: Path) -> None:
-    """Raise NotARelaxation for a trajectory as CP2K writes it, which has no cell."""
-    with opened(path) as file:
-        file.readline()
-        said = file.readline(500)
-    if found := CP2K.match(said):
-        kind = "molecular dynamics" if found[1] else "trajectory of CP2K, without its cell"
-        raise NotARelaxation(
-            f"{path}: it is a {kind}; write its first and last structure, with their cell, as extxyz.", kind
-        )
 
 
 def _onward(relaxed: Atoms, path: Path, run: Run) -> Atoms | None:

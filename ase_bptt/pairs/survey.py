@@ -33,7 +33,7 @@ SUFFIXES = (
 OUTPUTS = (".out", ".log", ".txt", ".castep", ".abo")
 """Ends of names of outputs, of which what they hold says whose they are."""
 OTHER_CODES = {
-    "ABINIT": b"ABINIT", "CASTEP": b"CASTEP", "CP2K": b"CP2K|", "Gaussian": b"Entering Gaussian System",
+    "ABINIT": b"ABINIT", "CASTEP": b"CASTEP", "Gaussian": b"Entering Gaussian System",
     "GPAW": b"|__ |  _|___|_____|", "ORCA": b"O   R   C   A", "SIESTA": b"SIESTA", "NWChem": b"NWChem",
     "another program of Quantum ESPRESSO": b"Quantum ESPRESSO suite",
 }  # fmt: skip

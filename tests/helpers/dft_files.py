@@ -235,6 +235,90 @@ def write_aims(path: Path, frames: list[Atoms], said: str = "  Geometry relaxati
     path.write_text(f"{text}\n          Have a nice day.\n------------------------\n")
 
 
+def write_cp2k(
+    path: Path,
+    frames: list[Atoms],
+    said: str = "",
+    *,
+    run_type: str = "GEO_OPT",
+    end: str = "GEOMETRY OPTIMIZATION COMPLETED",
+    gradient: float = 1e-4,
+    new: bool = True,
+    forces: bool = True,
+) -> None:
+    """The output of CP2K 9 or (new) 2025, and beside it the positions and forces of its steps."""
+    project = path.name.partition(".")[0]
+    first = frames[0]
+    electrons = dict.fromkeys(sorted(set(first.symbols)), 4)
+    rows = "".join(
+        f"{k:7d} {1 + list(electrons).index(a.symbol):4d} {a.symbol:2} {a.number:4d} {_columns(a.position, '13.6f')}"
+        f" {4:8.4f} {a.mass:8.4f}\n"
+        for k, a in enumerate(first, 1)
+    )
+    pbc = "".join(x for x, periodic in zip("XYZ", first.pbc, strict=True) if periodic) or "NONE"
+    kinds = "".join(
+        f"  {k}. Atomic kind: {symbol}     Number of atoms:   1\n"
+        f"     GTH Potential information for                               GTH-PBE-Q4\n"
+        for k, symbol in enumerate(electrons, 1)
+    )
+    text = (
+        "  **** **** ******  **  PROGRAM STARTED AT               2025-01-22 10:22:17.809\n\n"
+        " CP2K| version string:                                       CP2K version 2025.1\n"
+        f" CP2K| Input file name                                                 {project}.inp\n"
+        f" GLOBAL| Project name                                                  {project}\n"
+        f" GLOBAL| Run type                                                  {run_type}\n\n"
+        f"{_cp2k_cell(first, 'CELL_TOP')}{_cp2k_cell(first)} CELL| Periodicity    {pbc}\n"
+        " DFT| Multiplicity                                                             1\n"
+        f"{said or ' DFT| Charge                                                                   0' + chr(10)}"
+        " FUNCTIONAL| PBE:\n QS| Density cutoff [a.u.]:                                                300.0\n\n"
+        f"{kinds}\n MODULE QUICKSTEP: ATOMIC COORDINATES IN ANGSTROM\n\n"
+        f"   Atom Kind Element         X             Y             Z       Z(eff)     Mass\n{rows}\n\n"
+    )
+    if run_type.endswith("OPT"):
+        what = "GEOMETRY" if run_type == "GEO_OPT" else "  CELL  "
+        text += f" ***                     STARTING {what} OPTIMIZATION   ***\n"
+    places = pulls = ""
+    for k, frame in enumerate(frames):
+        energy = frame.get_potential_energy() / units.Ha
+        cell = _cp2k_cell(frame) if run_type == "CELL_OPT" else ""
+        text += f"{cell}\n  *** SCF run converged in    10 steps ***\n\n"
+        step, total, pull = (
+            (" OPT| Step number", " OPT| Total energy [hartree]", " OPT| Maximum gradient   ")
+            if new
+            else (" --------  Informations at step =", "  Total Energy               =", "  Max. gradient   =")
+        )
+        text += f"{step} {k:5d} {'' if new else '------------'}\n{total} {energy:20.10f}\n"
+        if k:
+            text += f"{pull} {gradient:20.10f}\n"
+            head = f"{len(frame):8d}\n i = {k:8d}, E = {energy:19.10f}\n"
+            places += head + _cp2k_rows(frame, frame.positions)
+            pulls += head + _cp2k_rows(frame, frame.get_forces() * units.Bohr / units.Ha)
+    text += (
+        f"\n ***   {end}   ***\n\n  **** **** ******  **  PROGRAM ENDED AT                 2025-01-22 10:23:13.882\n"
+    )
+    path.write_text(text)
+    path.with_name(f"{project}-pos-1.xyz").write_text(places)
+    if forces:
+        path.with_name(f"{project}-frc-1.xyz").write_text(pulls)
+
+
+def _cp2k_rows(frame: Atoms, rows) -> str:
+    return "".join(f"  {symbol:2} {_columns(row, '20.10f')}\n" for symbol, row in zip(frame.symbols, rows, strict=True))
+
+
+def _cp2k_cell(atoms: Atoms, label: str = "CELL") -> str:
+    """Vectors with three digits, lengths and angles with six, as CP2K writes them."""
+    lengths, angles = atoms.cell.lengths(), atoms.cell.angles()
+    rows = "".join(
+        f" {label}| Vector {x} [angstrom]: {_columns(vector, '9.3f')}   |{x}| = {length:11.6f}\n"
+        for x, vector, length in zip("abc", atoms.cell.array, lengths, strict=True)
+    )
+    names = ("(b,c), alpha", "(a,c), beta ", "(a,b), gamma")
+    return rows + "".join(
+        f" {label}| Angle {name} [degree]: {angle:40.6f}\n" for name, angle in zip(names, angles, strict=True)
+    )
+
+
 def write_poscar_and_contcar(folder: Path, frames: list[Atoms]) -> None:
     """The first frame as POSCAR, the last, wrapped into the cell, as CONTCAR."""
     for name, atoms, wrap in (("POSCAR", frames[0], False), ("CONTCAR", frames[-1], True)):
@@ -264,6 +348,7 @@ WRITERS = {
     "relax.pwo": write_espresso,
     "relax.out": write_espresso,
     "aims.out": write_aims,
+    "cp2k.out": write_cp2k,
     "relax.extxyz": write,
     "relax.traj": write,
     "CONTCAR": lambda path, frames: write_poscar_and_contcar(path.parent, frames),
