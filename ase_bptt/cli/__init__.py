@@ -46,7 +46,7 @@ def run_demo(arguments: argparse.Namespace) -> int:
 
 
 COMMANDS = (add_demo, train.add, relax.add, evaluate.add, info.add)
-SHARED = ("demo", "train")
+SHARED = ("demo", "train", "relax", "evaluate")
 """Commands that several processes can share."""
 INTRODUCTION = """\
 Relax structures with machine-learning interatomic potentials, and fine-tune
