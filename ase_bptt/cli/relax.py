@@ -97,7 +97,8 @@ def run(arguments: argparse.Namespace) -> int:
     parts = Parts(
         _parts(out), run_key(potential, starts.files.digest, settings), starts.files, starts.files.sizes,
         shard=shard, ranks=(ranks.rank, ranks.size), store=ranks.store,
-        facts={"files": [str(path.absolute()) for path in arguments.files], "out": str(out.absolute())},
+        facts={"files": [str(path.absolute()) for path in arguments.files], "out": str(out.absolute()),
+               "content": starts.files.digest},
     )  # fmt: skip
     _introduce(arguments, starts, len(parts.ends.places))
     with parts, ranks.warnings_of_all_ranks():
@@ -126,13 +127,18 @@ def stopped(arguments: argparse.Namespace) -> str:
     )
 
 
-def merge(out: Path, format: str, files: StructureFiles, parts: Parts) -> list[dict[str, Any]]:
-    """Write the ends of a complete run in the order of the input, delete its parts, and tell how each ended."""
+def merge(
+    out: Path, format: str, files: StructureFiles, parts: Parts, *, partial: bool = False
+) -> list[dict[str, Any]]:
+    """Write the ends of a complete run in the order of the input, delete its parts, and report how each ended.
+
+    Of one that is not complete (`partial`), those that there are, and its parts are kept.
+    """
     rows: list[dict[str, Any]] = []
 
     def each() -> Iterator[Relaxed]:
         for k in range(len(files)):
-            if k in parts.left_out:
+            if k in parts.left_out or (partial and k not in parts.ends.places):
                 continue
             end = parts.ends[k]
             rows.append({
@@ -144,8 +150,11 @@ def merge(out: Path, format: str, files: StructureFiles, parts: Parts) -> list[d
 
     if len(parts.left_out) == len(files):
         raise InvalidPair(f"None of the structures can be relaxed; the last: {parts.left_out[len(files) - 1]}")
+    if partial and not parts.ends.places:
+        raise ValueError("No structure has finished yet.")
     write_ends(out, each(), format)
-    parts.remove()
+    if not partial:
+        parts.remove()
     return rows
 
 

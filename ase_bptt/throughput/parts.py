@@ -1,6 +1,6 @@
 """A run that processes share without waiting for each other: chunks of work that they claim, and a journal for each.
 
-All of it is files in one folder, so that processes on any machines that see the folder take part, at any time:
+All of it is files in one folder, so that processes on any machines that see it take part, at any time:
 
 run.json        which run it is: a hash of all that the results depend on
 NAME.traj       the journal of one process
@@ -45,16 +45,15 @@ def divided(sizes: Sequence[float] | np.ndarray, processes: int) -> list[list[in
     Trans. Comput. C-36, 1425 (1987)), and at most `MOST` structures.
     """
     order = sorted(range(len(sizes)), key=lambda k: (-sizes[k], k))
-    left, chunks = float(sum(sizes)), []
-    chunk: list[int] = []
-    cost = 0.0
+    left, cost = float(sum(sizes)), 0.0
+    chunks: list[list[int]] = []
     for k in order:
-        if chunk and (len(chunk) == MOST or cost + sizes[k] > left / (2 * max(processes, FEW))):
-            chunks.append(chunk)
-            left, chunk, cost = left - cost, [], 0.0
-        chunk.append(k)
+        if not chunks or len(chunks[-1]) == MOST or cost + sizes[k] > left / (2 * max(processes, FEW)):
+            chunks.append([])
+            left, cost = left - cost, 0.0
+        chunks[-1].append(k)
         cost += sizes[k]
-    return [*chunks, chunk] if chunk else chunks
+    return chunks
 
 
 class Parts:
@@ -69,10 +68,9 @@ class Parts:
     structures : sequence of Atoms
     sizes : sequence of float
         What each costs, about.
-    shard : (int, int)
-        Number of this process and how many there are: where it looks for work first. All is done whoever comes.
-    ranks : (int, int)
-        The same within a launcher whose processes have a store.
+    shard, ranks : (int, int)
+        Number of this process and how many there are, by itself (where it looks for work first: all is done whoever
+        comes), and within a launcher whose processes have a store.
     store : torch.distributed.Store, optional
         Its counter deals out the chunks.
     facts : mapping, optional
@@ -113,14 +111,12 @@ class Parts:
                     f"{folder} belongs to a run on other structures, with another potential or with other "
                     "settings: give those again, or --overwrite."
                 )
-        self.chunks = divided(sizes, int(about["processes"]))
-        self.ends = Ends(folder, run, structures)
+        self.chunks, self.ends = divided(sizes, int(about["processes"])), Ends(folder, run, structures)
         self.left_out: dict[int, str] = {}
         self.holder = Holder(folder)
         self.journal = Journal(folder / f"{self.holder.name}.traj", run)
         self.n_before, self.n_mine = len(self.ends.places), 0
-        self._mine: dict[int, set[int]] = {}
-        self._chunk_of: dict[int, int] = {}
+        self._mine, self._chunk_of = dict[int, set[int]](), dict[int, int]()
         self._first_pass, self._merges = True, False
         self._done_chunks: set[int] = set()
         self._reopen()
@@ -219,12 +215,12 @@ class Parts:
         if self.store is not None:
             return self.n_before + int(self.store.add(f"{self.folder.name} finished", 0))
         self._look()
-        mine = sum(len(self.chunks[k]) - len(left) for k, left in self._mine.items())
-        return mine + sum(len(self.chunks[k]) for k in self._done_chunks if k not in self._mine)
+        in_hand = sum(len(self.chunks[k]) - len(left) for k, left in self._mine.items())
+        return in_hand + sum(len(self.chunks[k]) for k in self._done_chunks)
 
     def _order(self) -> Iterator[int]:
-        n, (first, step) = len(self.chunks), self.shard
-        order = [*range(first, n, step), *(k for k in range(n) if k % step != first)]
+        n, (first, of) = len(self.chunks), self.shard
+        order = sorted(range(n), key=lambda k: (k % of != first, k))
         if self.store is None or not self._first_pass:
             yield from order
         else:
@@ -253,9 +249,8 @@ class Parts:
     def _finish_if_empty(self, k: int) -> None:
         if self._mine[k]:
             return
-        of_chunk = {index: self.left_out[index] for index in self.chunks[k] if index in self.left_out}
         with replacing(self._path(k, "done")) as path:
-            path.write_text(json.dumps(of_chunk))
+            path.write_text(json.dumps({i: self.left_out[i] for i in self.chunks[k] if i in self.left_out}))
         del self._mine[k]
         self._done_chunks.add(k)
         self._path(k, "lock").unlink(missing_ok=True)
@@ -292,14 +287,13 @@ class Parts:
 
 def about_run(folder: Path) -> dict[str, Any]:
     """What run.json says; nothing where it is not there or damaged."""
-    with suppress(OSError, ValueError):
-        found = json.loads((folder / RUN).read_text())
-        return found if isinstance(found, dict) else {}
+    with suppress(OSError, ValueError, TypeError):
+        return dict(json.loads((folder / RUN).read_text()))
     return {}
 
 
 def remove(folder: Path) -> None:
-    """Delete a folder of parts, if it is there; all who look see all of it or nothing."""
+    """Delete a folder of parts, if it is there: whoever looks sees all of it or nothing."""
     gone = folder.with_name(f".{os.getpid()}.part.{folder.name}")
     with suppress(FileNotFoundError):
         os.rename(folder, gone)
