@@ -17,7 +17,7 @@ Below it, the batches that fit into memory (atoms at once on a rank) by `ase_bpt
 each is filled in the order in which pairs come: the fewest that could hold all atoms over those that it takes.
 
 --relax     structures that are relaxed (`ase-bptt relax`) instead: GPUs claim chunks by
-            `ase_bptt.throughput.parts.divided` whenever there is room among the `--room` atoms that each relaxes at once.
+            `ase_bptt.throughput.parts.divided` where there is room among the `--room` atoms that each relaxes at once.
             A frame of a GPU takes a time of its own (`--fixed`, in the unit of what an atom takes) and a time for each
             atom. Perfect is the time that all atoms' frames would take on full GPUs.
 """
