@@ -76,10 +76,15 @@ def quiet() -> Iterator[None]:
                     warnings.filters.remove(_FILTER)  # type: ignore[attr-defined]
 
 
+class Watching(threading.Thread):
+    """A thread that computes nothing."""
+
+
 def alone() -> bool:
-    """Whether no other thread computes in this process; tqdm's, which watches its bars, does not."""
+    """Whether no other thread computes in this process; tqdm's, which watches its bars, does not, nor does ours."""
     return threading.active_count() == 1 or all(
-        t is threading.current_thread() or type(t).__name__ == "TMonitor" for t in threading.enumerate()
+        t is threading.current_thread() or isinstance(t, Watching) or type(t).__name__ == "TMonitor"
+        for t in threading.enumerate()
     )
 
 

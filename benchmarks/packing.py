@@ -1,6 +1,6 @@
 """How evenly a million relaxations are dealt out to many GPUs: a simulation, which needs no GPU.
 
-    python benchmarks/packing.py [--pairs 1000000] [--ranks 512] [--seed 0]
+    python benchmarks/packing.py [--pairs 1000000] [--ranks 512] [--seed 0] [--relax]
 
 Pairs are drawn from the embedded silicon defects and scaled up: the atoms of one, in a supercell of 1 to 8 cells, and
 the frames of one. What a pair costs is atoms times frames. An epoch goes through all pairs in random order, in global
@@ -15,12 +15,19 @@ at best   no step is faster than its dearest pair
 
 Below it, the batches that fit into memory (atoms at once on a rank) by `ase_bptt.throughput.packing.pack`, and where
 each is filled in the order in which pairs come: the fewest that could hold all atoms over those that it takes.
+
+--relax     structures that are relaxed (`ase-bptt relax`) instead: GPUs claim chunks by
+            `ase_bptt.throughput.parts.divided` where there is room among the `--room` atoms that each relaxes at once.
+            A frame of a GPU takes a time of its own (`--fixed`, in the unit of what an atom takes) and a time for each
+            atom. Perfect is the time that all atoms' frames would take on full GPUs.
 """
 
 from __future__ import annotations
 
 import argparse
+import heapq
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,6 +35,7 @@ import numpy as np
 
 from ase_bptt.datasets import si_defects
 from ase_bptt.throughput.packing import pack, share
+from ase_bptt.throughput.parts import divided
 
 SUPERCELLS = (1, 2, 3, 4, 6, 8)
 KNOWLEDGE = {"known": 0.0, "within 5 %": 0.05, "within 10 %": 0.1, "within 20 %": 0.2, "atoms only": None}
@@ -89,6 +97,46 @@ def fillings(pairs: Pairs, ranks: int, batch: int, capacity: int, steps: int) ->
     return fewest / packed, fewest / plain
 
 
+def relaxed(atoms: np.ndarray, frames: np.ndarray, ranks: int, room: int, fixed: float) -> tuple[float, float]:
+    """Perfect over real time of relaxing all structures, and the same for as many structures to each GPU beforehand."""
+    perfect = float((atoms * frames).sum()) / ranks * (1 + fixed / room)
+    sizes = atoms.astype(float)
+    chunks = deque(divided(sizes, ranks))
+    naive = [deque([list(range(rank, len(atoms), ranks))]) for rank in range(ranks)]
+    return perfect / _last(atoms, frames, [chunks] * ranks, room, fixed), perfect / _last(
+        atoms, frames, naive, room, fixed
+    )
+
+
+def _last(atoms: np.ndarray, frames: np.ndarray, work: Sequence[deque[list[int]]], room: int, fixed: float) -> float:
+    """When the last GPU ends. Each takes structures from its own queue, and chunks from where it gets them."""
+    free = [(0.0, rank) for rank in range(len(work))]
+    queues: list[deque[int]] = [deque() for _ in work]
+    running: list[list[tuple[int, int]]] = [[] for _ in work]  # frame at which each ends, and its atoms
+    frame, load, last = [0] * len(work), [0] * len(work), 0.0
+    while free:
+        now, rank = heapq.heappop(free)
+        queue, batch = queues[rank], running[rank]
+        while queue or work[rank]:
+            if not queue:
+                queue.extend(work[rank].popleft())
+            if batch and load[rank] + atoms[queue[0]] > room:
+                break
+            k = queue.popleft()
+            heapq.heappush(batch, (frame[rank] + int(frames[k]), int(atoms[k])))
+            load[rank] += int(atoms[k])
+        if not batch:
+            last = max(last, now)
+            continue
+        until = batch[0][0]
+        seconds = (until - frame[rank]) * (fixed + load[rank])
+        frame[rank] = until
+        while batch and batch[0][0] == until:
+            load[rank] -= heapq.heappop(batch)[1]
+        heapq.heappush(free, (now + seconds, rank))
+    return last
+
+
 def in_order(atoms: np.ndarray, capacity: int) -> int:
     """Batches that it takes where each is filled until the next pair does not fit."""
     batches, room = 0, 0
@@ -106,9 +154,28 @@ def main() -> None:
     parser.add_argument("--per-rank", type=int, nargs="+", default=[4, 8, 16, 64], help="pairs of a step per rank")
     parser.add_argument("--capacity", type=int, default=256, help="atoms at once on a rank")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--relax", action="store_true", help="relaxations instead of training")
+    parser.add_argument("--room", type=int, nargs="+", default=[4096, 16384, 65536], help="atoms relaxed at once")
+    parser.add_argument("--fixed", type=float, default=2000.0, help="of a frame, in the unit of what an atom takes")
     arguments = parser.parse_args()
     began = time.process_time()
     generator = np.random.default_rng(arguments.seed)
+    if arguments.relax:
+        embedded = np.array([len(p.frames) - 1 for p in si_defects("all")])
+        atoms = generator.integers(8, 201, size=arguments.pairs)
+        frames = np.maximum(
+            1, generator.choice(embedded, size=arguments.pairs) * generator.lognormal(0.0, 0.3, arguments.pairs)
+        )
+        print(
+            f"{arguments.pairs} structures of 8 to 200 atoms and {frames.min():.0f} to {frames.max():.0f} frames, "
+            f"{arguments.ranks} GPUs; perfect over real time (wanted: 0.97)\n"
+            "atoms at once     chunks as GPUs ask     as many structures to each"
+        )
+        for room in arguments.room:
+            found = relaxed(atoms, frames.astype(int), arguments.ranks, room, arguments.fixed)
+            print(f"{room:13} {found[0]:22.3f} {found[1]:30.3f}", flush=True)
+        print(f"{time.process_time() - began:.0f} s")
+        return
     pairs = draw(arguments.pairs, generator)
     foreseen = [pairs.foreseen(spread, generator) for spread in KNOWLEDGE.values()]
     print(

@@ -11,7 +11,7 @@ from helpers.structures import argon, cluster
 from ase_bptt import Status
 from ase_bptt.potentials.analytic import LennardJones
 from ase_bptt.throughput import Relaxed
-from ase_bptt.throughput.journal import Journal, run_key
+from ase_bptt.throughput.journal import Ends, Journal, run_key
 
 
 def sources() -> list[Atoms]:
@@ -37,11 +37,26 @@ def filled(path, structures) -> Journal:
     return journal
 
 
-def test_ends_come_back_exactly_with_all_that_their_structures_hold(tmp_path):
+@pytest.fixture
+def kept(tmp_path):
+    """What the journals in the folder hold."""
+    every = []
+
+    def read(structures, run="run"):
+        every.append(Ends(tmp_path, run, structures))
+        return every[-1]
+
+    yield read
+    for ends in every:
+        ends.close()
+
+
+def test_ends_come_back_exactly_with_all_that_their_structures_hold(tmp_path, kept):
     structures = sources()
-    ends = filled(tmp_path / "j.traj", structures).read(structures)
-    assert sorted(ends) == [0, 1, 2]
-    for k, end in ends.items():
+    filled(tmp_path / "j.traj", structures)
+    ends = kept(structures)
+    assert sorted(ends.places) == [0, 1, 2]
+    for k, end in enumerate(ends):
         np.testing.assert_array_equal(end.atoms.positions, structures[k].positions + 0.123456789012345)
         assert end.atoms.get_potential_energy() == -1.5 * k
         np.testing.assert_array_equal(
@@ -55,36 +70,38 @@ def test_ends_come_back_exactly_with_all_that_their_structures_hold(tmp_path):
 
 
 @pytest.mark.parametrize("missing", [1, 8, 40, 200])
-def test_an_end_that_was_cut_off_is_done_again(tmp_path, missing):
+def test_an_end_that_was_cut_off_is_done_again(tmp_path, kept, missing):
     structures = sources()
     journal = filled(tmp_path / "j.traj", structures)
     content = journal.path.read_bytes()
     journal.path.write_bytes(content[:-missing])
-    ends = journal.read(structures)
-    assert set(ends) <= {0, 1, 2}
-    assert 1 not in ends
-    journal.rewrite(ends)
-    journal.add(1, end_of(structures[1], 1))
-    assert sorted(journal.read(structures)) == [0, 1, 2]
+    ends = kept(structures)
+    assert set(ends.places) <= {0, 1, 2}
+    assert 1 not in ends.places
+    Journal(tmp_path / "of another process.traj", "run").add(1, end_of(structures[1], 1))
+    ends.update()
+    assert ends[1].nsteps == 8
 
 
-def test_no_journal_is_an_empty_one(tmp_path):
-    assert Journal(tmp_path / "none.traj", "run").read(sources()) == {}
+def test_no_journal_is_an_empty_one(tmp_path, kept):
+    assert not kept(sources()).places
     (tmp_path / "empty.traj").touch()
-    assert Journal(tmp_path / "empty.traj", "run").read(sources()) == {}
+    assert not kept(sources()).places
 
 
-def test_the_journal_of_another_run_is_refused_by_name(tmp_path):
+def test_what_another_run_has_kept_is_not_taken(tmp_path, kept):
     structures = sources()
     filled(tmp_path / "j.traj", structures)
-    with pytest.raises(ValueError, match=r"j\.traj belongs to a run on other structures"):
-        Journal(tmp_path / "j.traj", "another").read(structures)
+    argon().write(tmp_path / "of somebody else.traj")
+    assert not kept(structures, "another").places
+    assert len(kept(structures).places) == 3
 
 
-def test_the_trajectory_of_somebody_else_is_refused_by_name(tmp_path):
-    argon().write(tmp_path / "j.traj")
-    with pytest.raises(ValueError, match=r"j\.traj belongs to a run on other structures"):
-        Journal(tmp_path / "j.traj", "run").read(sources())
+def test_an_end_twice_in_the_journals_counts_once(tmp_path, kept):
+    structures = sources()
+    for name in ("a.traj", "b.traj"):
+        filled(tmp_path / name, structures)
+    assert len(kept(structures).places) == len(kept(structures)) == 3
 
 
 def other_weights():

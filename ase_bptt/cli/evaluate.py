@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-from ase.io import write
-
-from ..evaluation import BASIN_RULE, Evaluation, evaluate
+from ..evaluation import BASIN_RULE, Evaluation, Starts, evaluation_of
 from ..evaluation.compare import Comparison, compare
 from ..pairs import RelaxationPair, fingerprint
 from ..pairs.groups import usable
@@ -18,9 +17,11 @@ from ..potential import Potential
 from ..report.page import write_page, write_pictures
 from ..report.tables import comparison_text, evaluation_table, group_table, table, write_csv
 from ..steppers import STEPPERS
-from ..throughput.journal import Journal, run_key
+from ..throughput.journal import relax_shared, run_key
+from ..throughput.parts import Parts, remove
+from ..training.distributed import together
 from ..training.results import RESULTS, summary
-from ..utils import replacing, without_nan, write_json
+from ..utils import without_nan, write_json
 from . import messages, run_folder
 from .flags import (
     WIDTH,
@@ -36,7 +37,8 @@ from .flags import (
     read_grouped,
     seed,
 )
-from .relax import warn_of_lost_constraints
+from .output_file import warn_of_lost_constraints, write_atoms
+from .starts import add_shard, shard_of
 
 DESCRIPTION = """\
 Relax from each initial structure, and measure how far from the reference it
@@ -51,7 +53,8 @@ examples:
       continue with the structures that were not finished
 """
 ENDS = "relaxed.extxyz"
-JOURNALS = ("potential.part.traj", "against.part.traj")
+PARTS = ("potential.parts", "against.parts")
+"""Folders in the run folder, of what the processes have relaxed."""
 
 
 def add(commands: Any) -> None:
@@ -71,48 +74,60 @@ def add(commands: Any) -> None:
     flag(group, parser, "--fmax", "converged when all forces are below this, in eV/Å", 0.02, type=positive, metavar="X")
     flag(group, parser, "--steps", "frames at most", 500, type=count, metavar="N")
     add_room(group, parser)
+    add_shard(group, parser)
     flag(group, parser, "--seed", "of the bootstrap", 0, type=seed, metavar="N")
     add_output(parser, "ase-bptt-evaluation", "folder for tables, figures and report.html", resume=True)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
+    ranks, shard = together(), shard_of(arguments)
+    ranks.once(lambda: _prepare(arguments, shard))
     if arguments.resume:
         run_folder.take_over(arguments)
-        if (arguments.out / RESULTS).is_file():
-            raise FileExistsError(f"The evaluation in {arguments.out} is complete: nothing is left to resume.")
-    else:
-        run_folder.refuse_if_there(arguments)
+    say = messages.quiet_if(arguments.json)
+    if shard[1] > 1 and (arguments.out / RESULTS).is_file():
+        say(f"The evaluation in {arguments.out} is complete: nothing is left to do.")
+        return 0
     potential = potential_of(arguments)
     other = potential_of(arguments, arguments.against) if arguments.against else None
     pairs = read_grouped(arguments)
-    for each in (potential, other):
-        if each is not None:
-            pairs = usable(each, pairs, skip_invalid=arguments.skip_invalid)
-    if not (arguments.resume or arguments.dry_run):
-        run_folder.prepare(arguments)
-    say = messages.quiet_if(arguments.json)
+    both = [each for each in (potential, other) if each is not None]
+    for each in both:
+        pairs = usable(each, pairs, skip_invalid=arguments.skip_invalid)
     kinds = len({p.group for p in pairs})
+    if not (arguments.resume or arguments.dry_run):
+        ranks.once(lambda: _begin(arguments, shard))
     say(f"{len(pairs)} relaxations of {kinds} kinds, by {arguments.stepper} to {arguments.fmax} eV/Å")
     if arguments.dry_run:
         say("A dry run: nothing was relaxed, nothing was written.")
         if arguments.json:
             print(json.dumps({"dry_run": True, "n": len(pairs), "kinds": kinds, "run": str(arguments.out)}))
         return 0
-    found = _evaluated(arguments, potential, pairs, JOURNALS[0])
-    reference = _evaluated(arguments, other, pairs, JOURNALS[1]) if other is not None else None
-    comparison = compare(reference, found, seed=arguments.seed) if reference is not None else None
-    result = {
-        "test": summary(reference, found),
-        "comparison": comparison.todict() if comparison else None,
-        "checkpoint": arguments.potential,
-        "against": arguments.against,
-        "run": str(arguments.out),
-    }
-    facts = _facts(arguments, potential) | {"data": fingerprint(pairs)[:16]}
-    _write(arguments, result, found, reference, comparison, facts)
-    for name in JOURNALS:
-        (arguments.out / name).unlink(missing_ok=True)
+    with ExitStack() as stack:
+        stack.enter_context(ranks.warnings_of_all_ranks())
+        shared = {"shard": shard, "ranks": (ranks.rank, ranks.size), "store": ranks.store}
+        parts = [stack.enter_context(_shared(arguments, each, pairs, name, shared)) for each, name in zip(both, PARTS)]
+        goes_on = [_relaxed(arguments, each, pairs, part) for each, part in zip(both, parts, strict=True)]
+        if not (all(goes_on) and all(part.complete() for part in parts) and parts[0].merging()):
+            say(f"Other processes are at work, and the last of them writes {arguments.out / RESULTS}.")
+            return 0
+        found, *others = (
+            evaluation_of(each, pairs, part.ends, arguments.batch_size) for each, part in zip(both, parts, strict=True)
+        )
+        reference = others[0] if others else None
+        comparison = compare(reference, found, seed=arguments.seed) if reference is not None else None
+        result = {
+            "test": summary(reference, found),
+            "comparison": comparison.todict() if comparison else None,
+            "checkpoint": arguments.potential,
+            "against": arguments.against,
+            "run": str(arguments.out),
+        }
+        facts = _facts(arguments, potential) | {"data": fingerprint(pairs)[:16]}
+        _write(arguments, result, found, reference, comparison, facts)
+    for name in PARTS:
+        remove(arguments.out / name)
     if arguments.json:
         print(json.dumps(without_nan(result)))
     else:
@@ -120,9 +135,30 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _prepare(arguments: argparse.Namespace, shard: tuple[int, int]) -> None:
+    """Refuse a run folder that is there already."""
+    if shard[1] > 1:
+        if arguments.overwrite:
+            raise ValueError(f"--overwrite is not for one of several processes: delete {arguments.out} first.")
+    elif arguments.resume:
+        if (arguments.out / RESULTS).is_file():
+            raise FileExistsError(f"The evaluation in {arguments.out} is complete: nothing is left to resume.")
+    else:
+        run_folder.refuse_if_there(arguments)
+
+
+def _begin(arguments: argparse.Namespace, shard: tuple[int, int]) -> None:
+    """Make the run folder, or join the run of these very arguments in it."""
+    if shard[1] > 1 and run_folder.holds(arguments):
+        return
+    if shard[1] > 1 and arguments.out.is_dir():
+        run_folder.refuse_if_there(arguments)
+    run_folder.prepare(arguments)
+
+
 def stopped(arguments: argparse.Namespace) -> str:
     """The last words after an interrupt."""
-    if not any((arguments.out / name).is_file() for name in JOURNALS):
+    if not any(journal for name in PARTS for journal in (arguments.out / name).glob("*.traj")):
         return "No structure has finished yet, and nothing is lost."
     return (
         f"The structures that have finished are kept in {arguments.out}; ase-bptt evaluate --out {arguments.out} "
@@ -130,15 +166,29 @@ def stopped(arguments: argparse.Namespace) -> str:
     )
 
 
-def _evaluated(
-    arguments: argparse.Namespace, potential: Potential, pairs: list[RelaxationPair], name: str
-) -> Evaluation:
-    settings = {name: getattr(arguments, name) for name in ("stepper", "fmax", "steps")}
-    room = {name: getattr(arguments, name) for name in ("batch_size", "memory")}
-    structures = [p.initial for p in pairs] + [p.relaxed for p in pairs]
-    cells = [p.freedom.todict() for p in pairs]
-    journal = Journal(arguments.out / name, run_key(potential, structures, settings | {"cells": cells}))
-    return evaluate(potential, pairs, **settings, **room, journal=journal, progress=None)
+def _shared(
+    arguments: argparse.Namespace,
+    potential: Potential,
+    pairs: list[RelaxationPair],
+    name: str,
+    shared: dict[str, Any],
+) -> Parts:
+    """What the processes share of the relaxations with one potential."""
+    settings = _settings(arguments) | {"cells": [p.freedom.todict() for p in pairs]}
+    key = run_key(potential, fingerprint(pairs), settings)
+    return Parts(arguments.out / name, key, Starts(pairs), 2 * [p.n_atoms for p in pairs], **shared)
+
+
+def _relaxed(arguments: argparse.Namespace, potential: Potential, pairs: list[RelaxationPair], parts: Parts) -> bool:
+    """Do this process's part of the relaxations with one potential; whether it goes on."""
+    return relax_shared(
+        potential, Starts(pairs), parts, cells=2 * [p.freedom for p in pairs], batch_size=arguments.batch_size,
+        memory=arguments.memory, progress=None if parts.ranks[0] == 0 else False, **_settings(arguments),
+    )  # fmt: skip
+
+
+def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in ("stepper", "fmax", "steps")}
 
 
 def _labels(arguments: argparse.Namespace) -> tuple[str, str]:
@@ -175,8 +225,7 @@ def _write(
     labels = _labels(arguments)
     first, second = (found, None) if reference is None else (reference, found)
     warn_of_lost_constraints(out / ENDS, "extxyz", found.ends)
-    with replacing(out / ENDS) as path:
-        write(path, list(found.ends), format="extxyz")
+    write_atoms(out / ENDS, found.ends, "extxyz")
     write_csv(out / "table.csv", first, second)
     shown = labels if reference is not None else (labels[1], "")
     write_pictures(out, first, second, shown)

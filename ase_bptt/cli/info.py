@@ -19,7 +19,7 @@ from ..steppers import GradientDescent
 from ..training.settings import MOMENTUM
 from ..utils import without_nan
 from .flags import add_pairs, add_potential, command, count, flag, potential_of, read_grouped, seed
-from .relax import read_structures
+from .starts import Starts
 
 FRAMES, FMAX = 40, 0.01
 """The most frames that a training unrolls, and eV/Å at which it stops."""
@@ -93,7 +93,8 @@ def stopped(arguments: argparse.Namespace) -> str:
 
 def _gradients(arguments: argparse.Namespace, potential: Potential) -> GradientReport:
     """Diagnostics of the paper's map, for the gradient of the distance that the structures move."""
-    _, structures, _ = read_structures(arguments.relax, potential, skip_invalid=arguments.skip_invalid)
+    starts = Starts(arguments.relax, potential, skip_invalid=arguments.skip_invalid)
+    structures = starts.check()
     relaxation = relax(potential, structures, stepper=GradientDescent(momentum=MOMENTUM), fmax=FMAX,
                        steps=arguments.steps)  # fmt: skip
     delta_q(relaxation, structures).sum().backward()

@@ -20,13 +20,13 @@ from ..utils import check_writable, replacing
 COMMAND = "command.json"
 OURS = (
     COMMAND, "settings.json", "metrics.csv", "checkpoint.pt", "checkpoint.previous.pt", "potential", "fold_*",
-    "before.json", "after.json", "results.json", "table.csv", "report.html", "relaxed.extxyz", "*.part.traj",
+    "before.json", "after.json", "results.json", "table.csv", "report.html", "relaxed.extxyz", "*.parts",
     "before_after.png", "by_group.png", "displacements.png", "learning_curve.png", "snapshot_before.json",
     "snapshot_after.json", "drift_report.json", "drift_report.png",
 )  # fmt: skip
 """Patterns of what the commands write into a run folder: --overwrite deletes nothing else."""
 PASSING = frozenset(
-    {"out", "overwrite", "resume", "dry_run", "json", "device", "trust", "skip_invalid", "lazy", "pairs"}
+    {"out", "overwrite", "resume", "dry_run", "json", "device", "trust", "skip_invalid", "lazy", "pairs", "shard"}
 )
 """What may be given otherwise when a run is resumed; other pairs are noticed by `same_data`."""
 
@@ -92,7 +92,7 @@ def described(arguments: argparse.Namespace) -> dict[str, Any]:
     found = {
         name: _plain(value)
         for name, value in sorted(vars(arguments).items())
-        if name not in ("run", "stopped", "given")
+        if name not in ("run", "stopped", "given", "shard")
     }
     # A resumed run may be called from another folder.
     found |= {name: _lasting(found[name]) for name in ("potential", "against") if found.get(name)}

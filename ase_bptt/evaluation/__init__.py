@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean, median
 from typing import Any
 
 import numpy as np
 from ase import Atoms
+from tqdm import tqdm
 
 from ..pairs import RelaxationPair
 from ..potential import Potential
 from ..steppers import Stepper
-from ..throughput import TOGETHER, single_points
-from ..throughput.journal import Journal, relax_kept
+from ..throughput import TOGETHER, Relaxed, relax_all, single_points
+from ..throughput.journal import Part
 from .row import BASIN_RULE, Row, row_of, space_group
 
 __all__ = ["BASIN_RULE", "FLOOR", "Evaluation", "Row", "evaluate", "space_group"]
@@ -29,7 +31,7 @@ class Evaluation:
     """Rows of `evaluate` with their summary; `ends` are the relaxed structures, if they were kept."""
 
     rows: tuple[Row, ...]
-    ends: tuple[Atoms, ...] = field(default=(), compare=False, repr=False)
+    ends: Sequence[Atoms] = field(default=(), compare=False, repr=False)
 
     def __repr__(self) -> str:
         return (
@@ -140,7 +142,6 @@ def evaluate(
     steps: int = 500,
     batch_size: int | None = None,
     memory: float | None = None,
-    journal: Journal | None = None,
     progress: bool | None = False,
 ) -> Evaluation:
     """Relax from each initial and each reference structure, and compare the ends.
@@ -158,8 +159,6 @@ def evaluate(
         Frames at most.
     batch_size, memory : int or None, float or None
         As for `relax_all`: structures relaxed together, and GiB that they may take.
-    journal : Journal, optional
-        Keeps the ends as they are found; structures that are in it already are not relaxed again.
     progress : bool or None
         A progress bar on standard error; None shows it only on a terminal.
 
@@ -187,15 +186,52 @@ def evaluate(
     >>> found.rows[0].status
     'converged'
     """
-    starts = [p.initial for p in pairs] + [p.relaxed for p in pairs]
-    ends = relax_kept(
-        potential, starts, journal=journal, progress=progress, cells=2 * [p.freedom for p in pairs],
-        stepper=stepper, fmax=fmax, steps=steps, batch_size=batch_size, memory=memory,
-    )  # fmt: skip
-    controls = [end.atoms for end in ends[len(pairs) :]]
-    residuals = _residual_forces(potential, [p.relaxed for p in pairs], batch_size or TOGETHER)
-    rows = [row_of(*found) for found in zip(pairs, ends[: len(pairs)], controls, residuals, strict=True)]
-    return Evaluation(tuple(rows), tuple(end.atoms for end in ends[: len(pairs)]))
+    starts, ends = Starts(pairs), {}
+    shown = sys.stderr.isatty() if progress is None else progress
+    cells = 2 * [p.freedom for p in pairs]
+    with tqdm(total=len(starts), unit="structure", disable=not shown, leave=False) as bar:
+        for k, end in relax_all(
+            potential, starts, stepper=stepper, fmax=fmax, steps=steps, cells=cells, batch_size=batch_size,
+            memory=memory,
+        ):  # fmt: skip
+            ends[k] = end
+            bar.update()
+    found = evaluation_of(potential, pairs, [ends[k] for k in range(len(starts))], batch_size)
+    return replace(found, ends=tuple(found.ends))
+
+
+def evaluation_of(
+    potential: Potential, pairs: Sequence[RelaxationPair], ends: Sequence[Relaxed], batch_size: int | None = None
+) -> Evaluation:
+    """The evaluation that the ends of `Starts` give; its own are read when they are asked for."""
+    n, size = len(pairs), batch_size or TOGETHER
+    rows = []
+    for first in range(0, n, size):
+        some = range(first, min(first + size, n))
+        residuals = _residual_forces(potential, [pairs[k].relaxed for k in some], size)
+        rows += [row_of(pairs[k], ends[k], ends[n + k].atoms, force) for k, force in zip(some, residuals, strict=True)]
+    return Evaluation(tuple(rows), Part(ends, range(n), lambda end: end.atoms))
+
+
+class Starts(Sequence[Atoms]):
+    """The structures that an evaluation relaxes, each read when it is asked for: initial ones, then references.
+
+    Parameters
+    ----------
+    pairs : sequence of RelaxationPair
+    """
+
+    def __init__(self, pairs: Sequence[RelaxationPair]):
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return 2 * len(self.pairs)
+
+    def __getitem__(self, k: Any) -> Any:
+        if isinstance(k, slice):
+            return [self[i] for i in range(*k.indices(len(self)))]
+        second, pair = divmod(range(len(self))[k], len(self.pairs))
+        return self.pairs[pair].relaxed if second else self.pairs[pair].initial
 
 
 def _residual_forces(potential: Potential, structures: Sequence[Atoms], size: int) -> list[float]:

@@ -200,7 +200,7 @@ def _found_below(folder: Path) -> list[Path]:
     every = (p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
     # What ase-bptt has written there is not a reference.
     files = sorted(
-        p for p in every if not (ours & set(p.parents)) and not p.name.endswith(".part.traj") and _is_relaxation(p)
+        p for p in every if not (ours & set(p.parents)) and ".parts" not in p.parent.suffix and _is_relaxation(p)
     )
     if not files:
         raise FileNotFoundError(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +26,7 @@ from ..stability import resolve_step_size, sample
 from ..steppers import Stepper, make_stepper
 from ..structures import Structures
 from ..utils import unrounded
-from .in_flight import InFlight
+from .in_flight import InFlight, Waiting
 from .memory import in_parts
 from .packing import Planner
 
@@ -93,50 +94,104 @@ def relax_all(
     ['converged', 'converged']
     """
     cells = [FIXED] * len(structures) if cells is None else list(cells)
-    alone = [k for k, atoms in enumerate(structures) if unknown_of(atoms)]
-    together = sorted(set(range(len(structures))) - set(alone))
-    if together:
-        batch, free = [structures[k] for k in together], [cells[k] for k in together]
-        run = _in_flight(potential, batch, stepper, fmax, steps, (batch_size, memory), free)
-        for k, end in run.run():
-            yield together[k], _relaxed(run.map, batch[k], free[k], end)
-    for k in alone:
-        yield k, _by_ase(potential, structures[k], stepper, fmax, steps, cells[k])
+    yield from relax_stream(
+        potential, [[(k, *work) for k, work in enumerate(zip(structures, cells, strict=True))]], stepper=stepper,
+        fmax=fmax, steps=steps, cells_move=any(cell.moves for cell in cells), batch_size=batch_size, memory=memory,
+    )  # fmt: skip
 
 
-def _in_flight(
+Work = Iterable[list[tuple[int, Atoms, CellFreedom]]]
+"""Portions of the structures to relax, each with its number and what of its cell is relaxed."""
+
+
+def relax_stream(
     potential: Potential,
-    structures: Sequence[Atoms],
-    stepper: Stepper | str,
-    fmax: float,
-    steps: int,
-    limits: tuple[int | None, float | None],
-    cells: Sequence[CellFreedom],
-) -> InFlight:
-    some = sample(structures)
-    iterated = IteratedMap(potential, resolve_step_size(make_stepper(stepper), potential, some))
-    costs, room = _costs(iterated, structures, *limits)
-    if iterated.stepper.name == "bfgs":
-        # A Hessian of (3 n)^2 numbers a structure: for large ones, many together would fill the memory.
-        costs = [max(room, cost) if len(atoms) > LARGE else cost for atoms, cost in zip(structures, costs, strict=True)]
-    return InFlight(iterated, structures, costs=costs, room=room, fmax=fmax, steps=steps, cells=cells)
+    work: Work,
+    *,
+    stepper: Stepper | str = "fire",
+    fmax: float = 0.05,
+    steps: int = 500,
+    cells_move: bool = False,
+    batch_size: int | None = None,
+    memory: float | None = None,
+) -> Iterator[tuple[int, Relaxed]]:
+    """Relax structures of which a portion is asked for whenever there is room, as `relax_all`; any number of them.
+
+    Parameters
+    ----------
+    potential : Potential
+    work : iterable of lists of (int, Atoms, CellFreedom)
+        Portions; only those that are being relaxed are kept in memory.
+    stepper, fmax, steps, batch_size, memory
+        As for `relax_all`. A step size that is "auto" is found on structures of the first portion.
+    cells_move : bool
+        Whether the cell of any structure is relaxed.
+    """
+    portions = iter(work)
+    first = next((some for some in portions if some), None)
+    if first is None:
+        return
+    known = [atoms for _, atoms, _ in first if not unknown_of(atoms)]
+    iterated = IteratedMap(potential, make_stepper(stepper))
+    if known:
+        iterated = IteratedMap(potential, resolve_step_size(make_stepper(stepper), potential, sample(known)))
+    costs = _Costs(iterated, batch_size, memory)
+    waiting: dict[int, tuple[Atoms, CellFreedom]] = {}
+    alone: list[tuple[int, Atoms, CellFreedom]] = []
+
+    def queue() -> Iterator[list[Waiting]]:
+        for portion in chain([first], portions):
+            alone.extend(some for some in portion if unknown_of(some[1]))
+            together = [some for some in portion if not unknown_of(some[1])]
+            waiting.update({k: (atoms, cell) for k, atoms, cell in together})
+            of = costs([atoms for _, atoms, _ in together])
+            yield [Waiting(k, atoms, cost, cell) for (k, atoms, cell), cost in zip(together, of, strict=True)]
+
+    def those_alone() -> Iterator[tuple[int, Relaxed]]:
+        while alone:
+            k, atoms, cell = alone.pop(0)
+            yield k, _by_ase(potential, atoms, stepper, fmax, steps, cell)
+
+    portioned = queue()
+    begin = next((some for some in portioned if some), [])
+    run = InFlight(iterated, chain([begin], portioned), room=costs.room, fmax=fmax, steps=steps, cells_move=cells_move)
+    for k, end in run.run():
+        yield k, _relaxed(iterated, *waiting.pop(k), end)
+        yield from those_alone()
+    yield from those_alone()
 
 
-def _costs(
-    iterated: IteratedMap, structures: Sequence[Atoms], batch_size: int | None, memory: float | None
-) -> tuple[list[float], float]:
-    """What each structure costs, and what those that relax together may cost."""
-    if batch_size is not None:
-        return [1.0] * len(structures), float(batch_size)
+class _Costs:
+    """What each structure costs, and what those that relax together may cost (`room`), known after the first call."""
 
-    def run(batch: list[Atoms]) -> None:
+    def __init__(self, iterated: IteratedMap, batch_size: int | None, memory: float | None):
+        self.iterated, self.batch_size = iterated, batch_size
+        self.planner = Planner(iterated.potential, self._one_frame, lambda atoms: atoms, memory)
+        self.room = 0.0
+
+    def __call__(self, structures: Sequence[Atoms]) -> list[float]:
+        """In the unit of `room`."""
+        if self.batch_size is not None:
+            costs, room = [1.0] * len(structures), float(self.batch_size)
+        elif self.planner.limit == float("inf"):
+            costs, room = [float(len(atoms)) for atoms in structures], float(ATOMS)
+        elif structures:
+            costs, room = self.planner.costs(structures)
+        else:
+            return []
+        # Later less memory is free, since the first ones are being relaxed in it.
+        self.room = self.room or room
+        if self.iterated.stepper.name == "bfgs":
+            # A Hessian of (3 n)^2 numbers a structure: for large ones, many together would fill the memory.
+            return [
+                max(self.room, cost) if len(atoms) > LARGE else cost
+                for atoms, cost in zip(structures, costs, strict=True)
+            ]
+        return costs
+
+    def _one_frame(self, batch: list[Atoms]) -> None:
         with torch.no_grad():
-            relax(iterated.potential, batch, stepper=iterated.stepper, steps=1)
-
-    planner = Planner(iterated.potential, run, lambda atoms: atoms, memory)
-    if planner.limit == float("inf"):
-        return [float(len(atoms)) for atoms in structures], float(ATOMS)
-    return planner.costs(structures)
+            relax(self.iterated.potential, batch, stepper=self.iterated.stepper, steps=1)
 
 
 def _relaxed(iterated: IteratedMap, start: Atoms, cell: CellFreedom, end: End) -> Relaxed:

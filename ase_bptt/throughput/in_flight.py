@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from ase import Atoms
@@ -18,43 +19,52 @@ from ..structures import Structures
 from .memory import fits, report_out_of_memory
 
 
+class Waiting(NamedTuple):
+    """A structure that is to be relaxed: its number, its atoms, what it costs, and what of its cell is relaxed."""
+
+    member: int
+    atoms: Atoms
+    cost: float
+    cell: CellFreedom
+
+
 class InFlight:
     """Structures that relax together, as many as there is room for, and a queue from which others take their places.
 
-    The expensive ones come first, so that none is left to run alone at the end. Where memory runs out half of them
-    are set aside as they are, and there is less room from then on.
+    The next portion of the work is asked for when the queue is empty and there is room, so that only a few structures
+    are in memory however many there are. Where memory runs out half of those that relax are set aside as they are, and
+    there is less room from then on.
 
     Parameters
     ----------
     iterated : IteratedMap
-    structures : sequence of Atoms
-    costs : sequence of float
-        Of each structure, in the unit of `room`.
+    work : iterator of lists of Waiting
+        Portions of the work. The expensive ones of each come first, so that none is left to run alone at the end.
     room : float
         What structures that relax together may cost; a single one may cost more.
     fmax : float
         eV/Å below which a structure stops.
     steps : int
         Frames of each structure at most.
-    cells : sequence of CellFreedom, optional
-        Of each structure; None fixes all.
+    cells_move : bool
+        Whether the cell of any structure is relaxed.
     """
 
     def __init__(
         self,
         iterated: IteratedMap,
-        structures: Sequence[Atoms],
+        work: Iterator[list[Waiting]],
         *,
-        costs: Sequence[float],
         room: float,
         fmax: float,
         steps: int,
-        cells: Sequence[CellFreedom] | None = None,
+        cells_move: bool = False,
     ):
-        self.cells = cells if cells is not None and any(cell.moves for cell in cells) else None
-        self.map, self.structures, self.costs, self.room = iterated, structures, costs, room
+        self.map, self.room, self.cells_move = iterated, room, cells_move
         self.fmax, self.steps = fmax, steps
-        self._queue = deque(sorted(range(len(structures)), key=lambda k: -costs[k]))
+        self._work = work
+        self._queue: deque[Waiting] = deque()
+        self._costs: dict[int, float] = {}
         self._batch: Batch | None = None
         self._aside: list[Batch] = []
 
@@ -78,9 +88,13 @@ class InFlight:
             del found
             if stopped:
                 following = None
-            yield from batch.remove(stopped).items()
+            ends = batch.remove(stopped)
             if not len(batch):
                 self._batch = None
+            for member in ends:
+                del self._costs[member]
+            yield from ends.items()
+            if self._batch is None:
                 continue
             moved = fits(partial(self._move, batch, following))
             following = None
@@ -99,20 +113,30 @@ class InFlight:
         """The batch, joined by as many of the queue as there is room for; None where none is left."""
         while self._aside and (self._batch is None or self._has_room(self._aside[-1].members)):
             self._take_in(self._aside.pop())
-        members: list[int] = []
-        while not self._aside and self._queue and self._has_room([*members, self._queue[0]]):
-            members.append(self._queue.popleft())
-        if members:
-            structures = self.map.potential.batch([self.structures[k] for k in members])
+        new: list[Waiting] = []
+        while not self._aside and self._next() and self._has_room([w.member for w in (*new, self._queue[0])]):
+            new.append(self._queue.popleft())
+        if new:
+            structures = self.map.potential.batch([w.atoms for w in new])
             self.map.potential.check(structures)
-            if self.cells is not None:
-                structures = rows_of(structures, [self.cells[k] for k in members], self.map)
-            self._take_in(Batch(self.map, structures, self.fmax, self.steps, members))
+            if self.cells_move:
+                structures = rows_of(structures, [w.cell for w in new], self.map)
+            self._take_in(Batch(self.map, structures, self.fmax, self.steps, [w.member for w in new]))
         return self._batch
+
+    def _next(self) -> bool:
+        """Whether a structure waits, after the next portion of the work was asked for where none did."""
+        while not self._queue:
+            portion = next(self._work, None)
+            if portion is None:
+                return False
+            self._queue.extend(sorted(portion, key=lambda w: -w.cost))
+            self._costs |= {w.member: w.cost for w in portion}
+        return True
 
     def _has_room(self, new: Sequence[int]) -> bool:
         there = [] if self._batch is None else self._batch.members
-        return (not there and len(new) == 1) or sum(self.costs[k] for k in (*there, *new)) <= self.room
+        return (not there and len(new) == 1) or sum(self._costs[k] for k in (*there, *new)) <= self.room
 
     def _take_in(self, batch: Batch) -> None:
         if self._batch is None:
@@ -124,4 +148,4 @@ class InFlight:
         """Set half of the batch aside."""
         report_out_of_memory(len(batch))
         self._aside.append(batch.split())
-        self.room = sum(self.costs[k] for k in batch.members)
+        self.room = sum(self._costs[k] for k in batch.members)

@@ -1,81 +1,55 @@
-"""A file to which relaxed structures are added as they finish, so that a stopped run can continue."""
+"""Files to which relaxed structures are added as they finish, so that a stopped run can continue."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
-from ase.io.trajectory import Trajectory
+from ase.io.trajectory import Trajectory, TrajectoryReader
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from ..cells import CellFreedom
 from ..iterated_map import Status
-from ..pairs import add_to_hash
+from ..pairs import InvalidPair, add_to_hash
 from ..potential import Potential
-from ..utils import replacing
-from . import Relaxed, relax_all
+from . import Relaxed, relax_stream
 
+if TYPE_CHECKING:
+    from .parts import Parts
+
+log = logging.getLogger(__name__)
 KEYS = ("_index", "_status", "_nsteps", "_run")
 RESULTS = ("energy", "forces", "stress")
-BEGIN = b"- of Ulm"
-"""Of every trajectory file of ASE's."""
+OPEN = 128
+"""Journals that are open at once, while ends are read in the order of the input."""
 
 
 class Journal:
     """An ASE trajectory of relaxed structures, each with its index, to be read with any tool of ASE.
 
+    It is written by one process, and never behind what another one has left: a frame that was cut off stays the last.
+
     Parameters
     ----------
     path : Path
     run : str
-        A hash of all that the results depend on, from `run_key`; a journal of another run is refused.
+        A hash of all that the results depend on, from `run_key`.
     """
 
     def __init__(self, path: Path, run: str):
         self.path, self.run = path, run
-
-    def read(self, sources: Sequence[Atoms]) -> dict[int, Relaxed]:
-        """The ends that are there, by index; a last one that was cut off is left out.
-
-        Raises
-        ------
-        ValueError
-            For a journal of other structures, of another potential or of other settings, and for another file.
-        """
-        ends: dict[int, Relaxed] = {}
-        if not self.path.is_file():
-            return ends
-        with self.path.open("rb") as file:
-            begin = file.read(len(BEGIN))
-        if not BEGIN.startswith(begin):
-            raise ValueError(f"{self.path} is no ASE trajectory of ours: move it away, or --overwrite.")
-        with ExitStack() as stack:
-            # ulm raises whatever its parsers do where a file was cut off.
-            try:
-                frames = stack.enter_context(Trajectory(self.path))
-            except Exception:
-                return ends
-            for k in range(len(frames)):
-                try:
-                    found = frames[k]
-                except Exception:
-                    break
-                if found.info.get("_run") != self.run:
-                    raise ValueError(
-                        f"{self.path} belongs to a run on other structures, with another potential or with other "
-                        "settings: give those again, or --overwrite."
-                    )
-                index = int(found.info["_index"])
-                ends[index] = _end(found, sources[index])
-        return ends
 
     def add(self, index: int, end: Relaxed) -> None:
         """Append one end.
@@ -85,90 +59,229 @@ class Journal:
         OSError
             Where the disk is full or the place is not writable, naming the file; the ends in it stay.
         """
+        found = end.atoms.copy()
+        found.constraints = []
+        found.info = dict(zip(KEYS, (index, end.status.value, end.nsteps, self.run), strict=True))
+        found.calc = end.atoms.calc
         try:
-            self._append(self.path, {index: end})
+            with Trajectory(self.path, "a") as frames:
+                frames.properties = [name for name in RESULTS if name in end.atoms.calc.results]
+                frames.write(found)
         except OSError as error:
             raise OSError(
                 f"{self.path} could not be written ({error.strerror}): make room there; what had finished is kept in "
                 "it, and --resume continues."
             ) from error
 
-    def rewrite(self, ends: dict[int, Relaxed]) -> None:
-        """Replace the file by one with these ends, so that nothing is appended behind a frame that was cut off."""
-        if not ends:
-            self.remove()
-            return
-        with replacing(self.path) as path:
-            self._append(path, ends)
 
-    def _append(self, path: Path, ends: dict[int, Relaxed]) -> None:
-        with Trajectory(path, "a") as frames:
-            for index, end in ends.items():
-                frames.properties = [name for name in RESULTS if name in end.atoms.calc.results]
-                found = end.atoms.copy()
-                found.constraints = []
-                found.info = dict(zip(KEYS, (index, end.status.value, end.nsteps, self.run), strict=True))
-                found.calc = end.atoms.calc
-                frames.write(found)
-
-    def remove(self) -> None:
-        """Delete the file, when it is no longer needed."""
-        self.path.unlink(missing_ok=True)
-
-
-def relax_kept(
-    potential: Potential,
-    structures: Sequence[Atoms],
-    *,
-    journal: Journal | None = None,
-    progress: bool | None = False,
-    report: Callable[[int, Relaxed], None] | None = None,
-    **settings: Any,
-) -> list[Relaxed]:
-    """`relax_all`, with each result kept in a journal as it is found; those in it already are not computed again.
+class Ends(Sequence[Relaxed]):
+    """The ends that the journals of a folder hold, each read when it is asked for.
 
     Parameters
     ----------
-    journal : Journal or None
-    progress : bool or None
-        Whether to show a bar on standard error; None does so where that is a terminal.
-    report : callable
-        ``report(index, end)`` is called for each new result.
-    **settings
-        As for `relax_all`.
+    folder : Path
+    run : str
+        Frames of another run are passed over.
+    structures : sequence of Atoms
+        Those that were relaxed; all that the journals do not hold is taken from them.
+
+    Attributes
+    ----------
+    places : dict of int to (Path, int)
+        Journal and frame of each end that can be read.
     """
-    ends = journal.read(structures) if journal else {}
-    if journal:
-        journal.rewrite(ends)
-    waiting = [k for k in range(len(structures)) if k not in ends]
+
+    def __init__(self, folder: Path, run: str, structures: Sequence[Atoms]):
+        self.folder, self.run, self.structures = folder, run, structures
+        self.places: dict[int, tuple[Path, int]] = {}
+        self._open: OrderedDict[Path, TrajectoryReader] = OrderedDict()
+        self._sizes: dict[Path, int] = {}
+        self.update()
+
+    def update(self) -> None:
+        """Find the ends in journals that have grown."""
+        for path in sorted(self.folder.glob("*.traj")):
+            size = path.stat().st_size
+            if size != self._sizes.get(path):
+                self._sizes[path] = size
+                self._close(path)
+                self._scan(path, size)
+
+    def _scan(self, path: Path, size: int) -> None:
+        # ulm raises whatever its parsers do where a file was cut off or damaged.
+        try:
+            frames = self._frames(path)
+            n = len(frames)
+        except Exception:
+            if size:
+                log.warning("%s: it is damaged; the structures that it held are relaxed again.", path)
+            return
+        for k in range(n):
+            try:
+                info = frames.backend[k].get("info") or {}
+                if info.get("_run") == self.run:
+                    self.places.setdefault(int(info["_index"]), (path, k))
+            except Exception:
+                log.warning("%s: frame %d is damaged; its structure is relaxed again.", path, k)
+
+    def _frames(self, path: Path) -> TrajectoryReader:
+        if path in self._open:
+            self._open.move_to_end(path)
+        else:
+            if len(self._open) >= OPEN:
+                self._open.popitem(last=False)[1].close()
+            self._open[path] = Trajectory(path)
+        return self._open[path]
+
+    def _close(self, path: Path) -> None:
+        if path in self._open:
+            self._open.pop(path).close()
+
+    def close(self) -> None:
+        """Close the journals."""
+        for path in list(self._open):
+            self._close(path)
+
+    def _read(self, index: int) -> Atoms:
+        path, frame = self.places[index]
+        try:
+            return self._frames(path)[frame]
+        except Exception as error:
+            raise OSError(
+                f"{path}: frame {frame} is damaged: delete this file, and --resume relaxes its structures again."
+            ) from error
+
+    def __len__(self) -> int:
+        return len(self.structures)
+
+    @overload
+    def __getitem__(self, index: int) -> Relaxed: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Relaxed]: ...
+    def __getitem__(self, index: int | slice) -> Relaxed | Sequence[Relaxed]:
+        if isinstance(index, slice):
+            return Part(self, range(*index.indices(len(self))))
+        index = range(len(self))[index]
+        found, atoms = self._read(index), self.structures[index].copy()
+        atoms.set_cell(found.cell)
+        atoms.positions = found.positions
+        atoms.calc = SinglePointCalculator(atoms, **found.calc.results)
+        return Relaxed(atoms, Status(found.info["_status"]), int(found.info["_nsteps"]))
+
+
+class Part(Sequence[Any]):
+    """Some of a sequence, or what a function makes of them, each made when it is asked for.
+
+    Parameters
+    ----------
+    every : sequence
+    indices : sequence of int
+    made : callable, optional
+        ``made(item)``.
+    """
+
+    def __init__(self, every: Sequence[Any], indices: Sequence[int], made: Callable[[Any], Any] | None = None):
+        self.every, self.indices, self.made = every, indices, made
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, k: int | slice) -> Any:
+        if isinstance(k, slice):
+            return Part(self.every, self.indices[k], self.made)
+        item = self.every[self.indices[k]]
+        return item if self.made is None else self.made(item)
+
+
+def relax_shared(
+    potential: Potential,
+    structures: Sequence[Atoms],
+    parts: Parts,
+    *,
+    cells: Sequence[CellFreedom],
+    usable: Callable[[int], Atoms] | None = None,
+    skip_invalid: bool = False,
+    progress: bool | None = False,
+    report: Callable[[int, Relaxed], None] | None = None,
+    **settings: Any,
+) -> bool:
+    """Relax what other processes do not, until nothing is left for this one, keeping each result as it is found.
+
+    Parameters
+    ----------
+    potential : Potential
+    structures : sequence of Atoms
+    parts : Parts
+        The shared run, entered by the caller. Once it is `complete`, its `ends` are those of all structures.
+    cells : sequence of CellFreedom
+        Of each structure.
+    usable : callable
+        ``usable(index)`` returns the structure, or raises InvalidPair.
+    skip_invalid : bool
+        Whether it is left out then.
+    progress : bool or None
+        Whether to show a bar on standard error, of the work of all processes; None does so where that is a terminal.
+    report : callable
+        ``report(index, end)`` is called for each new result of this process.
+    **settings
+        As for `relax_stream`.
+
+    Returns
+    -------
+    bool
+        Whether it is this process that goes on: of those of a launcher, only the first does.
+    """
     shown = sys.stderr.isatty() if progress is None else progress
-    bar = tqdm(total=len(structures), initial=len(ends), unit="structure", disable=not shown, leave=False)
+    bar = tqdm(total=len(structures), initial=len(parts.ends.places), unit="structure", disable=not shown, leave=False)
+
+    def show() -> None:
+        if shown and time.monotonic() - bar.last_print_t > 1.0:
+            bar.update(max(0, parts.finished() - bar.n))
+
     with bar, logging_redirect_tqdm() if shown else nullcontext():
-        for member, end in relax_all(potential, [structures[k] for k in waiting], **settings):
-            ends[waiting[member]] = end
-            if journal:
-                journal.add(waiting[member], end)
-            if report:
-                report(waiting[member], end)
-            bar.update()
-    return [ends[k] for k in range(len(structures))]
+        while True:
+            work = _portions(structures, cells, parts, usable, skip_invalid)
+            moves = any(cell.moves for cell in cells)
+            for index, end in relax_stream(potential, work, cells_move=moves, **settings):
+                parts.add(index, end)
+                if report:
+                    report(index, end)
+                show()
+            if not parts.wait_for_ranks(show):
+                return False
+            if not parts.wait():
+                return True
 
 
-def _end(found: Atoms, source: Atoms) -> Relaxed:
-    """The stored result with all other properties of the structure that was relaxed."""
-    atoms = source.copy()
-    atoms.set_cell(found.cell)
-    atoms.positions = found.positions
-    atoms.calc = SinglePointCalculator(atoms, **found.calc.results)
-    return Relaxed(atoms, Status(found.info["_status"]), int(found.info["_nsteps"]))
+def _portions(
+    structures: Sequence[Atoms],
+    cells: Sequence[CellFreedom],
+    parts: Parts,
+    usable: Callable[[int], Atoms] | None,
+    skip_invalid: bool,
+) -> Iterator[list[tuple[int, Atoms, CellFreedom]]]:
+    """The structures of each chunk that this process claims."""
+    for chunk in parts.claims():
+        portion = []
+        for k in chunk:
+            try:
+                portion.append((k, usable(k) if usable else structures[k], cells[k]))
+            except InvalidPair as problem:
+                if not skip_invalid:
+                    raise
+                parts.leave_out(k, str(problem))
+        yield portion
 
 
-def run_key(potential: Potential, structures: Sequence[Atoms], settings: dict[str, Any]) -> str:
-    """A hash of everything that the results of a run depend on."""
+def run_key(potential: Potential, content: str | Sequence[Atoms], settings: dict[str, Any]) -> str:
+    """A hash of everything that the results of a run depend on: weights, structures (or a hash of them), settings."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, value in potential.state_dict().items():
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    for atoms in structures:
-        add_to_hash(digest, atoms)
+    if isinstance(content, str):
+        digest.update(content.encode())
+    else:
+        for atoms in content:
+            add_to_hash(digest, atoms)
     return digest.hexdigest()[:16]

@@ -132,13 +132,13 @@ class Ranks:
         """
         shares = self.shares(costs)
         mine = [items[k] for k in shares[self.rank]]
-        with self._warnings_of_all_ranks():
+        with self.warnings_of_all_ranks():
             everywhere = self.each(lambda: run(mine) if mine else [])
         found = {k: f for members, some in zip(shares, everywhere) for k, f in zip(members, some, strict=True)}
         return [found[k] for k in range(len(items))]
 
     @contextmanager
-    def _warnings_of_all_ranks(self) -> Iterator[None]:
+    def warnings_of_all_ranks(self) -> Iterator[None]:
         """Let every rank log warnings: the others do not see what it finds in its share."""
         ours = logging.getLogger("ase_bptt")
         level = ours.level
