@@ -14,14 +14,14 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.geometry import find_mic
 from ase.io.jsonio import encode
-from scipy.optimize import linear_sum_assignment
 
 from ..cells import CellFreedom
+from ..charges import charge_and_spin, info_of
 from ..displacements import lattice_translations, shortest_lattice_vector
 from ..neighbors import find_edges
 from ..neighbors.lattice import periodic_cell
 from ..structures import Structures
-from .cell_changes import SAME_CELL, cell_change, cell_problem, positions_in
+from .cell_changes import SAME_CELL, cell_change, cell_problem, least_moves, positions_in
 
 log = logging.getLogger(__name__)
 
@@ -90,13 +90,20 @@ class RelaxationPair:
 
     @property
     def kind(self) -> str:
-        """Elements and constraints of both ends, on which it depends whether a potential can treat the pair."""
+        """Elements, constraints, charge and spin, on which it depends whether a potential can treat the pair."""
         numbers = np.union1d(self.initial.numbers, self.relaxed.numbers)
         constraints = {type(c).__name__ for atoms in (self.initial, self.relaxed) for c in atoms.constraints}
-        return " ".join(map(str, [*numbers, *sorted(constraints)]))
+        specified = info_of(*charge_and_spin(self.initial))
+        return " ".join(map(str, [*numbers, *sorted(constraints), *(f"{k}={v:g}" for k, v in specified.items())]))
+
+    @property
+    def charge(self) -> float:
+        """Of its structures, in elementary charges: ``info["charge"]``, or 0."""
+        known = dict(word.split("=") for word in self.kind.split() if "=" in word)
+        return float(known.get("charge", 0.0))
 
     def digest(self) -> bytes:
-        """A hash of atoms, masses, positions, cells and constraints of both ends."""
+        """A hash of atoms, masses, positions, cells, charges, spins and constraints of both ends."""
         digest = hashlib.sha256()
         add_to_hash(digest, self.initial)
         add_to_hash(digest, self.relaxed)
@@ -209,8 +216,8 @@ def check_converged(relaxed: Atoms, name: str, max_force: float | None) -> None:
 
 def check_distances(atoms: Atoms, where: str) -> None:
     """Raise InvalidPair where two atoms, or an atom and an image, are nearer than `CLASH`, or the cell is flat."""
-    structures = Structures.from_atoms(atoms)
     try:
+        structures = Structures.from_atoms(atoms)
         found = find_edges(structures, CLASH)
     except ValueError as error:
         raise InvalidPair(f"{where} {error}") from error
@@ -265,7 +272,7 @@ def warn_of_moves(initial: Atoms, relaxed: Atoms, name: str, warn: Callable[...,
         )  # fmt: skip
     if lengths.max() <= FAR:
         return
-    reassigned, direct = _reassigned(initial, relaxed), np.sqrt(np.mean(lengths**2))
+    reassigned, direct = least_moves(initial, relaxed), np.sqrt(np.mean(lengths**2))
     if reassigned < direct / 2:
         warn(
             "%s: its atoms seem to be stored in another order at the end, for they move by %.2f Å (root mean square) "
@@ -273,19 +280,8 @@ def warn_of_moves(initial: Atoms, relaxed: Atoms, name: str, warn: Callable[...,
         )  # fmt: skip
 
 
-def _reassigned(initial: Atoms, relaxed: Atoms) -> float:
-    """Root mean square displacement in Å with the atoms of each element assigned to its final sites at least cost."""
-    total, lattice = 0.0, periodic_cell(initial.cell.array, initial.pbc)
-    for z in np.unique(initial.numbers):
-        of = initial.numbers == z
-        ends = positions_in(initial, relaxed)[of]
-        squares = np.stack([find_mic(ends - x, lattice, initial.pbc)[1] ** 2 for x in initial.positions[of]])
-        total += squares[linear_sum_assignment(squares)].sum()
-    return float(np.sqrt(total / len(initial)))
-
-
 def fingerprint(pairs: Sequence[RelaxationPair]) -> str:
-    """A hash of the pairs' atoms, masses, positions, cells and constraints, in order."""
+    """A hash of the pairs' atoms, masses, positions, cells, charges, spins and constraints, in order."""
     digest = hashlib.sha256()
     for pair in pairs:
         digest.update(pair.digest())
@@ -296,5 +292,7 @@ def add_to_hash(digest: Any, atoms: Atoms) -> None:
     """Add everything of a structure that a relaxation depends on."""
     for array in (atoms.numbers, atoms.get_masses(), atoms.positions, atoms.cell.array, atoms.pbc):
         digest.update(array.tobytes())
+    if specified := info_of(*charge_and_spin(atoms)):
+        digest.update(repr(specified).encode())
     if atoms.constraints:
         digest.update(encode([c.todict() for c in atoms.constraints]).encode())

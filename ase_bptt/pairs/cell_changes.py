@@ -1,9 +1,11 @@
-"""How the cell of a relaxation changes from its first to its last structure."""
+"""How the cell of a relaxation changes from its first to its last structure, and how far its atoms move within it."""
 
 from __future__ import annotations
 
 import numpy as np
 from ase import Atoms
+from ase.geometry import find_mic
+from scipy.optimize import linear_sum_assignment
 
 from ..neighbors.lattice import periodic_cell
 
@@ -46,3 +48,14 @@ def cell_problem(initial: Atoms, relaxed: Atoms) -> str:
             "write both structures with the same choice of cell vectors."
         )
     return ""
+
+
+def least_moves(initial: Atoms, relaxed: Atoms) -> float:
+    """Root mean square displacement in Å with the atoms of each element assigned to its final sites at least cost."""
+    total, lattice = 0.0, periodic_cell(initial.cell.array, initial.pbc)
+    for z in np.unique(initial.numbers):
+        of = initial.numbers == z
+        ends = positions_in(initial, relaxed)[of]
+        squares = np.stack([find_mic(ends - x, lattice, initial.pbc)[1] ** 2 for x in initial.positions[of]])
+        total += squares[linear_sum_assignment(squares)].sum()
+    return float(np.sqrt(total / len(initial)))
