@@ -21,6 +21,7 @@ from ase.calculators.calculator import (
 from ase.stress import full_3x3_to_voigt_6_stress
 from torch import nn
 
+from .charges import specified
 from .neighbors import NeighborList
 from .potential import Potential
 from .potentials import as_potential, families, family
@@ -38,7 +39,8 @@ class TorchCalculator(Calculator):
     """An ASE Calculator around a differentiable potential.
 
     Behaves as any of ASE's own: results are float64 numpy arrays in eV, eV/Å and eV/Å^3, kept until
-    the atoms change. No gradient is recorded here: see `BPTTOptimizer.relaxation` and `ase_bptt.relax`.
+    the atoms change, with their ``info["charge"]`` and ``info["spin"]``. No gradient is recorded here: see
+    `BPTTOptimizer.relaxation` and `ase_bptt.relax`.
 
     Parameters
     ----------
@@ -163,6 +165,9 @@ class TorchCalculator(Calculator):
             changes = [] if distance == 0 else super().check_state(atoms, tol=tol)
         else:
             changes = super().check_state(atoms, tol=tol)
+            # They stand in info, where ASE does not look.
+            if self.atoms is not None and specified(self.atoms) != specified(atoms):
+                changes = [*changes, "info"]
         if not changes and self._calculated_with != weights_version(self.potential):
             changes = ["positions"]
         return changes
@@ -237,13 +242,14 @@ def _check_keywords(given: Mapping[str, Any]) -> None:
 
 
 def same_but_positions(a: Atoms, b: Atoms) -> bool:
-    """Whether two structures of one size are equal to the last bit, positions apart, in all that ASE compares.
+    """Whether two structures of one size are equal to the last bit, positions apart, in all that ASE compares, charge
+    and spin.
 
     False says nothing: ASE compares less, and with a tolerance.
     """
     if len(a) != len(b) or a.arrays.keys() != b.arrays.keys():
         return False
-    if not ((a.cell.array == b.cell.array).all() and (a.pbc == b.pbc).all()):
+    if not ((a.cell.array == b.cell.array).all() and (a.pbc == b.pbc).all()) or specified(a) != specified(b):
         return False
     return all(np.array_equal(value, b.arrays[name]) for name, value in a.arrays.items() if name != "positions")
 

@@ -200,3 +200,12 @@ def drift(maps: tuple[Map, ...], n: int) -> np.ndarray:
     _, lengths, axes = np.linalg.svd(lost, full_matrices=False)
     free = axes[lengths < 1e-8 * n]
     return free.T @ free
+
+
+def orthogonal(maps: tuple[Map, ...], n: int) -> bool:
+    """Whether the maps of n atoms are an orthogonal projection, tested with two random vectors."""
+    project = Projection([maps], [n], torch.empty(0, dtype=torch.float64))
+    u, v = torch.from_numpy(np.random.default_rng(0).normal(size=(2, n, 3)))
+    once = project(v)
+    twisted, lost = (u * once - project(u) * v).sum().abs() / n, (project(once) - once).abs().max()
+    return float(twisted + lost) < 1e-8

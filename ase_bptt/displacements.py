@@ -17,7 +17,7 @@ from torch import Tensor
 from .cells.measures import in_cells_of
 from .neighbors.lattice import nearest_lattice_vectors, reduced, reduced_cells
 from .result import Relaxation
-from .structures import Structures, as_structures
+from .structures import PER_ATOM, PER_STRUCTURE, Structures, as_structures
 
 Comparable = Relaxation | Structures | Atoms | Sequence[Atoms]
 ANCHORS = 8
@@ -46,8 +46,7 @@ def compared(a: Comparable, b: Comparable) -> tuple[Structures, Structures]:
     now = a.structures if isinstance(a, Relaxation) else as_structures(a)
     x = now.positions
     then = b.structures if isinstance(b, Relaxation) else as_structures(b)
-    names = ("positions", "cells", "pbc", "numbers", "masses")
-    then = then.replace(**{k: _like(getattr(then, k).detach(), x) for k in names})
+    then = then.replace(**{k: _like(getattr(then, k).detach(), x) for k in PER_ATOM + PER_STRUCTURE})
     # The constraints of the run decide which atoms and which drift count; else those of the reference.
     if now.maps:
         then = then.replace(maps=now.maps)

@@ -99,6 +99,8 @@ class Potential(nn.Module):
     """Radius in Å within which it wants edges."""
     atomic_numbers: frozenset[int] | None = None
     """Elements it knows; None means all."""
+    inputs: frozenset[str] = frozenset()
+    """Which of "charge" and "spin" of a structure its energy depends on: `Structures.charges` and `.spins`."""
 
     def batch(self, atoms: Atoms | Sequence[Atoms]) -> Structures:
         """Atoms as tensors, where and in the dtype the potential computes."""
@@ -198,7 +200,7 @@ class Potential(nn.Module):
         raise NotImplementedError(f"The family {self.family!r} has no stresses per atom.")
 
     def check(self, structures: Structures) -> None:
-        """Raise NotImplementedError for elements that the potential does not know."""
+        """Raise NotImplementedError for elements, charges and spins that the potential does not know."""
         if self.atomic_numbers is None:
             return
         unknown = {int(z) for z in structures.numbers.unique()} - self.atomic_numbers

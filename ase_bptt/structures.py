@@ -14,12 +14,15 @@ from ase import Atoms
 from ase.symbols import Symbols
 from torch import Tensor
 
-from .constraints import Map, Projection, drift, fixed, maps_of
-from .utils import as_device
+from .charges import SPECIFIED, charge_and_spin, info_of
+from .constraints import Map, Projection, drift, fixed, maps_of, orthogonal
+from .utils import as_device, lasting_property
 
 Self = TypeVar("Self", bound="Structures")
 LASTING = frozenset({"batch", "force_map", "step_map", "movable", "drift"})
 """Properties that are the same in all frames of a batch; kept, so that none may be a tensor of inference mode."""
+PER_ATOM, PER_STRUCTURE = ("positions", "numbers", "masses"), ("cells", "pbc", "charges", "spins")
+FLOATS = ("positions", "masses", "cells", "charges", "spins")
 
 
 @dataclass(eq=False)
@@ -37,6 +40,9 @@ class Structures:
         Atomic numbers.
     masses : Tensor, shape (n_atoms,)
         In amu.
+    charges, spins : Tensor, shape (n,)
+        Charge of each structure in elementary charges, and its spin multiplicity 2S + 1: ``info["charge"]`` and
+        ``info["spin"]`` of the Atoms, or 0 and 1.
     counts : tuple of int, length n
         Atoms in each structure.
     constraints : tuple of tuple of str, length n
@@ -65,8 +71,15 @@ class Structures:
     counts: tuple[int, ...]
     constraints: tuple[tuple[str, ...], ...]
     maps: tuple[tuple[tuple[Map, ...], tuple[Map, ...]], ...] = ()
+    charges: Tensor = None  # type: ignore[assignment]
+    spins: Tensor = None  # type: ignore[assignment]
 
     lasting: ClassVar[frozenset[str]] = LASTING
+
+    def __post_init__(self) -> None:
+        for name, usual in zip(("charges", "spins"), SPECIFIED.values(), strict=True):
+            if getattr(self, name) is None:
+                setattr(self, name, self.masses.new_full((len(self.counts),), usual))
 
     @classmethod
     def from_atoms(
@@ -77,13 +90,12 @@ class Structures:
         dtype: torch.dtype | None = None,
     ) -> Structures:
         """Batch Atoms. dtype is float64 unless given; device is the CPU."""
-        if isinstance(atoms, Atoms):
-            atoms = [atoms]
+        atoms = [atoms] if isinstance(atoms, Atoms) else atoms
         if not atoms:
             raise ValueError("There is no structure in this list: give at least one Atoms object.")
-        if isinstance(device, str):
-            device = as_device(device)
+        device = as_device(device) if isinstance(device, str) else device
         floats = partial(torch.tensor, dtype=dtype or torch.float64, device=device)
+        charges, spins = zip(*map(charge_and_spin, atoms), strict=True)
         return cls(
             positions=floats(np.concatenate([a.positions for a in atoms])),
             cells=floats(np.stack([a.cell.array for a in atoms])),
@@ -93,16 +105,19 @@ class Structures:
             counts=tuple(len(a) for a in atoms),
             constraints=tuple(tuple(type(c).__name__ for c in a.constraints) for a in atoms),
             maps=tuple(maps_of(a) for a in atoms) if any(a.constraints for a in atoms) else (),
+            charges=floats(charges),
+            spins=floats(spins),
         )
 
     def to_atoms(self) -> list[Atoms]:
         """The structures as new Atoms, without constraints and calculators."""
         x, m = (value.detach().cpu().double().split(self.counts) for value in (self.positions, self.masses))
         cells = self.cells.detach().cpu().double()
-        columns = zip(self.numbers.cpu().split(self.counts), x, cells, self.pbc.cpu(), m, strict=True)
+        info = map(info_of, self.charges.tolist(), self.spins.tolist())
+        columns = zip(self.numbers.cpu().split(self.counts), x, cells, self.pbc.cpu(), m, info, strict=True)
         return [
-            Atoms(numbers=z.numpy(), positions=x.numpy(), cell=c.numpy(), pbc=p.numpy(), masses=m.numpy())
-            for z, x, c, p, m in columns
+            Atoms(numbers=z.numpy(), positions=x.numpy(), cell=c.numpy(), pbc=p.numpy(), masses=m.numpy(), info=info)
+            for z, x, c, p, m, info in columns
         ]
 
     def __len__(self) -> int:
@@ -127,8 +142,7 @@ class Structures:
         """Class names of all constraints in the batch, each once, sorted."""
         return sorted({name for names in self.constraints for name in names})
 
-    @cached_property
-    @torch.inference_mode(False)
+    @lasting_property
     def batch(self) -> Tensor:
         """Index of the structure that each atom belongs to, shape (n_atoms,)."""
         counts = torch.tensor(self.counts, dtype=torch.int64, device=self.numbers.device)
@@ -136,23 +150,20 @@ class Structures:
 
     @cached_property
     def volumes(self) -> Tensor:
-        """Cell volumes in Å^3, shape (n,); zero where the cell is not three-dimensional."""
+        """In Å^3, shape (n,); zero where the cell is not three-dimensional."""
         return torch.linalg.det(self.cells).abs()
 
-    @cached_property
-    @torch.inference_mode(False)
+    @lasting_property
     def force_map(self) -> Projection | None:
         """The constraints' map of forces."""
         return Projection([forces for forces, _ in self.maps], self.counts, self.masses) if self.maps else None
 
-    @cached_property
-    @torch.inference_mode(False)
+    @lasting_property
     def step_map(self) -> Projection | None:
         """The constraints' map of steps."""
         return Projection([steps for _, steps in self.maps], self.counts, self.masses) if self.maps else None
 
-    @cached_property
-    @torch.inference_mode(False)
+    @lasting_property
     def movable(self) -> Tensor:
         """1 for each atom that can move, 0 for fixed atoms, shape (n_atoms,)."""
         if not self.maps:
@@ -160,8 +171,7 @@ class Structures:
         stuck = [fixed(steps, n) for (_, steps), n in zip(self.maps, self.counts, strict=True)]
         return 1 - torch.as_tensor(np.concatenate(stuck)).to(self.masses)
 
-    @cached_property
-    @torch.inference_mode(False)
+    @lasting_property
     def drift(self) -> Tensor | None:
         """Projectors onto the translations that the constraints allow, shape (n, 3, 3); None without constraints."""
         if not self.maps:
@@ -171,13 +181,8 @@ class Structures:
 
     @cached_property
     def orthogonal(self) -> list[bool]:
-        """Whether each structure's map of forces is an orthogonal projection, tested with two random vectors."""
-        exact = self.to(torch.device("cpu"), torch.float64)
-        u, v = torch.from_numpy(np.random.default_rng(0).normal(size=(2, self.n_atoms, 3)))
-        once = exact.project_forces(v)
-        twisted = exact.sum(u * once - exact.project_forces(u) * v).sum(1).abs() / torch.tensor(self.counts)
-        lost = exact.max((exact.project_forces(once) - once).abs().amax(1))
-        return (twisted + lost < 1e-8).tolist()
+        """Whether each structure's map of forces is an orthogonal projection; empty where there are no constraints."""
+        return [orthogonal(forces, n) for (forces, _), n in zip(self.maps, self.counts)]
 
     def project_forces(self, forces: Tensor) -> Tensor:
         """Forces projected by the constraints, shape (n_atoms, 3)."""
@@ -189,7 +194,7 @@ class Structures:
 
     def to(self: Self, device: torch.device, dtype: torch.dtype) -> Self:
         """The same batch elsewhere or in another precision, attached to this one's positions and cells."""
-        floats = {name: getattr(self, name).to(device, dtype) for name in ("positions", "cells", "masses")}
+        floats = {name: getattr(self, name).to(device, dtype) for name in FLOATS}
         if all(value is getattr(self, name) for name, value in floats.items()):
             return self
         return self.replace(**floats, numbers=self.numbers.to(device), pbc=self.pbc.to(device))
@@ -210,11 +215,8 @@ class Structures:
         atoms = self.atoms_of(keep)
         return dataclasses.replace(
             self,
-            positions=self.positions[atoms],
-            cells=self.cells[index],
-            pbc=self.pbc[index],
-            numbers=self.numbers[atoms],
-            masses=self.masses[atoms],
+            **{name: getattr(self, name)[atoms] for name in PER_ATOM},
+            **{name: getattr(self, name)[index] for name in PER_STRUCTURE},
             counts=tuple(self.counts[i] for i in keep),
             constraints=tuple(self.constraints[i] for i in keep),
             maps=tuple(self.maps[i] for i in keep) if self.maps else (),
@@ -222,12 +224,10 @@ class Structures:
 
     def joined(self: Self, other: Self) -> Self:
         """The structures of both, as one batch."""
-        free: tuple[tuple[Map, ...], tuple[Map, ...]] = ((), ())
-        maps = [of.maps or (free,) * len(of) for of in (self, other)]
-        tensors = ("positions", "cells", "pbc", "numbers", "masses")
+        maps = [of.maps or (((), ()),) * len(of) for of in (self, other)]
         return dataclasses.replace(
             self,
-            **{name: torch.cat((getattr(self, name), getattr(other, name))) for name in tensors},
+            **{name: torch.cat((getattr(self, name), getattr(other, name))) for name in PER_ATOM + PER_STRUCTURE},
             counts=self.counts + other.counts,
             constraints=self.constraints + other.constraints,
             maps=maps[0] + maps[1] if self.maps or other.maps else (),

@@ -11,7 +11,7 @@ import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
-from functools import wraps
+from functools import cached_property, wraps
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -178,6 +178,11 @@ def outside_inference_mode(function: F) -> F:
             return function(*args, **kwargs)
 
     return cast(F, wrapped)
+
+
+def lasting_property(function: Callable[[Any], T]) -> cached_property[T]:
+    """A cached property that is no tensor of inference mode, whoever asks for it first."""
+    return cached_property(torch.inference_mode(False)(function))
 
 
 def savable(value: T) -> T:

@@ -16,8 +16,8 @@ from helpers.structures import cluster, methanol, rattled, silicon, skewed
 
 from ase_bptt import RelaxationPair
 from ase_bptt import pairs as pairs_module
-from ase_bptt.pairs import InvalidPair, check_pair, unwrapped
-from ase_bptt.pairs.cell_changes import warn_of_moves
+from ase_bptt.pairs import InvalidPair, check_pair
+from ase_bptt.pairs.cell_changes import unwrapped, warn_of_moves
 from ase_bptt.pairs.reading import read_pairs
 
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import ClassVar, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..structures import LASTING, Structures
+from ..structures import LASTING, PER_STRUCTURE, Structures
+from ..utils import lasting_property
 from . import CellFreedom
 from .row_maps import maps_of_rows
 
@@ -106,8 +106,7 @@ class Strained(Structures):
             pressures = torch.tensor(given, dtype=torch.float64)
         return cls(
             positions=structures.positions.new_zeros(sum(counts), 3).index_copy(0, rows, structures.positions),
-            cells=structures.cells,
-            pbc=structures.pbc,
+            **{name: getattr(structures, name) for name in PER_STRUCTURE},
             numbers=structures.numbers.new_zeros(sum(counts)).index_copy(0, rows, structures.numbers),
             masses=structures.masses.new_zeros(sum(counts)).index_copy(0, rows, structures.masses),
             counts=counts,
@@ -121,21 +120,18 @@ class Strained(Structures):
 
     # Where the rows are -----------------------------------------------------------------------
 
-    @cached_property
-    @torch.inference_mode(False)
+    @lasting_property
     def moving(self) -> Tensor:
         """Indices of the structures whose cells move, shape (m,)."""
         found = [k for k, freedom in enumerate(self.freedoms) if freedom.moves]
         return torch.tensor(found, dtype=torch.int64, device=self.numbers.device)
 
-    @cached_property
-    @torch.inference_mode(False)
+    @lasting_property
     def atom_rows(self) -> Tensor:
         """The rows that are atoms, shape (n_atoms,)."""
         return torch.as_tensor(self._rows[0], device=self.numbers.device)
 
-    @cached_property
-    @torch.inference_mode(False)
+    @lasting_property
     def cell_rows(self) -> Tensor:
         """The rows that are cells, shape (3 m,)."""
         return torch.as_tensor(self._rows[1], device=self.numbers.device)

@@ -1,4 +1,4 @@
-"""What the shell reads as the degrees of freedom of a cell, and as its pressure."""
+"""What the shell reads as the degrees of freedom of a cell, as its pressure, and as charges."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import math
 from ase import units
 
 from ..cells import CellFreedom
+from ..pairs.charges import CHOICES
 
 
 def cell(text: str) -> str | tuple[int, ...]:
@@ -29,3 +30,13 @@ def pressure(text: str) -> float:
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"must be a finite number of GPa, got {text}")
     return value * units.GPa
+
+
+def charges(text: str) -> str | float:
+    """A name, or a charge."""
+    if text in CHOICES:
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be {', '.join(CHOICES)} or a charge as -1, got {text!r}") from None

@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from ..pairs import MAX_REFERENCE_FORCE, InvalidPair, RelaxationPair
+from ..pairs.charges import ALL, EACH, of_charge
 from ..pairs.loading import Choices, n_cores
 from ..pairs.reading import read_archive
 from ..pairs.symmetry import SYMMETRIES
@@ -25,7 +26,7 @@ from ..potentials import load_potential
 from ..suggestions import named, nearest, unknown_name
 from ..training.distributed import together
 from ..utils import as_device
-from .cell_flags import cell, pressure
+from .cell_flags import cell, charges, pressure
 from .run_folder import signals_deferred
 
 log = logging.getLogger(__name__)
@@ -169,6 +170,8 @@ def add_pairs(parser: argparse.ArgumentParser, nargs: str = "+", option: str | N
          action="store_true")  # fmt: skip
     flag(group, parser, "--max-reference-force", "eV/Å: what is left with a larger force is no reference and left out",
          MAX_REFERENCE_FORCE, type=positive, metavar="X")  # fmt: skip
+    flag(group, parser, "--charges", "which pairs, by info['charge'] of their structures: neutral, all, one charge as "
+         "-1, or in training each charge by itself", ALL, type=charges, metavar="Q")  # fmt: skip
     add_cell(group, parser, "what of the cells was relaxed (default: what the runs say, or else the cells show)", None)
     flag(group, parser, "--symmetry", "of starts: keep it (FixSymmetry), break it by a small rattle, or leave it free "
          "(default: keep it where the reference did: ISYM of VASP, nosym of pw.x)",
@@ -276,7 +279,9 @@ def read_grouped(arguments: argparse.Namespace, *, show: bool = False) -> list[R
         survey.warn()
     else:
         survey.report()
-    return pairs
+    if arguments.charges == EACH:
+        raise ValueError("--charges each belongs to train: give neutral, all or one charge.")
+    return of_charge(pairs, arguments.charges)
 
 
 def potential_of(arguments: argparse.Namespace, spec: str | None = None) -> Potential:

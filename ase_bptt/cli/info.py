@@ -12,6 +12,7 @@ from tqdm import tqdm
 from ..diagnostics import diagnose
 from ..diagnostics.gradient_report import GradientReport, diagnose_gradients
 from ..losses import delta_q
+from ..pairs.charges import warn_of_contradictions
 from ..pairs.groups import usable
 from ..potential import Potential, symbols
 from ..relaxation import relax
@@ -65,6 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     suitability = None
     if arguments.pairs:
         pairs = usable(potential, read_grouped(arguments, show=True), skip_invalid=arguments.skip_invalid)
+        warn_of_contradictions(pairs, potential.inputs)
         with tqdm(disable=None, leave=False) as bar:
 
             def progress(done: int, total: int, what: str) -> None:

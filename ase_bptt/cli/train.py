@@ -12,6 +12,7 @@ from typing import Any
 from ..adjoints import Adjoint, make_adjoint
 from ..losses import LOSSES
 from ..pairs import RelaxationPair
+from ..pairs.charges import ALL, EACH, charges_in
 from ..pairs.groups import split_into_folds, unwarned_split, usable, warn_of_few
 from ..potential import Potential
 from ..steppers import STEPPERS, Stepper, make_stepper
@@ -75,11 +76,25 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
+    if arguments.charges == EACH:
+        return _each_charge(arguments)
     if arguments.resume and not arguments.folds:
         arguments.folds = run_folder.saved(arguments.out).get("folds")
     if arguments.folds:
         return _cross_validate(arguments)
     return launch(arguments, _splits)
+
+
+def _each_charge(arguments: argparse.Namespace) -> int:
+    """A run for each charge, in a folder of its own below --out."""
+    arguments.charges = ALL
+    charges = charges_in(read_grouped(arguments))
+    for charge in charges:
+        own = argparse.Namespace(**vars(arguments))
+        own.charges, own.out = charge, arguments.out / (f"charge_{charge:+g}" if charge else "charge_0")
+        messages.quiet_if(arguments.json)(f"charge {charge:+g}: {own.out}" if charge else f"charge 0: {own.out}")
+        run(own)
+    return 0
 
 
 def stopped(arguments: argparse.Namespace) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..adjoints import Adjoint, Attached, make_adjoint
 from ..calculator import TorchCalculator, same_but_positions
+from ..charges import specified
 from ..iterated_map import Checkpointing, End, IteratedMap, Status, Trajectory
 from ..result import Relaxation
 from ..steppers import GradientDescent, State, Stepper
@@ -128,7 +129,7 @@ def _same_atoms(a: Atoms, b: Atoms, moving: set[str]) -> bool:
     if not same_but_positions(a, b):
         # ASE does not compare masses, by which constraints of the centre of mass weigh.
         differ = compare_atoms(a, b, excluded_properties=moving)
-        if differ or not np.array_equal(a.get_masses(), b.get_masses()):
+        if differ or specified(a) != specified(b) or not np.array_equal(a.get_masses(), b.get_masses()):
             return False
     return _equal([*map(vars, a.constraints)], [*map(vars, b.constraints)]) and (
         [*map(type, a.constraints)] == [*map(type, b.constraints)]

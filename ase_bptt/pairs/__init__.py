@@ -9,18 +9,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from ase import Atoms
-from ase.calculators.singlepoint import SinglePointCalculator
-from ase.geometry import find_mic
 from ase.io.jsonio import encode
 
 from ..cells import CellFreedom
-from ..displacements import lattice_translations, shortest_lattice_vector
+from ..charges import charge_and_spin, info_of
 from ..neighbors import find_edges
-from ..neighbors.lattice import periodic_cell
 from ..structures import Structures
-from .cell_changes import SAME_CELL, cell_change, cell_problem, positions_in
+from .cell_changes import SAME_CELL, cell_change, cell_problem
 
 log = logging.getLogger(__name__)
 
@@ -88,13 +84,20 @@ class RelaxationPair:
 
     @property
     def kind(self) -> str:
-        """Elements and constraints of both ends, on which it depends whether a potential can treat the pair."""
+        """Elements, constraints, charge and spin, on which it depends whether a potential can treat the pair."""
         numbers = np.union1d(self.initial.numbers, self.relaxed.numbers)
         constraints = {type(c).__name__ for atoms in (self.initial, self.relaxed) for c in atoms.constraints}
-        return " ".join(map(str, [*numbers, *sorted(constraints)]))
+        specified = info_of(*charge_and_spin(self.initial))
+        return " ".join(map(str, [*numbers, *sorted(constraints), *(f"{k}={v:g}" for k, v in specified.items())]))
+
+    @property
+    def charge(self) -> float:
+        """Of its structures, in elementary charges: ``info["charge"]``, or 0."""
+        known = dict(word.split("=") for word in self.kind.split() if "=" in word)
+        return float(known.get("charge", 0.0))
 
     def digest(self) -> bytes:
-        """A hash of atoms, masses, positions, cells and constraints of both ends."""
+        """A hash of atoms, masses, positions, cells, charges, spins and constraints of both ends."""
         digest = hashlib.sha256()
         add_to_hash(digest, self.initial)
         add_to_hash(digest, self.relaxed)
@@ -238,8 +241,8 @@ def check_converged(relaxed: Atoms, name: str, max_force: float | None, said: fl
 
 def check_distances(atoms: Atoms, where: str) -> None:
     """Raise InvalidPair where two atoms, or an atom and an image, are nearer than `CLASH`, or the cell is flat."""
-    structures = Structures.from_atoms(atoms)
     try:
+        structures = Structures.from_atoms(atoms)
         found = find_edges(structures, CLASH)
     except ValueError as error:
         raise InvalidPair(f"{where} {error}") from error
@@ -252,39 +255,8 @@ def check_distances(atoms: Atoms, where: str) -> None:
         )
 
 
-def unwrapped(initial: Atoms, relaxed: Atoms) -> Atoms:
-    """The relaxed structure with each atom at the periodic image nearest to its initial position.
-
-    Nearest is measured after the drift of the whole structure is removed. Positions change by lattice vectors only, so
-    none changes where no atom was wrapped; the results of the calculator stay with the structure.
-    """
-    difference = positions_in(initial, relaxed) - initial.positions
-    # So it is for nearly all of the many thousands of pairs that may be read: each displacement is within a quarter of
-    # a lattice vector of the drift, and the drift within half of one.
-    if np.linalg.norm(difference, axis=1).max(initial=0.0) < shortest_lattice_vector(initial) / 8:
-        return relaxed
-    free = Structures.from_atoms(Atoms(initial.numbers, cell=initial.cell, pbc=initial.pbc))
-    moves = torch.from_numpy(difference)
-    nearest, translations = moves, torch.ones_like(moves)
-    while translations.any():
-        mean = nearest.mean(dim=0)
-        translations = lattice_translations(nearest - mean, free, torch.ones_like(free.masses))
-        nearest = nearest - translations
-    # A drift by a whole cell vector is none.
-    lattice = periodic_cell(initial.cell.array, initial.pbc)
-    whole = mean.numpy() - find_mic(mean.numpy(), lattice, initial.pbc)[0]
-    shifts = np.rint(((nearest - moves).numpy() - whole) @ np.linalg.inv(lattice)) * initial.pbc
-    if not shifts.any():
-        return relaxed
-    found = relaxed.copy()
-    found.positions += shifts @ relaxed.cell.array
-    if relaxed.calc is not None:
-        found.calc = SinglePointCalculator(found, **relaxed.calc.results)
-    return found
-
-
 def fingerprint(pairs: Sequence[RelaxationPair]) -> str:
-    """A hash of the pairs' atoms, masses, positions, cells and constraints, in order."""
+    """A hash of the pairs' atoms, masses, positions, cells, charges, spins and constraints, in order."""
     digest = hashlib.sha256()
     for pair in pairs:
         digest.update(pair.digest())
@@ -295,5 +267,7 @@ def add_to_hash(digest: Any, atoms: Atoms) -> None:
     """Add everything of a structure that a relaxation depends on."""
     for array in (atoms.numbers, atoms.get_masses(), atoms.positions, atoms.cell.array, atoms.pbc):
         digest.update(array.tobytes())
+    if specified := info_of(*charge_and_spin(atoms)):
+        digest.update(repr(specified).encode())
     if atoms.constraints:
         digest.update(encode([c.todict() for c in atoms.constraints]).encode())

@@ -6,11 +6,15 @@ import logging
 from collections.abc import Callable
 
 import numpy as np
+import torch
 from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
 from ase.geometry import find_mic
 from scipy.optimize import linear_sum_assignment
 
+from ..displacements import lattice_translations, shortest_lattice_vector
 from ..neighbors.lattice import periodic_cell
+from ..structures import Structures
 
 log = logging.getLogger(__name__)
 LARGEST_STRAIN = 0.7
@@ -56,6 +60,37 @@ def cell_problem(initial: Atoms, relaxed: Atoms) -> str:
             "write both structures with the same choice of cell vectors."
         )
     return ""
+
+
+def unwrapped(initial: Atoms, relaxed: Atoms) -> Atoms:
+    """The relaxed structure with each atom at the periodic image nearest to its initial position.
+
+    Nearest is measured after the drift of the whole structure is removed. Positions change by lattice vectors only, so
+    none changes where no atom was wrapped; the results of the calculator stay with the structure.
+    """
+    difference = positions_in(initial, relaxed) - initial.positions
+    # So it is for nearly all of the many thousands of pairs that may be read: each displacement is within a quarter of
+    # a lattice vector of the drift, and the drift within half of one.
+    if np.linalg.norm(difference, axis=1).max(initial=0.0) < shortest_lattice_vector(initial) / 8:
+        return relaxed
+    free = Structures.from_atoms(Atoms(initial.numbers, cell=initial.cell, pbc=initial.pbc))
+    moves = torch.from_numpy(difference)
+    nearest, translations = moves, torch.ones_like(moves)
+    while translations.any():
+        mean = nearest.mean(dim=0)
+        translations = lattice_translations(nearest - mean, free, torch.ones_like(free.masses))
+        nearest = nearest - translations
+    # A drift by a whole cell vector is none.
+    lattice = periodic_cell(initial.cell.array, initial.pbc)
+    whole = mean.numpy() - find_mic(mean.numpy(), lattice, initial.pbc)[0]
+    shifts = np.rint(((nearest - moves).numpy() - whole) @ np.linalg.inv(lattice)) * initial.pbc
+    if not shifts.any():
+        return relaxed
+    found = relaxed.copy()
+    found.positions += shifts @ relaxed.cell.array
+    if relaxed.calc is not None:
+        found.calc = SinglePointCalculator(found, **relaxed.calc.results)
+    return found
 
 
 def warn_of_moves(initial: Atoms, relaxed: Atoms, name: str, warn: Callable[..., None] = log.warning) -> None:

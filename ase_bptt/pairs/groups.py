@@ -81,8 +81,8 @@ def warn_of_equal_starts(
         found = [relaxed(k) for k in same[:MANY]]
         farthest = max(_distance(a, b) for a, b in combinations(found, 2))
         log.warning(
-            "%s begin in one structure and end up to %.2f Å apart: where their charges, spins or settings of DFT "
-            "differ, which a potential does not know, no weights can satisfy all; keep those of one kind.",
+            "%s begin in one structure and end up to %.2f Å apart: where their settings of DFT differ, or "
+            "charges and spins that the potential does not take, no weights can satisfy all; keep those of one kind.",
             ", ".join(ids[k] for k in same[:MANY]) + ", ..." * (len(same) > MANY), farthest,
         )  # fmt: skip
 
@@ -236,6 +236,9 @@ def check_usable(potential: Potential, pair: RelaxationPair) -> None:
     """Raise NotImplementedError, naming the pair, for elements or constraints that cannot be treated."""
     ends = Structures.from_atoms((pair.initial, pair.relaxed))
     _check_elements(potential, ends, pair.id)
+    charges, spins = ends.charges.tolist(), ends.spins.tolist()
+    if potential.inputs and (charges[0] != charges[1] or spins[0] != spins[1]):
+        raise InvalidPair(f"{pair.id}: its initial and its relaxed structure differ in charge or spin; set both alike.")
     names = unknown(ends.constraint_names)
     if names:
         raise NotImplementedError(

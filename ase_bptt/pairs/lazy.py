@@ -17,7 +17,8 @@ import ase
 
 from .. import __version__
 from ..utils import replacing
-from . import InvalidPair, RelaxationPair, unwrapped
+from . import InvalidPair, RelaxationPair
+from .cell_changes import unwrapped
 from .chains import Legs
 from .databases import Member, Rows
 from .formats import VaspFile, inputs_of

@@ -25,9 +25,8 @@ from . import (
     check_converged,
     check_freedom,
     check_pair,
-    unwrapped,
 )
-from .cell_changes import warn_of_moves
+from .cell_changes import unwrapped, warn_of_moves
 from .chains import FURTHER, Chains, Legs, joined_legs
 from .sources import File, Source, pair_of, short, sources_in, two_files
 from .survey import Survey

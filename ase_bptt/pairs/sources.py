@@ -19,6 +19,7 @@ from ase import Atoms, units
 from . import InvalidPair, Loaded, NotARelaxation, RelaxationPair
 from .calculations import CUT, Run, check_kind, check_length, check_steps
 from .cells_of_runs import freedom_of
+from .charges import same_specified
 from .cp2k import CP2K, refuse_trajectory
 from .databases import members_of, relaxations_in
 from .formats import VaspFile, examined, format_of, read_frames
@@ -156,6 +157,7 @@ def pair_of(found: Loaded, name: str, root: Path) -> RelaxationPair:
     """The pair with its id, before atoms are unwrapped, ends are checked and a group is assigned."""
     known = found.relaxed.info.get("id")
     id = short(name if known is None else str(known), root)
+    same_specified(found.initial, found.relaxed, name)
     return RelaxationPair(
         found.initial, found.relaxed, id, frames=found.frames, cell=found.cell, symmetry=found.symmetry
     )

@@ -27,8 +27,8 @@ from .mace_files import (
     rightly_marked,
 )
 
-NEUTRAL = {"total_charge": 0.0, "total_spin": 1.0}
-"""The defaults of mace's own calculator; the spin is a multiplicity."""
+SPECIFIED = {"total_charge": ("charge", "charges"), "total_spin": ("spin", "spins")}
+"""What mace-torch calls the charge and the spin multiplicity of a structure, what users do, and its place here."""
 CUEQ = "cuequivariance"
 
 
@@ -87,7 +87,8 @@ class MACE(Potential):
         known = [int(z) for z in model.atomic_numbers]
         self.atomic_numbers = frozenset(known)
         self.head = _head_index(_heads(model), head)
-        self._constants = _further_inputs(model)
+        self._specified = _further_inputs(model)
+        self.inputs = frozenset(SPECIFIED[name][0] for name in self._specified)
         column = torch.zeros(max(known) + 1, dtype=torch.int64, device=model.r_max.device)
         column[known] = torch.arange(len(known), device=column.device)
         self.register_buffer("_column", column, persistent=False)
@@ -118,8 +119,8 @@ class MACE(Potential):
         return Prediction(out["energy"], atomic_energies=out["node_energy"].to(positions))
 
     def _composition(self, structures: Structures) -> dict[str, Tensor]:
-        """What depends on the elements and counts alone; kept, for it is the same in every frame of a run."""
-        made_for = (structures.numbers, structures.counts, structures.positions.dtype)
+        """What depends on elements, counts, charges and spins alone; kept, for all frames of a run share it."""
+        made_for = (structures.numbers, structures.counts, structures.charges, structures.spins)
         known = self._made  # read once: other threads may put theirs there
         if known is None or any(a is not b for a, b in zip(known[0], made_for, strict=True)):
             elements = nn.functional.one_hot(self._column[structures.numbers], len(self.atomic_numbers or ()))
@@ -129,10 +130,25 @@ class MACE(Potential):
                 "batch": structures.batch,
                 "ptr": nn.functional.pad(ends, (1, 0)),
                 "head": torch.full_like(ends, self.head),
-                **{name: structures.positions.new_full(ends.shape, value) for name, value in self._constants.items()},
+                **{name: getattr(structures, SPECIFIED[name][1]) for name in self._specified},
             }
             self._made = known = made_for, {name: value.detach() for name, value in made.items()}
         return known[1]
+
+    def check(self, structures: Structures) -> None:
+        super().check(structures)
+        for name, how in self._specified.items():
+            if how["type"] != "categorical":
+                continue
+            word, place = SPECIFIED[name]
+            least = -how.get("offset", 0)
+            most = least + how["num_classes"] - 1
+            for value in getattr(structures, place).tolist():
+                if not (value == round(value) and least <= value <= most):
+                    raise NotImplementedError(
+                        f"This MACE model knows whole {place} from {least} to {most}, and info[{word!r}] is {value:g}: "
+                        "take another model, or leave the structure out."
+                    )
 
     def layers(self) -> list[list[str]]:
         """Names of the weights, layer by layer, for `ase_bptt.tuning.select`."""
@@ -209,16 +225,16 @@ def _head_index(heads: list[str], wanted: str | None) -> int:
     return matches[0]
 
 
-def _further_inputs(model: Any) -> dict[str, float]:
-    """The inputs of the model for each structure beside its atoms, and their values."""
+def _further_inputs(model: Any) -> dict[str, Any]:
+    """The inputs of the model for each structure beside its atoms, and how it takes them."""
     wanted = dict(getattr(model, "embedding_specs", None) or {})
-    unknown = wanted.keys() - NEUTRAL.keys()
+    unknown = wanted.keys() - SPECIFIED.keys()
     if unknown:
         raise NotImplementedError(
             f"This MACE model needs {', '.join(sorted(unknown))} for each structure, which structures here do not "
             "have: take another."
         )
-    return {name: NEUTRAL[name] for name in wanted}
+    return wanted
 
 
 def each_distance_once(model: Any, n_edges: int) -> Any:

@@ -8,6 +8,7 @@ import numpy as np
 from ase import Atoms
 
 from ..cells.strained import COMMUTING
+from ..charges import SPECIFIED
 from ..pairs import RelaxationPair
 
 MOVED = {"positions", "numbers", "cell"}
@@ -72,6 +73,8 @@ def _frames_of(pair: RelaxationPair) -> list[Atoms]:
             f"{pair.id}: its frame {wrong} is {frames[wrong].symbols} and not {pair.relaxed.symbols}; "
             "give the frames of this relaxation, with their atoms in the same order."
         )
+    for frame in frames:
+        frame.info = {name: pair.initial.info[name] for name in SPECIFIED if name in pair.initial.info} | frame.info
     return frames
 
 

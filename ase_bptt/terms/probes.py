@@ -19,7 +19,7 @@ from ..displacements import displacements
 from ..neighbors import find_edges
 from ..pairs import RelaxationPair
 from ..potential import Potential
-from ..structures import Structures
+from ..structures import PER_ATOM, PER_STRUCTURE, Structures
 from ..throughput import single_points
 
 KINDS = ("structures", "crystals", "molecules")
@@ -220,7 +220,7 @@ class Targets:
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain values from which `from_state` restores them; constraints are not among them."""
-        names = ("positions", "cells", "pbc", "numbers", "masses")
+        names = PER_ATOM + PER_STRUCTURE
         tensors = {name: getattr(self.structures, name).detach().cpu() for name in names}
         labels = {"energies": self.energies.cpu(), "forces": self.forces.cpu()}
         return {**tensors, **labels, "counts": list(self.structures.counts)}

@@ -180,8 +180,8 @@ class Trainer:
         """The pairs, once everything about them is checked that can be checked before any work; raises as `fit`."""
         if self.out is not None:
             self.potential.config()  # raises where it could not be saved
-        warm = self.relaxation.warm_start_every > 0
-        return check_data(self.potential, self.terms, train, valid, test, unique_ids=warm)
+        warm, name = self.relaxation.warm_start_every > 0, getattr(self.relaxation.loss, "__name__", "")
+        return check_data(self.potential, self.terms, train, valid, test, unique_ids=warm, loss=name)
 
     def start(self, data: TrainingData, *, epochs: int) -> None:
         """Start or resume the run on these pairs: from here on its folder can be resumed, though no epoch has run."""

@@ -15,6 +15,7 @@ import torch
 
 from ..displacements import displacements, shortest_lattice_vector
 from ..pairs import RelaxationPair, fingerprint
+from ..pairs.charges import warn_of_contradictions
 from ..pairs.groups import check_apart, usable
 from ..pairs.lazy import DeferredPair
 from ..potential import Potential
@@ -55,6 +56,7 @@ def check_data(
     test: Sequence[RelaxationPair] = (),
     *,
     unique_ids: bool = False,
+    loss: str = "root_delta_q",
 ) -> TrainingData:
     """Check everything about the pairs that can be checked before any work.
 
@@ -66,6 +68,8 @@ def check_data(
     train, valid, test : sequence of RelaxationPair
     unique_ids : bool
         Whether training pairs must have different ids.
+    loss : str
+        Name of that of the Trainer, for how much of it pairs that contradict each other leave.
 
     Raises
     ------
@@ -80,6 +84,7 @@ def check_data(
     if unique_ids:
         _check_ids(train)
     usable(potential, [*train, *valid, *test])
+    warn_of_contradictions(train, potential.inputs, loss)
     check_terms(terms, train)
     return TrainingData(train, valid, test, fingerprint([*train, *valid]), fingerprint(test))
 
