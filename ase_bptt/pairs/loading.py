@@ -9,8 +9,9 @@ import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,17 +61,23 @@ def load_all(
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _uninterrupted)
     try:
         for source in sources:
-            waiting.append(pool.submit(check.load, source) if isinstance(source, File) else check.load(source))
+            # What is at hand keeps its place in the order.
+            later = pool.submit(check.load, source) if isinstance(source, File) else None
+            waiting.append(later.result if later else partial(check.load, source))
             if len(waiting) > AHEAD * processes:
-                yield _done(waiting.popleft())
+                yield waiting.popleft()()
         while waiting:
-            yield _done(waiting.popleft())
+            yield waiting.popleft()()
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _done(found: Any) -> Any:
-    return found.result() if isinstance(found, Future) else found
+def load_one(source: Source) -> Loaded | InvalidPair:
+    """What a source holds, or why it cannot be used."""
+    try:
+        return source.load()
+    except InvalidPair as problem:
+        return problem
 
 
 def _uninterrupted() -> None:
@@ -114,25 +121,14 @@ class Reading:
 
 @dataclass(frozen=True)
 class Check:
-    """What is done to each source by itself, in any process: it is loaded, and made a pair where it can be.
-
-    Attributes
-    ----------
-    root : Path
-        Where the names of pairs begin.
-    choices : Choices
-    """
+    """What is done to each source by itself, in any process: it is loaded, and made a pair named below the root."""
 
     root: Path
     choices: Choices
 
     def load(self, source: Source) -> tuple[Loaded | InvalidPair, Reading]:
         """What a source holds, or why it cannot be used, and what came of it."""
-        found: Loaded | InvalidPair
-        try:
-            found = source.load()
-        except InvalidPair as problem:
-            found = problem
+        found = load_one(source)
         return found, self.reading(source, found)
 
     def reading(self, source: Source, found: Loaded | InvalidPair) -> Reading:
