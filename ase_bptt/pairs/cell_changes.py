@@ -49,7 +49,7 @@ def cell_problem(initial: Atoms, relaxed: Atoms) -> str:
     gradient = np.linalg.solve(before, after)
     if np.linalg.det(gradient) <= 0:
         return "its cell changes handedness; write both structures with the same cell vectors."
-    # Of a cell that shrinks the strain is at most 0.5 in a direction, however far; that of the way back has no limit.
+    # Of a cell that shrinks the strain is at most 0.5 in a direction, however far; that of the inverse has no limit.
     both = (gradient, np.linalg.inv(gradient))
     strain = max(np.linalg.norm(f @ f.T - np.eye(3)) / 2 for f in both)
     if strain > LARGEST_STRAIN:
