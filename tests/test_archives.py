@@ -212,11 +212,17 @@ class TestAppendedRuns:
 
 
 class TestFailuresOfTheReader:
-    def test_are_not_blamed_on_a_finished_file(self, tmp_path):
-        write_vasprun(tmp_path / "vasprun.xml", computed_frames(), IBRION=2, NSW=9)
-        text = (tmp_path / "vasprun.xml").read_text()
-        (tmp_path / "vasprun.xml").write_text(text.replace("-1.00000000", "****************"))
-        with pytest.raises(InvalidPair, match=r"vasprun\.xml: its run has finished, but ASE's reader fails") as error:
+    @pytest.mark.parametrize(
+        ("name", "said", "instead"),
+        [("vasprun.xml", "-1.00000000", "****************"), ("vasprun.xml", "<c>Si </c>", "<c>Zz </c>"),
+         ("OUTCAR", "-1.00000000 eV", "**************** eV"), ("OUTCAR", "   ions per type =", "   ions of a type =")],
+    )  # fmt: skip
+    def test_are_not_blamed_on_a_finished_file(self, tmp_path, name, said, instead):
+        VASP[name](tmp_path / name, computed_frames())
+        text = (tmp_path / name).read_text()
+        assert said in text
+        (tmp_path / name).write_text(text.replace(said, instead))
+        with pytest.raises(InvalidPair, match=rf"{name}: its run has finished, but ASE's reader fails") as error:
             read_pairs(tmp_path)
         assert is_one_sentence(error.value)
 

@@ -242,6 +242,29 @@ class TestWhatAnOutputHolds:
         assert pair.initial.get_initial_magnetic_moments() == pytest.approx([2.0, *7 * [-0.4]])
         assert pair.relaxed.get_magnetic_moments() == pytest.approx(0.1 * np.arange(1, 9))
 
+    def test_fixed_atoms_of_pw_x(self, tmp_path):
+        write_espresso(tmp_path / "a.out", computed_frames(symbol="P"))
+        lines = (tmp_path / "a.out").read_text().splitlines(keepends=True)
+        for k in (k for k, line in enumerate(lines) if line.startswith("ATOMIC_POSITIONS")):
+            lines[k + 2] = lines[k + 2].rstrip() + "   0   0   0\n"
+            lines[k + 4] = lines[k + 4].rstrip() + "   1   0   1\n"
+        (tmp_path / "a.out").write_text("".join(lines))
+        (pair,) = read_pairs(tmp_path)
+        for atoms in (pair.initial, pair.relaxed):
+            whole, partly = atoms.constraints
+            assert whole.index.tolist() == [1]
+            assert (partly.index.tolist(), partly.mask.tolist()) == ([3], [False, True, False])
+
+    def test_fixed_atoms_of_fhi_aims(self, tmp_path):
+        geometry = (
+            "  lattice_vector 5 0 0\n  constrain_relaxation .true.\n  atom 0 0 0 P\n    constrain_relaxation .true.\n"
+            "  atom 0 0 0 Si\n    constrain_relaxation x\n    constrain_relaxation z\n" + 6 * "  atom 1 1 1 Si\n"
+        )
+        write_aims(tmp_path / "aims.out", computed_frames(symbol="P"), f"  Geometry relaxation: BFGS.\n{geometry}")
+        whole, partly = read_pairs(tmp_path)[0].initial.constraints
+        assert whole.index.tolist() == [0]
+        assert (partly.index.tolist(), partly.mask.tolist()) == ([1], [True, False, True])
+
     def test_moments_of_fhi_aims_likewise(self, tmp_path):
         geometry = "  atom 0 0 0 P\n    initial_moment 1.5\n" + 7 * "  atom 1 1 1 Si\n"
         said = f"  default_initial_moment 0.25\n  Geometry relaxation: Textbook BFGS.\n{geometry}"
@@ -404,6 +427,41 @@ class TestCp2k:
             assert [k for c in pair.initial.constraints for k in c.index] == fixed
             assert pair.freedom.pressure == pytest.approx(units.GPa * ("PRESSURE" in said))
         assert read_pairs(tmp_path)[0].freedom.name == cell
+
+    @pytest.mark.parametrize("pressure", ["1e4 0 0 0 1e4 0 0 0 1e4", "1e4 0 0 \\\n 0 1e4 0 0 0 \\\n 1e4", "10000"])
+    def test_an_isotropic_tensor_is_a_pressure(self, tmp_path, pressure):
+        write_cp2k(tmp_path / "a.out", computed_frames(), run_type="CELL_OPT")
+        (tmp_path / "a.inp").write_text(f"EXTERNAL_PRESSURE {pressure}\n")
+        assert read_pairs(tmp_path)[0].freedom.pressure == pytest.approx(units.GPa)
+
+    @pytest.mark.parametrize("pressure", ["[GPa] 1.0", "1 0 0 0 2 0 0 0 1"])
+    def test_any_other_is_refused(self, tmp_path, pressure):
+        write_cp2k(tmp_path / "a.out", computed_frames(), run_type="CELL_OPT")
+        (tmp_path / "a.inp").write_text(f"EXTERNAL_PRESSURE {pressure}\n")
+        with pytest.raises(InvalidPair, match=r"EXTERNAL_PRESSURE .* is not one number of bar") as error:
+            read_pairs(tmp_path / "a.out")
+        assert is_one_sentence(error.value)
+
+    @pytest.mark.parametrize("step", [2, 1])
+    def test_a_restart_file_has_the_last_structure(self, tmp_path, step):
+        frames = computed_frames()
+        write_cp2k(tmp_path / "a.out", frames, run_type="CELL_OPT", forces=False)
+        (tmp_path / "a-pos-1.xyz").unlink()
+        rows = "".join(f"{a.symbol} {a.x:.12f} {a.y:.12f} {a.z:.12f}\n" for a in frames[2])
+        cell = "".join(
+            f"  {x} {a:.10E} {b:.10E} {c:.10E}\n" for x, (a, b, c) in zip("ABC", frames[2].cell, strict=True)
+        )
+        (tmp_path / "a-1.restart").write_text(
+            " &GLOBAL\n  RUN_TYPE  CELL_OPT\n &END\n &GEO_OPT\n  STEP_START_VAL  7\n &END\n &CELL_OPT\n"
+            f"  STEP_START_VAL  {step}\n &END\n &CELL\n{cell} &END\n &COORD\n{rows} &END COORD\n"
+        )
+        if step == 1:
+            with pytest.raises(InvalidPair, match=r"a-1\.restart has no step 2, its last"):
+                read_pairs(tmp_path / "a.out")
+        else:
+            (pair,) = read_pairs(tmp_path)
+            np.testing.assert_allclose(pair.relaxed.positions, frames[2].positions, atol=1e-9)
+            np.testing.assert_allclose(pair.relaxed.cell.array, frames[2].cell.array, atol=1e-9)
 
     def test_cells_with_more_digits_and_a_lazy_start(self, tmp_path):
         frames = computed_frames()

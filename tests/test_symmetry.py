@@ -93,7 +93,7 @@ class TestOneStart:
         if isinstance(cell, tuple):
             assert np.abs(change[2]).max() < 1e-12
 
-    def test_break_repeats_depends_on_pair_and_seed_and_leaves_fixed_atoms(self):
+    def test_break_repeats_depends_on_the_seed_and_leaves_fixed_atoms(self):
         atoms = vacancy()
         atoms.set_constraint(FixAtoms([0, 3]))
         pair = with_symmetry(RelaxationPair(atoms, atoms.copy(), "a"), "keep")
@@ -129,6 +129,17 @@ SYMMETRIC = "      8 Sym. Ops., with inversion, found\n"
 
 
 class TestReading:
+    @pytest.mark.parametrize("lazy", [False, True])
+    @pytest.mark.parametrize("symmetry", ["break", "keep", "free", None])
+    def test_equal_starts_stay_in_one_group(self, tmp_path, lazy, symmetry):
+        for k, amplitude in enumerate((0.0, 0.3)):
+            frames = three(amplitude)
+            (tmp_path / str(k)).mkdir()
+            (write_vasprun if k else write_outcar)(tmp_path / str(k) / ("vasprun.xml" if k else "OUTCAR"), frames)
+        pairs = read_pairs(tmp_path, symmetry=symmetry, lazy=lazy, index=tmp_path / "index" if lazy else None)
+        assert len(pairs) == 2
+        assert len({pair.group for pair in pairs}) == 1
+
     @pytest.mark.parametrize(
         ("name", "write", "keeps"),
         [

@@ -11,7 +11,9 @@ AIMS = re.compile(
     rb"Invoking FHI-aims|Have a nice day|Begin self-consistency|Geometry relaxation:|Molecular dynamics|MD_run|"
     rb"relax_unit_cell|per-atom spin analysis|Relaxation step number|XC: +Using|\| Number of atoms|Charge ="
 )
-INPUT = re.compile(rb"^\s*(atom|atom_frac|initial_moment|default_initial_moment)\s+(\S+)", re.MULTILINE)
+INPUT = re.compile(
+    rb"^\s*(atom|atom_frac|initial_moment|default_initial_moment|constrain_relaxation)\s+(\S+)", re.MULTILINE
+)
 """Lines of geometry.in and control.in, which an output repeats before its first step."""
 HEADER = re.compile(AIMS.pattern + rb"|" + INPUT.pattern, re.MULTILINE)
 SPIN = re.compile(rb"\s*\|\s+\d+\s+(-?\d+\.\d+)")
@@ -44,6 +46,12 @@ def of_aims(lines: Lines) -> Iterator[Run]:
         elif not run.started and (said := INPUT.match(line)):
             if said[1].startswith(b"atom"):
                 moments.append(b"")
+                run.held.append(b"")
+            elif said[1] == b"constrain_relaxation":
+                # In geometry.in it follows an atom or a lattice vector; only axes and .true. fix something.
+                fixed = said[2].lower()
+                if run.held and fixed in (b".true.", b"x", b"y", b"z"):
+                    run.held[-1] += b"xyz" if fixed == b".true." else fixed
             elif said[1] == b"initial_moment" and moments:
                 moments[-1] = said[2]
             else:

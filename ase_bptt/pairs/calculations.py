@@ -72,6 +72,8 @@ class Run:
         Valence electrons of an atom, by element.
     labels, moments : dict of bytes to float
         Valence electrons and initial magnetic moments (μB) of an atom, by pw.x's name of its species.
+    held : list of bytes
+        For each atom the axes along which it is fixed, as b"xyz", where pw.x, FHI-aims or CP2K say so.
     first, final : ndarray, shape (n_atoms, 3), or None
         Fractions at which this run began, and at which the next one would begin, where the file has them.
     counters : list of int
@@ -91,6 +93,7 @@ class Run:
     valences: dict[str, float] = field(default_factory=dict)
     labels: dict[bytes, float] = field(default_factory=dict)
     moments: dict[bytes, float] = field(default_factory=dict)
+    held: list[bytes] = field(default_factory=list)
     final: np.ndarray | None = None
     counters: list[int] = field(default_factory=list)
     first: np.ndarray | None = None

@@ -1,8 +1,7 @@
 """Relaxations of CP2K: the header of an output, and its structures, most of which are in the files beside it.
 
-The output has the first structure, and the cell and the energy of each step; ``PROJECT-pos-1.xyz`` has the positions of
-the others, ``PROJECT-frc-1.xyz`` their forces where these were asked for, and ``PROJECT-1.cell`` their cells with more
-digits. Fixed atoms and the pressure are in the input, or in ``PROJECT-1.restart``.
+The output has the first structure, and cell and energy of each step; ``PROJECT-pos-1.xyz`` has the other positions (or
+``PROJECT-1.restart`` the last), ``PROJECT-frc-1.xyz`` forces, ``PROJECT-1.cell`` cells with more digits.
 """
 
 from __future__ import annotations
@@ -10,30 +9,28 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
-from ase.constraints import FixAtoms, FixCartesian
 from ase.geometry import cellpar_to_cell
 from ase.units import Bohr, Hartree
 
 from . import InvalidPair, NotARelaxation
-from .calculations import ZIPPED, Lines, Run, opened
+from .calculations import DYNAMICS, ZIPPED, Lines, Run, opened
 
 CP2K = "cp2k-output"
 """Our name of the format: ASE has none."""
 BEGINS = b"CP2K| version string"
 WORDS = re.compile(
     rb"CP2K\| version string|PROGRAM ENDED AT|GLOBAL\| (?:Run type|Project name)|CP2K\| Input file|DFT\| Charge|"
-    rb"DFT\| Multiplicity|FUNCTIONAL\| [A-Za-z][\w-]*:|QS\| Density cutoff|ATOMIC COORDINATES IN|Atomic kind:|"
+    rb"FUNCTIONAL\| [A-Za-z][\w-]*:|QS\| Density cutoff|ATOMIC COORDINATES IN|Atomic kind:|"
     rb"GTH Potential info|"
     rb"STARTING .*OPTIMIZATION|OPTIMIZATION COMPLETED|MAXIMUM NUMBER OF OPTIMIZATION STEPS|SCF run|DIMER|"
     rb"Informations at step|OPT\| Step number|Max\. gradient|OPT\| Maximum gradient  "
 )
 IN_INPUT = re.compile(
-    rb"^\s*(EXTERNAL_PRESSURE|KEEP_ANGLES|KEEP_SYMMETRY|CONSTRAINT)\b[ \t]+(\S.*?)\s*$", re.IGNORECASE
+    rb"^\s*(EXTERNAL_PRESSURE|KEEP_ANGLES|CONSTRAINT)\b[ \t]+(\S[^\n!#]*?)\s*$", re.IGNORECASE | re.MULTILINE
 )
 FIXED = re.compile(rb"&FIXED_ATOMS\b(.*?)&END", re.IGNORECASE | re.DOTALL)
 IN_FIXED = re.compile(rb"^\s*(LIST|COMPONENTS_TO_FIX)\b[ \t]+(\S[^\n!#]*)", re.IGNORECASE | re.MULTILINE)
@@ -49,14 +46,13 @@ def of_cp2k(lines: Lines) -> Iterator[Run]:
         found = mark.group() if mark else b""
         last = line.split()[-1:] or [b""]
         if found == BEGINS:
-            if run is not None:
-                yield run
+            yield from () if run is None else (run,)
             run = Run("CP2K")
         elif run is None:
             pass
         elif found.startswith((b"GLOBAL", b"DFT", b"CP2K| Input")):
-            name = {b"Run": b"run type", b"Project": b"project", b"Input": b"input", b"Charge": b"tot_charge"}
-            run.update([(name.get(found.split()[1], b"multiplicity"), last[0])])
+            names = {b"Run": b"run type", b"Project": b"project", b"Input": b"input", b"Charge": b"tot_charge"}
+            run.update([(names[found.split()[1]], last[0])])
         elif found.startswith(b"FUNCTIONAL"):
             named = run.tags.get("Exchange-correlation", "").split()
             run.tags["Exchange-correlation"] = " ".join(dict.fromkeys([*named, found[12:-1].decode()]))
@@ -116,10 +112,12 @@ def _beside(path: Path, run: Run, end: str) -> Path | None:
 
 
 def take_input(path: Path, run: Run) -> None:
-    """Add what the input says of the cell and its pressure to the settings of a run."""
+    """Add what the input says of the cell, its pressure and fixed atoms to a run."""
     for file in inputs_of_cp2k(path, run)[:1]:
         with opened(file) as text:
-            run.update([(m[1].upper(), m[2]) for line in text if (m := IN_INPUT.match(line))])
+            whole = text.read().replace(b"\\\n", b" ")
+        run.update([(key.upper(), value) for key, value in IN_INPUT.findall(whole)])
+        run.held = _held(whole, len(run.atoms))
 
 
 def frames_of_cp2k(path: Path, runs: Sequence[Run]) -> list[Atoms]:
@@ -131,34 +129,32 @@ def frames_of_cp2k(path: Path, runs: Sequence[Run]) -> list[Atoms]:
 
 def _frames(path: Path, run: Run, text: bytes) -> list[Atoms]:
     first, cells, energies = _of_output(path, text)
-    steps = sorted({*run.counters})
-    if not steps:
+    if not (steps := sorted({*run.counters})):
         return [first]
-    if (file := _beside(path, run, "-pos-1.xyz")) is None:
+    exact = _exact_cells(path, run)
+    if (file := _beside(path, run, "-pos-1.xyz")) is not None:
+        places = _rows_by_step(file, first)
+    elif (file := _beside(path, run, "-1.restart")) is not None:
+        places, last_cell = _of_restart(file, first)
+        exact = last_cell | exact
+    else:
         raise InvalidPair(
             f"{path}: its steps are in {run.tags.get('project', 'PROJECT')}-pos-1.xyz, which is not beside it; put it "
             "there, or leave it out."
         )
-    places, exact = _rows_by_step(file, first), _exact_cells(path, run)
     if steps[-1] not in places:
         raise InvalidPair(f"{path}: {file.name} has no step {steps[-1]}, its last; copy it again, or leave it out.")
-    forces = {} if (beside := _beside(path, run, "-frc-1.xyz")) is None else _rows_by_step(beside, first)
-    frames = []
+    beside = _beside(path, run, "-frc-1.xyz")
+    forces = {k: x * Hartree / Bohr for k, x in _rows_by_step(beside, first).items()} if beside else {}
+    moves, frames = run.tags.get("run type") == "CELL_OPT", []
     for step in [0, *(step for step in steps if step in places)]:
         atoms = first.copy()
         if step:
             atoms.positions = places[step]
-            moves = run.tags.get("run type") == "CELL_OPT"
             atoms.set_cell(exact.get(step, cells.get(step, first.cell.array)) if moves else first.cell)
-        results: dict[str, Any] = {"energy": energies[step]} if step in energies else {}
-        if step in forces:
-            results["forces"] = forces[step] * Hartree / Bohr
-        if results:
-            atoms.calc = SinglePointCalculator(atoms, **results)
+        known = {"energy": energies.get(step), "forces": forces.get(step)}
+        atoms.calc = SinglePointCalculator(atoms, **{name: x for name, x in known.items() if x is not None})
         frames.append(atoms)
-    constraints = _fixed(path, run)
-    for atoms in frames:
-        atoms.set_constraint(constraints)
     return frames
 
 
@@ -168,10 +164,9 @@ def refuse_trajectory(path: Path) -> None:
         file.readline()
         said = file.readline(500)
     if found := STEP.match(said):
-        kind = "molecular dynamics" if found[2] else "trajectory of CP2K, read with its output"
         raise NotARelaxation(
             f"{path}: it is a trajectory of CP2K, which has no cell; give its run's output, with this file beside it.",
-            kind,
+            DYNAMICS if found[2] else "trajectory of CP2K, read with its output",
         )
 
 
@@ -190,8 +185,8 @@ def _of_output(path: Path, text: bytes) -> tuple[Atoms, dict[int, np.ndarray], d
             rows = _coordinates(lines)
         elif line.startswith(b" CELL| Vector"):
             # Three digits of each component, but six of the length.
-            said = re.findall(rb"-?\d+\.\d+", line)
-            vectors = [*([] if b"Vector a" in line else vectors), [float(word) for word in said]]
+            said = [float(word) for word in re.findall(rb"-?\d+\.\d+", line)]
+            vectors = [*([] if b"Vector a" in line else vectors), said]
             angles = [] if b"Vector a" in line else angles
         elif line.startswith(b" CELL| Angle"):
             angles = [*angles, _number(line.split()[-1])]
@@ -262,26 +257,41 @@ def _rows_by_step(file: Path, first: Atoms) -> dict[int, np.ndarray]:
     return found
 
 
+def _of_restart(file: Path, first: Atoms) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
+    """Positions and cell of the step after which a restart file was written, by its number."""
+    with opened(file) as text:
+        whole = text.read()
+    run_type = re.search(rb"RUN_TYPE\s+(\w+)", whole)
+    step = re.search(rb"&%s\b.*?STEP_START_VAL\s+(\d+)" % (run_type[1] if run_type else b"GEO_OPT"), whole, re.DOTALL)
+    vectors = re.findall(rb"^\s*[ABC]\s+(-?\d\S*)\s+(-?\d\S*)\s+(-?\d\S*)\s*$", whole, re.MULTILINE)[:3]
+    coordinates = re.search(rb"&COORD\b(.*?)&END", whole, re.DOTALL)
+    lines = coordinates[1].splitlines() if coordinates else []
+    rows = [row for row in map(bytes.split, lines) if len(row) >= 4]
+    same = [row[0].decode("ascii", "replace").rstrip("0123456789_") for row in rows]
+    if step is None or len(vectors) != 3 or same != [*first.symbols]:
+        raise InvalidPair(f"{file}: its atoms are not those of the output beside it; copy it again or leave it out.")
+    return {int(step[1]): np.array([row[1:4] for row in rows], float)}, {int(step[1]): np.array(vectors, float)}
+
+
 def _exact_cells(path: Path, run: Run) -> dict[int, np.ndarray]:
     if (file := _beside(path, run, "-1.cell")) is None:
         return {}
     with opened(file) as text:
-        rows = [line.split() for line in text if not line.lstrip().startswith(b"#")]
-    return {int(row[0]): np.array(row[2:11], float).reshape(3, 3) for row in rows if len(row) >= 11}
+        rows = [line.split() for line in text]
+    return {
+        int(row[0]): np.array(row[2:11], float).reshape(3, 3) for row in rows if len(row) >= 11 and row[0].isdigit()
+    }
 
 
-def _fixed(path: Path, run: Run) -> list[FixAtoms | FixCartesian]:
-    """The constraints that the input names."""
-    found: list[FixAtoms | FixCartesian] = []
-    for file in inputs_of_cp2k(path, run)[:1]:
-        with opened(file) as text:
-            for section in FIXED.findall(text.read()):
-                said = [(key.upper(), value) for key, value in IN_FIXED.findall(section)]
-                atoms = [k for key, value in said if key == b"LIST" for k in _listed(value)]
-                axes = dict(said).get(b"COMPONENTS_TO_FIX", b"XYZ").strip().upper()
-                mask = [x in axes for x in b"XYZ"]
-                found.append(FixAtoms(atoms) if all(mask) else FixCartesian(atoms, mask))
-    return found
+def _held(text: bytes, n: int) -> list[bytes]:
+    """For each of n atoms the axes along which an input fixes it."""
+    held = [b""] * n
+    for section in FIXED.findall(text):
+        said = [(key.upper(), value) for key, value in IN_FIXED.findall(section)]
+        axes = dict(said).get(b"COMPONENTS_TO_FIX", b"XYZ").strip().lower()
+        for k in (k for key, value in said if key == b"LIST" for k in _listed(value) if k < n):
+            held[k] += axes
+    return held
 
 
 def _listed(value: bytes) -> list[int]:

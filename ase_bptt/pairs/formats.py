@@ -8,8 +8,9 @@ import math
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from itertools import takewhile
 from pathlib import Path
 from typing import ClassVar
@@ -22,8 +23,8 @@ from ase.io import read
 from ..threads import quiet
 from . import InvalidPair
 from .calculations import CUT, ZIPPED, Run, check_finished, opened
-from .cp2k import BEGINS, CP2K, files_of_cp2k, frames_of_cp2k
-from .scans import SCANS, inputs_of_pw, runs_in
+from .cp2k import BEGINS, CP2K, frames_of_cp2k
+from .scans import SCANS, runs_in
 
 log = logging.getLogger(__name__)
 NAMES = {
@@ -133,6 +134,9 @@ def read_frames(
 def _read(path: Path, kind: str | None, runs: Sequence[Run]) -> Atoms | list[Atoms]:
     if kind == CP2K:
         return frames_of_cp2k(path, runs)
+    if kind == "vasp-xml":
+        with opened(path) as file:
+            return read(BytesIO(_without_bands(file.read())), index=":", format=kind)
     return read(path, index=":", format=kind, do_not_split_by_at_sign=True)
 
 
@@ -175,13 +179,18 @@ def _format_by_content(path: Path, vasp: VaspFile | None) -> str | None:
     return None
 
 
-def inputs_of(path: Path) -> list[Path]:
-    """Files beside an output of pw.x or CP2K from which its relaxation is read, too."""
-    if format_of(path) != CP2K:
-        return inputs_of_pw(path)
-    with suppress(InvalidPair):
-        return [file for run in examined(path) for file in files_of_cp2k(path, run)]
-    return []
+def _without_bands(text: bytes) -> bytes:
+    """A vasprun.xml without eigenvalues, projections and densities of states: most of it, and none is `KEPT`."""
+    for name in (b"projected", b"eigenvalues", b"dos"):
+        begins, ends, parts, at = b"<%s>" % name, b"</%s>" % name, list[bytes](), 0
+        while (begin := text.find(begins, at)) >= 0 and (end := text.find(ends, begin)) >= 0:
+            if text.find(b"<calculation", begin, end) >= 0:
+                # One end is lost; what comes next must not be lost with it.
+                break
+            parts.append(text[at:begin])
+            at = end + len(ends)
+        text = b"".join([*parts, text[at:]])
+    return text
 
 
 def check_content(path: Path) -> None:

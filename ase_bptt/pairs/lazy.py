@@ -9,6 +9,7 @@ import os
 import sys
 from array import array
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from ..utils import replacing
 from . import InvalidPair, RelaxationPair
 from .cell_changes import unwrapped
 from .chains import Legs
+from .cp2k import CP2K, files_of_cp2k
 from .databases import Member, Rows
-from .formats import VaspFile, inputs_of
+from .formats import VaspFile, examined, format_of
 from .loading import Choices
+from .scans import inputs_of_pw
 from .sources import File, Source, loaded
 from .survey import Survey
 from .symmetry import with_symmetry
@@ -133,12 +136,8 @@ class DeferredPair(RelaxationPair):
         """The pair as an ordinary one."""
         raise NotImplementedError
 
-    initial = _of_the_made_pair("initial")
-    relaxed = _of_the_made_pair("relaxed")
-    frames = _of_the_made_pair("frames")
-    cell = _of_the_made_pair("cell")
-    pressure = _of_the_made_pair("pressure")
-    symmetry = _of_the_made_pair("symmetry")
+    initial, relaxed, frames = map(_of_the_made_pair, ("initial", "relaxed", "frames"))
+    cell, pressure, symmetry = map(_of_the_made_pair, ("cell", "pressure", "symmetry"))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.id!r}, {self.group!r})"
@@ -284,8 +283,17 @@ def _and_beside(file: Path) -> list[Path]:
     vasp = VaspFile.named(file)
     kinds = () if vasp is None or vasp.kind == "vasprun" else ("POSCAR", "CONTCAR", "INCAR")
     found = [vasp.other(kind, tag) for kind in kinds for tag in dict.fromkeys((vasp.tag, ""))] if vasp else []
-    others = inputs_of(file) if vasp is None else sorted(file.parent.glob("error.*"))
+    others = _inputs_of(file) if vasp is None else sorted(file.parent.glob("error.*"))
     return list(dict.fromkeys([file, *filter(None, found), *others]))
+
+
+def _inputs_of(path: Path) -> list[Path]:
+    """Files beside an output of pw.x or CP2K from which its relaxation is read, too."""
+    if format_of(path) != CP2K:
+        return inputs_of_pw(path)
+    with suppress(InvalidPair):
+        return [file for run in examined(path) for file in files_of_cp2k(path, run)]
+    return []
 
 
 def _cache() -> Path:

@@ -9,8 +9,9 @@ import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,28 +48,27 @@ def n_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def load_all(sources: Iterable[Source], files: Iterable[Path], processes: int) -> Iterator[tuple[Source, Any]]:
-    """Each source with what is loaded, or with the InvalidPair that says why it cannot be used."""
+def load_all(
+    sources: Iterable[Source], files: Iterable[Path], processes: int, check: Check
+) -> Iterator[tuple[Loaded | InvalidPair, Reading]]:
+    """What each source holds, or the InvalidPair that says why it cannot be used, and what the check says of it."""
     if processes < 2 or _size(files) < WORTH:
-        for source in sources:
-            yield source, load_one(source)
+        yield from map(check.load, sources)
         return
-    waiting: deque[tuple[Source, Any]] = deque()
+    waiting: deque[Any] = deque()
     # Spawned: a process with threads, as torch has, must not be forked.
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _uninterrupted)
     try:
         for source in sources:
-            waiting.append((source, pool.submit(load_one, source) if isinstance(source, File) else load_one(source)))
+            # What is at hand keeps its place in the order.
+            later = pool.submit(check.load, source) if isinstance(source, File) else None
+            waiting.append(later.result if later else partial(check.load, source))
             if len(waiting) > AHEAD * processes:
-                yield _done(*waiting.popleft())
+                yield waiting.popleft()()
         while waiting:
-            yield _done(*waiting.popleft())
+            yield waiting.popleft()()
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _done(source: Source, found: Any) -> tuple[Source, Any]:
-    return source, found.result() if isinstance(found, Future) else found
 
 
 def load_one(source: Source) -> Loaded | InvalidPair:
@@ -118,6 +118,45 @@ class Reading:
     n_files: int = 1
 
 
+@dataclass(frozen=True)
+class Check:
+    """What is done to each source by itself, in any process: it is loaded, and made a pair named below the root."""
+
+    root: Path
+    choices: Choices
+
+    def load(self, source: Source) -> tuple[Loaded | InvalidPair, Reading]:
+        """What a source holds, or why it cannot be used, and what came of it."""
+        found = load_one(source)
+        return found, self.reading(source, found)
+
+    def reading(self, source: Source, found: Loaded | InvalidPair) -> Reading:
+        """What comes of what a source holds."""
+        if isinstance(found, InvalidPair):
+            return Reading(source, problem=found)
+        warnings: list[tuple[Any, ...]] = []
+        try:
+            pair = self._pair(source, found, lambda *said: warnings.append(said))
+        except InvalidPair as problem:
+            return Reading(source, problem=problem)
+        n_files = len(source.names) if isinstance(source, Legs) else 1
+        return Reading(source, pair, None, warnings, found.settings, n_files)
+
+    @np.errstate(over="ignore", invalid="ignore")  # by what a damaged file holds, before it is refused
+    def _pair(self, source: Source, found: Loaded, warn: Callable[..., None]) -> RelaxationPair:
+        pair = pair_of(found, source.name, self.root)
+        pair = self.choices.with_cell(pair)
+        check_freedom(pair, source.name)
+        _check_one(pair, source.name)
+        check_converged(pair.relaxed, source.name, self.choices.max_force, found.left)
+        check_pair(pair.initial, pair.relaxed, source.name, warn)
+        relaxed = unwrapped(pair.initial, pair.relaxed)
+        warn_of_moves(pair.initial, relaxed, source.name, warn)
+        key = self.choices.group
+        named = "" if not key else _group(pair, key, short(source.name, self.root), self.root)
+        return with_symmetry(dataclasses.replace(pair, relaxed=relaxed, group=named), self.choices.symmetry)
+
+
 class Reader:
     """Reads and checks what files hold, and counts it in a survey.
 
@@ -144,10 +183,11 @@ class Reader:
     ):
         self.root, self.survey, self.choices = root, survey, choices
         self._processes, self._progress, self._keep = processes, progress, keep
+        self._check = Check(root, choices)
 
     def read_two(self, initial: Path) -> list[tuple[Source, Any]]:
         """The pairs between the structures of two files, the second of which is the root."""
-        return self._counted([self._reading(s, s.load()) for s in two_files(initial, self.root)])
+        return self._counted([self._kept(self._check.reading(s, s.load())) for s in two_files(initial, self.root)])
 
     def read(self, files: Sequence[Path]) -> list[tuple[Source, Any]]:
         """Each relaxation that can be used, once, with its source.
@@ -160,10 +200,11 @@ class Reader:
         chains, loaded = Chains(), dict[str, Loaded]()
         readings: list[Reading | None] = []
         place: dict[str, int] = {}
-        for source, found in load_all(sources_in(files), files, self._processes):
+        for found, reading in load_all(sources_in(files), files, self._processes, self._check):
+            source = reading.source
             if self._progress is not None:
                 self._progress(len(readings) + 1, max(len(files), len(readings) + 1))
-            readings.append(reading := self._reading(source, found))
+            readings.append(self._kept(reading))
             if isinstance(source, File) and isinstance(found, Loaded) and _is_sound(found, reading.problem):
                 place[source.name] = len(readings) - 1
                 if first := chains.add(source.name, found):
@@ -178,37 +219,17 @@ class Reader:
                 whole = joined_legs([loaded[name] for name in names]) if self._keep is None else legs.load()
                 for name in names:
                     readings[place[name]] = None
-                readings[place[names[0]]] = self._reading(legs, whole)
+                readings[place[names[0]]] = self._kept(self._check.reading(legs, whole))
         for name in again:
             problem = NotARelaxation(f"{name}: it is a {FURTHER}.", FURTHER)
             readings[place[name]] = Reading(File(name), problem=problem)
         return self._counted(filter(None, readings))
 
-    def _reading(self, source: Source, found: Loaded | InvalidPair) -> Reading:
-        if isinstance(found, InvalidPair):
-            return Reading(source, problem=found)
-        warnings: list[tuple[Any, ...]] = []
-        try:
-            pair = self._pair(source, found, lambda *said: warnings.append(said))
-        except InvalidPair as problem:
-            return Reading(source, problem=problem)
-        made = pair if self._keep is None else self._keep(source, pair)
-        n_files = len(source.names) if isinstance(source, Legs) else 1
-        return Reading(source, made, None, warnings, found.settings, n_files)
-
-    @np.errstate(over="ignore", invalid="ignore")  # by what a damaged file holds, before it is refused
-    def _pair(self, source: Source, found: Loaded, warn: Callable[..., None]) -> RelaxationPair:
-        pair = pair_of(found, source.name, self.root)
-        pair = self.choices.with_cell(pair)
-        check_freedom(pair, source.name)
-        _check_one(pair, source.name)
-        check_converged(pair.relaxed, source.name, self.choices.max_force, found.left)
-        check_pair(pair.initial, pair.relaxed, source.name, warn)
-        relaxed = unwrapped(pair.initial, pair.relaxed)
-        warn_of_moves(pair.initial, relaxed, source.name, warn)
-        key = self.choices.group
-        named = "" if not key else _group(pair, key, short(source.name, self.root), self.root)
-        return with_symmetry(dataclasses.replace(pair, relaxed=relaxed, group=named), self.choices.symmetry)
+    def _kept(self, reading: Reading) -> Reading:
+        """With what remains of its pair."""
+        if self._keep is not None and reading.problem is None:
+            reading.made = self._keep(reading.source, reading.made)
+        return reading
 
     def _counted(self, readings: Iterable[Reading]) -> list[tuple[Source, Any]]:
         """Those that can be used; the survey counts them, and the others."""

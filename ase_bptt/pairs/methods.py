@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 from ase import Atoms
+from ase.constraints import FixAtoms, FixCartesian
 
 from .calculations import Run
 
@@ -74,8 +75,11 @@ def _symmetry_of(run: Run) -> str | None:
 
 def describe(frames: list[Atoms], run: Run) -> None:
     """Give frames their charge, ``info["charge"]``, the first one the moments that the run began with, and the last
-    one those that it ended with.
+    one those that it ended with; all of them the constraints that the run was done with, if not VASP's.
     """
+    if any(run.held) and len(run.held) == len(frames[0]):
+        for frame in frames:
+            frame.set_constraint(_constraints(run.held))
     if (charge := charge_of(run, frames[0])) is not None:
         for frame in frames:
             frame.info["charge"] = charge
@@ -86,6 +90,15 @@ def describe(frames: list[Atoms], run: Run) -> None:
     ended, calc = _expanded(run.tags.get("final moments", "")), frames[-1].calc
     if calc is not None and len(ended) == len(frames[-1]):
         calc.results["magmoms"] = ended
+
+
+def _constraints(held: list[bytes]) -> list[FixAtoms | FixCartesian]:
+    """Those that fix each atom along these axes."""
+    found: list[FixAtoms | FixCartesian] = []
+    for axes in sorted({*held} - {b""}):
+        atoms, mask = [k for k, x in enumerate(held) if x == axes], [x in axes for x in b"xyz"]
+        found.append(FixAtoms(atoms) if all(mask) else FixCartesian(atoms, mask))
+    return found
 
 
 def _expanded(text: str) -> np.ndarray:

@@ -165,7 +165,9 @@ def _read_lazily(
     def row(source: Source, pair: RelaxationPair) -> tuple[Any, ...]:
         """What is kept of a pair while the others are read."""
         known = source, pair.id, pair.group, pair.n_atoms, pair.kind, pair.digest()
-        return known, composition(pair.relaxed), (seen.add(pair.initial), seen.add(pair.relaxed))
+        # Only groups that are not named are looked for.
+        both = (0, 0) if choices.group else (seen.add(pair.initial), seen.add(pair.relaxed))
+        return known, composition(pair.relaxed), both
 
     for source, (known, elements, both) in Reader(root, survey, choices, processes, progress, row).read(files):
         table.add(*known)

@@ -186,6 +186,7 @@ PW = re.compile(
     rb"self-consistent calc|number of scf cycles|number of electrons|Exchange-correlation|"
     rb"kinetic-energy cutoff|U\([A-Z]|Hubbard U|spin-orbit|"
     rb"atomic species   (?:valence|magnetization)|site n\.|Magnetic moment per site|PseudoPot\. #|CELL_PARAMETERS|"
+    rb"ATOMIC_POSITIONS|"
     rb"Sym\. ?Ops|No symmetry found|(?:calculation|nstep|tot_charge|cell_dofree|press|nosym)\s*="
 )
 PW_SIGNS = {b"Geometry Optimization": "relax", b"bfgs": "relax", b"Damped": "relax"}
@@ -197,6 +198,8 @@ IN_PW = re.compile(
 SPECIES_OF_PW = re.compile(rb"\s+(([A-Z][a-z]?)\S*)\s+(\d+\.\d+)\s+\d+\.\d+\s+[A-Za-z]")
 MOMENT_OF_PW = re.compile(rb"\s+([A-Z]\S*)\s+(-?\d+\.\d+)\s*$")
 MOMENT_OF_SITE = re.compile(rb"\s+atom.*magn[:=]\s*(-?\d+\.\d+)")
+PLACE_OF_PW = re.compile(rb"\s*[A-Z]\S*(?:\s+-?\d+\.\d+){3}(?:\s+([01])\s+([01])\s+([01]))?\s*$")
+AXES = (b"x", b"y", b"z")
 SITE_OF_PW = re.compile(rb"\s+\d+\s+([A-Z]\S*)\s+tau\(")
 U_OF_PW = re.compile(rb"U\((\w+)[-\w]*\)\s*=\s*([\d.]+)")
 
@@ -226,6 +229,12 @@ def _of_pw(lines: Lines) -> Iterator[Run]:
             into.signs.add("no symmetry" if found.startswith(b"No") else "symmetry")
         elif found == b"CELL_PARAMETERS":
             into.signs.add("cell moves")
+        elif found == b"ATOMIC_POSITIONS":
+            if run is not None and not run.held:
+                rows = _table(PLACE_OF_PW, lines)
+                run.held = [
+                    b"".join(x for x, free in zip(AXES, row.groups(), strict=True) if free == b"0") for row in rows
+                ]
         elif found == b"convergence NOT achieved":
             into.signs.add("scf failed")
         elif found == b"number of scf cycles":

@@ -232,6 +232,15 @@ def _distances(atoms: Atoms) -> np.ndarray:
     """Distances between the nearest images of each two atoms, shape (n, n), in Å."""
     x, found = atoms.positions, np.zeros((len(atoms), len(atoms)))
     lattice = periodic_cell(atoms.cell.array, atoms.pbc)
+    metric = lattice @ lattice.T
+    if np.abs(metric - np.diag(metric.diagonal())).max() < 1e-9 * metric.max():
+        # Right angles, as in most supercells: one direction after the other, tens of times as fast.
+        for fractions, length, periodic in zip(
+            (x @ np.linalg.inv(lattice)).T, metric.diagonal(), atoms.pbc, strict=True
+        ):
+            apart = fractions[:, None] - fractions
+            found += length * (apart - np.rint(apart) * periodic) ** 2
+        return np.sqrt(found)
     # In blocks of rows: the images of all atoms of a large structure at once would fill the memory.
     rows = max(1, 20_000 // len(atoms))
     for k in range(0, len(atoms), rows):

@@ -41,7 +41,7 @@ def with_symmetry(pair: RelaxationPair, symmetry: str | None = None, *, seed: in
         left; "free" leaves it as it is. By default what the reference did, ``pair.symmetry``, as far as its relaxed
         structure has the symmetry of its start.
     seed : int
-        Of the rattle, which depends on the pair, too.
+        Of the rattle. It is the same for the same atoms, so that equal starts stay equal, and of one group.
 
     Returns
     -------
@@ -149,7 +149,7 @@ def _keeps(initial: Atoms, relaxed: Atoms, held: FixSymmetry) -> bool:
 
 def _broken(pair: RelaxationPair, seed: int) -> Atoms:
     """The start, distorted by random displacements that its constraints allow, and by a strain that its cell allows."""
-    rng = np.random.default_rng([seed, *pair.digest()])
+    rng = np.random.default_rng([seed, *pair.initial.numbers.tolist()])
     found = _constrained(pair.initial, _others(pair.initial))
     found.calc = None
     if pair.freedom.moves:
