@@ -3,9 +3,9 @@
     python benchmarks/search.py [--potential mace-si] [-n 20] [--kinds N]
 
 For each kind, the reference is relaxed with the potential; where it ends in the same structure, the reference is a
-minimum of the potential, and the kind counts. Then `search_minima` starts from the defect on perfect sites: the kind's initial
-structure that is nearest to the crystal. The reference is found where one of the minima is the same structure.
-The first start that ended there is how many starts were needed.
+minimum of the potential, and the kind counts. Then `search_minima` starts from the defect on perfect sites: the
+kind's initial structure that is nearest to the crystal. The reference is found where one of the minima is the same
+structure. The first start that ended there is how many starts were needed.
 """
 
 from __future__ import annotations

@@ -159,7 +159,7 @@ def _shared(
 
 
 def _relaxed(arguments: argparse.Namespace, potential: Potential, pairs: list[RelaxationPair], parts: Parts) -> bool:
-    """Do this process's part of the relaxations with one potential; whether it goes on."""
+    """Do this process's part of the relaxations with one potential; whether it continues."""
     return relax_shared(
         potential, Starts(pairs), parts, cells=2 * [p.freedom for p in pairs], batch_size=arguments.batch_size,
         memory=arguments.memory, progress=None if parts.ranks[0] == 0 else False, **_settings(arguments),

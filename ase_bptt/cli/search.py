@@ -153,7 +153,7 @@ def _named(given: Starts) -> Iterator[Atoms]:
 def _relaxed(
     arguments: argparse.Namespace, ranks: Ranks, potential: Any, starts: ManyStarts, parts: Parts, cell: CellFreedom
 ) -> bool:
-    """Do this process's part; whether it is the one that goes on."""
+    """Do this process's part; whether it is the one that continues."""
     goes_on = relax_shared(
         potential, starts, parts, cells=[cell] * len(starts), progress=None if ranks.writes else False,
         stepper=arguments.stepper, fmax=arguments.fmax, steps=arguments.steps, batch_size=arguments.batch_size,
