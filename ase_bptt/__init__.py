@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .potentials import load_potential, save_potential
     from .relaxation import relax
     from .result import Relaxation, Status
+    from .search import search_minima
     from .structures import Structures
     from .training import Trainer
 
@@ -55,6 +56,7 @@ __all__ = [
     "relax",
     "rmsd",
     "save_potential",
+    "search_minima",
     "split_by_group",
     "split_into_folds",
     "steppers",
@@ -76,6 +78,7 @@ _HOMES = {
     "potentials": ("load_potential", "save_potential"),
     "relaxation": ("relax",),
     "result": ("Relaxation", "Status"),
+    "search": ("search_minima",),
     "structures": ("Structures",),
     "training": ("Trainer",),
 }

@@ -32,6 +32,8 @@ class Batch:
         Frames of each structure at most.
     members : sequence of int, optional
         An index for each structure, by which the caller knows it; 0 to n - 1 if not given.
+    explosion : float
+        eV per atom: a structure whose energy has risen by more has diverged, and stops.
 
     Attributes
     ----------
@@ -65,12 +67,15 @@ class Batch:
         fmax: float,
         steps: int,
         members: Sequence[int] | None = None,
+        *,
+        explosion: float = math.inf,
     ):
         self.map, self.fmax, self.steps = iterated, fmax, steps
         self.structures, self.state = structures, iterated.start(structures)
         self.members = list(range(len(structures)) if members is None else members)
         self.frames = [0] * len(structures)
         self.energies = self.forces = structures.positions.new_empty(0)
+        self.explosion = explosion
         self._first_energies = [math.nan] * len(structures)
         self._neighbors: NeighborList = iterated.neighbor_list()
         self._edges: Edges | None = None
@@ -200,7 +205,10 @@ class Batch:
     def _status(self, k: int, largest_force: float, energy: float) -> Status | None:
         if largest_force < self.fmax:
             return Status.CONVERGED
+        change = (energy - self._first_energies[k]) / self.structures.counts[k]
+        if change > self.explosion:
+            return Status.DIVERGED
         if self.frames[k] < self.steps:
             return None
-        risen = energy - self._first_energies[k] > RISE * self.structures.counts[k]
+        risen = change > RISE
         return Status.DIVERGED if risen else Status.OUT_OF_STEPS

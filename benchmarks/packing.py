@@ -156,6 +156,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--relax", action="store_true", help="relaxations instead of training")
     parser.add_argument("--room", type=int, nargs="+", default=[4096, 16384, 65536], help="atoms relaxed at once")
+    parser.add_argument("--spread", type=float, default=0.0, help="log-normal, of frames about the embedded ones")
     parser.add_argument("--fixed", type=float, default=2000.0, help="of a frame, in the unit of what an atom takes")
     arguments = parser.parse_args()
     began = time.process_time()
@@ -163,9 +164,8 @@ def main() -> None:
     if arguments.relax:
         embedded = np.array([len(p.frames) - 1 for p in si_defects("all")])
         atoms = generator.integers(8, 201, size=arguments.pairs)
-        frames = np.maximum(
-            1, generator.choice(embedded, size=arguments.pairs) * generator.lognormal(0.0, 0.3, arguments.pairs)
-        )
+        spread = generator.lognormal(0.0, arguments.spread, size=arguments.pairs)
+        frames = np.maximum(1, generator.choice(embedded, size=arguments.pairs) * spread)
         print(
             f"{arguments.pairs} structures of 8 to 200 atoms and {frames.min():.0f} to {frames.max():.0f} frames, "
             f"{arguments.ranks} GPUs; perfect over real time (wanted: 0.97)\n"

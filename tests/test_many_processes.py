@@ -1,7 +1,9 @@
 """Relaxations and evaluations that processes share: the same results, every structure once, whoever dies."""
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -60,6 +62,15 @@ def ended(*processes):
     found = [p.communicate(timeout=240) for p in processes]
     assert [p.returncode for p in processes] == [0] * len(processes), found
     return [out for out, _ in found]
+
+
+def says(result, *texts) -> None:
+    """One sentence on standard error, at whatever time."""
+    code, _, err = result
+    assert code == 2
+    assert len(err.splitlines()) == 1
+    for text in ("ase-bptt: ", *texts):
+        assert text in err
 
 
 def equal_to_one_process(out="relaxed.traj"):
@@ -362,3 +373,82 @@ def test_few_structures_are_in_memory(starts):
     assert len(asked) == N
     every = dict(relax_all(wide_lennard_jones(2.5), starts, fmax=0.01))
     assert len(every) == N
+
+
+class TestFaults:
+    """A full disk, two runs into one folder, an input that cannot be written: one sentence, and nothing is lost."""
+
+    @pytest.mark.parametrize("call", [1, 4])
+    def test_a_full_disk(self, starts, call):
+        from ase.io.trajectory import TrajectoryWriter
+
+        real, calls = TrajectoryWriter.write, []
+
+        def full(self, *args, **kwargs):
+            calls.append(1)
+            if len(calls) >= call:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return real(self, *args, **kwargs)
+
+        with mock.patch.object(TrajectoryWriter, "write", full):
+            says(run(*RELAX), "No space left on device", "--resume continues")
+        code, out, err = run(*RELAX, "--resume")
+        assert code == 0, err
+        assert (f"{call - 1} of them done before" in out) == (call > 1)
+        equal_to_one_process()
+
+    def test_a_full_disk_while_the_results_are_written(self, starts):
+        def full(*_, **__):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        with mock.patch("ase_bptt.cli.output_file.Trajectory", full):
+            says(run(*RELAX), "relaxed.traj could not be written", "No space left")
+        assert not Path("relaxed.traj").exists()
+        done = []
+        with mock.patch.object(Journal, "add", lambda self, k, end: done.append(k)):
+            assert run(*RELAX, "--resume")[0] == 0
+        assert not done
+        equal_to_one_process()
+
+    def test_two_runs_into_one_place(self, starts):
+        with mock.patch.object(Journal, "add", side_effect=KeyboardInterrupt):
+            run(*RELAX)
+        # While the first is at work, or was stopped:
+        is_refused(run(*RELAX), "relaxed.traj.parts is there already", "--resume", "--overwrite")
+        is_refused(run(*RELAX, "--resume", "--steps", 3), "relaxed.traj.parts belongs to a run on other structures")
+        is_refused(run(*RELAX, "--shard", "1/2", "--steps", 3), "relaxed.traj.parts belongs to a run")
+        assert run(*RELAX, "--resume")[0] == 0
+        equal_to_one_process()
+
+    def test_two_resume_at_once(self, starts):
+        with mock.patch.object(Journal, "add", side_effect=KeyboardInterrupt):
+            run(*RELAX)
+        both = [process(*RELAX, "--resume") for _ in range(2)]
+        found = [p.communicate(timeout=240) for p in both]
+        # The second may come when all is done, which it says.
+        assert 0 in {p.returncode for p in both} <= {0, 2}, found
+        assert all("Traceback" not in err for _, err in found)
+        equal_to_one_process()
+
+    def test_an_input_that_cannot_be_written(self, starts, tmp_path):
+        (tmp_path / "input").mkdir()
+        Path("starts.extxyz").rename("input/starts.extxyz")
+        (tmp_path / "input/starts.extxyz").chmod(0o444)
+        (tmp_path / "input").chmod(0o555)
+        try:
+            before = sorted((tmp_path / "input").iterdir())
+            code, _, err = run("relax", "input/starts.extxyz", *RELAX[2:])
+            assert code == 0, err
+            assert sorted((tmp_path / "input").iterdir()) == before
+        finally:
+            (tmp_path / "input").chmod(0o755)
+
+    def test_a_folder_that_is_deleted_under_a_run(self, starts):
+        real = Journal.add
+
+        def deleted(self, index, end):
+            shutil.rmtree("relaxed.traj.parts", ignore_errors=True)
+            real(self, index, end)
+
+        with mock.patch.object(Journal, "add", deleted):
+            says(run(*RELAX), "relaxed.traj.parts", "could not be written")

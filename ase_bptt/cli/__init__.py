@@ -13,7 +13,7 @@ import torch
 from .. import __version__
 from ..datasets import DEMO_FOLD, FOLDS, si_defects
 from ..training.distributed import Lost, Ranks, leave, together
-from . import evaluate, info, merge, relax, train
+from . import evaluate, info, merge, relax, search, train
 from .flags import Formatter, Parser, add_output, add_potential, command, completed, flag
 from .messages import Console
 from .run_folder import Terminated, terminable
@@ -45,8 +45,8 @@ def run_demo(arguments: argparse.Namespace) -> int:
     return launch(arguments, lambda a, _: {name: si_defects(name, fold=a.fold) for name in ("train", "valid", "test")})
 
 
-COMMANDS = (add_demo, train.add, relax.add, merge.add, evaluate.add, info.add)
-SHARED = ("demo", "train", "relax", "evaluate")
+COMMANDS = (add_demo, train.add, relax.add, search.add, merge.add, evaluate.add, info.add)
+SHARED = ("demo", "train", "relax", "evaluate", "search")
 """Commands that several processes can share."""
 INTRODUCTION = """\
 Relax structures with machine-learning interatomic potentials, and fine-tune

@@ -82,7 +82,7 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     ranks, shard = together(), shard_of(arguments)
-    ranks.once(lambda: _prepare(arguments, shard))
+    ranks.once(lambda: run_folder.prepare_shared(arguments, shard, RESULTS))
     if arguments.resume:
         run_folder.take_over(arguments)
     say = messages.quiet_if(arguments.json)
@@ -97,7 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
         pairs = usable(each, pairs, skip_invalid=arguments.skip_invalid)
     kinds = len({p.group for p in pairs})
     if not (arguments.resume or arguments.dry_run):
-        ranks.once(lambda: _begin(arguments, shard))
+        ranks.once(lambda: run_folder.begin_shared(arguments, shard))
     say(f"{len(pairs)} relaxations of {kinds} kinds, by {arguments.stepper} to {arguments.fmax} eV/Å")
     if arguments.dry_run:
         say("A dry run: nothing was relaxed, nothing was written.")
@@ -135,27 +135,6 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _prepare(arguments: argparse.Namespace, shard: tuple[int, int]) -> None:
-    """Refuse a run folder that is there already."""
-    if shard[1] > 1:
-        if arguments.overwrite:
-            raise ValueError(f"--overwrite is not for one of several processes: delete {arguments.out} first.")
-    elif arguments.resume:
-        if (arguments.out / RESULTS).is_file():
-            raise FileExistsError(f"The evaluation in {arguments.out} is complete: nothing is left to resume.")
-    else:
-        run_folder.refuse_if_there(arguments)
-
-
-def _begin(arguments: argparse.Namespace, shard: tuple[int, int]) -> None:
-    """Make the run folder, or join the run of these very arguments in it."""
-    if shard[1] > 1 and run_folder.holds(arguments):
-        return
-    if shard[1] > 1 and arguments.out.is_dir():
-        run_folder.refuse_if_there(arguments)
-    run_folder.prepare(arguments)
-
-
 def stopped(arguments: argparse.Namespace) -> str:
     """The last words after an interrupt."""
     if not any(journal for name in PARTS for journal in (arguments.out / name).glob("*.traj")):
@@ -180,7 +159,7 @@ def _shared(
 
 
 def _relaxed(arguments: argparse.Namespace, potential: Potential, pairs: list[RelaxationPair], parts: Parts) -> bool:
-    """Do this process's part of the relaxations with one potential; whether it goes on."""
+    """Do this process's part of the relaxations with one potential; whether it continues."""
     return relax_shared(
         potential, Starts(pairs), parts, cells=2 * [p.freedom for p in pairs], batch_size=arguments.batch_size,
         memory=arguments.memory, progress=None if parts.ranks[0] == 0 else False, **_settings(arguments),

@@ -80,8 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
     format_of(out, 1)
     ranks.once(lambda: _prepare(arguments, shard))
     if shard[1] > 1 and out.exists() and not _parts(out).exists():
-        messages.quiet_if(arguments.json)(f"{out} is there already and complete: nothing is left to do.")
-        return 0
+        return _nothing_left(arguments)
     potential = potential_of(arguments)
     settings = {name: getattr(arguments, name) for name in ("stepper", "step_size", "fmax", "steps")}
     stepper, of_cell = _stepper(arguments), CellFreedom.of(arguments.cell, arguments.pressure)
@@ -100,6 +99,10 @@ def run(arguments: argparse.Namespace) -> int:
         facts={"files": [str(path.absolute()) for path in arguments.files], "out": str(out.absolute()),
                "content": starts.files.digest},
     )  # fmt: skip
+    if parts.is_new and out.exists() and not arguments.overwrite:
+        # Others have finished, and deleted theirs, while this process loaded the potential.
+        parts.remove()
+        return _nothing_left(arguments)
     _introduce(arguments, starts, len(parts.ends.places))
     with parts, ranks.warnings_of_all_ranks():
         goes_on = relax_shared(
@@ -192,6 +195,11 @@ def _prepare(arguments: argparse.Namespace, shard: tuple[int, int]) -> None:
     check_writable(out.parent)
     if arguments.overwrite and not arguments.resume:
         remove(parts)
+
+
+def _nothing_left(arguments: argparse.Namespace) -> int:
+    messages.quiet_if(arguments.json)(f"{arguments.out} is there already and complete: nothing is left to do.")
+    return 0
 
 
 def _introduce(arguments: argparse.Namespace, starts: Starts, done: int) -> None:

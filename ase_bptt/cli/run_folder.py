@@ -22,7 +22,7 @@ OURS = (
     COMMAND, "settings.json", "metrics.csv", "checkpoint.pt", "checkpoint.previous.pt", "potential", "fold_*",
     "before.json", "after.json", "results.json", "table.csv", "report.html", "relaxed.extxyz", "*.parts",
     "before_after.png", "by_group.png", "displacements.png", "learning_curve.png", "snapshot_before.json",
-    "snapshot_after.json", "drift_report.json", "drift_report.png",
+    "snapshot_after.json", "drift_report.json", "drift_report.png", "minima.extxyz", "minima.csv", "minima.png",
 )  # fmt: skip
 """Patterns of what the commands write into a run folder: --overwrite deletes nothing else."""
 PASSING = frozenset(
@@ -63,7 +63,7 @@ def _made_by(out: Path) -> str | None:
 
 def _refuse_own_input(arguments: argparse.Namespace) -> None:
     given = (getattr(arguments, "potential", None), getattr(arguments, "against", None))
-    for used in (*given, *getattr(arguments, "pairs", ())):
+    for used in (*given, *getattr(arguments, "pairs", ()), *getattr(arguments, "files", ())):
         if used and Path(used).exists() and Path(used).resolve().is_relative_to(arguments.out.resolve()):
             raise FileExistsError(f"{used} lies in {arguments.out}, which would be replaced: take another --out.")
 
@@ -82,6 +82,25 @@ def prepare(arguments: argparse.Namespace) -> None:
         path.write_text(json.dumps(described(arguments), indent=1) + "\n")
 
 
+def prepare_shared(arguments: argparse.Namespace, shard: tuple[int, int], results: str) -> None:
+    """Refuse a run folder that is there already, unless this is one of several processes."""
+    if shard[1] > 1:
+        if arguments.overwrite:
+            raise ValueError(f"--overwrite is not for one of several processes: delete {arguments.out} first.")
+    elif arguments.resume:
+        if (arguments.out / results).is_file():
+            what = {"evaluate": "evaluation"}.get(arguments.command, arguments.command)
+            raise FileExistsError(f"The {what} in {arguments.out} is complete: nothing is left to resume.")
+    else:
+        refuse_if_there(arguments)
+
+
+def begin_shared(arguments: argparse.Namespace, shard: tuple[int, int]) -> None:
+    """Make the run folder; one of several processes joins the run of these very arguments that is in it."""
+    if shard[1] == 1 or not holds(arguments):
+        prepare(arguments)
+
+
 def holds(arguments: argparse.Namespace) -> bool:
     """Whether the folder holds the run of these very arguments."""
     return _made_by(arguments.out) is not None and saved(arguments.out) == json.loads(json.dumps(described(arguments)))
@@ -96,6 +115,9 @@ def described(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     # A resumed run may be called from another folder.
     found |= {name: _lasting(found[name]) for name in ("potential", "against") if found.get(name)}
+    for name in ("files", "own"):
+        if name in found:
+            found[name] = [str(Path(path).absolute()) for path in found[name]]
     return found | {"pairs": [str(Path(path).absolute()) for path in found.get("pairs", ())]}
 
 

@@ -112,6 +112,7 @@ def relax_stream(
     fmax: float = 0.05,
     steps: int = 500,
     cells_move: bool = False,
+    explosion: float = float("inf"),
     batch_size: int | None = None,
     memory: float | None = None,
 ) -> Iterator[tuple[int, Relaxed]]:
@@ -126,6 +127,8 @@ def relax_stream(
         As for `relax_all`. A step size that is "auto" is found on structures of the first portion.
     cells_move : bool
         Whether the cell of any structure is relaxed.
+    explosion : float
+        eV/atom: a structure whose energy has risen by more has diverged, and stops.
     """
     portions = iter(work)
     first = next((some for some in portions if some), None)
@@ -154,7 +157,10 @@ def relax_stream(
 
     portioned = queue()
     begin = next((some for some in portioned if some), [])
-    run = InFlight(iterated, chain([begin], portioned), room=costs.room, fmax=fmax, steps=steps, cells_move=cells_move)
+    run = InFlight(
+        iterated, chain([begin], portioned), room=costs.room, fmax=fmax, steps=steps, cells_move=cells_move,
+        explosion=explosion,
+    )  # fmt: skip
     for k, end in run.run():
         yield k, _relaxed(iterated, *waiting.pop(k), end)
         yield from those_alone()

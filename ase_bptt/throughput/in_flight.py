@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -48,6 +49,8 @@ class InFlight:
         Frames of each structure at most.
     cells_move : bool
         Whether the cell of any structure is relaxed.
+    explosion : float
+        As of `Batch`.
     """
 
     def __init__(
@@ -59,9 +62,10 @@ class InFlight:
         fmax: float,
         steps: int,
         cells_move: bool = False,
+        explosion: float = math.inf,
     ):
         self.map, self.room, self.cells_move = iterated, room, cells_move
-        self.fmax, self.steps = fmax, steps
+        self.fmax, self.steps, self.explosion = fmax, steps, explosion
         self._work = work
         self._queue: deque[Waiting] = deque()
         self._costs: dict[int, float] = {}
@@ -121,7 +125,8 @@ class InFlight:
             self.map.potential.check(structures)
             if self.cells_move:
                 structures = rows_of(structures, [w.cell for w in new], self.map)
-            self._take_in(Batch(self.map, structures, self.fmax, self.steps, [w.member for w in new]))
+            members = [w.member for w in new]
+            self._take_in(Batch(self.map, structures, self.fmax, self.steps, members, explosion=self.explosion))
         return self._batch
 
     def _next(self) -> bool:

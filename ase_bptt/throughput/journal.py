@@ -229,7 +229,7 @@ def relax_shared(
     Returns
     -------
     bool
-        Whether it is this process that goes on: of those of a launcher, only the first does.
+        Whether it is this process that continues: of those of a launcher, only the first does.
     """
     shown = sys.stderr.isatty() if progress is None else progress
     bar = tqdm(total=len(structures), initial=len(parts.ends.places), unit="structure", disable=not shown, leave=False)

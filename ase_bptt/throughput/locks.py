@@ -48,7 +48,8 @@ class Holder:
 
     def start(self) -> None:
         """Begin to show that this process lives."""
-        write_text(self._beating(self.name), "0")
+        with suppress(FileNotFoundError):  # others have finished all in this moment
+            write_text(self._beating(self.name), "0")
         Watching(target=self._beat, daemon=True).start()
 
     def stop(self) -> None:
@@ -87,7 +88,7 @@ class Holder:
         return _is_dead(owner) or time.monotonic() - self._seen[owner["name"]][1] > PATIENCE
 
     def forget(self) -> None:
-        """Ask anew who lives."""
+        """Ask again who lives."""
         self._seen.clear()
 
     def _beating(self, name: str) -> Path:

@@ -82,6 +82,8 @@ class Parts:
         What has finished, as far as it was looked for.
     left_out : dict of int to str
         Structures that cannot be relaxed, and why.
+    is_new : bool
+        Whether there was no run before.
 
     Raises
     ------
@@ -104,7 +106,7 @@ class Parts:
         self.folder, self.run, self.shard, self.ranks, self.store = folder, run, shard, ranks, store
         folder.mkdir(parents=True, exist_ok=True)
         about = {"run": run, "processes": shard[1] * ranks[1], "n": len(sizes), **(facts or {})}
-        if not create(folder / RUN, json.dumps(about)):
+        if not (created := create(folder / RUN, json.dumps(about))):
             about = about_run(folder)
             if about.get("run") != run:
                 raise ValueError(
@@ -117,7 +119,7 @@ class Parts:
         self.journal = Journal(folder / f"{self.holder.name}.traj", run)
         self.n_before, self.n_mine = len(self.ends.places), 0
         self._mine, self._chunk_of = dict[int, set[int]](), dict[int, int]()
-        self._first_pass, self._merges = True, False
+        self.is_new, self._first_pass, self._merges = created, True, False
         self._done_chunks: set[int] = set()
         self._reopen()
 
@@ -175,7 +177,7 @@ class Parts:
             time.sleep(min(1.0, locks.BEAT / 5))
 
     def wait_for_ranks(self, meanwhile: Callable[[], None]) -> bool:
-        """Of a launcher's processes: whether this is the one that goes on, once the others have ended their work."""
+        """Of a launcher's processes: whether this is the one that continues, once the others have ended their work."""
         if self.store is None:
             return True
         ended, (rank, size) = f"{self.folder.name} ended", self.ranks
@@ -192,10 +194,9 @@ class Parts:
 
     def merging(self) -> bool:
         """Whether it is this process that writes the results; another one may be about to."""
-        lock = self.folder / "merge.lock"
         self.holder.forget()
         with suppress(FileNotFoundError):
-            while not self.holder.take(lock):
+            while not self.holder.take(lock := self.folder / "merge.lock"):
                 owner = owner_of(lock)
                 if owner and self.holder.lives(owner):
                     return False
@@ -206,7 +207,7 @@ class Parts:
         return self._merges
 
     def remove(self) -> None:
-        """Delete the folder, at once for all who look."""
+        """Delete the folder."""
         self.ends.close()
         remove(self.folder)
 
@@ -219,8 +220,8 @@ class Parts:
         return in_hand + sum(len(self.chunks[k]) for k in self._done_chunks)
 
     def _order(self) -> Iterator[int]:
-        n, (first, of) = len(self.chunks), self.shard
-        order = sorted(range(n), key=lambda k: (k % of != first, k))
+        first, of = self.shard
+        order = sorted(range(n := len(self.chunks)), key=lambda k: (k % of != first, k))
         if self.store is None or not self._first_pass:
             yield from order
         else:
@@ -293,8 +294,7 @@ def about_run(folder: Path) -> dict[str, Any]:
 
 
 def remove(folder: Path) -> None:
-    """Delete a folder of parts, if it is there: whoever looks sees all of it or nothing."""
+    """Delete a folder of parts, if it is there, at once for all who look."""
     gone = folder.with_name(f".{os.getpid()}.part.{folder.name}")
     with suppress(FileNotFoundError):
-        os.rename(folder, gone)
-        shutil.rmtree(gone, ignore_errors=True)
+        shutil.rmtree(folder.rename(gone), ignore_errors=True)

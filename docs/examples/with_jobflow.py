@@ -7,11 +7,11 @@ N = 4
 
 @job
 def relax(shard: int, of: int) -> int:
+    """One of the processes; returns its exit code."""
     from ase_bptt.cli import main
 
-    return main(
-        ["relax", "starts.extxyz", "--potential", "tuned", "--out", "relaxed.extxyz", "--shard", f"{shard}/{of}"]
-    )
+    files = ["starts.extxyz", "--out", "relaxed.extxyz"]
+    return main(["relax", *files, "--potential", "tuned", "--shard", f"{shard}/{of}"])
 
 
 @job
