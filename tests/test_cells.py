@@ -298,7 +298,8 @@ BAD = {
     "singular cell": (lambda: Atoms("Ar", cell=[[1, 0, 0], [2, 0, 0], [0, 0, 3]], pbc=True), {"cell": "full"},
                       ValueError, "linearly dependent"),
     "zero volume": (lambda: Atoms("Ar", pbc=True), {"cell": "full"}, ValueError, "length zero"),
-    "constraint": (lambda: with_constraint(FixCartesian(0, [1, 0, 0])), {"cell": "full"}, NotImplementedError, "FixCartesian"),
+    "constraint": (lambda: with_constraint(FixCartesian(0, [1, 0, 0])), {"cell": "full"}, NotImplementedError,
+                   "FixCartesian"),
     "too few cells": (lambda: argon(), {"cell": ["full", "full"]}, ValueError, "2 cells for 1 structures"),
 }  # fmt: skip
 
