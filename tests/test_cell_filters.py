@@ -91,6 +91,7 @@ def hexagonal() -> Atoms:
 CONSTRAINED = {
     "FixAtoms": (crystal, lambda atoms: FixAtoms([0, 2])),
     "FixCom": (crystal, lambda atoms: FixCom()),
+    "FixCartesian": (crystal, lambda atoms: FixCartesian([0, 2])),
     "FixSymmetry": (hexagonal, FixSymmetry),
 }
 
@@ -323,7 +324,8 @@ REFUSED = {
     "slab": (slab, FrechetCellFilter, ValueError, "periodic along 2 of 3 directions, and this FrechetCellFilter"),
     "factor": (crystal, lambda atoms: FrechetCellFilter(atoms, exp_cell_factor=1.0), NotImplementedError,
                "exp_cell_factor of this FrechetCellFilter is 1 for 4 atoms"),
-    "constraint": (lambda: with_constraint(FixCartesian(0)), FrechetCellFilter, NotImplementedError, "FixCartesian"),
+    "constraint": (lambda: with_constraint(FixCartesian(0, [1, 0, 0])), FrechetCellFilter, NotImplementedError,
+                   "FixCartesian"),
 }  # fmt: skip
 
 

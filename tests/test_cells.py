@@ -8,7 +8,7 @@ import torch
 from ase import Atoms, units
 from ase.build import bulk, fcc111, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
-from ase.constraints import FixAtoms, FixCartesian, FixSymmetry
+from ase.constraints import FixAtoms, FixCartesian, FixedLine, FixedPlane, FixScaled, FixSymmetry
 from ase.filters import FrechetCellFilter
 from ase.io import read, write
 from ase.optimize import BFGS, FIRE, LBFGS
@@ -236,6 +236,48 @@ def test_fixed_atoms_keep_their_fractional_coordinates():
     assert np.abs(kept[[0, 2]]).max() < 1e-12
 
 
+ALONG_Z = {"cell": [0, 0, 1, 0, 0, 0]}, {"mask": [0, 0, 1, 0, 0, 0]}
+HYDROSTATIC = CHOICES["hydrostatic"]
+CONSTRAINED = {
+    "lattice directions": (FixScaled([0, 2], [True, False, True]), HYDROSTATIC),
+    "all lattice directions": (FixScaled([1]), CHOICES["pressure"]),
+    "all Cartesian directions": (FixCartesian([0, 2]), CHOICES["full"]),
+    "Cartesian directions": (FixCartesian([0, 2], [True, False, True]), HYDROSTATIC),
+    "Cartesian directions and an axis": (FixCartesian([1], [False, False, True]), ALONG_Z),
+    "line": (FixedLine([1], [1, 1, 0]), HYDROSTATIC),
+    "plane": (FixedPlane([1, 3], [0, 1, 1]), HYDROSTATIC),
+    "plane and an axis": (FixedPlane([1, 3], [0, 0, 1]), ALONG_Z),
+}
+
+
+@pytest.mark.parametrize("name", CONSTRAINED)
+def test_constraints_are_those_of_frechet_cell_filter(name):
+    constraint, (ours, theirs) = CONSTRAINED[name]
+    atoms = CRYSTALS["triclinic"]()
+    atoms.set_constraint(constraint)
+    moved = atoms.copy()
+    moved.calc = TorchCalculator("emt")
+    FIRE(FrechetCellFilter(moved, **theirs), logfile=None).run(fmax=1e-6, steps=40)
+    found = relax("emt", atoms, **{"cell": "full"} | ours, stepper="fire", fmax=1e-6, steps=40).to_atoms()
+    assert np.abs(moved.cell - atoms.cell).max() > 1e-3
+    assert np.abs(found.positions - moved.positions).max() < 1e-9
+    assert np.abs(found.cell - moved.cell).max() < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("constraint", "cell"),
+    [
+        (FixCartesian([0], [True, False, False]), "full"), (FixedLine([0], [1, 1, 0]), [1, 1, 0, 0, 0, 1]),
+        (FixedPlane([0], [1, 0, 1]), [0, 0, 1, 0, 0, 0]), (FixCartesian([0], [True, False, False]), "constant-volume"),
+        (FixScaled([0], [True, False, False]), "full"),
+    ],
+)  # fmt: skip
+def test_directions_that_the_cell_would_turn_are_refused(constraint, cell):
+    name = type(constraint).__name__
+    with pytest.raises(NotImplementedError, match=f"{name}, whose directions this cell would turn"):
+        relax(lennard_jones(), with_constraint(constraint), steps=1, cell=cell)
+
+
 def test_a_collapsing_cell_stops_alone():
     far = bulk("Ar", a=1.6)
     far.set_cell(far.cell * 0.4, scale_atoms=True)
@@ -257,7 +299,8 @@ BAD = {
     "singular cell": (lambda: Atoms("Ar", cell=[[1, 0, 0], [2, 0, 0], [0, 0, 3]], pbc=True), {"cell": "full"},
                       ValueError, "linearly dependent"),
     "zero volume": (lambda: Atoms("Ar", pbc=True), {"cell": "full"}, ValueError, "length zero"),
-    "constraint": (lambda: with_constraint(FixCartesian(0)), {"cell": "full"}, NotImplementedError, "FixCartesian"),
+    "constraint": (lambda: with_constraint(FixCartesian(0, [1, 0, 0])), {"cell": "full"}, NotImplementedError,
+                   "FixCartesian"),
     "too few cells": (lambda: argon(), {"cell": ["full", "full"]}, ValueError, "2 cells for 1 structures"),
 }  # fmt: skip
 

@@ -12,6 +12,7 @@ from matplotlib.image import imread
 from ase_bptt.evaluation import Evaluation, Row
 from ase_bptt.evaluation.compare import compare
 from ase_bptt.report import change, shorten, symmetry
+from ase_bptt.report.page import write_page
 from ase_bptt.report.plots import atom_displacements, before_after, by_group, learning_curve, save
 from ase_bptt.report.tables import comparison_text, evaluation_table, group_table, table, write_csv
 
@@ -209,6 +210,71 @@ class TestComparisonText:
         assert max(map(len, comparison_text(compare(BEFORE, AFTER)).splitlines())) <= 100
 
 
+CELL_COLUMNS = (
+    "volume_error", "cell_strain", "a_error", "b_error", "c_error", "alpha_error", "beta_error", "gamma_error",
+    "scaled_rmsd",
+)  # fmt: skip
+
+
+class TestCellsThatMoved:
+    def evaluation(self, sizes, **changes) -> Evaluation:
+        moved = [
+            row(f"crystal_{k}", 1.0, volume_error=x, cell_strain=abs(x) / 2, scaled_rmsd=x / 10, **changes,
+                lattice_error=(x, x, -2 * x, 0.0, 0.0, 100 * x))
+            for k, x in enumerate(sizes)
+        ]  # fmt: skip
+        return Evaluation((*moved, row("molecule", 3.0)))
+
+    def test_one_evaluation_has_a_row_for_each_and_fixed_ones_stand_apart(self):
+        lines = evaluation_table(self.evaluation([0.04, -0.02])).splitlines()
+        start = next(k for k, line in enumerate(lines) if line.startswith("cells that moved"))
+        assert lines[start:start + 4] == [
+            "cells that moved (2): mean absolute volume error 3.00 %; median strain 0.0150",
+            "  mean absolute error of a, b, c 0.040 Å; of the angles 1.00°; median RMSD / (V/n)^(1/3) 0.0010",
+            "cell moved (2): mean Delta-Q 1.00; right basin 2 of 2",
+            "cell fixed (1): mean Delta-Q 3.00; right basin 0 of 1",
+        ]  # fmt: skip
+        assert lines[-2].split() == [
+            "crystal_0", "+4.00", "0.0200", "+0.040", "+0.040", "-0.080", "+0.00", "+0.00", "+4.00", "0.0040",
+        ]  # fmt: skip
+
+    def test_two_stand_side_by_side_in_text_and_sentences(self):
+        before, after = self.evaluation([0.04, -0.02]), self.evaluation([0.01, -0.03])
+        text = table(before, after)
+        assert "volume error 3.00 % before, 2.00 % after" in text
+        assert cells(text.partition("cell fixed")[2], "crystal_1")[:5] == [
+            "crystal_1", "-2.00", "-3.00", "0.0100", "0.0150",
+        ]  # fmt: skip
+        said = " ".join(comparison_text(compare(before, after)).split())
+        assert "Volume nearer the reference's (by more than 0.1 %): 1 of 2 whose cells moved; farther: 1." in said
+
+    def test_the_csv_has_numbers(self, tmp_path):
+        write_csv(tmp_path / "a.csv", self.evaluation([0.04]))
+        first, second = TestCsv().read(tmp_path / "a.csv")
+        assert [first[name] for name in CELL_COLUMNS[:3]] == ["0.04", "0.02", "0.04"]
+        assert {second[name] for name in CELL_COLUMNS} == {""}
+
+    def test_the_page_has_a_section_for_them(self, tmp_path):
+        moved = self.evaluation([0.04, -0.02])
+        for name, found in (("a", moved), ("b", BEFORE)):
+            write_page(tmp_path / name, title="Crystals", evaluation=found, labels=("EMT", ""))
+        with_cells, without = ((tmp_path / name).read_text(encoding="utf-8") for name in "ab")
+        assert "Cells that moved, against the references&#39;" in with_cells
+        assert "cell fixed (1)" in with_cells
+        assert not any(word in without for word in ("olume error", "strain", "Cells"))
+
+    def test_nothing_stands_about_cells_where_none_moved(self):
+        for text in (evaluation_table(BEFORE), table(BEFORE, AFTER), comparison_text(compare(BEFORE, AFTER))):
+            assert not any(word in text.lower() for word in ("volume", "strain", "cell"))
+
+    def test_a_slab_has_no_volume_and_a_diverged_one_counts_as_worse(self):
+        before = Evaluation((row("slab", 1.0, cell_strain=0.1), row("crystal", 1.0, cell_strain=0.1, volume_error=0.1)))
+        after = Evaluation((before.rows[0], row("crystal", math.nan, cell_strain=math.nan, volume_error=math.nan)))
+        assert before.volume_error == pytest.approx(0.1)
+        found = compare(before, after)
+        assert (found.cells, found.cells_better, found.cells_worse) == (2, 0, 1)
+
+
 class TestCsv:
     def read(self, path) -> list[dict[str, str]]:
         with path.open(newline="", encoding="utf-8") as file:
@@ -222,7 +288,7 @@ class TestCsv:
             "id": "defect_00", "group": "kind", "reference_space_group": "P1 (1)", "delta_q_unrelaxed": "5.0",
             "delta_q": "4.0", "rmsd": "0.8", "max_displacement": "2.0", "right_basin": "False",
             "status": "converged", "residual_force": "0.25", "space_group": "P1 (1)", "nsteps": "12",
-            "volume_error": "", "cell_strain": "",
+            **dict.fromkeys(CELL_COLUMNS, ""),
         }  # fmt: skip
 
     def test_of_two(self, tmp_path):

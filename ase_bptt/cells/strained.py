@@ -18,13 +18,11 @@ from torch import Tensor
 from ..structures import LASTING, PER_STRUCTURE, Structures
 from ..utils import lasting_property
 from . import CellFreedom
-from .row_maps import maps_of_rows
+from .row_maps import check_movable, maps_of_rows
 
 Self = TypeVar("Self", bound="Strained")
 LARGEST = 2.0
 """Norm of the logarithmic strain above which a structure counts as diverged."""
-COMMUTING = frozenset({"FixAtoms", "FixCom", "FixSubsetCom", "FixSymmetry"})
-"""Constraints that act on the atoms alike whatever the deformation of the cell."""
 
 
 @dataclass(eq=False)
@@ -97,7 +95,7 @@ class Strained(Structures):
         """
         moves = [freedom.moves for freedom in freedoms]
         for k in np.flatnonzero(moves).tolist():
-            _check(structures, k, freedoms[k])
+            check_movable(structures, k, freedoms[k])
         counts = tuple(n + 3 * m for n, m in zip(structures.counts, moves, strict=True))
         atoms, _ = _places(structures.counts, moves)
         rows = torch.as_tensor(atoms, device=structures.numbers.device)
@@ -271,25 +269,3 @@ def _places(counts: Sequence[int], moves: Sequence[bool]) -> tuple[np.ndarray, n
     cells = [first + n + np.arange(3) for first, n, m in zip(firsts, counts, moves) if m]
     none = np.zeros(0, dtype=np.int64)
     return np.concatenate([none, *atoms]), np.concatenate([none, *cells])
-
-
-def _check(structures: Structures, k: int, freedom: CellFreedom) -> None:
-    """Raise where the cell of structure k cannot move so."""
-    name = structures.select([k]).formulas()[0]
-    periodic = int(structures.pbc[k].sum())
-    if periodic == 0:
-        raise ValueError(
-            f"{name} is periodic along no direction, so it has no cell to relax: take cell='fixed' for it, or set its "
-            "pbc and cell."
-        )
-    if periodic < 3 and (freedom.pressure or freedom.hydrostatic or freedom.constant_volume):
-        raise ValueError(
-            f"{name} is periodic along {periodic} of 3 directions, so it has no volume: take cell='full' without a "
-            "pressure, which relaxes the periodic directions."
-        )
-    unknown = [names for names in structures.constraints[k] if names not in COMMUTING]
-    if unknown:
-        raise NotImplementedError(
-            f"{name} has the constraint {unknown[0]}, which is not known for a cell that moves: take one of "
-            f"{', '.join(sorted(COMMUTING))}, or cell='fixed'."
-        )

@@ -10,6 +10,7 @@ from statistics import fmean, median
 from typing import Any
 
 from ..evaluation import Evaluation, Row
+from ..report import cell_lines
 from ..stability import step_limit
 from ..training.settings import UNROLLED
 from ..utils import without_nan
@@ -158,6 +159,8 @@ def _ends(d: Suitability) -> Iterator[str]:
         yield "  Delta-Q to the reference, amu^1/2 Å   mean  median"
         yield f"    before relaxing                   {fmean(unrelaxed):6.2f}  {median(unrelaxed):6.2f}"
         yield f"    after                             {fmean(delta_q):6.2f}  {median(delta_q):6.2f}"
+    for line in cell_lines([d.evaluation]):
+        yield _wrapped(line.strip())
     yield f"  in another basin than the reference's: {100 * d.wrong_basins:.0f} %"
     yield f"  farther from the reference than they started: {sum(map(went_farther, rows))} of {len(rows)}"
 

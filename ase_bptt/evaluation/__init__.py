@@ -42,7 +42,10 @@ class Evaluation:
     @classmethod
     def from_rows(cls, rows: Sequence[dict[str, Any]]) -> Evaluation:
         """From the rows that `todict` gives."""
-        return cls(tuple(Row(**row | {"displacements": tuple(row["displacements"])}) for row in rows))
+        # JSON knows no tuples.
+        plain: list[dict[str, Any]]
+        plain = [{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()} for row in rows]
+        return cls(tuple(Row(**row) for row in plain))
 
     @property
     def mean(self) -> float:
@@ -88,19 +91,37 @@ class Evaluation:
     @property
     def cells_move(self) -> bool:
         """Whether any structure's cell was relaxed."""
-        return any(row.volume_error is not None for row in self.rows)
+        return any(row.cell_moves for row in self.rows)
+
+    def by_cell(self) -> tuple[Evaluation, Evaluation]:
+        """The structures whose cells are fixed, and those whose cells move; either may have no rows."""
+        fixed, moved = (tuple(row for row in self.rows if row.cell_moves is which) for which in (False, True))
+        return Evaluation(fixed), Evaluation(moved)
 
     @property
     def volume_error(self) -> float:
-        """Mean absolute error of the volumes of cells that move, as a share; NaN where none does."""
+        """Mean absolute error of the volumes of cells that move, as a share; NaN where none has a volume."""
         errors = [abs(row.volume_error) for row in self.rows if row.volume_error is not None]
         return fmean(errors) if errors else math.nan
 
     @property
     def cell_strain(self) -> float:
         """Median strain of the cells that move; NaN where none does."""
-        strains = [row.cell_strain for row in self.rows if row.cell_strain is not None]
-        return median(strains) if strains and all(map(math.isfinite, strains)) else math.nan
+        return _median([row.cell_strain for row in self.rows if row.cell_strain is not None])
+
+    @property
+    def scaled_rmsd(self) -> float:
+        """Median of RMSD / (V/n)^(1/3) of the structures whose cells move; NaN where none does."""
+        return _median([row.scaled_rmsd for row in self.rows if row.scaled_rmsd is not None])
+
+    @property
+    def lattice_errors(self) -> tuple[float, float]:
+        """Mean absolute errors of a, b, c in Å and of the angles in degrees; NaN where no cell moves."""
+        errors = [row.lattice_error for row in self.rows if row.lattice_error is not None]
+        if not errors:
+            return math.nan, math.nan
+        found = np.abs(errors).mean(0)
+        return float(found[:3].mean()), float(found[3:].mean())
 
     @property
     def symmetry_kept(self) -> float:
@@ -128,9 +149,28 @@ class Evaluation:
             "closer_than_start": self.closer_than_start,
             "basins": self.basins,
             "symmetry_kept": self.symmetry_kept,
-            **({"volume_error": self.volume_error, "cell_strain": self.cell_strain} if self.cells_move else {}),
-            "rows": [asdict(row) | {"displacements": list(row.displacements)} for row in self.rows],
+            **self._of_cells(),
+            "rows": [{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(row).items()} for row in self.rows],
         }
+
+    def _of_cells(self) -> dict[str, Any]:
+        """The figures of cells that move; none where all are fixed."""
+        if not self.cells_move:
+            return {}
+        lengths, angles = self.lattice_errors
+        return {
+            "n_cells_moved": len(self.by_cell()[1].rows),
+            "volume_error": self.volume_error,
+            "cell_strain": self.cell_strain,
+            "length_error": lengths,
+            "angle_error": angles,
+            "scaled_rmsd": self.scaled_rmsd,
+        }
+
+
+def _median(values: Sequence[float]) -> float:
+    # NaN cannot be sorted.
+    return median(values) if values and all(map(math.isfinite, values)) else math.nan
 
 
 def evaluate(

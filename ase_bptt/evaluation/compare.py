@@ -16,6 +16,8 @@ from . import FLOOR, Evaluation
 
 TIED = 0.01, 0.005
 """Share and amu^1/2 Å: a structure whose Delta-Q changed by less than either is neither better nor worse."""
+VOLUME_TIED = 1e-3
+"""A share of the volume: errors that differ by less are alike."""
 RESAMPLES = 5000
 LEVEL = 0.95
 
@@ -52,6 +54,9 @@ class Comparison:
     better, worse : int
         Structures whose Delta-Q fell and rose by more than 1 % and 0.005 amu^1/2 Å; one that diverged counts as
         risen. The others are tied.
+    cells, cells_better, cells_worse : int
+        Structures whose cells move, and those of which the absolute volume error fell and rose by more than 0.1 % of
+        the volume.
     left_out : int
         Structures that diverged before or after; they are not part of means, intervals and test.
     basins_won, basins_lost : int
@@ -69,6 +74,9 @@ class Comparison:
     basins_won: int
     basins_lost: int
     left_out: int = 0
+    cells: int = 0
+    cells_better: int = 0
+    cells_worse: int = 0
 
     @property
     def improved(self) -> float:
@@ -134,6 +142,7 @@ def compare(before: Evaluation, after: Evaluation, *, seed: int = 0) -> Comparis
     x, y = first[sound], last[sound]
     logs = [np.log(np.maximum(d, FLOOR)) for d in (x, y)]
     counts = members.sum(1)
+    volumes = [_volume_errors(e) for e in (before, after)]
     ratio = np.maximum(y, FLOOR) / np.maximum(x, FLOOR)
     return Comparison(
         n=len(first),
@@ -147,7 +156,16 @@ def compare(before: Evaluation, after: Evaluation, *, seed: int = 0) -> Comparis
         basins_won=int((~right[0] & right[1]).sum()),
         basins_lost=int((right[0] & ~right[1]).sum()),
         left_out=int((~sound).sum()),
+        cells=len(before.by_cell()[1].rows),
+        cells_better=int((volumes[0] - volumes[1] > VOLUME_TIED).sum()),
+        cells_worse=int((volumes[1] - volumes[0] > VOLUME_TIED).sum()),
     )
+
+
+def _volume_errors(found: Evaluation) -> np.ndarray:
+    """Absolute, of the structures whose cells have a volume and move; as large as can be where they diverged."""
+    errors = np.array([abs(row.volume_error) for row in found.rows if row.volume_error is not None])
+    return np.where(np.isfinite(errors), errors, np.finfo(float).max)
 
 
 def _clearly_below(a: np.ndarray, b: np.ndarray) -> np.ndarray:

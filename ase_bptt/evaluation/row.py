@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import spglib
@@ -10,7 +11,7 @@ from ase import Atoms
 
 from ..displacements import displacements
 from ..iterated_map import Status
-from ..losses import SAME_END, cell_strain, delta_q, max_displacement, rmsd, volume_error
+from ..losses import SAME_END, cell_strain, delta_q, lattice_error, max_displacement, rmsd, volume_error
 from ..pairs import RelaxationPair
 from ..threads import quiet
 from ..throughput import Relaxed
@@ -49,7 +50,12 @@ class Row:
         Of each atom from the reference, Å.
     volume_error, cell_strain : float or None
         Of the end's cell against the reference's: V / V_ref - 1, and the norm of the Green-Lagrange strain; None where
-        the cell is fixed.
+        the cell is fixed. Slabs and wires have no volume.
+    lattice_error : tuple of 6 float, or None
+        Differences of a, b, c in Å and of alpha, beta, gamma in degrees; None where the cell is fixed.
+    scaled_rmsd : float or None
+        RMSD of the atoms in the reference's cell over (V/n)^(1/3) of the reference, by which crystals of different
+        density compare; None where the cell is fixed or there is no volume.
     """
 
     id: str
@@ -68,6 +74,13 @@ class Row:
     displacements: tuple[float, ...]
     volume_error: float | None = None
     cell_strain: float | None = None
+    lattice_error: tuple[float, ...] | None = None
+    scaled_rmsd: float | None = None
+
+    @property
+    def cell_moves(self) -> bool:
+        """Whether its cell was relaxed."""
+        return self.cell_strain is not None
 
     @property
     def converged(self) -> bool:
@@ -111,9 +124,21 @@ def row_of(pair: RelaxationPair, found: Relaxed, control: Atoms, residual: float
         status=status.value,
         nsteps=nsteps,
         displacements=tuple(displacements(end, reference, by_mass=False, align=True).norm(dim=1).tolist()),
-        volume_error=volume_error(end, reference) if pair.freedom.moves else None,
-        cell_strain=cell_strain(end, reference) if pair.freedom.moves else None,
+        **(_of_cell(end, reference) if pair.freedom.moves else {}),
     )
+
+
+def _of_cell(end: Atoms, reference: Atoms) -> dict[str, Any]:
+    """The measures of a cell that moved."""
+    found = {"cell_strain": cell_strain(end, reference), "lattice_error": tuple(lattice_error(end, reference).tolist())}
+    # A slab has no volume: what lies above it is of no meaning.
+    if not reference.pbc.all():
+        return found
+    length = (reference.get_volume() / len(reference)) ** (1 / 3)
+    return found | {
+        "volume_error": volume_error(end, reference),
+        "scaled_rmsd": float(rmsd(end, reference, align=True) / length),
+    }
 
 
 def _shift(a: Atoms, b: Atoms) -> float:

@@ -50,6 +50,9 @@ def cell_problem(initial: Atoms, relaxed: Atoms) -> str:
     before, after = (periodic_cell(atoms.cell.array, periodic) for atoms in (initial, relaxed))
     if not all(np.isfinite(c).all() and np.linalg.matrix_rank(c) == 3 for c in (before, after)):
         return "a cell has no volume, or is not finite; write the file again."
+    stresses = [getattr(atoms.calc, "results", {}).get("stress", 0.0) for atoms in (initial, relaxed)]
+    if not all(np.isfinite(stress).all() for stress in stresses):
+        return "its cell moves, and a stress is not a finite number; write the file again, or leave the stress out."
     gradient = np.linalg.solve(before, after)
     if np.linalg.det(gradient) <= 0:
         return "its cell changes handedness; write both structures with the same cell vectors."

@@ -87,8 +87,17 @@ def _figure(found: Mapping[str, Any] | None) -> str:
     return (
         f"Delta-Q to the reference in amu^1/2 Å over {found['n']} structures of {found['kinds']} kinds that were not "
         f"trained on: {'; '.join(parts)}; in the right basin {_share(found['basins_before'])} before, "
-        f"{_share(found['basins_after'])} after{notes}"
+        f"{_share(found['basins_after'])} after{_volumes(found)}{notes}"
     )
+
+
+def _volumes(found: Mapping[str, Any]) -> str:
+    """The volume errors; nothing where no cell moved."""
+    before, after = (found.get(f"volume_error_{when}") for when in ("before", "after"))
+    if after is None or not math.isfinite(after):
+        return ""
+    said = [f"{100 * value:.2f} %" if value is not None and math.isfinite(value) else "-" for value in (before, after)]
+    return f"; mean absolute volume error {said[0]} before, {said[1]} after"
 
 
 def _number(value: float | None) -> str:

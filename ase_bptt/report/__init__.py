@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -142,6 +142,14 @@ def comparison_sentences(comparison: Comparison, labels: tuple[str, str] = LABEL
             else ""
         ),
         f"Right basin: {c.basins_won} won, {c.basins_lost} lost.",
+        *(
+            [
+                f"Volume nearer the reference's (by more than 0.1 %): {c.cells_better} of {c.cells} whose cells moved; "
+                f"farther: {c.cells_worse}."
+            ]
+            if c.cells
+            else []
+        ),
         *([f"Left out of means and test: {plural(c.left_out, 'structure')} that diverged."] if c.left_out else []),
     ]
 
@@ -224,11 +232,26 @@ def _spans(columns: Sequence[Column]) -> list[tuple[int, int]]:
 
 
 def cell_lines(evaluations: Sequence[Evaluation], labels: Sequence[str] = ("",)) -> list[str]:
-    """How far the cells that moved are from the references', in a line; none where all are fixed."""
-    if not any(e.cells_move for e in evaluations):
+    """How far the cells that moved are from the references', and fixed ones apart; nothing where all are fixed."""
+    if not evaluations[-1].cells_move:
         return []
-    both = list(zip(evaluations, labels, strict=True))
-    volumes = ", ".join(f"{100 * e.volume_error:.2f} % {label}".strip() for e, label in both)
-    strains = ", ".join(f"{e.cell_strain:.4f} {label}".strip() for e, label in both)
-    n = sum(row.volume_error is not None for row in evaluations[-1].rows)
-    return [f"cells that moved ({n}): mean absolute volume error {volumes}; median strain {strains}"]
+    fixed, moved = zip(*(e.by_cell() for e in evaluations), strict=True)
+
+    def said(of: Sequence[Evaluation], text: Callable[[Evaluation], str]) -> str:
+        return ", ".join(f"{text(e)} {label}".strip() for e, label in zip(of, labels, strict=True))
+
+    lines = [
+        f"cells that moved ({len(moved[-1].rows)}): mean absolute volume error "
+        f"{said(moved, lambda e: f'{100 * e.volume_error:.2f} %')}; "
+        f"median strain {said(moved, lambda e: f'{e.cell_strain:.4f}')}",
+        f"  mean absolute error of a, b, c {said(moved, lambda e: f'{e.lattice_errors[0]:.3f} Å')}; "
+        f"of the angles {said(moved, lambda e: f'{e.lattice_errors[1]:.2f}°')}; "
+        f"median RMSD / (V/n)^(1/3) {said(moved, lambda e: f'{e.scaled_rmsd:.4f}')}",
+    ]
+    if fixed[-1].rows:
+        for name, of in (("moved", moved), ("fixed", fixed)):
+            lines.append(
+                f"cell {name} ({len(of[-1].rows)}): mean Delta-Q {said(of, lambda e: number(e.mean, 2))}; "
+                f"right basin {said(of, lambda e: count(e, 'basin'))}"
+            )
+    return lines

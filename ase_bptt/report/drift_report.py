@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 
 from ..drift.changes import Drift, DriftReport, FoldDriftReports
 from . import LABELS, Column, change, grid, number
+from .columns import NUMBER, Cell, Table
 from .page import Section, picture_of
 from .plots import BLUE, GREY, ORANGE, new_figure
-from .tables import NUMBER, Cell, Table
 
 TITLE = "What else has changed"
 WIDTH = 80

@@ -17,18 +17,10 @@ from matplotlib.figure import Figure
 from ..evaluation import BASIN_RULE, Evaluation
 from ..evaluation.compare import Comparison, check_same
 from ..utils import replacing
-from . import LABELS, change, comparison_sentences, count, headline, number, plural
+from . import LABELS, cell_lines, change, comparison_sentences, count, headline, number, plural
+from .columns import NUMBER, Cell, Table
 from .plots import MOST_ATOMS, atom_displacements, before_after, by_group, learning_curve, png, save
-from .tables import (
-    NUMBER,
-    UNIT,
-    Cell,
-    Table,
-    both_of,
-    groups_table,
-    sorted_groups,
-    structures_table,
-)
+from .tables import UNIT, both_of, cells_table, groups_table, sorted_groups, structures_table
 
 RULE = BASIN_RULE.removeprefix("right basin: ")
 TERMS = (
@@ -52,6 +44,12 @@ TERMS = (
      "square of the components before. The change of the energies includes constant shifts."),
     ("Short-range instability", "Two atoms must repel each other more strongly the nearer they come. Where the energy "
      "falls instead, atoms that come this close, in a hot or a poor structure, collapse onto each other."),
+)  # fmt: skip
+OF_CELLS = (
+    ("Volume error, strain", "Of the relaxed cell against the reference's: V / V_ref - 1, and the norm of the "
+     "Green-Lagrange strain, which Delta-Q counts as the displacement that it causes."),
+    ("RMSD / (V/n)^1/3", "RMSD at the fractional coordinates of the reference's cell, over the cube root of its volume "
+     "an atom: a number without a unit, by which crystals of different density compare."),
 )  # fmt: skip
 CSS_WIDTH = 480
 """Pixels: the width of a picture on the page."""
@@ -126,7 +124,7 @@ def write_page(
         sections.append(Section("Training", pictures=[learning(history, best_epoch)]))
     sections += extra
     text = _template().render(title=title, headline=headline(evaluation, after, labels, UNIT), sections=sections,
-                              terms=TERMS)  # fmt: skip
+                              terms=TERMS + OF_CELLS * evaluation.cells_move)  # fmt: skip
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -153,6 +151,9 @@ def _results(
         found.append(Section("Is it more than chance?", comparison_sentences(comparison, labels)))
     groups = [groups_table(evaluation, after, labels)]
     structures = [structures_table(evaluation, after, labels)]
+    if evaluation.cells_move:
+        lines = cell_lines(both_of(evaluation, after), labels if after is not None else ("",))
+        found.append(Section("Cells", lines, tables=[cells_table(evaluation, after, labels)]))
     return [
         *found,
         Section("By group", tables=groups, pictures=[dots(evaluation, after, labels)]),

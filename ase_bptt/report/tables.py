@@ -1,17 +1,16 @@
 """Tables of evaluations: as text for the terminal, as CSV, and as cells of the HTML page.
 
-The three take their columns from one list, `MEASURES`.
+The three take their columns from `ase_bptt.report.columns`.
 """
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from textwrap import fill
 
-from ..evaluation import Evaluation, Row
+from ..evaluation import Evaluation
 from ..evaluation.compare import Comparison, check_same
 from ..utils import replacing
 from . import (
@@ -24,95 +23,26 @@ from . import (
     grid,
     number,
     shorten,
-    symmetry,
-    yes,
+)
+from .columns import (
+    DISTANCES,
+    MEASURES,
+    NUMBER,
+    OF_CELLS,
+    OTHERS,
+    START,
+    STATUS,
+    WORD,
+    Cell,
+    Table,
+    values_of_cell,
 )
 
-NUMBER, WORD, WRONG = "number", "", "wrong"
-"""How a cell of the page is set."""
 UNIT = "amu^1/2 Å"
 ID_WIDTH, LABEL_WIDTH = 18, 8
 PAGE_ID_WIDTH, PAGE_LABEL_WIDTH = 40, 16
 
 
-@dataclass(frozen=True)
-class Cell:
-    """Text, how it is set, small text below it; for heads also how many columns and rows it spans."""
-
-    text: str
-    kind: str = ""
-    below: str = ""
-    span: int = 1
-    rows: int = 1
-
-
-@dataclass(frozen=True)
-class Table:
-    """A caption, rows of heads, rows of cells of which the first names the row, and a class."""
-
-    caption: str
-    heads: Sequence[Sequence[Cell]]
-    rows: Sequence[Sequence[Cell]]
-    kind: str = ""
-
-
-@dataclass(frozen=True)
-class Measure:
-    """What is known of each relaxed structure: a column of the text, of the CSV and of the page.
-
-    Attributes
-    ----------
-    key : str
-        The attribute of `Row`, and the column's name in the CSV.
-    column : Column
-    text : callable
-        The cell's text, from a row.
-    kind : str
-        How the cell is set on the page.
-    good : callable
-        False for rows whose cell is marked.
-    below : callable
-        Small text below the cell on the page.
-    """
-
-    key: str
-    column: Column
-    text: Callable[[Row], str]
-    kind: str = NUMBER
-    good: Callable[[Row], bool] = lambda row: True
-    below: Callable[[Row], str] = lambda row: ""
-
-    def cell(self, row: Row) -> Cell:
-        """The cell on the page."""
-        kind = self.kind if self.good(row) else f"{self.kind} {WRONG}".strip()
-        return Cell(self.text(row), kind, self.below(row))
-
-
-START = Measure("unrelaxed", Column("start", "Delta-Q", page="Start"), lambda row: number(row.unrelaxed, 2))
-DISTANCES = (
-    Measure("delta_q", Column("end", "Delta-Q", page="Delta-Q"), lambda row: number(row.delta_q, 2)),
-    Measure("rmsd", Column("RMSD", page="RMSD (Å)"), lambda row: number(row.rmsd, 3)),
-    Measure("max_displacement", Column("displ.", "max.", page="Largest displacement (Å)"),
-            lambda row: number(row.max_displacement, 3)),
-    Measure("right_basin", Column("basin", "right", page="Right basin"), lambda row: yes(row.right_basin), WORD,
-            lambda row: row.right_basin),
-)  # fmt: skip
-STATUS = Measure("status", Column("status", align="<"), lambda row: row.status, WORD)
-OTHERS = (
-    Measure("residual_force", Column("at ref.", "force", page="Force at the reference (eV/Å)"),
-            lambda row: number(row.residual_force, 3)),
-    Measure("space_group", Column("group", "space", "<", page="Space group"), symmetry, WORD,
-            lambda row: row.symmetry_kept),
-    Measure("nsteps", Column("frames", page="Frames"), lambda row: str(row.nsteps), NUMBER,
-            lambda row: row.converged, lambda row: "" if row.converged else row.status),
-)  # fmt: skip
-OF_CELLS = (
-    Measure("volume_error", Column("V/V_ref - 1"), lambda row: number(row.volume_error, 4)),
-    Measure("cell_strain", Column("strain"), lambda row: number(row.cell_strain, 4)),
-)
-MEASURES = (*DISTANCES, STATUS, *OTHERS, *OF_CELLS)
-"""In the order of the CSV, which alone has those of cells, empty where a cell is fixed. The page has no column for the
-status: it stands below the frames."""
 UNITS = "Delta-Q in amu^1/2 Å; RMSD and largest displacement in Å"
 
 
@@ -136,7 +66,7 @@ def evaluation_table(evaluation: Evaluation) -> str:
         ["median", "", number(evaluation.median, 2)],
     ]
     last = f"right basin: {count(evaluation, 'basin')}; space group kept: {count(evaluation, 'symmetry')}"
-    return "\n".join([f"{UNITS}; force in eV/Å", *grid(columns, rows, foot), last, *cell_lines([evaluation])])
+    return "\n".join([f"{UNITS}; force in eV/Å", *grid(columns, rows, foot), last, *_of_cells([evaluation], ("",))])
 
 
 def table(before: Evaluation, after: Evaluation, labels: tuple[str, str] = LABELS) -> str:
@@ -165,7 +95,34 @@ def table(before: Evaluation, after: Evaluation, labels: tuple[str, str] = LABEL
     ]
     changes = [change(before.mean, after.mean), change(before.median, after.median)]
     last = f"right basin: {count(before, 'basin')} {labels[0]}, {count(after, 'basin')} {labels[1]}"
-    return "\n".join([UNITS, *legend, *grid(columns, rows, foot, changes), last, *cell_lines([before, after], labels)])
+    return "\n".join([UNITS, *legend, *grid(columns, rows, foot, changes), last, *_of_cells([before, after], labels)])
+
+
+def _of_cells(evaluations: Sequence[Evaluation], labels: Sequence[str]) -> list[str]:
+    """The figures of cells that moved, and a table with a row for each of them; nothing where all are fixed."""
+    if not evaluations[-1].cells_move:
+        return []
+    moved = [e.by_cell()[1].rows for e in evaluations]
+    heads = labels if max(map(len, labels)) <= LABEL_WIDTH else ("(1)", "(2)")
+    columns = [Column("cell", align="<")]
+    for column in (m.column for m in OF_CELLS):
+        top = f"{column.top} {column.name}".strip()
+        columns += [column] if len(evaluations) == 1 else [Column(head, top) for head in heads]
+    names = shorten([row.id for row in moved[0]], ID_WIDTH)
+    rows = [[name, *(m.text(row) for m in OF_CELLS for row in both)] for name, *both in zip(names, *moved, strict=True)]
+    return [*cell_lines(evaluations, labels), "", *grid(columns, rows)]
+
+
+def cells_table(evaluation: Evaluation, after: Evaluation | None, labels: tuple[str, str]) -> Table:
+    """For the page: a structure whose cell moved a row."""
+    moved = [e.by_cell()[1].rows for e in both_of(evaluation, after)]
+    names = shorten([row.id for row in moved[0]], PAGE_ID_WIDTH)
+    rows = [
+        [Cell(name), *(m.cell(row) for m in OF_CELLS for row in both)]
+        for name, *both in zip(names, *moved, strict=True)
+    ]
+    heads = _page_heads([("Structure", WORD)], [(m.column.page, [m.kind] * len(moved)) for m in OF_CELLS], labels)
+    return Table("Cells that moved, against the references'", heads, rows, "names")
 
 
 def structures_table(evaluation: Evaluation, after: Evaluation | None, labels: tuple[str, str]) -> Table:
@@ -201,10 +158,15 @@ def write_csv(
     suffixes = [""] if after is None else [f"_{label}" for label in labels]
     with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        names = [m.key + suffix for suffix in suffixes for m in MEASURES]
+        keys = [*(m.key for m in MEASURES), *values_of_cell(evaluation.rows[0])]
+        names = [key + suffix for suffix in suffixes for key in keys]
         writer.writerow(["id", "group", "reference_space_group", f"delta_q_{START.key}", *names])
         for k, row in enumerate(evaluation.rows):
-            values = [getattr(e.rows[k], m.key) for e in both for m in MEASURES]
+            values = [
+                value
+                for found in (e.rows[k] for e in both)
+                for value in (*(getattr(found, m.key) for m in MEASURES), *values_of_cell(found).values())
+            ]
             writer.writerow([row.id, row.group, row.reference_space_group, row.unrelaxed, *values])
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from ase import Atoms
 
-from ..cells.strained import COMMUTING
+from ..cells.row_maps import FRACTIONAL
 from ..charges import SPECIFIED
 from ..pairs import RelaxationPair
 
@@ -96,5 +96,5 @@ def evenly(frames: Sequence[Atoms], most: int) -> list[Atoms]:
 
 def has_stress(atoms: Atoms) -> bool:
     """Whether a stress is there that the potential's can be compared with."""
-    free = {type(c).__name__ for c in atoms.constraints} <= COMMUTING
+    free = {type(c).__name__ for c in atoms.constraints} <= FRACTIONAL
     return bool(free and atoms.pbc.all() and np.isfinite(atoms.calc.results.get("stress", np.nan)).all())

@@ -12,6 +12,7 @@ from ase import Atoms, units
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.db import connect
 from ase.io import write
+from ase.stress import voigt_6_to_full_3x3_stress
 
 from ase_bptt import RelaxationPair
 
@@ -89,8 +90,14 @@ def _calculation(frame: Atoms) -> str:
     )
     return (
         f" <calculation>\n  <scstep>\n{energies}  </scstep>\n{_structure(frame)}"
-        f"{_varray('forces', frame.get_forces())}{_varray('stress', np.zeros((3, 3)))}{energies} </calculation>\n"
+        f"{_varray('forces', frame.get_forces())}{_varray('stress', _kilobar(frame))}{energies} </calculation>\n"
     )
+
+
+def _kilobar(frame: Atoms) -> np.ndarray:
+    """The stress as VASP writes it, with the opposite sign; zero where there is none."""
+    stress = frame.calc.results.get("stress", np.zeros(6))
+    return -voigt_6_to_full_3x3_stress(stress) / (0.1 * units.GPa)
 
 
 def _structure(atoms: Atoms, name: str | None = None) -> str:
