@@ -116,13 +116,14 @@ class Order:
         """Batches in an epoch of so many pairs."""
         return -(-n_pairs // self.sampling.batch_size)
 
-    def batches(self, pairs: Sequence[RelaxationPair], epoch: int) -> Iterator[list[RelaxationPair]]:
-        """The batches of an epoch."""
+    def batches(self, pairs: Sequence[RelaxationPair], epoch: int, passes: int = 1) -> Iterator[list[RelaxationPair]]:
+        """The batches of an epoch, each pass in an order of its own."""
         drawn = self.sampling
-        order = torch.randperm(len(pairs), generator=self.generator).tolist()
         pairs = VariedStarts(pairs, drawn.interpolate, drawn.rattle, (drawn.seed, epoch))
-        for first in range(0, len(order), drawn.batch_size):
-            yield [pairs[k] for k in order[first : first + drawn.batch_size]]
+        for _ in range(passes):
+            order = torch.randperm(len(pairs), generator=self.generator).tolist()
+            for first in range(0, len(order), drawn.batch_size):
+                yield [pairs[k] for k in order[first : first + drawn.batch_size]]
 
 
 class VariedStarts(Sequence[RelaxationPair]):
