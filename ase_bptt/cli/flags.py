@@ -19,6 +19,7 @@ from tqdm import tqdm
 from ..pairs import MAX_REFERENCE_FORCE, InvalidPair, RelaxationPair
 from ..pairs.loading import Choices, n_cores
 from ..pairs.reading import read_archive
+from ..pairs.targets import read_targets
 from ..potential import Potential
 from ..potentials import load_potential
 from ..suggestions import named, nearest, unknown_name
@@ -168,6 +169,8 @@ def add_pairs(parser: argparse.ArgumentParser, nargs: str = "+", option: str | N
          action="store_true")  # fmt: skip
     flag(group, parser, "--max-reference-force", "eV/Å: what is left with a larger force is no reference and left out",
          MAX_REFERENCE_FORCE, type=positive, metavar="X")  # fmt: skip
+    flag(group, parser, "--targets", "PAIRS are relaxed structures alone (CIF, POSCAR, extxyz, ase.db), for which each "
+         "epoch draws starts, strained by 2 % and rattled", False, action="store_true")  # fmt: skip
     add_cell(group, parser, "what of the cells was relaxed (default: what the runs say, or else the cells show)", None)
     flag(group, parser, "--lazy", "for a folder or a .db: check all pairs once, then read each when it is needed, "
          "so that they need not fit in memory", False, action="store_true")  # fmt: skip
@@ -245,6 +248,8 @@ def one_of(what: str, names: Iterable[str]) -> Callable[[str], str]:
 def read_grouped(arguments: argparse.Namespace, *, show: bool = False) -> list[RelaxationPair]:
     """The pairs of PAIRS, with --skip-invalid, --group and --lazy; with `show`, what else is in a folder is printed."""
     paths = [Path(path) for path in arguments.pairs]
+    if arguments.targets:
+        return _targets(arguments, paths)
     if not 1 <= len(paths) <= 2:
         raise ValueError("Give one file or folder of relaxations, or two files: initial and relaxed structures.")
     choices = Choices(
@@ -272,6 +277,13 @@ def read_grouped(arguments: argparse.Namespace, *, show: bool = False) -> list[R
     else:
         survey.report()
     return pairs
+
+
+def _targets(arguments: argparse.Namespace, paths: Sequence[Path]) -> list[RelaxationPair]:
+    if not paths or arguments.lazy or arguments.group:
+        raise ValueError("--targets takes files or folders of relaxed structures, without --lazy and --group.")
+    chosen = {"cell": arguments.cell, "pressure": arguments.pressure}
+    return read_targets(paths, skip_invalid=arguments.skip_invalid, **chosen)
 
 
 def potential_of(arguments: argparse.Namespace, spec: str | None = None) -> Potential:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..cells.strained import Strained
+from ..displacements import KNOWN, known_of
 from ..losses import TINY
 from ..pairs import RelaxationPair
 from ..potential import Potential
@@ -25,7 +27,8 @@ def zero_force(potential: Potential, pairs: Sequence[RelaxationPair]) -> Tensor:
 
     Each free atom is displaced by F / k, with the force constant k = `STIFFNESS`, and a cell that moves by the same
     rule: its strain L is held as the length sqrt(n) (V/n)^(1/3) L, along which the curvature is about that of atoms,
-    and counts with the mean mass of the atoms, as in the losses. Pressure is included.
+    and counts with the mean mass of the atoms, as in the losses. Pressure is included. Where ``info["known"]`` says that
+    only the cell or the volume of a reference is known, that alone counts.
 
     Parameters
     ----------
@@ -48,12 +51,17 @@ def zero_force(potential: Potential, pairs: Sequence[RelaxationPair]) -> Tensor:
     [0.06, 0.88]
     """
     structures = potential.batch([pair.relaxed for pair in pairs])
-    freedoms = [pair.freedom for pair in pairs]
-    masses = structures.masses
+    freedoms = [
+        replace(pair.freedom, hydrostatic=True) if known_of(pair.relaxed) == KNOWN[2] else pair.freedom
+        for pair in pairs
+    ]
+    in_full = torch.tensor([known_of(pair.relaxed) == KNOWN[0] for pair in pairs], device=structures.pbc.device)
+    masses = structures.masses * in_full[structures.batch]
     if any(freedom.moves for freedom in freedoms):
-        mean = structures.sum(masses) / structures.sum(torch.ones_like(masses))
+        mean = structures.sum(structures.masses) / structures.sum(torch.ones_like(masses))
         structures = Strained.of(structures, freedoms, balanced=True)
-        masses = structures.masses.index_copy(0, structures.cell_rows, mean[structures.moving].repeat_interleave(3))
+        atoms = structures.masses.index_copy(0, structures.atom_rows, masses)
+        masses = atoms.index_copy(0, structures.cell_rows, mean[structures.moving].repeat_interleave(3))
     _, forces = energies_and_forces(potential, structures)
     displacements = structures.project_forces(forces) / STIFFNESS
     return (safe_sqrt(structures.sum(masses * displacements.square().sum(1))) + TINY).sqrt() - TINY**0.5

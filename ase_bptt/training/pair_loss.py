@@ -13,6 +13,7 @@ from ase import Atoms
 from torch import Tensor, nn
 
 from ..adjoints import Adjoint, SolveStatus
+from ..displacements import as_far_as_known, known_of
 from ..iterated_map import Status
 from ..losses import SAME_END, max_displacement
 from ..pairs import RelaxationPair
@@ -130,7 +131,9 @@ class PairLoss:
             gradients, counted = self._summed(losses, good)
             return gradients, [PairEnd(losses.requires_grad, loss, 0, None, None) for loss in counted]
         relaxation = self.relaxation(pairs, epoch)
-        reference = self.potential.batch([p.relaxed for p in pairs])
+        references = [p.relaxed for p in pairs]
+        known = [known_of(atoms) for atoms in references]
+        reference = as_far_as_known(relaxation, self.potential.batch(references), known)
         losses = self.adjoint.total_loss(self.loss, relaxation, reference)
         good = torch.isfinite(losses.detach()) & ~torch.tensor(relaxation.diverged, device=losses.device)
         gradients, counted = self._summed(losses, good)

@@ -17,6 +17,7 @@ from ..displacements import displacements, shortest_lattice_vector
 from ..pairs import RelaxationPair, fingerprint
 from ..pairs.groups import check_apart, usable
 from ..pairs.lazy import DeferredPair
+from ..pairs.targets import Target
 from ..potential import Potential
 from ..terms import Term, check_terms
 from .settings import SamplingSettings
@@ -129,7 +130,8 @@ class Order:
 class VariedStarts(Sequence[RelaxationPair]):
     """Pairs with starts drawn on the straight line to the reference (a share of them), and rattled.
 
-    A start is made when it is asked for, and depends on the key and the place of its pair alone.
+    Those of a `Target` are drawn about it. A start is made when it is asked for, and depends on the key and the place
+    of its pair alone.
 
     Parameters
     ----------
@@ -153,6 +155,8 @@ class VariedStarts(Sequence[RelaxationPair]):
 
     def _made(self, k: int) -> RelaxationPair:
         pair, rng = self._pairs[k], np.random.default_rng([*self._key, k])
+        if isinstance(pair, Target):
+            return dataclasses.replace(pair, initial=pair.start(rng))
         share = rng.uniform() if rng.uniform() < self._interpolate else 0.0
         noise = rng.normal(0, self._rattle, (pair.n_atoms, 3))
         start = pair.initial.copy()
