@@ -1,4 +1,4 @@
-"""Targets: relaxed structures alone, read, checked, started anew in each epoch, and counted as far as they are known."""
+"""Targets: relaxed structures alone, how they are read and checked, started anew, and counted as far as known."""
 
 import numpy as np
 import pytest
@@ -79,8 +79,8 @@ class TestReading:
         atoms, file = crystal(), tmp_path / "bad.extxyz"
         sentence = {
             "occupancy": "bad: a site is occupied in part (Cu 0.5)", "mixed": "bad: a site is occupied in part",
-            "hydrogen": "hydrogen is missing", "flat": "volume", "clash": "nearer than", "known": "known part",
-            "unreadable": "cannot be read as a structure",
+            "hydrogen": "hydrogen is missing", "flat": "linearly dependent", "clash": "nearer than",
+            "known": "known part", "unreadable": "cannot be read as a structure",
         }[broken]  # fmt: skip
         if broken in ("occupancy", "mixed", "hydrogen"):
             sites = {
@@ -135,7 +135,7 @@ class TestStarts:
     def test_they_keep_what_is_fixed_of_the_cell(self, cell):
         start = Target(crystal(), crystal(), "Cu", cell=cell, strain=0.02).start(np.random.default_rng(0))
         strain = np.linalg.inv(crystal().cell) @ start.cell - np.eye(3)
-        assert abs(strain).max() < 0.021
+        assert abs(strain).max() < 0.02 * 4 / 3
         if cell == "hydrostatic":
             assert np.allclose(strain, strain[0, 0] * np.eye(3))
         else:
@@ -180,7 +180,7 @@ class TestKnown:
     def test_evaluation_counts_the_known_part(self):
         target = Target(crystal("Cu", "cell"), crystal("Cu", "cell"), "Cu", cell="full")
         target.relaxed.positions[0] += 0.3
-        row = evaluate("emt", [target]).rows[0]
+        row = evaluate(load_potential("emt"), [target]).rows[0]
         assert row.max_displacement < 1e-3 < row.delta_q
 
 
@@ -188,9 +188,10 @@ class TestTraining:
     def test_lattice_constants_are_data(self, tmp_path):
         write(tmp_path / "table.extxyz", [crystal(element, "volume") for element in ELEMENTS])
         targets = read_targets(tmp_path / "table.extxyz")
-        trainer = Trainer("emt", steps=5, lr=0.01, rattle=0.0, interpolate=0.0, progress=False)
-        history = trainer.fit(targets, epochs=4).history
-        assert history[-1]["train_loss"] < history[0]["train_loss"]
+        trainer = Trainer("emt", adjoint="implicit", first="zero-force:2", lr=0.002, batch_size=6, progress=False)
+        before = evaluate(trainer.potential, targets).volume_error
+        trainer.fit(targets, epochs=3)
+        assert evaluate(trainer.potential, targets).volume_error < before / 2
 
     def test_in_the_shell(self, tmp_path):
         write(tmp_path / "table.extxyz", [crystal(element) for element in ELEMENTS])

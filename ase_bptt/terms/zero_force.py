@@ -27,8 +27,8 @@ def zero_force(potential: Potential, pairs: Sequence[RelaxationPair]) -> Tensor:
 
     Each free atom is displaced by F / k, with the force constant k = `STIFFNESS`, and a cell that moves by the same
     rule: its strain L is held as the length sqrt(n) (V/n)^(1/3) L, along which the curvature is about that of atoms,
-    and counts with the mean mass of the atoms, as in the losses. Pressure is included. Where ``info["known"]`` says that
-    only the cell or the volume of a reference is known, that alone counts.
+    and counts with the mean mass of the atoms, as in the losses. Pressure is included. Where only the cell or the
+    volume of a reference is known (its ``info["known"]``), that alone counts.
 
     Parameters
     ----------
