@@ -1,4 +1,4 @@
-"""Targets: relaxed structures alone, how they are read and checked, started anew, and counted as far as known."""
+"""Targets: relaxed structures alone, how they are read and checked, started, and counted as far as known."""
 
 import numpy as np
 import pytest
@@ -125,7 +125,7 @@ class TestReading:
 
 
 class TestStarts:
-    def test_they_are_drawn_anew_in_each_epoch(self):
+    def test_each_epoch_draws_new_ones(self):
         target, order = Target(crystal(), crystal(), "Cu", cell="full"), Order(SamplingSettings(1, 0.5, 0.03, 0))
         cells = [next(order.batches([target], epoch))[0].initial.cell.array for epoch in (0, 0, 1)]
         assert np.array_equal(cells[0], cells[1])
