@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .pairs import RelaxationPair
     from .pairs.groups import split_by_group, split_into_folds
     from .pairs.reading import read_pairs
+    from .pairs.targets import read_targets
     from .potential import Potential, Prediction
     from .potentials import load_potential, save_potential
     from .relaxation import relax
@@ -53,6 +54,7 @@ __all__ = [
     "max_displacement",
     "optimize",
     "read_pairs",
+    "read_targets",
     "relax",
     "rmsd",
     "save_potential",
@@ -74,6 +76,7 @@ _HOMES = {
     "pairs": ("RelaxationPair",),
     "pairs.groups": ("split_by_group", "split_into_folds"),
     "pairs.reading": ("read_pairs",),
+    "pairs.targets": ("read_targets",),
     "potential": ("Potential", "Prediction"),
     "potentials": ("load_potential", "save_potential"),
     "relaxation": ("relax",),

@@ -20,6 +20,8 @@ from .result import Relaxation
 from .structures import PER_ATOM, PER_STRUCTURE, Structures, as_structures
 
 Comparable = Relaxation | Structures | Atoms | Sequence[Atoms]
+KNOWN = ("all", "cell", "volume")
+"""What of a reference may be known, as ``atoms.info["known"]`` says; the first is the default."""
 ANCHORS = 8
 """Atoms whose displacement is tried as the drift."""
 
@@ -56,6 +58,48 @@ def compared(a: Comparable, b: Comparable) -> tuple[Structures, Structures]:
             f"{', '.join(now.formulas(3))} is not {', '.join(then.formulas(3))}."
         )
     return now, then
+
+
+@torch.no_grad()
+def as_far_as_known(a: Comparable, b: Comparable, known: Sequence[str]) -> Structures:
+    """References b in which what is not known of them is as in a, so that every distance from a counts the rest alone.
+
+    With "cell" known, atoms are at their fractional coordinates in a; with "volume", the cell has a's shape, too.
+    A gradient with respect to what is not known vanishes.
+
+    >>> from ase.build import bulk
+    >>> from ase_bptt.losses import cell_strain
+    >>> a, b = bulk("Zn", a=2.7, c=4.9), bulk("Zn", a=2.6, c=4.9)
+    >>> round(cell_strain(a, b), 3), round(cell_strain(a, as_far_as_known(a, b, ["volume"])).item(), 3)
+    (0.055, 0.045)
+    """
+    now, then = compared(a, b)
+    if set(known) <= {KNOWN[0]}:
+        return then
+    by_volume = torch.tensor([name == KNOWN[2] for name in known], device=then.cells.device)
+    in_part = torch.tensor([name in KNOWN[1:] for name in known], device=then.cells.device)
+    ratios = then.volumes / torch.linalg.det(now.cells).abs()
+    scaled = now.cells * ratios.pow(1 / 3)[:, None, None]
+    then = then.replace(cells=torch.where(by_volume[:, None, None], scaled, then.cells))
+    return then.replace(positions=torch.where(in_part[then.batch, None], in_cells_of(now, then), then.positions))
+
+
+def known_of(atoms: Atoms) -> str:
+    """What of a reference is known: one of `KNOWN`."""
+    known = atoms.info.get("known", KNOWN[0])
+    return known if known in KNOWN else KNOWN[0]
+
+
+def known_part(end: Atoms, reference: Atoms) -> Atoms:
+    """`as_far_as_known` for an end and its reference; the reference itself where all of it is known."""
+    known = known_of(reference)
+    if known == KNOWN[0]:
+        return reference
+    found = reference.copy()
+    there = as_far_as_known(end, reference, [known])
+    found.set_cell(there.cells[0].numpy(), apply_constraint=False)
+    found.set_positions(there.positions.numpy(), apply_constraint=False)
+    return found
 
 
 def _like(value: Tensor, x: Tensor) -> Tensor:

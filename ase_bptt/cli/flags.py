@@ -21,6 +21,7 @@ from ..pairs.charges import ALL, EACH, of_charge
 from ..pairs.loading import Choices, n_cores
 from ..pairs.reading import read_archive
 from ..pairs.symmetry import SYMMETRIES
+from ..pairs.targets import read_targets
 from ..potential import Potential
 from ..potentials import load_potential
 from ..suggestions import named, nearest, unknown_name
@@ -172,6 +173,8 @@ def add_pairs(parser: argparse.ArgumentParser, nargs: str = "+", option: str | N
          MAX_REFERENCE_FORCE, type=positive, metavar="X")  # fmt: skip
     flag(group, parser, "--charges", "which pairs, by info['charge'] of their structures: neutral, all, one charge as "
          "-1, or in training each charge by itself", ALL, type=charges, metavar="Q")  # fmt: skip
+    flag(group, parser, "--targets", "PAIRS are relaxed structures alone (CIF, POSCAR, extxyz, ase.db), for which each "
+         "epoch draws starts, strained by 2 % and rattled", False, action="store_true")  # fmt: skip
     add_cell(group, parser, "what of the cells was relaxed (default: what the runs say, or else the cells show)", None)
     flag(group, parser, "--symmetry", "of starts: keep it (FixSymmetry), break it by a small rattle, or leave it free "
          "(default: keep it where the reference did: ISYM of VASP, nosym of pw.x)",
@@ -252,6 +255,8 @@ def one_of(what: str, names: Iterable[str]) -> Callable[[str], str]:
 def read_grouped(arguments: argparse.Namespace, *, show: bool = False) -> list[RelaxationPair]:
     """The pairs of PAIRS, with --skip-invalid, --group and --lazy; with `show`, what else is in a folder is printed."""
     paths = [Path(path) for path in arguments.pairs]
+    if arguments.targets:
+        return _targets(arguments, paths)
     if not 1 <= len(paths) <= 2:
         raise ValueError("Give one file or folder of relaxations, or two files: initial and relaxed structures.")
     choices = Choices(
@@ -282,6 +287,13 @@ def read_grouped(arguments: argparse.Namespace, *, show: bool = False) -> list[R
     if arguments.charges == EACH:
         raise ValueError("--charges each belongs to train: give neutral, all or one charge.")
     return of_charge(pairs, arguments.charges)
+
+
+def _targets(arguments: argparse.Namespace, paths: Sequence[Path]) -> list[RelaxationPair]:
+    if not paths or arguments.lazy or arguments.group:
+        raise ValueError("--targets takes files or folders of relaxed structures, without --lazy and --group.")
+    chosen = {"cell": arguments.cell, "pressure": arguments.pressure}
+    return read_targets(paths, skip_invalid=arguments.skip_invalid, **chosen)
 
 
 def potential_of(arguments: argparse.Namespace, spec: str | None = None) -> Potential:

@@ -20,7 +20,7 @@ from ..training import Trainer
 from ..training.distributed import together
 from ..training.fine_tune import cross_validate, finetune
 from ..training.results import RESULTS, RunResults
-from ..training.settings import MOMENTUM, NUMBERS
+from ..training.settings import MOMENTUM, NUMBERS, first_stage
 from ..training.training_data import combined_hash
 from . import messages, run_folder
 from .flags import (
@@ -206,6 +206,9 @@ def add_training(parser: argparse.ArgumentParser) -> Any:
     number("--epochs", count, "passes over the training pairs, at most", "N")
     number("--steps", count, "frames that are unrolled in training (default: 10, or at most 300 where the adjoint "
            "needs the minimum)", "N")  # fmt: skip
+    flag(group, parser, "--first", "zero-force or zero-force:N: in the first N epochs (8 without a number) only the "
+         "forces at the references, and the stresses where the cell moves, are lowered, without relaxing; "
+         "validation decides what is trained on", type=first, metavar="STAGE")  # fmt: skip
     number("--fmax", positive, "a relaxation in training stops below this force, in eV/Å")
     flag(group, parser, "--stepper", "update rule in training (default: gd, or bfgs where the adjoint needs only the "
          "minimum)", choices=sorted(STEPPERS))  # fmt: skip
@@ -262,6 +265,15 @@ def adjoint(text: str) -> str:
     """The name of an adjoint, with its number of frames."""
     try:
         make_adjoint(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text.lower()
+
+
+def first(text: str) -> str:
+    """A first stage, with its number of epochs."""
+    try:
+        first_stage(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return text.lower()

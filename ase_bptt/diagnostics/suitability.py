@@ -12,9 +12,9 @@ from typing import Any
 from ..evaluation import Evaluation, Row
 from ..report import cell_lines
 from ..stability import step_limit
-from ..training.settings import UNROLLED
+from ..training.settings import UNROLLED, ZERO_FORCE
 from ..utils import without_nan
-from .judgement import CLASSES, RETRAIN, Judgement, failed, some, went_farther
+from .judgement import CLASSES, RETRAIN, YES, Judgement, failed, some, went_farther
 from .landscape import MOST_FRAMES, RATTLE, STRONG, ForceError, Minima, Settling
 
 WIDTH = 80
@@ -22,6 +22,8 @@ NAMED = ("wrong path", "no minimum", "failed")
 """Classes whose structures are named; the shifted ones are often too many."""
 CAREFUL = 0.7
 """Share of the largest stable step that is advised: along the path bonds can be stiffer than at the end."""
+FEW_ELSEWHERE = 0.1
+"""Share of structures that end in another basin up to which a first stage of zero force is advised."""
 MOST_UNROLLED = 40
 """Frames: through more, the gradient says little about which basin is selected."""
 
@@ -73,6 +75,11 @@ class Suitability:
         return fmean(failed(row) or not row.right_basin for row in self.evaluation.rows)
 
     @property
+    def first(self) -> str | None:
+        """The first stage of a training that is advised, "zero-force" where basins are not in question; or None."""
+        return ZERO_FORCE if self.verdict == YES and self.wrong_basins <= FEW_ELSEWHERE else None
+
+    @property
     def frames(self) -> float | None:
         """Median number of frames until Delta-Q has settled; None where all diverged."""
         return _median([s.frames for s in self.settling if s.frames is not None])
@@ -106,6 +113,7 @@ class Suitability:
             "kinds": len(self.evaluation.by_group()),
             "classes": {name: self.classes.count(name) for name in CLASSES},
             "wrong_basins": self.wrong_basins,
+            "first": self.first,
             "mean": fmean(delta_q) if delta_q else None,
             "median": _median(delta_q),
             "mean_unrelaxed": fmean(unrelaxed),
@@ -188,6 +196,11 @@ def _training(d: Suitability) -> Iterator[str]:
     yield from _frames(d)
     yield from _step(d)
     yield from _basins(d)
+    if d.first:
+        yield _item(
+            "--first",
+            f"hardly any structure ends in another basin: {d.first} costs little and may bring much.",
+        )
 
 
 def _frames(d: Suitability) -> Iterator[str]:

@@ -9,7 +9,7 @@ import numpy as np
 import spglib
 from ase import Atoms
 
-from ..displacements import displacements
+from ..displacements import displacements, known_part
 from ..iterated_map import Status
 from ..losses import SAME_END, cell_strain, delta_q, lattice_error, max_displacement, rmsd, volume_error
 from ..pairs import RelaxationPair
@@ -107,20 +107,20 @@ def row_of(pair: RelaxationPair, found: Relaxed, control: Atoms, residual: float
         The potential's largest force at the reference, eV/Å.
     """
     end, status, nsteps = found
-    reference = pair.relaxed
+    reference, start = known_part(end, pair.relaxed), known_part(pair.initial, pair.relaxed)
     return Row(
         id=pair.id,
         group=pair.group,
         # The orientation of an isolated molecule is arbitrary: its ends may be rotated.
-        unrelaxed=delta_q(pair.initial, reference, align=True, cell_weight=1.0),
+        unrelaxed=delta_q(pair.initial, start, align=True, cell_weight=1.0),
         delta_q=delta_q(end, reference, align=True, cell_weight=1.0),
         rmsd=rmsd(end, reference, align=True),
         max_displacement=max_displacement(end, reference, align=True),
         right_basin=max_displacement(end, control, align=True) < SAME_END and _shift(end, control) < SAME_END,
-        reference_moves=max_displacement(control, reference, align=True),
+        reference_moves=max_displacement(control, pair.relaxed, align=True),
         residual_force=residual,
         space_group=space_group(end),
-        reference_space_group=space_group(reference),
+        reference_space_group=space_group(pair.relaxed),
         status=status.value,
         nsteps=nsteps,
         displacements=tuple(displacements(end, reference, by_mass=False, align=True).norm(dim=1).tolist()),

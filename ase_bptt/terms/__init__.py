@@ -1,4 +1,4 @@
-"""Terms that are added to the loss: weight anchor (L2-SP), distillation, and energy and force labels.
+"""Terms that are added to the loss: weight anchor (L2-SP), distillation, labels of frames, zero force at references.
 
 >>> from ase_bptt import Trainer
 >>> trainer = Trainer("emt", terms=[WeightAnchor(0.5), Distillation(1.0), Labels(1.0, energies=False)])
@@ -22,6 +22,7 @@ from ..potential import Potential
 from ..suggestions import named
 from .labels import Labels
 from .regularizers import Distillation, WeightAnchor
+from .zero_force import ZeroForce
 
 log = logging.getLogger(__name__)
 
@@ -83,8 +84,8 @@ class Term(Protocol):
         raise NotImplementedError
 
 
-TERMS: dict[str, type[WeightAnchor] | type[Distillation] | type[Labels]] = {
-    term.name: term for term in (WeightAnchor, Distillation, Labels)
+TERMS: dict[str, type[WeightAnchor] | type[Distillation] | type[Labels] | type[ZeroForce]] = {
+    term.name: term for term in (WeightAnchor, Distillation, Labels, ZeroForce)
 }
 
 

@@ -27,7 +27,7 @@ from .cost import Estimate, estimate
 from .distributed import together
 from .metrics import EpochMetrics, Progress
 from .pair_loss import PairLoss
-from .settings import NUMBERS, Loss, OptimizerSettings, RelaxationSettings, SamplingSettings
+from .settings import NUMBERS, PASSES, Loss, OptimizerSettings, RelaxationSettings, SamplingSettings
 from .state import Parts, RunRecord
 from .training_data import Order, TrainingData, check_data
 from .updates import OptimizerFactory, Updates
@@ -75,6 +75,9 @@ class Trainer:
     warm_start_every : int
         With `Implicit`, `OneStep` or `Guided`: relax to the minimum from where it ended in the epoch before, but from
         the initial structure in every N-th epoch (0: in all). Warm starts are not augmented.
+    first : str or None
+        "zero-force:N": the first N epochs (or 8) relax nothing: in five passes each they lower `terms.ZeroForce`. The
+        best state by validation, the untuned one included, is then trained through the relaxation.
     learn : str or sequence of str
         Hyperparameters that are trained, too, such as "step_size", in a copy of the stepper; its Parameters in place.
     rates : mapping of str to float, optional
@@ -96,33 +99,18 @@ class Trainer:
     """
 
     def __init__(
-        self,
-        potential: Potential | torch.nn.Module | str,
-        *,
-        stepper: Stepper | str | None = None,
-        adjoint: Adjoint | str | None = None,
-        loss: Loss | str = "root_delta_q",
-        optimizer: OptimizerFactory | None = None,
-        lr: float | None = None,
-        steps: int | None = None,
-        fmax: float = 0.01,
-        batch_size: int = 4,
-        memory: float | None = None,
-        clip: float = 1.0,
-        patience: int | None = None,
-        interpolate: float = 0.5,
-        rattle: float = 0.03,
-        seed: int = 0,
-        warm_start_every: int = 0,
-        learn: Sequence[str] = (),
-        rates: Mapping[str, float] | None = None,
-        terms: Sequence[Term | dict[str, Any] | str] | None = None,
-        out: str | Path | None = None,
-        progress: bool | None = None,
-    ):
+        self, potential: Potential | torch.nn.Module | str, *,
+        stepper: Stepper | str | None = None, adjoint: Adjoint | str | None = None, loss: Loss | str = "root_delta_q",
+        optimizer: OptimizerFactory | None = None, lr: float | None = None, steps: int | None = None,
+        fmax: float = 0.01, batch_size: int = 4, memory: float | None = None, clip: float = 1.0,
+        patience: int | None = None, interpolate: float = 0.5, rattle: float = 0.03, seed: int = 0,
+        warm_start_every: int = 0, first: str | None = None, learn: Sequence[str] = (),
+        rates: Mapping[str, float] | None = None, terms: Sequence[Term | dict[str, Any] | str] | None = None,
+        out: str | Path | None = None, progress: bool | None = None,
+    ):  # fmt: skip
         self.relaxation = RelaxationSettings.resolve(
             stepper, adjoint, loss, steps=steps, fmax=fmax, warm_start_every=warm_start_every, learn=learn,
-            memory=memory,
+            memory=memory, first=first,
         )  # fmt: skip
         self.potential = as_potential(potential)
         self.optimization = OptimizerSettings.resolve(self.potential, lr, rates or {}, clip, patience)
@@ -180,7 +168,7 @@ class Trainer:
         """The pairs, once everything about them is checked that can be checked before any work; raises as `fit`."""
         if self.out is not None:
             self.potential.config()  # raises where it could not be saved
-        warm, name = self.relaxation.warm_start_every > 0, getattr(self.relaxation.loss, "__name__", "")
+        warm, name = self.pair_loss.warm is not None, getattr(self.relaxation.loss, "__name__", "")
         return check_data(self.potential, self.terms, train, valid, test, unique_ids=warm, loss=name)
 
     def start(self, data: TrainingData, *, epochs: int) -> None:
@@ -205,32 +193,34 @@ class Trainer:
 
     def run(self, data: TrainingData) -> Trainer:
         """Train the epochs that are left of a run that was started on these pairs; ends in the best state."""
-        record = self.record
+        record, first = self.record, self.pair_loss.first
         if record.epoch == 0:
             found = self.validate(data.valid)
             record.untuned = found.row if data.valid else {}
             self._keep(found)
         with Progress(record.epochs, len(data.train), done=record.epoch, bar=self.progress) as progress:
-            while record.epoch < record.epochs and not record.out_of_patience(self.optimization.patience):
+            while record.epoch < record.epochs and not record.out_of_patience(self.optimization.patience, first):
                 clock = time.monotonic()
+                if record.epoch == first > 0:
+                    self.parts.start_stage(record)
                 row = self._train_epoch(data.train, progress)
                 record.epoch += 1
                 found = self.validate(data.valid)
                 record.history.append(row | found.row | {"seconds": time.monotonic() - clock})
                 self._keep(found)
                 progress.epoch(record.history[-1])
-        self.potential.load_state_dict(record.best["potential"])
-        self.stepper.load_state_dict(record.best["stepper"])
+        self.parts.load_best(record)
         return self
 
     def _train_epoch(self, train: Pairs, progress: Progress) -> dict[str, float]:
-        metrics = EpochMetrics(len(train), self.terms)
-        for batch in self.order.batches(train, self.epoch):
+        passes = PASSES if self.epoch < self.pair_loss.first else 1
+        metrics = EpochMetrics(passes * len(train), self.terms)
+        for batch in self.order.batches(train, self.epoch, passes):
             lr = self.updates.lr
             losses, norm = self.train_step(batch)
             metrics.add(losses, norm, self.updates.term_values)
             self.updates.decay()
-            progress.advance(len(batch), metrics.losses)
+            progress.advance(len(batch) / passes, metrics.losses)
         return metrics.row(self.epoch + 1, lr, self.pair_loss.counts(), self.stepper)
 
     def train_step(self, pairs: Pairs) -> tuple[list[float], float]:

@@ -108,7 +108,7 @@ def estimate(
     edges = _edge_counts(potential, data)
     by_size = sorted(data.train, key=lambda p: p.n_atoms)
     # A copy: the ends for warm starts and the counters of the epoch stay as they are.
-    costs = _measured(replace(loss, warm=None, ranks=Ranks()), by_size, edges, terms, batch_size)
+    costs = _measured(replace(loss, warm=None, ranks=Ranks(), first=0), by_size, edges, terms, batch_size)
     some = sorted(data.valid, key=lambda p: p.n_atoms)[:TRIED]
     n_frames = _frames_to_relax(potential, some, costs.forces.seconds(1, edges(some)))
 

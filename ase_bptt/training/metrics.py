@@ -79,11 +79,13 @@ class Progress:
     def __init__(self, epochs: int, pairs: int, *, done: int = 0, bar: bool | None = None):
         self.epochs = epochs
         shown = sys.stderr.isatty() if bar is None else bar
+        self._done: float = done * pairs
         self._bar = tqdm(total=epochs * pairs, initial=done * pairs, unit="pair", disable=not shown, leave=False)
 
-    def advance(self, pairs: int, losses: Sequence[float]) -> None:
+    def advance(self, pairs: float, losses: Sequence[float]) -> None:
         """Count pairs of a step, and show the mean of the losses so far."""
-        self._bar.update(pairs)
+        self._done += pairs
+        self._bar.update(round(self._done) - self._bar.n)
         if losses:
             self._bar.set_postfix_str(f"loss {sum(losses) / len(losses):.3f}", refresh=False)
 

@@ -13,6 +13,7 @@ from ase import Atoms
 from torch import Tensor, nn
 
 from ..adjoints import Adjoint, SolveStatus
+from ..displacements import as_far_as_known, known_of
 from ..iterated_map import Status
 from ..losses import SAME_END, max_displacement
 from ..pairs import RelaxationPair
@@ -21,10 +22,11 @@ from ..relaxation import relax
 from ..result import Relaxation
 from ..stability import resolve_step_size, sample
 from ..steppers import Stepper
+from ..terms.zero_force import zero_force
 from ..throughput.packing import Planner
 from ..utils import Gradients
 from .distributed import Ranks
-from .settings import Loss, RelaxationSettings
+from .settings import Loss, RelaxationSettings, first_stage
 from .updates import Total, trained_parameters
 
 log = logging.getLogger(__name__)
@@ -67,6 +69,8 @@ class PairLoss:
         The processes that share the work.
     memory : float or None
         GiB that part of a batch may take, as for `Planner`.
+    first : int
+        Epochs of the first stage, in which the loss is `zero_force` at the references.
     unsolved : int
         Structures whose gradient at the minimum was not solved for, since this was last set to zero.
     """
@@ -80,6 +84,7 @@ class PairLoss:
     warm: WarmStarts | None = None
     ranks: Ranks = field(default_factory=Ranks)
     memory: float | None = None
+    first: int = 0
     unsolved: int = 0
     _frames: dict[str, int] = field(default_factory=dict)
 
@@ -89,10 +94,12 @@ class PairLoss:
         return cls(
             potential, settings.stepper, settings.adjoint, settings.loss, settings.steps, settings.fmax,
             WarmStarts(settings.warm_start_every) if settings.warm_start_every else None, ranks, settings.memory,
+            first_stage(settings.first),
         )  # fmt: skip
 
     def __post_init__(self) -> None:
-        self._planner = Planner(self.potential, self.gradients, lambda pair: pair.initial, self.memory)
+        measured = partial(self.gradients, epoch=self.first)
+        self._planner = Planner(self.potential, measured, lambda pair: pair.initial, self.memory)
 
     def backward(self, pairs: Sequence[RelaxationPair], epoch: int = 0) -> list[float]:
         """Add the gradient of the mean loss of a batch to ``.grad``; the losses of the pairs that counted.
@@ -118,21 +125,32 @@ class PairLoss:
 
     def gradients(self, pairs: Sequence[RelaxationPair], epoch: int = 0) -> tuple[Gradients, list[PairEnd]]:
         """The gradient of the sum of the losses, and how each pair ended; nothing else is changed by it."""
+        if epoch < self.first:
+            losses = zero_force(self.potential, pairs)
+            good = torch.isfinite(losses.detach())
+            gradients, counted = self._summed(losses, good)
+            return gradients, [PairEnd(losses.requires_grad, loss, 0, None, None) for loss in counted]
         relaxation = self.relaxation(pairs, epoch)
-        reference = self.potential.batch([p.relaxed for p in pairs])
+        references = [p.relaxed for p in pairs]
+        known = [known_of(atoms) for atoms in references]
+        reference = as_far_as_known(relaxation, self.potential.batch(references), known)
         losses = self.adjoint.total_loss(self.loss, relaxation, reference)
         good = torch.isfinite(losses.detach()) & ~torch.tensor(relaxation.diverged, device=losses.device)
-        trained = self.trained()
-        gradients: Gradients = [None] * len(trained)
+        gradients, counted = self._summed(losses, good)
         attached = bool(good.any()) and losses.requires_grad
-        if attached:
-            # Not backward(): where memory runs out, nothing may have been added to anything yet.
-            gradients = torch.autograd.grad(losses[good].sum(), trained, allow_unused=True)
         solves = [solve.status for solve in relaxation.solves] if relaxation.solves else [None] * len(pairs)
         warm = self.warm.found(pairs, relaxation, epoch) if self.warm else [None] * len(pairs)
-        counted = [loss if fine else None for loss, fine in zip(losses.tolist(), good.tolist(), strict=True)]
         frames = relaxation.nsteps.tolist()
         return gradients, [PairEnd(attached, *found) for found in zip(counted, frames, solves, warm, strict=True)]
+
+    def _summed(self, losses: Tensor, good: Tensor) -> tuple[Gradients, list[float | None]]:
+        """The gradient of the sum of the losses that are good, and their values; None for the others."""
+        trained = self.trained()
+        gradients: Gradients = [None] * len(trained)
+        if bool(good.any()) and losses.requires_grad:
+            # Not backward(): where memory runs out, nothing may have been added to anything yet.
+            gradients = torch.autograd.grad(losses[good].sum(), trained, allow_unused=True)
+        return gradients, [loss if fine else None for loss, fine in zip(losses.tolist(), good.tolist(), strict=True)]
 
     def resolve_step_size(self, train: Sequence[RelaxationPair]) -> None:
         """Replace the step size "auto" of the stepper by half of what is stable, measured on some of the references."""
@@ -170,7 +188,8 @@ class PairLoss:
     def _recorded(self, pairs: Sequence[RelaxationPair], ends: Sequence[PairEnd]) -> list[float]:
         """Record and log how the pairs ended; the losses that count."""
         for pair, end in zip(pairs, ends, strict=True):
-            self._frames[pair.id] = end.frames
+            if end.frames:
+                self._frames[pair.id] = end.frames
             if end.loss is None:
                 log.warning("%s: left out of this step. %s", pair.id, Status.DIVERGED.sentence)
             if end.solve and end.solve is not SolveStatus.SOLVED:

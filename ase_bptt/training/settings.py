@@ -27,9 +27,14 @@ TO_THE_END = 300
 """Default limit of frames on the way to a minimum."""
 LEARNING_RATES = ((200_000, 4e-3), (math.inf, 1e-3))
 """Numbers of weights, and the learning rate for potentials with at most so many."""
+ZERO_FORCE, PASSES = "zero-force", 5
+"""The first stage of a training that needs no relaxation, and its passes over the pairs in an epoch: five gradients
+cost less than one through an unroll of ten frames."""
+FIRST = 8
+"""Default number of epochs of a first stage."""
 NUMBERS = (
     "lr", "steps", "fmax", "batch_size", "memory", "clip", "patience", "interpolate", "rattle", "seed",
-    "warm_start_every", "learn", "rates",
+    "warm_start_every", "learn", "first", "rates",
 )  # fmt: skip
 """Keywords of a Trainer that are plain numbers and names: the fields of the classes below, but for three objects."""
 
@@ -46,6 +51,7 @@ class RelaxationSettings:
     warm_start_every: int
     learn: list[str]
     memory: float | None
+    first: str | None = None
 
     @classmethod
     def resolve(
@@ -59,6 +65,7 @@ class RelaxationSettings:
         warm_start_every: int,
         learn: Sequence[str] | str,
         memory: float | None,
+        first: str | None = None,
     ) -> RelaxationSettings:
         """Settings from keywords, with objects for names and defaults for None.
 
@@ -68,6 +75,7 @@ class RelaxationSettings:
             For unknown names, for numbers that are not positive, and for keywords that do not go together.
         """
         check_positive(steps=steps, memory=memory, fmax=fmax, warm_start_every=warm_start_every or None)
+        first_stage(first)
         names = [learn] if isinstance(learn, str) else list(learn)
         chosen = make_adjoint(adjoint) or Replay()
         rule = _default_stepper(chosen) if stepper is None else make_stepper(stepper)
@@ -86,7 +94,7 @@ class RelaxationSettings:
                 "'guided' or 'one-step'."
             )
         frames = steps or (TO_THE_END if chosen.needs_minimum else UNROLLED)
-        return cls(rule, chosen, measured, frames, fmax, warm_start_every, names, memory)
+        return cls(rule, chosen, measured, frames, fmax, warm_start_every, names, memory, first)
 
 
 @dataclass(frozen=True)
@@ -130,6 +138,20 @@ class SamplingSettings:
                 f"interpolate is a share of the starts, from 0 to 1, and rattle a length in Å, 0 or more; got "
                 f"{self.interpolate} and {self.rattle}."
             )
+
+
+def first_stage(given: str | None) -> int:
+    """Epochs of the first stage of a training, from "zero-force" or "zero-force:N"; 0 for None.
+
+    >>> first_stage("zero-force:20")
+    20
+    """
+    if given is None:
+        return 0
+    name, _, number = given.lower().partition(":")
+    if name != ZERO_FORCE or not (number or "1").isdecimal() or number == "0":
+        raise ValueError(f"A first stage is '{ZERO_FORCE}', or '{ZERO_FORCE}:N' with N epochs; got {given!r}.")
+    return int(number or FIRST)
 
 
 def _default_stepper(adjoint: Adjoint) -> Stepper:

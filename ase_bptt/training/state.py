@@ -16,6 +16,7 @@ from ..pairs import RelaxationPair
 from ..tuning import low_rank
 from .distributed import Ranks
 from .pair_loss import PairLoss
+from .settings import PASSES
 from .training_data import Order
 from .updates import Updates
 from .validation import Validation
@@ -104,9 +105,9 @@ class RunRecord:
         if self.best_epoch == 0:
             warnings.warn(KEPT_AS_IT_WAS, NoGain, stacklevel=3)
 
-    def out_of_patience(self, patience: int | None) -> bool:
-        """Whether the lowest validation score is so many epochs old."""
-        return patience is not None and self.epoch - self.lowest_epoch >= patience
+    def out_of_patience(self, patience: int | None, first: int = 0) -> bool:
+        """Whether the lowest validation score is so many epochs old, not counting those of a first stage."""
+        return patience is not None and self.epoch - max(self.lowest_epoch, first) >= patience
 
 
 @dataclass(kw_only=True)
@@ -206,7 +207,9 @@ class Parts:
         """Set up what depends on the pairs and is not part of a checkpoint."""
         if self.pair_loss.warm:
             self.pair_loss.warm.remember(train)
-        self.updates.prepare(train, steps_per_epoch=self.order.n_batches(len(train)), epochs=epochs)
+        first, n = min(self.pair_loss.first, epochs), self.order.n_batches(len(train))
+        stages = [(PASSES * n, first), (n, epochs - first)]
+        self.updates.prepare(train, [(steps, epochs) for steps, epochs in stages if epochs])
 
     def state(self, record: RunRecord) -> TrainerState:
         """Their state with the record; all ranks must ask for it."""
@@ -236,6 +239,16 @@ class Parts:
         if ranks.size > 1:
             ranks.require_equal(lambda: (self.settings(record), record.fingerprint, record.epoch))
             self._load_shared_state(ranks.shared_state(self._shared_state))
+
+    def load_best(self, record: RunRecord) -> None:
+        """Bring potential and stepper into the best state of a run."""
+        self.pair_loss.potential.load_state_dict(record.best["potential"])
+        self.pair_loss.stepper.load_state_dict(record.best["stepper"])
+
+    def start_stage(self, record: RunRecord) -> None:
+        """Begin a second stage, without momenta, from what validation prefers: what the first one left, or not."""
+        self.load_best(record)
+        self.updates.start_stage()
 
     def _shared_state(self) -> dict[str, Any]:
         """What must be the same on all ranks, whether given or rebuilt."""

@@ -18,6 +18,7 @@ from ..pairs import RelaxationPair, fingerprint
 from ..pairs.charges import warn_of_contradictions
 from ..pairs.groups import check_apart, usable
 from ..pairs.lazy import DeferredPair
+from ..pairs.targets import Target
 from ..potential import Potential
 from ..terms import Term, check_terms
 from .settings import SamplingSettings
@@ -121,19 +122,21 @@ class Order:
         """Batches in an epoch of so many pairs."""
         return -(-n_pairs // self.sampling.batch_size)
 
-    def batches(self, pairs: Sequence[RelaxationPair], epoch: int) -> Iterator[list[RelaxationPair]]:
-        """The batches of an epoch."""
+    def batches(self, pairs: Sequence[RelaxationPair], epoch: int, passes: int = 1) -> Iterator[list[RelaxationPair]]:
+        """The batches of an epoch, each pass in an order of its own."""
         drawn = self.sampling
-        order = torch.randperm(len(pairs), generator=self.generator).tolist()
         pairs = VariedStarts(pairs, drawn.interpolate, drawn.rattle, (drawn.seed, epoch))
-        for first in range(0, len(order), drawn.batch_size):
-            yield [pairs[k] for k in order[first : first + drawn.batch_size]]
+        for _ in range(passes):
+            order = torch.randperm(len(pairs), generator=self.generator).tolist()
+            for first in range(0, len(order), drawn.batch_size):
+                yield [pairs[k] for k in order[first : first + drawn.batch_size]]
 
 
 class VariedStarts(Sequence[RelaxationPair]):
     """Pairs with starts drawn on the straight line to the reference (a share of them), and rattled.
 
-    A start is made when it is asked for, and depends on the key and the place of its pair alone.
+    Those of a `Target` are drawn about it. A start is made when it is asked for, and depends on the key and the place
+    of its pair alone.
 
     Parameters
     ----------
@@ -157,6 +160,8 @@ class VariedStarts(Sequence[RelaxationPair]):
 
     def _made(self, k: int) -> RelaxationPair:
         pair, rng = self._pairs[k], np.random.default_rng([*self._key, k])
+        if isinstance(pair, Target):
+            return dataclasses.replace(pair, initial=pair.start(rng))
         share = rng.uniform() if rng.uniform() < self._interpolate else 0.0
         noise = rng.normal(0, self._rattle, (pair.n_atoms, 3))
         start = pair.initial.copy()

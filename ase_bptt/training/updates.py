@@ -30,20 +30,26 @@ def trained_parameters(*modules: nn.Module) -> list[nn.Parameter]:
 
 
 class HalfCosine:
-    """Factor on the learning rates: half a cosine, from 1 before the first step to 0 after the last.
+    """Factor on the learning rates: half a cosine, from 1 before the first step to 0 after the last, in each stage.
 
     Attributes
     ----------
-    steps_per_epoch, epochs : int
-        Known once the training has its pairs; 1 before.
+    stages : sequence of (steps_per_epoch, epochs)
+        Known once the training has its pairs.
     """
 
     def __init__(self) -> None:
-        self.steps_per_epoch = self.epochs = 1
+        self.stages: Sequence[tuple[int, int]] = ((1, 1),)
 
     def __call__(self, step: int) -> float:
-        epoch, within = divmod(step, self.steps_per_epoch)
-        done = (epoch + within / self.steps_per_epoch) / self.epochs
+        for steps_per_epoch, epochs in self.stages[:-1]:
+            if step < steps_per_epoch * epochs:
+                break
+            step -= steps_per_epoch * epochs
+        else:
+            steps_per_epoch, epochs = self.stages[-1]
+        epoch, within = divmod(step, steps_per_epoch)
+        done = (epoch + within / steps_per_epoch) / epochs
         return float(0.5 * (1 + torch.cos(torch.tensor(torch.pi * done, dtype=torch.float64))))
 
 
@@ -98,12 +104,15 @@ class Updates:
         self.term_values: dict[str, float] = {}
         self._taken, self._prepared = 0, False
 
-    def prepare(self, pairs: Sequence[RelaxationPair], *, steps_per_epoch: int, epochs: int) -> None:
-        """Let the terms remember the potential as it is before the first epoch, once, and fix the end of the decay."""
+    def prepare(self, pairs: Sequence[RelaxationPair], stages: Sequence[tuple[int, int]]) -> None:
+        """Let the terms remember the potential as it is before the first epoch, once, and fix the ends of the decay.
+
+        Each stage is its steps in an epoch, and its epochs.
+        """
         for term in () if self._prepared else self.terms:
             term.prepare(self.potential, pairs)
         self._prepared = True
-        self._decay.steps_per_epoch, self._decay.epochs = steps_per_epoch, epochs
+        self._decay.stages = stages
 
     @property
     def lr(self) -> float:
@@ -116,6 +125,10 @@ class Updates:
         # A first step that was left out, for its pairs diverged, counts too: torch would warn of it.
         with quiet():
             self._schedule.step()
+
+    def start_stage(self) -> None:
+        """Forget the momenta of the stage before."""
+        self.optimizer.state.clear()
 
     def clear(self) -> None:
         """Forget the gradients of the last step."""

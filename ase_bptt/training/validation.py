@@ -10,6 +10,7 @@ from statistics import fmean
 
 import numpy as np
 
+from ..displacements import known_part
 from ..losses import SCALE, delta_q
 from ..pairs import RelaxationPair
 from ..potential import Potential
@@ -93,6 +94,7 @@ def _distances(potential: Potential, memory: float | None, pairs: list[Relaxatio
     starts = [p.initial for p in pairs]
     cells = [p.freedom for p in pairs]
     ends = dict(relax_all(potential, starts, stepper="fire", fmax=0.02, steps=200, cells=cells, memory=memory))
-    reached, references = [ends[k].atoms for k in range(len(pairs))], [p.relaxed for p in pairs]
+    reached = [ends[k].atoms for k in range(len(pairs))]
+    references = [known_part(end, pair.relaxed) for end, pair in zip(reached, pairs, strict=True)]
     found: list[float] = delta_q(reached, references, cell_weight=1.0).tolist()
     return found
