@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .pairs.reading import read_pairs
     from .potential import Potential, Prediction
     from .potentials import load_potential, save_potential
+    from .potentials.sums import SumPotential
     from .relaxation import relax
     from .result import Relaxation, Status
     from .structures import Structures
@@ -37,6 +38,7 @@ __all__ = [
     "RelaxationPair",
     "Status",
     "Structures",
+    "SumPotential",
     "TorchCalculator",
     "Trainer",
     "__version__",
@@ -74,6 +76,7 @@ _HOMES = {
     "pairs.reading": ("read_pairs",),
     "potential": ("Potential", "Prediction"),
     "potentials": ("load_potential", "save_potential"),
+    "potentials.sums": ("SumPotential",),
     "relaxation": ("relax",),
     "result": ("Relaxation", "Status"),
     "structures": ("Structures",),
