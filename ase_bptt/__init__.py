@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .pairs.targets import read_targets
     from .potential import Potential, Prediction
     from .potentials import load_potential, save_potential
+    from .potentials.sums import SumPotential
     from .relaxation import relax
     from .result import Relaxation, Status
     from .search import search_minima
@@ -39,6 +40,7 @@ __all__ = [
     "RelaxationPair",
     "Status",
     "Structures",
+    "SumPotential",
     "TorchCalculator",
     "Trainer",
     "__version__",
@@ -79,6 +81,7 @@ _HOMES = {
     "pairs.targets": ("read_targets",),
     "potential": ("Potential", "Prediction"),
     "potentials": ("load_potential", "save_potential"),
+    "potentials.sums": ("SumPotential",),
     "relaxation": ("relax",),
     "result": ("Relaxation", "Status"),
     "search": ("search_minima",),

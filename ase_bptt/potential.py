@@ -82,13 +82,13 @@ class Potential(nn.Module):
     """The extra that installs the family, as in ``pip install "ase_bptt[extra]"``."""
     installation: ClassVar[str] = ""
     """How it is installed, where messages list the families: 'for MACE by pip install "ase_bptt[mace]"'."""
-    licence: ClassVar[str] = ""
+    licence: str = ""
     """That of the pretrained weights, where one holds for all of the family; for the model card."""
-    native_name: ClassVar[str | None] = None
+    native_name: str | None = None
     """File name under which `save` writes the family's native checkpoint."""
     conservative: ClassVar[bool] = True
     """Whether its forces are the negative gradient of its energy."""
-    atomic_properties: ClassVar[tuple[str, ...]] = ()
+    atomic_properties: tuple[str, ...] = ()
     """Which of ASE's 'energies', 'stresses', 'magmoms' the family has."""
     foreign_keywords: ClassVar[Mapping[str, str]] = MappingProxyType({})
     """Keywords of the family's own ASE calculator, each with what to do here: `TorchCalculator` refuses them so."""

@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import json
 import logging
+import re
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -34,6 +35,8 @@ EMBEDDED = {"mace-si": Path(__file__).parent.parent / "data" / "mace_si"}
 FORMAT = "ase_bptt potential"
 VERSION = 1
 RUN_POTENTIAL = "potential"
+CORRECTION = re.compile(r"\+(?=d3(?:[:+]|$))")
+"""Where the name of a sum is split: paths may hold a plus sign, too."""
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
 
@@ -53,7 +56,8 @@ def load_potential(
     ----------
     spec : str, Path or nn.Module
         "mace-si" (embedded); a family with or without a variant ("chgnet", "chgnet:r2scan",
-        "mace:medium", with a head "mace:mh-1:omat_pbe"); a folder written by `save_potential` or a
+        "mace:medium", with a head "mace:mh-1:omat_pbe"); any of these with DFT-D3 added
+        ("chgnet+d3", "mace:medium+d3:pbe:bj"); a folder written by `save_potential` or a
         training run; a family's native checkpoint (a pickle: only with trust); a module of a
         supported family, or a Potential.
     device : torch.device or str, optional
@@ -108,6 +112,9 @@ def as_potential(
 def _from_spec(spec: str, trust: bool) -> Potential:
     if spec in EMBEDDED:
         return _from_folder(EMBEDDED[spec])
+    parts = CORRECTION.split(spec)
+    if len(parts) > 1 and not Path(spec).expanduser().exists():
+        return family("sum")(*(_from_spec(part, trust) for part in parts))
     name, _, variant = spec.partition(":")
     known = families()
     # Names come first: a clone of chgnet in the working directory must not hide the family (./chgnet is the folder).

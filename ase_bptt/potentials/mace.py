@@ -66,7 +66,7 @@ class MACE(Potential):
         "enable_cueq": "for a MACE give MACE(module, cueq=True) of ase_bptt.potentials.mace as the potential",
         "energy_units_to_eV": "the model's units are taken as eV",
         "length_units_to_A": "the model's units are taken as Å",
-        "dispersion": "add a calculator for it by ase.calculators.mixing.SumCalculator",
+        "dispersion": "add it to the name, as potential='mace:medium+d3:pbe:bj'",
         "compile_mode": "nothing is compiled here, since a compiled model has no second derivatives",
     })  # fmt: skip
 
