@@ -22,7 +22,7 @@ from helpers.shell import is_one_sentence
 from helpers.structures import rattled, silicon
 
 from ase_bptt import read_pairs
-from ase_bptt.cli import build_parser, flags, main
+from ase_bptt.cli import build_parser, flags, main, pair_flags
 from ase_bptt.pairs import InvalidPair, NotARelaxation
 from ase_bptt.pairs.formats import read_frames
 from ase_bptt.pairs.survey import Survey
@@ -519,9 +519,9 @@ class TestForcesLeft:
 
     def test_the_flag_is_passed_on(self, tmp_path, monkeypatch):
         found = {}
-        monkeypatch.setattr(flags, "read_archive", lambda *paths, **how: found.update(how) or ([], Survey("")))
+        monkeypatch.setattr(pair_flags, "read_archive", lambda *paths, **how: found.update(how) or ([], Survey("")))
         parser = build_parser()
         for given, expected in (([], 0.5), (["--max-reference-force", "0.2"], 0.2)):
             for words in (["train"], ["evaluate"], ["info", "emt", "--pairs"]):
-                flags.read_grouped(flags.completed(parser, [*words, str(tmp_path), *given]))
+                pair_flags.read_grouped(flags.completed(parser, [*words, str(tmp_path), *given]))
                 assert found["choices"].max_force == expected

@@ -26,7 +26,6 @@ from . import messages, run_folder
 from .flags import (
     WIDTH,
     add_output,
-    add_pairs,
     add_potential,
     add_room,
     command,
@@ -34,10 +33,10 @@ from .flags import (
     flag,
     positive,
     potential_of,
-    read_grouped,
     seed,
 )
 from .output_file import warn_of_lost_constraints, write_atoms
+from .pair_flags import add_pairs, read_grouped
 from .starts import add_shard, shard_of
 
 DESCRIPTION = """\

@@ -19,7 +19,8 @@ from ..relaxation import relax
 from ..steppers import GradientDescent
 from ..training.settings import MOMENTUM
 from ..utils import without_nan
-from .flags import add_pairs, add_potential, command, count, flag, potential_of, read_grouped, seed
+from .flags import add_potential, command, count, flag, potential_of, seed
+from .pair_flags import add_pairs, read_grouped
 from .starts import Starts
 
 FRAMES, FMAX = 40, 0.01

@@ -25,16 +25,15 @@ from ..training.training_data import combined_hash
 from . import messages, run_folder
 from .flags import (
     add_output,
-    add_pairs,
     add_potential,
     command,
     count,
     flag,
     positive,
     potential_of,
-    read_grouped,
     seed,
 )
+from .pair_flags import add_pairs, read_grouped
 from .run_folder import signals_deferred
 
 DESCRIPTION = """\
