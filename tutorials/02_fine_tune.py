@@ -8,7 +8,7 @@ in both the training and the test set, trains for three epochs, and relaxes a he
 in ASE. Prints the splits, the distance to the DFT structure (Delta-Q) before and after for every held-out
 structure, and that distance after an ordinary ASE relaxation with the tuned potential.
 
-Three epochs of eight frames keep this within a minute; the Trainer's defaults, 24 epochs of ten frames, go
+Three epochs of eight frames keep this within a minute; the Trainer's defaults, 6 epochs of ten frames, go
 farther.
 """
 

@@ -53,7 +53,7 @@ class Trainer:
         ``loss(relaxation, reference) -> Tensor (n,)``, or a name in `ase_bptt.losses.LOSSES`.
     optimizer, lr : callable, float or None
         ``optimizer(parameters) -> torch.optim.Optimizer``, by default AdamW with this learning rate at the start (None:
-        4e-3 for potentials of up to 200,000 weights, 1e-3 for larger ones), which falls by a half cosine.
+        2e-3 for potentials of up to 200,000 weights, 1e-3 for larger ones), which falls by a half cosine.
     steps, fmax : int or None, float
         Frames of an unroll: few (8 to 40) teach which basin to fall into. None is 10, or 300 at most for a minimum.
         Structures stop below fmax (eV/Å).
@@ -145,7 +145,7 @@ class Trainer:
         """The epoch whose weights `fit` leaves: the last as good as the best; 0 is the untuned potential."""
         return self.record.best_epoch
 
-    def fit(self, train: Pairs, valid: Pairs = (), *, epochs: int = 24) -> Trainer:
+    def fit(self, train: Pairs, valid: Pairs = (), *, epochs: int = 6) -> Trainer:
         """Train, and leave potential and stepper as after the last epoch that is as good as the best.
 
         `Validation.as_good_as` tells; without validation pairs it is the last. Where no epoch is better than the
