@@ -1,0 +1,48 @@
+"""The validation score after each epoch, on the DFT folds: whether a training overfits, seen without any test kind.
+
+    python benchmarks/validation_curves.py [--lr 0.002 --epochs 6] [--labels 3 4] >> docs/measured/validation_curves.txt
+
+A line for each fold: the epoch that is kept, and after each epoch the validation score (mean of log(1 + Delta-Q / 0.1
+amu^1/2 Å) of the fold's validation pairs) less that of the untuned potential. Float32, seed 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import torch
+
+from ase_bptt import Trainer, load_potential
+from ase_bptt.datasets import FOLDS, si_defects
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--potential", default="mace-si")
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--labels", type=float, nargs=2, metavar=("WEIGHT", "FRAMES"), help="of each pair in a step")
+    parser.add_argument("--folds", type=int, nargs="+", default=list(range(FOLDS)))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    weight, frames = arguments.labels or (1.0, 1)
+    terms = [{"name": "reference", "weight": weight, "per_pair": int(frames)}]
+    name = f"{arguments.potential}, {arguments.epochs} epochs at {arguments.lr:g}"
+    if arguments.labels:
+        name += f", labels {weight:g} x {frames:g}"
+    for fold in arguments.folds:
+        clock = time.monotonic()
+        potential = load_potential(arguments.potential, dtype="float32")
+        trainer = Trainer(potential, lr=arguments.lr, terms=terms, progress=False)
+        train, valid = (si_defects(side, fold=fold) for side in ("train", "valid"))
+        trainer.fit(train, valid, epochs=arguments.epochs)
+        untuned, *scores = [row["valid_score"] for row in trainer.record.rows]
+        curve = " ".join(f"{score - untuned:+.2f}" for score in scores)
+        print(
+            f"{name}, fold {fold}: kept {trainer.best_epoch}; {curve}  ({time.monotonic() - clock:.0f} s)", flush=True
+        )
+
+
+if __name__ == "__main__":
+    main()
