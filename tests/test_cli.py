@@ -17,12 +17,12 @@ import torch
 from ase.constraints import FixBondLengths
 from ase.io import read, write
 from helpers.potentials import needs_mace
-from helpers.shell import QUICK, is_refused, run, write_relaxations
+from helpers.shell import QUICK, drawn, is_refused, run, write_relaxations
 from matplotlib.image import imread
 
 import ase_bptt
 from ase_bptt import TorchCalculator, load_potential
-from ase_bptt.datasets import si_defects
+from ase_bptt.datasets import pbesol_crystals, si_defects
 from ase_bptt.evaluation import evaluate
 
 KEYS = {
@@ -94,6 +94,28 @@ def demo(tmp_path_factory):
     ):
         result = run("demo", *QUICK, "--json", "--out", folder)
     return folder, result
+
+
+class TestDemoOfCrystals:
+    def test_volumes_of_cells_that_were_held_out_are_measured_before_and_after(self, tmp_path):
+        few, every = {"train": [0, 1], "valid": [2], "test": [3]}, pbesol_crystals()
+        with (
+            mock.patch("ase_bptt.cli.pbesol_crystals", lambda split, fold: [every[k] for k in few[split]]),
+            mock.patch("ase_bptt.training.fine_tune.evaluate", partial(evaluate, steps=5)),
+            mock.patch("matplotlib.figure.Figure.savefig", drawn),
+        ):
+            code, out, err = run("demo", "--crystals", "--potential", "morse", "--epochs", "2", "--first",
+                                 "zero-force:1", "--steps", "2", "--out", tmp_path / "run")  # fmt: skip
+        assert code == 0, err
+        assert "cells that moved (1): mean absolute volume error" in out
+        assert "median strain" in out
+        assert (tmp_path / "run" / "potential" / "model.json").is_file()
+        settings = json.loads((tmp_path / "run" / "settings.json").read_text())
+        assert (settings["first"], settings["terms"]) == ("zero-force:1", [])
+
+    def test_without_chgnet_its_extra_is_named(self, tmp_path, monkeypatch):
+        monkeypatch.setitem(sys.modules, "chgnet.model", None)
+        is_refused(run("demo", "--crystals", "--out", tmp_path / "run"), 'pip install "ase_bptt[chgnet]"')
 
 
 @needs_mace

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
+from ase.build import bulk
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixBondLengths
 from helpers.potentials import needs_mace, tiny_mace
@@ -16,9 +17,10 @@ from ase_bptt.diagnostics import Suitability, diagnose, spread
 from ase_bptt.diagnostics.judgement import CLASSES, RETRAIN, RIGHT_ALREADY, UNLIKELY, YES, allowance, classify, judge
 from ase_bptt.diagnostics.landscape import ForceError, force_error, minima, reference_forces, settling
 from ase_bptt.evaluation import Row
+from ase_bptt.evaluation.row import farthest
 from ase_bptt.neighbors import NeighborList
 from ase_bptt.potentials import as_potential
-from ase_bptt.potentials.analytic import LennardJones
+from ase_bptt.potentials.analytic import LennardJones, Morse
 from ase_bptt.stability import largest_curvature
 from ase_bptt.steppers import GradientDescent
 from ase_bptt.structures import Structures
@@ -432,3 +434,46 @@ def test_a_sample_is_of_as_many_groups_as_there_are():
     assert [p.id for p in chosen] == [p.id for p in spread(pairs, 4, seed=0)]
     assert any([p.id for p in spread(pairs, 4, seed=k)] != [p.id for p in chosen] for k in range(1, 4))
     assert len(spread(pairs, 40, seed=0)) == 15
+
+
+@pytest.fixture(scope="module")
+def crystals():
+    """Relaxed with their cells, from strained ones."""
+    teacher = Morse(epsilon=0.3, rho0=4.0, r0=2.55)
+    found = []
+    for k in range(3):
+        start, strain = bulk("Cu", a=3.6), np.random.default_rng(k).uniform(-0.02, 0.02, (3, 3))
+        start.set_cell(start.cell @ (np.eye(3) + strain + strain.T), scale_atoms=True)
+        with torch.no_grad():
+            end = relax(teacher, start, cell="full", fmax=1e-3).to_atoms()
+        found.append(RelaxationPair(start, end, f"Cu {k}", f"kind {k}"))
+    return found
+
+
+class TestCells:
+    """A potential that would have bonds 4 % longer, on crystals of one atom, in which the cell alone can be wrong."""
+
+    def test_a_diagnosis_follows_the_cells(self, crystals):
+        found = quick_diagnosis(Morse(epsilon=0.3, rho0=4.0, r0=2.65), crystals)
+        assert found.classes == ("shifted",) * 3
+        assert (found.verdict, found.first) == (YES, "zero-force")
+        assert all(row.max_displacement < 1e-6 and row.reference_moves > 0.1 for row in found.evaluation.rows)
+        assert "cells that moved (3)" in found.text()
+        # No atom can move: frames until Delta-Q settles are those of the cell, and so are the minima and the curvature.
+        assert all(s.frames for s in found.settling)
+        assert [(m.ends, m.reference) for m in found.minima] == [(1, True)] * 2
+        assert min(found.curvatures) > 1
+
+    def test_a_cell_that_ends_at_the_reference_is_right(self, crystals):
+        found = quick_diagnosis(Morse(epsilon=0.3, rho0=4.0, r0=2.55), crystals)
+        assert found.classes == ("right",) * 3
+        assert found.verdict == RIGHT_ALREADY
+
+
+@pytest.mark.parametrize("height", [0.0, 30.0])
+def test_a_slab_has_a_distance_whatever_lies_above_it(height):
+    slab = Atoms("Cu", cell=[2.5, 2.5, height], pbc=[True, True, False])
+    wider = slab.copy()
+    wider.set_cell([2.6, 2.5, height], scale_atoms=True)
+    assert np.isfinite(farthest(wider, slab))
+    assert farthest(wider, slab) > 0 == farthest(slab, slab)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from ..cells.strained import Strained
 from ..evaluation import Evaluation, Row, evaluate
 from ..pairs import RelaxationPair
 from ..potential import Potential
@@ -105,7 +106,11 @@ def _curvatures(
     potential: Potential, pairs: Sequence[RelaxationPair], seed: int, progress: Progress
 ) -> Iterator[float]:
     for k, pair in enumerate(pairs):
-        yield largest_curvature(potential, pair.relaxed, seed=seed)
+        reference = potential.batch([pair.relaxed])
+        if pair.freedom.moves:
+            # As gradient descent moves it: cell rows count, scaled such that their curvature is like that of atoms.
+            reference = Strained.of(reference, [pair.freedom], balanced=True)
+        yield largest_curvature(potential, reference, seed=seed)
         progress(k + 1, len(pairs), "finding the stiffest direction")
 
 

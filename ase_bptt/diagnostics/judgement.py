@@ -10,8 +10,9 @@ from statistics import median
 import numpy as np
 
 from ..evaluation import Row
+from ..evaluation.row import farthest, spacing
 from ..iterated_map import Status
-from ..losses import SAME_END, max_displacement
+from ..losses import SAME_END
 from ..pairs import RelaxationPair
 from .landscape import LEFT, ForceError, reference_forces
 
@@ -52,7 +53,8 @@ def classify(row: Row, pair: RelaxationPair) -> str:
     """The class of a relaxation, one of `CLASSES`."""
     if failed(row):
         return "failed"
-    if row.max_displacement <= allowance(pair):
+    strain = row.cell_strain or 0.0
+    if max(row.max_displacement, strain * spacing(pair.relaxed)) <= allowance(pair):
         return "right"
     # Also where both relaxations end in one basin: so far from the reference, it is not the reference's.
     if not row.reference_moves < LEFT:
@@ -195,7 +197,7 @@ def _cautions(
         yield f"Kinds of structure: {len(kinds)}; ase-bptt train needs {KINDS}, to train, validate and test on."
     elif verdict == YES and len(wanting) < KINDS:
         yield f"Those within reach are of few kinds ({some(sorted(wanting))}): other kinds may gain nothing from it."
-    near = sum(max_displacement(pair.initial, pair.relaxed) <= RIGHT for pair in pairs)
+    near = sum(farthest(pair.initial, pair.relaxed) <= RIGHT for pair in pairs)
     if 2 * near > n:
         yield f"{near} of {n} starts are within {RIGHT} Å of the reference: such pairs say little about a relaxation."
     other = sum(r.delta_q for r, c in zip(rows, classes, strict=True) if c in ("wrong path", "no minimum"))

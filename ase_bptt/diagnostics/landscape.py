@@ -11,8 +11,10 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from ..adjoints.backward_sweep import Frames
+from ..displacements import known_part
+from ..evaluation.row import farthest
 from ..iterated_map import Status
-from ..losses import SAME_END, delta_q, max_displacement
+from ..losses import SAME_END, delta_q
 from ..pairs import RelaxationPair
 from ..potential import Potential
 from ..relaxation import relax
@@ -80,10 +82,12 @@ def minima(
     if not rattles:
         return []
     starts = [start for k, pair in enumerate(pairs) for start in _starts(pair, rattles, [seed, k])]
+    cells = [pair.freedom for pair in pairs for _ in range(rattles + 2)]
     ends: list[Atoms | None] = []
     for first in range(0, len(starts), TOGETHER):
+        part = slice(first, first + TOGETHER)
         with torch.no_grad():
-            run = relax(potential, starts[first : first + TOGETHER], stepper="fire", fmax=fmax, steps=steps)
+            run = relax(potential, starts[part], stepper="fire", fmax=fmax, steps=steps, cell=cells[part])
         found = zip(run.to_atoms(), run.status, strict=True)
         ends += [atoms if status is Status.CONVERGED else None for atoms, status in found]
         report(len(ends), len(starts))
@@ -112,20 +116,15 @@ def _count(pair: RelaxationPair, ends: Sequence[Atoms | None]) -> Minima:
     for energy in (atoms.get_potential_energy() / len(atoms) for atoms in distinct):
         if all(abs(energy - other) > SAME_ENERGY for other in levels):
             levels.append(energy)
-    if control is None or not _distance(control, pair.relaxed) < LEFT:
+    if control is None or not farthest(control, known_part(control, pair.relaxed)) < LEFT:
         return Minima(pair.id, len(distinct), len(levels), None)
-    met = any(_distance(end, control) < SAME_END for end in distinct)
+    met = any(farthest(end, control) < SAME_END for end in distinct)
     return Minima(pair.id, len(distinct), len(levels), met)
 
 
 def _same(a: Atoms, b: Atoms) -> bool:
     apart = abs(a.get_potential_energy() - b.get_potential_energy()) / len(a)
-    return apart <= SAME_ENERGY and _distance(a, b) < SAME_END
-
-
-def _distance(a: Atoms, b: Atoms) -> float:
-    # A rattled molecule may end rotated; that is the same minimum.
-    return float(max_displacement(a, b, align=True))
+    return apart <= SAME_ENERGY and farthest(a, b) < SAME_END
 
 
 @dataclass(frozen=True)
@@ -169,7 +168,7 @@ def _settling(
     # So that relax keeps the frames.
     start.positions.requires_grad_()
     with torch.enable_grad():
-        run = relax(potential, start, stepper=stepper, fmax=fmax, steps=MOST_FRAMES)
+        run = relax(potential, start, stepper=stepper, fmax=fmax, steps=MOST_FRAMES, cell=[p.freedom for p in pairs])
     for pair, path, status in zip(pairs, _paths(run, reference), run.status, strict=True):
         diverged = status is Status.DIVERGED
         yield Settling(pair.id, None if diverged else _settled(path), status is Status.CONVERGED)
@@ -182,10 +181,11 @@ def _paths(run: Relaxation, reference: Structures) -> list[list[float]]:
     for t in range(len(trajectory.frames)):
         moving = trajectory.moving(t)
         if moving:
-            there = trajectory.start.select(moving).replace(positions=frames.before(t)[0])
-            for k, distance in zip(moving, delta_q(there, reference.select(moving)).tolist(), strict=True):
+            there = trajectory.start.select(moving).replace(positions=frames.before(t)[0]).placed()
+            found = delta_q(there, reference.select(moving), cell_weight=1.0)
+            for k, distance in zip(moving, found.tolist(), strict=True):
                 paths[k].append(distance)
-    for path, distance in zip(paths, delta_q(run, reference).tolist(), strict=True):
+    for path, distance in zip(paths, delta_q(run, reference, cell_weight=1.0).tolist(), strict=True):
         path.append(distance)
     return paths
 

@@ -39,7 +39,7 @@ class Row:
     right_basin : bool
         By `BASIN_RULE`.
     reference_moves : float
-        Å, largest displacement of an atom where the potential relaxes the reference itself.
+        Å between the reference and where the potential relaxes it, by `farthest`.
     residual_force : float
         The potential's largest force on an atom at the reference, eV/Å.
     space_group, reference_space_group : str
@@ -107,7 +107,7 @@ def row_of(pair: RelaxationPair, found: Relaxed, control: Atoms, residual: float
         The potential's largest force at the reference, eV/Å.
     """
     end, status, nsteps = found
-    reference, start = known_part(end, pair.relaxed), known_part(pair.initial, pair.relaxed)
+    reference, start, kept = (known_part(atoms, pair.relaxed) for atoms in (end, pair.initial, control))
     return Row(
         id=pair.id,
         group=pair.group,
@@ -116,8 +116,8 @@ def row_of(pair: RelaxationPair, found: Relaxed, control: Atoms, residual: float
         delta_q=delta_q(end, reference, align=True, cell_weight=1.0),
         rmsd=rmsd(end, reference, align=True),
         max_displacement=max_displacement(end, reference, align=True),
-        right_basin=max_displacement(end, control, align=True) < SAME_END and _shift(end, control) < SAME_END,
-        reference_moves=max_displacement(control, pair.relaxed, align=True),
+        right_basin=farthest(end, control) < SAME_END,
+        reference_moves=farthest(control, kept),
         residual_force=residual,
         space_group=space_group(end),
         reference_space_group=space_group(pair.relaxed),
@@ -134,17 +134,29 @@ def _of_cell(end: Atoms, reference: Atoms) -> dict[str, Any]:
     # A slab has no volume: what lies above it is of no meaning.
     if not reference.pbc.all():
         return found
-    length = (reference.get_volume() / len(reference)) ** (1 / 3)
     return found | {
         "volume_error": volume_error(end, reference),
-        "scaled_rmsd": float(rmsd(end, reference, align=True) / length),
+        "scaled_rmsd": float(rmsd(end, reference, align=True) / spacing(reference)),
     }
 
 
-def _shift(a: Atoms, b: Atoms) -> float:
-    """How far the strain between two cells displaces neighbours, in Å; zero where the cells are equal."""
-    strain = cell_strain(a, b)
-    return float(strain * (b.get_volume() / len(b)) ** (1 / 3)) if strain else 0.0
+def farthest(a: Atoms, b: Atoms) -> float:
+    """Å between two structures: at the farthest atom, or by the strain between their cells where that is more.
+
+    A strain counts as the displacement of an atom from a neighbour at the `spacing` of b. An isolated molecule may be
+    rotated.
+
+    >>> from ase.build import bulk
+    >>> round(farthest(bulk("Cu", a=3.7), bulk("Cu", a=3.6)), 3)
+    0.112
+    """
+    # NaN, of a relaxation that diverged, must not get lost in max().
+    return float(np.maximum(max_displacement(a, b, align=True), cell_strain(a, b) * spacing(b)))
+
+
+def spacing(atoms: Atoms) -> float:
+    """(V/n)^(1/3) in Å; 1 where a slab or wire has no volume."""
+    return float(abs(np.linalg.det(atoms.cell)) / len(atoms)) ** (1 / 3) or 1.0
 
 
 SYMPREC = 0.05
