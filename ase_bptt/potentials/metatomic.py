@@ -7,6 +7,7 @@ trained and written as it is.
 from __future__ import annotations
 
 import base64
+import copy
 import io
 import zipfile
 import zlib
@@ -25,7 +26,7 @@ from . import require
 ENERGY = "energy"
 EXTRA_FILES = "extra/"
 """Folder of a TorchScript archive for further files; metatomic keeps the versions that it was written with there."""
-MARK = "metatensor-version"
+MARK = "metatomic-version"
 """A further file that every export of metatomic has."""
 
 
@@ -138,10 +139,10 @@ class Metatomic(Potential):
 
     def config(self) -> dict[str, Any]:
         # The script is part of the model: it is written with zeros for its weights, which stand elsewhere.
-        blank = self.model.copy()
+        blank = copy.deepcopy(self.model)
         with torch.no_grad():
             for parameter in blank.parameters():
-                parameter.data = torch.zeros_like(parameter)
+                parameter.zero_()
         file = io.BytesIO()
         torch.jit.save(blank, file)
         return {"script": base64.b85encode(zlib.compress(file.getvalue())).decode(), "further": self.further}
