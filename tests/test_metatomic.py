@@ -1,7 +1,11 @@
 """metatomic, where it is installed: the contract, parity with its own calculator, its files in and out."""
 
+# metatomic knows annotations of typing alone.
+# ruff: noqa: UP006, UP035, UP045
+
 import copy
 import importlib.util
+from typing import Dict, List, Optional
 
 import numpy as np
 import pytest
@@ -46,13 +50,13 @@ if HAS_METATOMIC:
             self.species = torch.nn.Parameter(torch.rand(40))
             self.wanted = NeighborListOptions(cutoff=4.0, full_list=full, strict=True)
 
-        def requested_neighbor_lists(self) -> list[NeighborListOptions]:
+        def requested_neighbor_lists(self) -> List[NeighborListOptions]:
             return [self.wanted]
 
         def forward(
-            self, systems: list[System], outputs: dict[str, ModelOutput], selected_atoms: Labels | None
-        ) -> dict[str, TensorMap]:
-            energies: list[torch.Tensor] = []
+            self, systems: List[System], outputs: Dict[str, ModelOutput], selected_atoms: Optional[Labels],
+        ) -> Dict[str, TensorMap]:
+            energies: List[torch.Tensor] = []
             for system in systems:
                 near = system.get_neighbor_list(self.wanted)
                 lengths = torch.linalg.vector_norm(near.values.reshape(-1, 3), dim=1)
