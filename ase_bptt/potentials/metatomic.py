@@ -57,8 +57,6 @@ class Metatomic(Potential):
 
     def __init__(self, model: Any, further: dict[str, str] | None = None):
         super().__init__()
-        self._torch = require("metatomic.torch", extra="metatomic")
-        self._tensors = require("metatensor.torch", extra="metatomic")
         self.model = model.eval()
         self.further = dict(further or {})
         capabilities = model.capabilities()
@@ -67,27 +65,26 @@ class Metatomic(Potential):
                 f"This metatomic model computes no energy, but {', '.join(sorted(capabilities.outputs)) or 'nothing'}: "
                 "only a potential can be relaxed with."
             )
-        self.lists = model.requested_neighbor_lists()
-        self.cutoff = max((float(wanted.engine_cutoff("Angstrom")) for wanted in self.lists), default=1.0)
+        lists = model.requested_neighbor_lists()
+        self.cutoff = max((float(wanted.engine_cutoff("Angstrom")) for wanted in lists), default=1.0)
         self.atomic_numbers = frozenset(capabilities.atomic_types)
-        self._options = self._torch.ModelEvaluationOptions(
-            length_unit="Angstrom", outputs={ENERGY: self._torch.ModelOutput(quantity="energy", unit="eV")}
-        )
 
     def forward(self, structures: Structures, edges: Edges) -> Prediction:
         systems = [self._system(structures, k) for k in range(len(structures))]
-        for wanted in self.lists:
+        for wanted in self.model.requested_neighbor_lists():
             self._add_list(systems, wanted, structures, edges)
+        metatomic = require("metatomic.torch", extra="metatomic")
+        options = metatomic.ModelEvaluationOptions("Angstrom", {ENERGY: metatomic.ModelOutput(unit="eV")}, None)
         # TorchScript's optimised graphs round differently after some calls; see MACE.
         with torch.jit.optimized_execution(False):
-            found = self.model(systems, self._options, check_consistency=False)
+            found = self.model(systems, options, check_consistency=False)
         return Prediction(found[ENERGY].block().values.squeeze(1))
 
     def _system(self, structures: Structures, k: int) -> Any:
         """One structure; metatomic wants no cell vector where it is not periodic."""
         atoms = structures.batch == k
         pbc = structures.pbc[k]
-        return self._torch.System(
+        return require("metatomic.torch", extra="metatomic").System(
             types=structures.numbers[atoms].to(torch.int32),
             positions=structures.positions[atoms],
             cell=structures.cells[k] * pbc[:, None],
@@ -105,11 +102,12 @@ class Metatomic(Potential):
         samples = torch.column_stack((i - first, j - first, edges.shifts[near])).to(torch.int32)
         vectors = edges.vectors(structures)[near].unsqueeze(2)
         names = ["first_atom", "second_atom", "cell_shift_a", "cell_shift_b", "cell_shift_c"]
-        labels = self._tensors.Labels
+        tensors = require("metatensor.torch", extra="metatomic")
+        labels = tensors.Labels
         across = torch.arange(3, dtype=torch.int32, device=i.device)[:, None]
         for k, system in enumerate(systems):
             mine = owner == k
-            block = self._tensors.TensorBlock(
+            block = tensors.TensorBlock(
                 vectors[mine],
                 labels(names, samples[mine]),
                 [labels(["xyz"], across)],
