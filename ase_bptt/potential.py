@@ -61,8 +61,8 @@ class Potential(nn.Module):
     """Base class of the adapters: one subclass for each family of potentials.
 
     A subclass sets `family` and `cutoff` and implements `forward`. Further, as far as it offers them: by name,
-    `from_name`; to be saved, `config` and `from_config`; to read the family's checkpoints, `owns` and `from_native`;
-    to write them, `native_name` and `save_native`. It registers in the entry-point group ``ase_bptt.potentials``.
+    `from_name`; to be saved, `config` and `from_config`; to read the family's checkpoints, `owns` and `from_native`,
+    with `read_native` where they are no pickles; to write them, `native_name` and `save_native`. It registers in the entry-point group ``ase_bptt.potentials``.
     `ase_bptt.potentials.analytic.Parametrised` does most of it for potentials that their arguments define.
 
     >>> from ase.build import molecule
@@ -234,6 +234,11 @@ class Potential(nn.Module):
     def from_name(cls, variant: str | None) -> Potential:
         """The pretrained potential ``family:variant``; None is the family's default."""
         raise ValueError(f"The family {cls.family!r} has no pretrained potentials to load by name.")
+
+    @classmethod
+    def read_native(cls, path: Path) -> Any | None:
+        """What a file of the family's own holds that torch.load cannot read; None for any other file."""
+        return None
 
     @classmethod
     def owns(cls, native: Any) -> bool:

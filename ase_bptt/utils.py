@@ -229,3 +229,13 @@ def unrounded(positions: Tensor, given: np.ndarray) -> np.ndarray:
     exact = torch.from_numpy(np.array(given, dtype=float))
     rounded = exact.to(positions.dtype).double()
     return (positions.detach().cpu().double() + (exact - rounded)).numpy()
+
+
+def differs(module: nn.Module, device: torch.device | str | None, dtype: torch.dtype | None) -> bool:
+    """Whether anything of the module would have to be cast or moved."""
+    floats = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
+    return any(
+        (dtype is not None and t.dtype != dtype)
+        or (device is not None and t.device != torch.empty(0, device=device).device)
+        for t in floats
+    )

@@ -26,7 +26,7 @@ from ..potential import Potential
 from ..suggestions import hint, named
 from ..threads import Building, quiet
 from ..tuning.low_rank import merged
-from ..utils import UNREADABLE, as_device, in_short, outside_inference_mode, replacing
+from ..utils import UNREADABLE, as_device, differs, in_short, outside_inference_mode, replacing
 from .model_card import MODEL_CARD, model_card
 
 log = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ def as_potential(
                 f"The weights of this {type(spec).__name__} were made under torch.inference_mode(), and nothing can be "
                 "differentiated with them, so that there are no forces: build or load it outside of that block."
             )
-        module = copy.deepcopy(spec) if _differs(spec, device, dtype) else spec
+        module = copy.deepcopy(spec) if differs(spec, device, dtype) else spec
         potential = module if isinstance(module, Potential) else from_native(module, "this module")
     else:
         with Building():
@@ -154,13 +154,20 @@ def from_checkpoint(path: Path, trust: bool) -> Potential:
         )
     try:
         with quiet():
-            native = torch.load(path, weights_only=False, map_location="cpu")
+            native = _read(path)
     except ImportError as error:
         every = ", ".join(found for adapter in map(family, families()) if (found := adapter.installation))
         raise ImportError(f"{path} needs a package that is not here ({error}): install its family, {every}.") from error
     except UNREADABLE as error:
         raise ValueError(f"{path} cannot be unpickled ({in_short(error)}).") from error
     return from_native(native, str(path))
+
+
+def _read(path: Path) -> Any:
+    for adapter in map(family, families()):
+        if (native := adapter.read_native(path)) is not None:
+            return native
+    return torch.load(path, weights_only=False, map_location="cpu")
 
 
 def from_native(native: Any, name: str) -> Potential:
@@ -267,16 +274,6 @@ def weights_hash(potential: Potential) -> str:
 def _rebuild(adapter: type[Potential], config: dict[str, Any], dtype: torch.dtype) -> Potential:
     with Building(dtype):
         return adapter.from_config(config).to(dtype)
-
-
-def _differs(module: nn.Module, device: torch.device | str | None, dtype: torch.dtype | None) -> bool:
-    """Whether anything of the module would have to be cast or moved."""
-    floats = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
-    return any(
-        (dtype is not None and t.dtype != dtype)
-        or (device is not None and t.device != torch.empty(0, device=device).device)
-        for t in floats
-    )
 
 
 def require(module: str, *, extra: str) -> ModuleType:
