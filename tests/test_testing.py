@@ -96,6 +96,111 @@ class OneWeightDetached(Faulty):
         return 4 * self.epsilon * (c6**2 - c6)
 
 
+class EnergyDetached(Faulty):
+    def spoiled(self, energy, structures, pairs):
+        return energy.detach()
+
+
+class EnergyFromNumpy(Faulty):
+    def spoiled(self, energy, structures, pairs):
+        return torch.from_numpy(energy.detach().numpy()) + 0 * self.sigma
+
+
+class WeightsDetached(Faulty):
+    def _well(self, r2):
+        c6 = (self.sigma.detach() ** 2 / r2) ** 3
+        return 4 * self.epsilon.detach() * (c6**2 - c6)
+
+
+class OnlyOnce(torch.autograd.Function):
+    """x times w, whose derivatives have no graph."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x * w
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, w = (value.detach() for value in ctx.saved_tensors)
+        return gradient * w, (gradient * x).sum()
+
+
+class ForcesOnlyOnce(Faulty):
+    """Forces that do not depend on the positions for autograd."""
+
+    def _pair_energies(self, vectors):
+        return OnlyOnce.apply(OnceSquared.apply(vectors).sum(1), self.epsilon * self.sigma)
+
+
+class WeightsOnlyOnce(WeightsDetached):
+    """Its energy has a gradient in the weights, its forces have none."""
+
+    def _pair_energies(self, vectors):
+        return OnlyOnce.apply(super()._pair_energies(vectors), self.epsilon * self.sigma)
+
+
+class EpsilonOnlyOnce(Faulty):
+    def _pair_energies(self, vectors):
+        return OnlyOnce.apply(super()._pair_energies(vectors), self.epsilon)
+
+
+class OnceSquared(torch.autograd.Function):
+    """x squared, whose derivative is constant for autograd."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * gradient * ctx.saved_tensors[0].detach()
+
+
+class SpringsOnlyOnce(Faulty):
+    def spoiled(self, energy, structures, pairs):
+        squared = OnceSquared.apply(pairs.vectors(structures)).sum(1)
+        return energy + structures.sum(squared.new_zeros(structures.n_atoms).index_add(0, pairs.i, squared))
+
+
+class VolumeOnlyOnce(Faulty):
+    def spoiled(self, energy, structures, pairs):
+        return energy + OnceSquared.apply(structures.volumes)
+
+
+class FeelsTheCharge(Faulty):
+    def spoiled(self, energy, structures, pairs):
+        return energy + 0.1 * structures.charges.square() * energy
+
+
+class FeelsTheSpin(FeelsTheCharge):
+    inputs = frozenset({"charge"})
+
+    def spoiled(self, energy, structures, pairs):
+        return super().spoiled(energy, structures, pairs) + 0.1 * (structures.spins - 1) * energy
+
+
+class IgnoresTheSpin(FeelsTheCharge):
+    inputs = frozenset({"charge", "spin"})
+
+
+class ChargeOfTheFirst(Faulty):
+    inputs = frozenset({"charge"})
+
+    def spoiled(self, energy, structures, pairs):
+        return energy + 0.1 * structures.charges[0] * energy
+
+
+class FeelsTheField(Faulty):
+    inputs = frozenset({"field"})
+
+
+class EndsAtOnce(Faulty):
+    def _switch(self, r2):
+        return torch.ones_like(r2)
+
+
 class LosesAnAtomicEnergy(LennardJones):
     def forward(self, structures, edges):
         found = super().forward(structures, edges)
@@ -149,6 +254,10 @@ class Breaks(Faulty):
 
 
 FAULTS = [
+    (EnergyDetached, "graph", "its energy has no graph"),
+    (EnergyFromNumpy, "graph", "autograd does not reach the positions from its energy"),
+    (WeightsDetached, "graph", "autograd reaches none of its weights from its energy"),
+    (OneWeightDetached, "graph", "depends on the weight sigma, which autograd does not reach"),
     (EnergiesInAColumn, "shapes", "shape of its energy is (1, 1) and not (1,)"),
     (OneEnergyForAll, "shapes", "shape of its energy is () and not (1,)"),
     (RoundsItsEnergy, "shapes", "dtype of its energy is torch.float32 and not torch.float64"),
@@ -163,7 +272,17 @@ FAULTS = [
     (PositionsHalfDetached, "forces", "negative gradient of its energy"),
     (CellsDetached, "stress", "strain"),
     (NoSecondDerivative, "gradient", "without a graph"),
-    (OneWeightDetached, "gradient", "gradient weights"),
+    (ForcesOnlyOnce, "gradient", "gave forces without a graph"),
+    (WeightsOnlyOnce, "gradient", "autograd does not reach the weights from its forces, whose graph is cut"),
+    (EpsilonOnlyOnce, "gradient", "second derivatives (gradient weights) from differences of its forces"),
+    (SpringsOnlyOnce, "gradient", "second derivatives (gradient positions) from differences of its forces"),
+    (VolumeOnlyOnce, "cells", "second derivatives (cells strain) from differences of its stress"),
+    (FeelsTheCharge, "charge", "do not name 'charge', and its results change when info['charge'] does"),
+    (FeelsTheSpin, "charge", "do not name 'spin', and its results change when info['spin'] does"),
+    (IgnoresTheSpin, "charge", "name 'spin', and nothing changes when info['spin'] does"),
+    (ChargeOfTheFirst, "charge", "each member of a batch with several charges and spins"),
+    (FeelsTheField, "charge", "name 'field', and there are charge and spin only"),
+    (EndsAtOnce, "cutoff", "its energy with an atom just beyond the cutoff from that just within it"),
     (Thaws, "untouched", "requires_grad"),
     (Drifts, "untouched", "value of its weight sigma"),
     (SwitchesGradientsOn, "untouched", "positions that it was given"),
@@ -216,7 +335,7 @@ def test_another_potential_than_the_calculators_is_found_by_parity():
 def test_the_report_is_a_table_of_errors_and_of_what_was_left_out():
     report = check_potential(lennard_jones(), cluster(), skip=["rotation"])
     assert 0 < report["forces"] < report.measured["forces"].tolerance == 1e-6
-    assert set(report.skipped) == {"rotation", "stress", "parity"}
+    assert set(report.skipped) == {"rotation", "stress", "cells", "parity"}
     lines = str(report).splitlines()
     assert lines[0] == "lj in float64 on Ar6"
     assert any(line.startswith("  forces ") and line.endswith("(at most 1e-06 eV/Å)") for line in lines)
@@ -231,7 +350,7 @@ def test_own_tolerances_hold_by_name_and_by_kind():
 
 
 def test_what_cannot_be_asked_for_is_named():
-    with pytest.raises(ValueError, match="no check 'speed'; there are shapes, calls, partition"):
+    with pytest.raises(ValueError, match="no check 'speed'; there are graph, shapes, calls"):
         check_potential(lennard_jones(), argon(), skip=["speed"])
     potential = lennard_jones()
     potential.atomic_numbers = frozenset({14})
