@@ -1,5 +1,9 @@
 """The check for authors of adapters: passes what is sound (in test_potentials), and finds each single fault."""
 
+import doctest
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from ase import Atoms
@@ -370,3 +374,25 @@ def test_the_potential_and_the_atoms_that_are_given_are_left_alone():
 def test_a_lone_atom_has_nothing_to_differentiate_and_passes():
     report = check_potential(lennard_jones(), Atoms("Ar"))
     assert report.skipped["gradient"] == "no atom of the structure has a neighbour"
+
+
+def test_the_page_for_authors_runs(tmp_path, monkeypatch):
+    docs = Path(__file__).parents[1] / "docs"
+    example = docs / "examples" / "new_family.py"
+    assert len(example.read_text(encoding="utf-8").splitlines()) <= 80
+    page = (docs / "new_family.rst").read_text(encoding="utf-8")
+    # As pip leaves a package with this entry point.
+    info = tmp_path / "new_family-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Name: new_family\nVersion: 1.0\n")
+    assert '[project.entry-points."ase_bptt.potentials"]\n   soft = "new_family:Soft"' in page
+    (info / "entry_points.txt").write_text("[ase_bptt.potentials]\nsoft = new_family:Soft\n")
+    for path in (tmp_path, example.parent):
+        monkeypatch.syspath_prepend(path)
+    monkeypatch.setattr("tempfile.mkdtemp", lambda: str(tmp_path))
+    test = doctest.DocTestParser().get_doctest(page, {}, "new_family", None, 0)
+    report: list[str] = []
+    try:
+        assert doctest.DocTestRunner().run(test, out=report.append).failed == 0, "".join(report)
+    finally:
+        sys.modules.pop("new_family", None)

@@ -35,7 +35,8 @@ def graph(case: Case) -> None:
             value = case.potential.energy_and_forces(structures, edges, create_graph=True)[1]
     if not value.requires_grad:
         case.fail(f"its {what} has no graph" if case.potential.conservative else f"its {what} have no graph")
-    along = torch.from_numpy(case.random.normal(size=value.shape)).to(value)
+    # Unequal, since forces sum to zero.
+    along = torch.linspace(1, 2, value.numel()).to(value).view_as(value)
     found = torch.autograd.grad((value * along).sum(), [positions, *weights.values()], allow_unused=True)
     if found[0] is None:
         case.fail(f"autograd does not reach the positions from its {what}")
@@ -54,7 +55,7 @@ def _with_effect(case: Case, names: Sequence[str]) -> str | None:
         before = {name: weights[name].detach().clone() for name in some}
         for name, value in before.items():
             size = value.square().mean().sqrt() or 1.0
-            weights[name].data.add_(NUDGE * size * torch.from_numpy(case.random.normal(size=value.shape)).to(value))
+            weights[name].data.add_(NUDGE * size * torch.linspace(1, 2, value.numel()).to(value).view_as(value))
         now = value_of()
         for name, value in before.items():
             weights[name].data.copy_(value)
