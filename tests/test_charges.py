@@ -27,7 +27,8 @@ from ase_bptt import (
 )
 from ase_bptt.cells import CellFreedom
 from ase_bptt.cells.strained import Strained
-from ase_bptt.cli import main
+from ase_bptt.cli import main, run_folder, train
+from ase_bptt.cli.pair_flags import read_grouped
 from ase_bptt.losses import LOSSES
 from ase_bptt.pairs import InvalidPair
 from ase_bptt.pairs.charges import contradictions, of_charge
@@ -143,6 +144,17 @@ def test_targets_keep_them():
     assert again.structures.charges.tolist() == [0, 2]
 
 
+def of_two_charges(folder):
+    """A folder of three molecules, each relaxed with the charges 0 and 1."""
+    folder.mkdir()
+    for k, q in enumerate((0, 1, 0, 1, 0, 1)):
+        start = molecule(("N2", "CO", "H2")[k // 2], info={"charge": q})
+        end = start.copy()
+        end.positions[1, 2] += 0.02 * (k + 1)
+        write(folder / f"{k}.extxyz", [start, end])
+    return folder
+
+
 class TestPairs:
     def pair(self, charge=None, stretch=0.1):
         end = n2(charge)
@@ -202,19 +214,48 @@ class TestPairs:
         assert "cannot fall" not in caplog.text
 
     def test_by_choice_in_the_shell(self, tmp_path, capsys):
-        folder = tmp_path / "runs"
-        folder.mkdir()
-        for k, q in enumerate((0, 1, 0, 1, 0, 1)):
-            start = molecule(("N2", "CO", "H2")[k // 2], info={"charge": q})
-            end = start.copy()
-            end.positions[1, 2] += 0.02 * (k + 1)
-            write(folder / f"{k}.extxyz", [start, end])
+        folder = of_two_charges(tmp_path / "runs")
         common = ["train", str(folder), "--potential", "morse", "--epochs", "1", "--steps", "2", "--dry-run", "--json"]
         seen = {}
         for choice in ("neutral", "all", "1", "each"):
             assert main([*common, "--charges", choice, "--out", str(tmp_path / choice)]) == 0
             seen[choice] = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         assert [len(found) for found in seen.values()] == [1, 1, 1, 2]
+
+    @pytest.mark.parametrize("flags", [[], ["--charges", "each"]])
+    def test_each_is_resumed_where_it_was_stopped(self, tmp_path, capsys, monkeypatch, flags):
+        folder, out = of_two_charges(tmp_path / "runs"), tmp_path / "out"
+        start = ["train", str(folder), "--potential", "morse", "--steps", "2", "--charges", "each", "--out", str(out)]
+        seen, stop = [], True
+
+        def launch(arguments, read):
+            if arguments.charges == 1 and stop:
+                raise KeyboardInterrupt
+            if arguments.resume:
+                run_folder.take_over(arguments)
+            else:
+                run_folder.prepare(arguments)
+                (arguments.out / "checkpoint.pt").touch()
+            pairs = read(arguments, None)["train"]
+            seen.append(
+                (arguments.out.name, arguments.charges, arguments.steps, arguments.resume, {p.charge for p in pairs})
+            )
+
+        monkeypatch.setattr(train, "launch", launch)
+        monkeypatch.setattr(train, "_splits", lambda arguments, _: {"train": read_grouped(arguments)})
+        assert main(start) == 130
+        said = capsys.readouterr().err
+        assert f"in {out}/charge_*/checkpoint.pt" in said
+        assert f"--out {out} --resume continues" in said
+        stop = False
+        assert main(["train", "--out", str(out), "--resume", *flags]) == 0
+        assert seen == [
+            ("charge_0", 0.0, 2, False, {0.0}),
+            ("charge_0", 0.0, 2, True, {0.0}),
+            ("charge_+1", 1.0, 2, False, {1.0}),
+        ]
+        assert main(["train", "--out", str(tmp_path / "none"), "--resume", *flags]) == 2
+        assert "holds no run that can be resumed" in capsys.readouterr().err
 
 
 @needs_mace

@@ -67,6 +67,10 @@ CASES = [
 ]
 
 
+OWN = {"emt": {"cutoff": 2e-4}}
+"""ASE's EMT leaves 1e-4 of an interaction at its cutoff."""
+
+
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize(("make", "atoms", "calculator"), CASES)
 def test_every_family_keeps_the_contract(make, atoms, calculator, dtype):
@@ -74,12 +78,12 @@ def test_every_family_keeps_the_contract(make, atoms, calculator, dtype):
     # A calculator in float64 says nothing of rounding.
     compared = calculator() if calculator and dtype == "float64" else None
     potential = load_potential(make(), dtype=dtype)
-    report = check_potential(potential, atoms(), calculator=compared)
+    report = check_potential(potential, atoms(), calculator=compared, tolerances=OWN.get(potential.family))
     left_out = {"parity"} if compared is None else set()
     if not potential.conservative:
-        left_out |= {"forces", "stress"}
+        left_out |= {"forces", "stress", "cells"}
     if atoms().cell.rank < 3:
-        left_out |= {"stress"}
+        left_out |= {"stress", "cells"}
     if not potential.atomic_properties:
         left_out |= {"partition"}
     assert set(report.skipped) == left_out

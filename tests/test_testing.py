@@ -1,173 +1,19 @@
 """The check for authors of adapters: passes what is sound (in test_potentials), and finds each single fault."""
 
+import doctest
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from ase import Atoms
 from ase.calculators.lj import LennardJones as AseLennardJones
+from helpers.faulty_potentials import FAULTS, NeedsANeighbour, UnknownWithoutNeighbours
 from helpers.potentials import lennard_jones
 from helpers.structures import argon, cluster
 
-from ase_bptt.neighbors import Edges
-from ase_bptt.potential import Prediction
 from ase_bptt.potentials.analytic import LennardJones
 from ase_bptt.testing import check_potential
-
-
-class Faulty(LennardJones):
-    """Sound, but for what a subclass spoils."""
-
-    def __init__(self):
-        super().__init__(smooth=True, rc=2.4, ro=1.8)
-
-    def forward(self, structures, edges):
-        energy = self.spoiled(super().forward(structures, edges).energy, structures, edges)
-        return Prediction(energy)
-
-    def spoiled(self, energy, structures, pairs):
-        return energy
-
-
-class SeesItsNeighbours(Faulty):
-    def spoiled(self, energy, structures, pairs):
-        return energy + 0.01 * structures.n_atoms
-
-
-class KnowsWhereItIs(Faulty):
-    def spoiled(self, energy, structures, pairs):
-        return energy + 0.1 * structures.sum(structures.positions.sin().sum(1))
-
-
-class KnowsUp(Faulty):
-    def spoiled(self, energy, structures, pairs):
-        along = pairs.vectors(structures)[:, 2].square()
-        return energy + 0.1 * structures.sum(along.new_zeros(structures.n_atoms).index_add(0, pairs.i, along))
-
-
-class CountsFromTheFirst(Faulty):
-    def spoiled(self, energy, structures, pairs):
-        starts = torch.tensor([0, *structures.counts[:-1]]).cumsum(0)
-        rank = torch.arange(structures.n_atoms) - starts[structures.batch]
-        length = pairs.vectors(structures).square().sum(1)
-        nothing = length.new_zeros(structures.n_atoms)
-        return energy + structures.sum(nothing.index_add(0, pairs.i, 1e-2 * rank[pairs.i] * length))
-
-
-class NeedsANeighbour(Faulty):
-    def spoiled(self, energy, structures, pairs):
-        neighbours = torch.bincount(pairs.i, minlength=structures.n_atoms)
-        return energy + structures.sum(1e-3 / neighbours)
-
-
-class UnknownWithoutNeighbours(LennardJones):
-    def forward(self, structures, edges):
-        found = super().forward(structures, edges)
-        alone = torch.bincount(edges.i, minlength=structures.n_atoms) == 0
-        atomic = found.atomic_energies.masked_fill(alone, torch.nan)
-        return Prediction(structures.sum(atomic), atomic_energies=atomic)
-
-
-class ForcesOfAnother(Faulty):
-    def energy_and_forces(self, structures, pairs, *, create_graph=False):
-        energy, forces = super().energy_and_forces(structures, pairs, create_graph=create_graph)
-        return energy, 1.1 * forces
-
-
-class PositionsHalfDetached(Faulty):
-    def spoiled(self, energy, structures, pairs):
-        here = structures.replace(positions=structures.positions.detach(), cells=structures.cells.detach())
-        return (energy + LennardJones.forward(self, here, pairs).energy) / 2
-
-
-class CellsDetached(Faulty):
-    def forward(self, structures, edges):
-        return super().forward(
-            structures.replace(cells=structures.cells.detach()), Edges(edges.i, edges.j, edges.shifts)
-        )
-
-
-class NoSecondDerivative(Faulty):
-    def energy_and_forces(self, structures, pairs, *, create_graph=False):
-        return super().energy_and_forces(structures, pairs)
-
-
-class OneWeightDetached(Faulty):
-    def _well(self, r2):
-        c6 = (self.sigma.detach() ** 2 / r2) ** 3
-        return 4 * self.epsilon * (c6**2 - c6)
-
-
-class LosesAnAtomicEnergy(LennardJones):
-    def forward(self, structures, edges):
-        found = super().forward(structures, edges)
-        return Prediction(found.energy, atomic_energies=found.atomic_energies * 0.9)
-
-
-class Thaws(Faulty):
-    def _weights_aside(self):
-        self.requires_grad_()
-        return super()._weights_aside()
-
-
-class Drifts(Faulty):
-    def spoiled(self, energy, structures, pairs):
-        self.sigma.data.add_(1e-12)
-        return energy
-
-
-class SwitchesGradientsOn(Faulty):
-    def results(self, structures, pairs):
-        structures.positions.requires_grad_()
-        return super().results(structures, pairs)
-
-
-class EnergiesInAColumn(Faulty):
-    def spoiled(self, energy, structures, pairs):
-        return energy[:, None]
-
-
-class OneEnergyForAll(Faulty):
-    def spoiled(self, energy, structures, pairs):
-        return energy.sum()
-
-
-class RoundsItsEnergy(Faulty):
-    def spoiled(self, energy, structures, pairs):
-        return energy.float()
-
-
-class Asserts(Faulty):
-    def spoiled(self, energy, structures, pairs):
-        assert len(structures) == 1, "one at a time"
-        return energy
-
-
-class Breaks(Faulty):
-    def spoiled(self, energy, structures, pairs):
-        if len(structures) > 1:
-            raise IndexError("out of range")
-        return energy
-
-
-FAULTS = [
-    (EnergiesInAColumn, "shapes", "shape of its energy is (1, 1) and not (1,)"),
-    (OneEnergyForAll, "shapes", "shape of its energy is () and not (1,)"),
-    (RoundsItsEnergy, "shapes", "dtype of its energy is torch.float32 and not torch.float64"),
-    (ForcesOfAnother, "calls", "forces"),
-    (LosesAnAtomicEnergy, "partition", "energy"),
-    (SeesItsNeighbours, "batch", "energy"),
-    (Breaks, "batch", "IndexError"),
-    (Asserts, "batch", "AssertionError (one at a time)"),
-    (KnowsWhereItIs, "translation", "energy"),
-    (KnowsUp, "rotation", "energy"),
-    (CountsFromTheFirst, "permutation", "energy"),
-    (PositionsHalfDetached, "forces", "negative gradient of its energy"),
-    (CellsDetached, "stress", "strain"),
-    (NoSecondDerivative, "gradient", "without a graph"),
-    (OneWeightDetached, "gradient", "gradient weights"),
-    (Thaws, "untouched", "requires_grad"),
-    (Drifts, "untouched", "value of its weight sigma"),
-    (SwitchesGradientsOn, "untouched", "positions that it was given"),
-]
 
 
 @pytest.mark.parametrize(("potential", "check", "word"), FAULTS, ids=[c.__name__ for c, *_ in FAULTS])
@@ -216,7 +62,7 @@ def test_another_potential_than_the_calculators_is_found_by_parity():
 def test_the_report_is_a_table_of_errors_and_of_what_was_left_out():
     report = check_potential(lennard_jones(), cluster(), skip=["rotation"])
     assert 0 < report["forces"] < report.measured["forces"].tolerance == 1e-6
-    assert set(report.skipped) == {"rotation", "stress", "parity"}
+    assert set(report.skipped) == {"rotation", "stress", "cells", "parity"}
     lines = str(report).splitlines()
     assert lines[0] == "lj in float64 on Ar6"
     assert any(line.startswith("  forces ") and line.endswith("(at most 1e-06 eV/Å)") for line in lines)
@@ -231,7 +77,7 @@ def test_own_tolerances_hold_by_name_and_by_kind():
 
 
 def test_what_cannot_be_asked_for_is_named():
-    with pytest.raises(ValueError, match="no check 'speed'; there are shapes, calls, partition"):
+    with pytest.raises(ValueError, match="no check 'speed'; there are graph, shapes, calls"):
         check_potential(lennard_jones(), argon(), skip=["speed"])
     potential = lennard_jones()
     potential.atomic_numbers = frozenset({14})
@@ -251,3 +97,25 @@ def test_the_potential_and_the_atoms_that_are_given_are_left_alone():
 def test_a_lone_atom_has_nothing_to_differentiate_and_passes():
     report = check_potential(lennard_jones(), Atoms("Ar"))
     assert report.skipped["gradient"] == "no atom of the structure has a neighbour"
+
+
+def test_the_page_for_authors_runs(tmp_path, monkeypatch):
+    docs = Path(__file__).parents[1] / "docs"
+    example = docs / "examples" / "new_family.py"
+    assert len(example.read_text(encoding="utf-8").splitlines()) <= 80
+    page = (docs / "new_family.rst").read_text(encoding="utf-8")
+    # As pip leaves a package with this entry point.
+    info = tmp_path / "new_family-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Name: new_family\nVersion: 1.0\n")
+    assert '[project.entry-points."ase_bptt.potentials"]\n   soft = "new_family:Soft"' in page
+    (info / "entry_points.txt").write_text("[ase_bptt.potentials]\nsoft = new_family:Soft\n")
+    for path in (tmp_path, example.parent):
+        monkeypatch.syspath_prepend(path)
+    monkeypatch.setattr("tempfile.mkdtemp", lambda: str(tmp_path))
+    test = doctest.DocTestParser().get_doctest(page, {}, "new_family", None, 0)
+    report: list[str] = []
+    try:
+        assert doctest.DocTestRunner().run(test, out=report.append).failed == 0, "".join(report)
+    finally:
+        sys.modules.pop("new_family", None)

@@ -12,7 +12,6 @@ from typing import Any
 from ..adjoints import Adjoint, make_adjoint
 from ..losses import LOSSES
 from ..pairs import RelaxationPair
-from ..pairs.charges import ALL, EACH, charges_in
 from ..pairs.groups import split_into_folds, unwarned_split, usable, warn_of_few
 from ..potential import Potential
 from ..steppers import STEPPERS, Stepper, make_stepper
@@ -22,7 +21,7 @@ from ..training.fine_tune import cross_validate, finetune
 from ..training.results import RESULTS, RunResults
 from ..training.settings import MOMENTUM, NUMBERS, first_stage
 from ..training.training_data import combined_hash
-from . import messages, run_folder
+from . import each_charge, messages, run_folder
 from .flags import (
     add_output,
     add_potential,
@@ -75,8 +74,8 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
-    if arguments.charges == EACH:
-        return _each_charge(arguments)
+    if each_charge.asked_for(arguments):
+        return each_charge.run_each(arguments, run)
     if arguments.resume and not arguments.folds:
         arguments.folds = run_folder.saved(arguments.out).get("folds")
     if arguments.folds:
@@ -84,27 +83,16 @@ def run(arguments: argparse.Namespace) -> int:
     return launch(arguments, _splits)
 
 
-def _each_charge(arguments: argparse.Namespace) -> int:
-    """A run for each charge, in a folder of its own below --out."""
-    arguments.charges = ALL
-    charges = charges_in(read_grouped(arguments))
-    for charge in charges:
-        own = argparse.Namespace(**vars(arguments))
-        own.charges, own.out = charge, arguments.out / (f"charge_{charge:+g}" if charge else "charge_0")
-        messages.quiet_if(arguments.json)(f"charge {charge:+g}: {own.out}" if charge else f"charge 0: {own.out}")
-        run(own)
-    return 0
-
-
 def stopped(arguments: argparse.Namespace) -> str:
     """What is left after an interrupt."""
     out = arguments.out
     # Before the folder was prepared, what is in it is another run.
-    ours = hasattr(arguments, "data") and (arguments.resume or run_folder.holds(arguments))
+    each = hasattr(arguments, "each") and bool(each_charge.started(out))
+    ours = each or (hasattr(arguments, "data") and (arguments.resume or run_folder.holds(arguments)))
     if not ours or not any(out.glob("**/checkpoint.pt")):
         again = " Start again with --overwrite." if ours else ""
         return f"Nothing was trained yet, and nothing is lost.{again}"
-    where = f"{out}/fold_*" if arguments.__dict__.get("folds") else out
+    where = "/".join([str(out), *[each_charge.PATTERN] * each, *["fold_*"] * bool(arguments.__dict__.get("folds"))])
     return (
         f"The state after the last complete epoch is in {where}/checkpoint.pt, the best potential so far in "
         f"{where}/potential; ase-bptt {arguments.command} --out {out} --resume continues."

@@ -17,6 +17,7 @@ import torch
 from ase import Atoms
 from ase.calculators.calculator import Calculator
 
+from ..charges import charge_and_spin, info_of
 from ..potential import Potential
 from ..suggestions import unknown_name
 from .case import TOLERANCES, Case, Failed, Measured, Report
@@ -42,12 +43,13 @@ def check_potential(
         In the dtype and on the device in which it is to be checked. A copy of it is evaluated.
     atoms : Atoms
         Any structure that it knows the elements of; best without symmetry, so that forces do not
-        vanish. Two to twenty atoms are enough. With a three-dimensional cell the stress is checked, too.
+        vanish. Two to twenty atoms are enough. With a three-dimensional cell the stress is checked, too. Its charge
+        and spin are those of ``info``.
     calculator : Calculator or None
         The family's own, to compare with: energy, forces, and stress, magmoms and atomic energies where both have them.
     skip : collection of str
-        Checks to leave out: "shapes", "calls", "partition", "forces", "stress", "batch", "translation",
-        "rotation", "permutation", "far atom", "gradient", "untouched".
+        Checks to leave out: "graph", "shapes", "calls", "partition", "forces", "stress", "batch", "translation",
+        "rotation", "permutation", "far atom", "gradient", "cells", "charge", "cutoff", "untouched".
     tolerances : mapping of str to float
         Own limits, by the name of a comparison as the report shows it ("batch forces") or by the
         kind of quantity ("forces"); the others are those of `TOLERANCES` for the dtype.
@@ -84,7 +86,8 @@ def check_potential(
     report = Report(potential.family, str(potential.dtype).removeprefix("torch."), atoms.get_chemical_formula())
     twin = copy.deepcopy(potential).requires_grad_()
     # Constraints do not concern the potential, and changes of atoms.positions would obey them.
-    bare = Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
+    info = info_of(*charge_and_spin(atoms))
+    bare = Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc, info=info)
     exact = twin if twin.dtype is torch.float64 else copy.deepcopy(twin).double()
     case = Case(twin, exact, bare, np.random.default_rng(seed), tolerances or {}, report)
     twin.check(case.batch(bare)[0])

@@ -28,6 +28,7 @@ UNITS = {
     "derivative": "eV/Å",
     "strain": "eV/Å^3",
     "gradient": "of the gradient's length",
+    "cutoff": "eV",
     "parity energy": "eV/atom",
     "parity forces": "eV/Å",
     "parity stress": "eV/Å^3",
@@ -79,6 +80,10 @@ class Case:
         """A batch and its edges, where the potential computes."""
         return _batch(self.potential, atoms)
 
+    def exactly(self, atoms: Atoms) -> tuple[Structures, Edges]:
+        """A batch and its edges, in float64."""
+        return _batch(self.exact, atoms)
+
     def results(self, atoms: Atoms | Sequence[Atoms]) -> Results:
         """`Potential.results` as arrays."""
         return {name: array(value) for name, value in self.potential.results(*self.batch(atoms)).items()}
@@ -86,11 +91,11 @@ class Case:
     def energy(self, atoms: Atoms) -> float:
         """Energy in eV, in float64."""
         with torch.no_grad():
-            return float(self.exact(*_batch(self.exact, atoms)).energy)
+            return float(self.exact(*self.exactly(atoms)).energy)
 
     def forces(self, atoms: Atoms) -> np.ndarray:
         """Forces in eV/Å, as a relaxation takes them, in float64."""
-        return array(self.exact.energy_and_forces(*_batch(self.exact, atoms))[1])
+        return array(self.exact.energy_and_forces(*self.exactly(atoms))[1])
 
     def compare(self, found: Results, expected: Results, what: str, counts: Sequence[int]) -> None:
         """Compare what both have; energies count per atom of each structure."""

@@ -1,93 +1,20 @@
-"""The checks of a potential, one function each: shapes, symmetries, forces, stress, derivatives."""
+"""The checks of a potential, one function each: shapes, symmetries, what is beyond the cutoff; and the list of all."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from ase import Atoms
 from ase.calculators.calculator import Calculator, PropertyNotImplementedError
-from torch import Tensor
 
-from .case import Case, Results, array, derivative
-
-
-def second(case: Case) -> None:
-    """The gradient of a function of the forces, in positions and weights, agrees with finite differences."""
-    structures, edges = case.batch(case.atoms)
-    if not len(edges.i):
-        case.report.skipped[case.check] = "no atom of the structure has a neighbour"
-        return
-    positions = structures.positions.requires_grad_()
-    along = torch.from_numpy(case.random.normal(size=positions.shape)).to(positions)
-    with torch.enable_grad():
-        _, forces = case.potential.energy_and_forces(structures, edges, create_graph=True)
-    if not forces.requires_grad:
-        case.fail("energy_and_forces with create_graph=True gave forces without a graph")
-    weights = dict(case.potential.named_parameters())
-    found = torch.autograd.grad((forces * along).sum(), [positions, *weights.values()], allow_unused=True)
-    case.report.unreached = tuple(n for n, g in zip(weights, found[1:], strict=True) if g is None or not g.any())
-    _of_positions(case, found[0], array(along))
-    if weights:
-        if len(case.report.unreached) == len(weights):
-            case.fail("no weight has a gradient")
-        _of_weights(case, found[1:], array(along))
-
-
-def _of_positions(case: Case, gradient: Tensor | None, along: np.ndarray) -> None:
-    if gradient is None:
-        case.fail("the forces do not depend on the positions for autograd")
-
-    def scalar(direction: np.ndarray, step: float) -> float:
-        moved = case.atoms.copy()
-        moved.positions += step * direction
-        return float((case.forces(moved) * along).sum())
-
-    _along_directions(case, "gradient positions", array(gradient), scalar)
-
-
-def _of_weights(case: Case, gradients: tuple[Tensor | None, ...], along: np.ndarray) -> None:
-    weights = list(case.exact.parameters())
-    # Weights differ by orders of magnitude: each tensor is measured in units of its own.
-    units = [float(w.detach().square().mean().sqrt()) or 1.0 for w in weights]
-    before = [w.detach().clone() for w in weights]
-    pieces = [
-        np.zeros(w.shape) if g is None else unit * array(g)
-        for w, g, unit in zip(weights, gradients, units, strict=True)
-    ]
-    splits = np.cumsum([piece.size for piece in pieces])[:-1]
-
-    def scalar(direction: np.ndarray, step: float) -> float:
-        for w, value, unit, d in zip(weights, before, units, np.split(direction, splits), strict=True):
-            w.data.copy_(value + step * unit * torch.from_numpy(d.reshape(w.shape)).to(value))
-        found = float((case.forces(case.atoms) * along).sum())
-        for w, value in zip(weights, before, strict=True):
-            w.data.copy_(value)
-        return found
-
-    _along_directions(case, "gradient weights", np.concatenate([p.ravel() for p in pieces]), scalar)
-
-
-def _along_directions(
-    case: Case, name: str, gradient: np.ndarray, scalar: Callable[[np.ndarray, float], float]
-) -> None:
-    """Compare along the gradient itself, and along a random direction, which shows what it lacks."""
-    length, worst = float(np.linalg.norm(gradient)), 0.0
-    random = case.random.normal(size=gradient.shape)
-    for direction in (gradient, random):
-        size = np.linalg.norm(direction)
-        if not size > 0:
-            continue
-        unit = direction / size
-        expected = derivative(partial(scalar, unit))
-        scale = max(length, abs(expected))
-        if scale:
-            worst = float(np.maximum(worst, np.abs((gradient * unit).sum() - expected) / scale))
-    case.measure(name, "gradient", worst, f"its second derivatives ({name})", "differences of its forces")
+from ..charges import SPECIFIED, charge_and_spin
+from ..potential import Potential
+from . import derivatives
+from .case import STEP, Case, Results
 
 
 def untouched(case: Case) -> None:
@@ -213,49 +140,57 @@ def far(case: Case) -> None:
     case.compare(case.results(cluster + lone), expected, what, (len(cluster) + 1,))
 
 
-def forces(case: Case) -> None:
-    """Forces are the negative gradient of the energy."""
-    if not case.potential.conservative:
-        case.report.skipped[case.check] = "its forces are predicted directly, and are not the gradient of its energy"
-        return
-    found, worst = case.results(case.atoms)["forces"], 0.0
-    for direction in _signs(case, 3, found.shape):
+def charge(case: Case) -> None:
+    """The energy depends on the charge and the spin of each structure if `inputs` names them, and not otherwise."""
+    atoms, inputs = case.atoms, case.potential.inputs
+    unknown = inputs - SPECIFIED.keys()
+    if unknown:
+        case.fail(f"its `inputs` name {min(unknown)!r}, and there are {' and '.join(SPECIFIED)} only")
+    members, here = [atoms], case.results(atoms)
+    rounding = 1e-8 if case.potential.dtype is torch.float64 else 1e-5
+    for name, value in zip(SPECIFIED, charge_and_spin(atoms), strict=True):
+        changed = atoms.copy()
+        changed.info[name] = value + 1
+        found = case.results(changed)
+        # NaN, the stress where there is no volume, is equal here; rounding may differ from call to call.
+        same = all(np.allclose(found[k], here[k], rtol=rounding, atol=rounding, equal_nan=True) for k in here)
+        if name in inputs and same:
+            case.fail(f"its `inputs` name {name!r}, and nothing changes when info[{name!r}] does")
+        if name not in inputs and not same:
+            case.fail(f"its `inputs` do not name {name!r}, and its results change when info[{name!r}] does")
+        members.append(changed)
+    alone = [case.results(m) for m in members]
+    expected = {name: np.concatenate([found[name] for found in alone]) for name in alone[0]}
+    what = "what each member of a batch with several charges and spins gives alone"
+    case.compare(case.results(members), expected, what, [len(m) for m in members])
 
-        def energy(step: float, direction: np.ndarray = direction) -> float:
-            moved = case.atoms.copy()
-            moved.positions += step * direction
-            return case.energy(moved)
 
-        # Every atom moves: one wrong component cannot hide, and the error is that of a single one.
-        error = (
-            np.abs((found * direction).sum() + derivative(energy)) / np.sqrt(found.size) / max(1.0, np.abs(found).max())
-        )
-        worst = float(np.maximum(worst, error))
-    case.measure(case.check, "derivative", worst, "its forces", "the negative gradient of its energy, by differences")
+def cutoff(case: Case) -> None:
+    """The energy is continuous where an atom crosses the cutoff."""
+    cluster, worst = case.atoms.copy(), 0.0
+    cluster.set_cell(None)
+    cluster.pbc = False
+    inside = (m for m in case.potential.modules() if isinstance(m, Potential))
+    for radius in {case.potential.cutoff, *(float(m.cutoff) for m in inside)}:
+        for element in set(cluster.symbols):
+            direction = case.random.normal(size=3)
+            direction /= np.linalg.norm(direction)
+            # From the outermost atom on, all others are farther away.
+            outermost = cluster.positions[np.argmax(cluster.positions @ direction)]
 
+            def jump(
+                step: float,
+                element: str = element,
+                to: np.ndarray = direction,
+                at: np.ndarray = outermost,
+                r: float = radius,
+            ) -> float:
+                inner, outer = (cluster + Atoms(element, [at + (r + s * step) * to]) for s in (-1, 1))
+                return case.energy(outer) - case.energy(inner)
 
-def stress(case: Case) -> None:
-    """The stress is the derivative of the energy with respect to strain, over the volume."""
-    reason = "the structure has no volume" if case.atoms.cell.rank < 3 else ""
-    if not case.potential.conservative:
-        reason = "its forces are predicted directly, and it has no stress"
-    if reason:
-        case.report.skipped[case.check] = reason
-        return
-    found, worst = case.results(case.atoms)["stress"][0], 0.0
-    for signs in _signs(case, 3, (3, 3)):
-        direction = (signs + signs.T) / 2
-
-        def energy(step: float, direction: np.ndarray = direction) -> float:
-            strained = case.atoms.copy()
-            strained.set_cell(case.atoms.cell.array @ (np.eye(3) + step * direction), scale_atoms=True)
-            return case.energy(strained)
-
-        expected = derivative(energy) / case.atoms.get_volume()
-        error = np.abs((found * direction).sum() - expected) / max(1.0, np.abs(found).max())
-        worst = float(np.maximum(worst, error))
-    what = "the derivative of its energy with respect to strain over the volume, by differences"
-    case.measure(case.check, "strain", worst, "the components of its stress", what)
+            # What is continuous changes in proportion to the step, whatever its slope on either side.
+            worst = float(np.maximum(worst, abs(2 * jump(STEP) - jump(2 * STEP))))
+    case.measure(case.check, "cutoff", worst, "its energy with an atom just beyond the cutoff", "that just within it")
 
 
 def parity(case: Case, calculator: Calculator) -> None:
@@ -274,22 +209,32 @@ def parity(case: Case, calculator: Calculator) -> None:
     case.compare(found, expected, f"what {type(calculator).__name__} gives", (len(atoms),))
 
 
-def _signs(case: Case, n: int, shape: tuple[int, ...]) -> np.ndarray:
-    return case.random.choice([-1.0, 1.0], size=(n, *shape))
-
-
 CHECKS = {
+    "graph": Check(
+        derivatives.graph, "compute in torch from structures and edges, without detach(), item(), numpy or no_grad()"
+    ),
     "shapes": Check(shapes, "return one number for each structure or atom, in the dtype of structures.positions"),
     "calls": Check(calls, "compute both from one function, detached where no graph is asked for"),
     "partition": Check(partition, "add everything to the atomic energies that the energy contains"),
-    "forces": Check(forces, "let the energy depend on structures.positions alone, live, with smooth cutoffs"),
-    "stress": Check(stress, "let the energy depend on live structures.cells, as edges.vectors(structures) does"),
+    "forces": Check(
+        derivatives.forces, "let the energy depend on structures.positions alone, live, with smooth cutoffs"
+    ),
+    "stress": Check(
+        derivatives.stress, "let the energy depend on live structures.cells, as edges.vectors(structures) does"
+    ),
     "batch": Check(batch, "sum over structures.batch, and let nothing depend on the other members"),
     "translation": Check(translation, "use positions in edges.vectors(structures) only, which has the images"),
     "rotation": Check(rotation, "take scalars from distances and angles, and vectors from edges.vectors(structures)"),
     "permutation": Check(permutation, "sum over neighbours, and read elements from structures.numbers"),
     "far atom": Check(far, "let an atom without edges have its own energy, no forces, and finite ones"),
-    "gradient": Check(second, "keep the graph of the forces, without detach(), item() or numpy on the way"),
+    "gradient": Check(derivatives.second, "keep the graph of the forces, without detach(), item() or numpy on the way"),
+    "cells": Check(
+        derivatives.cells, "let the energy depend on live structures.cells, and keep the graph of its derivative"
+    ),
+    "charge": Check(
+        charge, "name in `inputs` what forward reads of structures.charges and .spins, one for each structure"
+    ),
+    "cutoff": Check(cutoff, "multiply what an edge adds by a function that falls to zero at the cutoff"),
     "untouched": Check(untouched, "leave flags, weights and inputs as they are, and work on copies"),
 }
 """Every check but parity, in order."""
