@@ -62,8 +62,9 @@ class Potential(nn.Module):
 
     A subclass sets `family` and `cutoff` and implements `forward`. Further, as far as it offers them: by name,
     `from_name`; to be saved, `config` and `from_config`; to read the family's checkpoints, `owns` and `from_native`,
-    with `read_native` where they are no pickles; to write them, `native_name` and `save_native`. It registers in the entry-point group ``ase_bptt.potentials``.
-    `ase_bptt.potentials.analytic.Parametrised` does most of it for potentials that their arguments define.
+    with `read_native` where they are no pickles; to write them, `native_name` and `save_native`. It registers in the
+    entry-point group ``ase_bptt.potentials``. For potentials that their arguments define,
+    `ase_bptt.potentials.analytic.Parametrised` does most of it.
 
     >>> from ase.build import molecule
     >>> class Springs(Potential):  # each edge a spring of 1 eV/Å^2 that is 1 Å long at rest

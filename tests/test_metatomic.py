@@ -54,7 +54,10 @@ if HAS_METATOMIC:
             return [self.wanted]
 
         def forward(
-            self, systems: List[System], outputs: Dict[str, ModelOutput], selected_atoms: Optional[Labels],
+            self,
+            systems: List[System],
+            outputs: Dict[str, ModelOutput],
+            selected_atoms: Optional[Labels],
         ) -> Dict[str, TensorMap]:
             energies: List[torch.Tensor] = []
             for system in systems:
