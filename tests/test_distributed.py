@@ -14,8 +14,10 @@ from functools import cache
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
+from ase.build import bulk
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
 from helpers.dft_files import unread
@@ -25,7 +27,7 @@ from helpers.shell import run as shell
 from helpers.training import Exploding, make_pairs, trainer, untuned, with_xenon, without_times
 from torch import distributed as dist
 
-from ase_bptt import TorchCalculator, Trainer, load_potential, read_pairs
+from ase_bptt import RelaxationPair, TorchCalculator, Trainer, load_potential, read_pairs, relax
 from ase_bptt.losses import rmsd
 from ase_bptt.pairs import lazy
 from ase_bptt.training.distributed import Lost, Ranks, together
@@ -41,6 +43,8 @@ def labelled(atoms):
     atoms = atoms.copy()
     atoms.calc = TorchCalculator(wide_lennard_jones())
     found = {"energy": atoms.get_potential_energy() + len(atoms), "forces": atoms.get_forces()}
+    if atoms.pbc.all():
+        found["stress"] = atoms.get_stress()
     atoms.calc = SinglePointCalculator(atoms, **found)
     return atoms
 
@@ -52,9 +56,28 @@ def made():
     ]
 
 
-def data():
+@cache
+def crystals():
+    """The first and last with the cell fixed, the second under pressure, one with the volume alone free."""
+    ways = ["fixed", ("full", 0.02), "full", "hydrostatic", "full", "full", "full", "fixed"]
+    found = []
+    for k, way in enumerate(ways):
+        cell, pressure = way if isinstance(way, tuple) else (way, 0.0)
+        start, strain = bulk("Ar", a=3.8).repeat((2, 1, 1)), np.random.default_rng(k).uniform(-0.02, 0.02, (3, 3))
+        if cell == "full":
+            start.set_cell(start.cell @ (np.eye(3) + strain + strain.T), scale_atoms=True)
+        start.rattle(0.05, seed=k)
+        with torch.no_grad():
+            end = relax(wide_lennard_jones(), start, cell=cell, pressure=pressure, fmax=1e-3, steps=500).to_atoms()
+        how = {"cell": cell, "pressure": pressure, "frames": [labelled(start), labelled(end)]}
+        found.append(RelaxationPair(start, end, f"pair {k}", f"group {k}", **how))
+    return found
+
+
+def data(name=""):
     """Pairs to train on, and to choose by."""
-    return made()[:5], made()[5:]
+    pairs = crystals() if name.startswith("cells") else made()
+    return pairs[:5], pairs[5:]
 
 
 class Killed(BaseException):
@@ -79,6 +102,8 @@ CASES = {
     "some diverge": lambda **how: trainer(exploding(), batch_size=3, **how),
     "some have no finite gradient": lambda **how: trainer(loss=sharp, **how),
     "minima": lambda **how: trainer(**MINIMA, terms=["weight_anchor", {"name": "teacher", "weight": 0.1}], **how),
+    "cells move": lambda **how: trainer(terms=["reference"], first="zero-force:1", batch_size=3, **how),
+    "cells at minima": lambda **how: trainer(**MINIMA, terms=["reference"], **how),
 }
 GO_ON = {
     "warm starts": MINIMA,
@@ -93,8 +118,8 @@ def weights(run):
 
 def fitted(name, out):
     """What a run of two epochs leaves."""
-    train, valid = data()
-    if name != "minima":
+    train, valid = data(name)
+    if name.startswith("some"):
         train[4] = with_xenon(train[4])
     run = CASES[name](out=out).fit(train, valid, epochs=2)
     ends = run.pair_loss.warm.ends if run.pair_loss.warm else {}
@@ -225,7 +250,7 @@ class TestSeveralProcesses:
         for rank in range(n):
             assert close(json.loads((folder / f"found_{rank}.json").read_text())[name], alone[1][name])
         assert alone[1][name]["weights"]["sigma"] != 2.65
-        assert any(row["skipped"] for row in alone[1][name]["history"]) == (name != "minima")
+        assert any(row["skipped"] for row in alone[1][name]["history"]) == name.startswith("some")
 
     @pytest.mark.parametrize("name", GO_ON)
     def test_a_run_goes_on_with_more_and_with_fewer(self, alone, shared, name):
