@@ -69,6 +69,16 @@ class Metatomic(Potential):
         self.cutoff = max((float(wanted.engine_cutoff("Angstrom")) for wanted in lists), default=1.0)
         self.atomic_numbers = frozenset(capabilities.atomic_types)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Metatomic:
+        # A script copies its weights by clone, which autograd would follow.
+        with torch.no_grad():
+            twin = type(self)(copy.deepcopy(self.model), self.further)
+        for mine, copied in zip(self.parameters(), twin.parameters(), strict=True):
+            copied.requires_grad_(mine.requires_grad)
+        twin.metadata = dict(self.metadata)
+        memo[id(self)] = twin
+        return twin
+
     def forward(self, structures: Structures, edges: Edges) -> Prediction:
         systems = [self._system(structures, k) for k in range(len(structures))]
         for wanted in self.model.requested_neighbor_lists():
@@ -137,8 +147,8 @@ class Metatomic(Potential):
 
     def config(self) -> dict[str, Any]:
         # The script is part of the model: it is written with zeros for its weights, which stand elsewhere.
-        blank = copy.deepcopy(self.model)
         with torch.no_grad():
+            blank = copy.deepcopy(self.model)
             for parameter in blank.parameters():
                 parameter.zero_()
         file = io.BytesIO()
