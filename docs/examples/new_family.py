@@ -15,7 +15,7 @@ class Network(nn.Module):
         table = torch.full((119,), -1)
         table[list(elements)] = torch.arange(len(elements))
         self.register_buffer("rows", table, persistent=False)
-        self.register_buffer("centres", torch.linspace(0.5, cutoff, width), persistent=False)
+        self.register_buffer("centres", torch.linspace(0.5, cutoff, width))
         self.element = nn.Embedding(len(elements), width)
         self.energy = nn.Sequential(nn.Linear(width + 1, width), nn.SiLU(), nn.Linear(width, 1))
 
