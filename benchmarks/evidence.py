@@ -93,9 +93,10 @@ def untuned(cell: Cell, side: str) -> list[dict]:
 
 
 def evaluation(rows: Sequence[dict]) -> Evaluation:
-    """As `ase_bptt.evaluation` has it; null was not a number."""
+    """As `ase_bptt.evaluation` has it; null was not a number, but for what is said of cells, which are fixed here."""
     blank = {"displacements": (), "space_group": "", "reference_space_group": ""}
-    keep = [{k: np.nan if v is None else v for k, v in row.items() if not k.startswith("scaled_")} for row in rows]
+    cells = ("scaled_", "volume_error", "cell_strain", "lattice_error")
+    keep = [{k: np.nan if v is None else v for k, v in row.items() if not k.startswith(cells)} for row in rows]
     return Evaluation.from_rows([row | blank for row in keep])
 
 
