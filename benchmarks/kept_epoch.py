@@ -61,7 +61,7 @@ def of_kinds(found: Validation, inside: np.ndarray) -> Validation:
     return Validation(np.array(found.scores)[inside].tolist(), np.array(found.kinds)[inside].tolist(), found.delta_q)
 
 
-def outcome(rule: Rule, epochs: Sequence[Validation], n: int, rng: np.random.Generator) -> str:
+def change(rule: Rule, epochs: Sequence[Validation], n: int, rng: np.random.Generator) -> str:
     """Change of the geometric mean on the kinds that did not choose, and which epochs were kept."""
     kinds, scores = np.array(epochs[0].kinds), np.array([found.scores for found in epochs])
     logs = np.log(np.maximum(SCALE * np.expm1(scores), FLOOR))
@@ -90,7 +90,7 @@ def main() -> None:
         print(f"{len(train)} training pairs, {arguments.epochs} epochs at {arguments.lr:g}, seed {seed}")
         for n in (8, 16, 32):
             for rule in (lowest, as_good, last):
-                found = outcome(rule, trainer.found, n, np.random.default_rng(0))
+                found = change(rule, trainer.found, n, np.random.default_rng(0))
                 print(f"  {n:>2} kinds choose, {rule.__name__:8} {found}", flush=True)
 
 

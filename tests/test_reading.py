@@ -283,6 +283,9 @@ class TestFormats:
         pairs = read_pairs(tmp_path)
         assert_the_ten(pairs, relaxations)
         warnings = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
+        if name == "cp2k.out":  # the trajectories beside the outputs
+            assert sum("read with its output" in warning for warning in warnings) == 1
+            warnings = [warning for warning in warnings if "read with its output" not in warning]
         if name == "CONTCAR":
             assert not warnings
             assert all(p.relaxed.calc is None for p in pairs)
@@ -432,7 +435,7 @@ class TestCutFiles:
             for a, b in zip(found, whole, strict=True):
                 np.testing.assert_array_equal(a.positions, b.positions)
                 np.testing.assert_array_equal(a.cell.array, b.cell.array)
-                if b.calc is not None:
+                if "forces" in getattr(b.calc, "results", {}):
                     np.testing.assert_array_equal(a.get_forces(), b.get_forces())
         assert len(refusals) > 55
         assert all(name in str(error) and is_one_sentence(error) for error in refusals)

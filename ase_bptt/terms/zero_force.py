@@ -48,7 +48,7 @@ def zero_force(potential: Potential, pairs: Sequence[RelaxationPair]) -> Tensor:
     >>> from ase_bptt.terms.zero_force import zero_force
     >>> crystals = [RelaxationPair(x, x, "Cu", cell="full") for x in (bulk("Cu", a=3.59), bulk("Cu", a=3.7))]
     >>> [round(loss, 2) for loss in zero_force(load_potential("emt"), crystals).tolist()]
-    [0.06, 0.88]
+    [0.02, 0.94]
     """
     structures = potential.batch([pair.relaxed for pair in pairs])
     freedoms = [
@@ -73,6 +73,13 @@ class ZeroForce:
     Parameters
     ----------
     weight : float
+
+    Examples
+    --------
+    >>> from ase_bptt import Trainer
+    >>> from ase_bptt.terms.zero_force import ZeroForce
+    >>> Trainer("emt", terms=[ZeroForce(0.1)]).terms[0].todict()
+    {'name': 'zero_force', 'weight': 0.1}
     """
 
     name: ClassVar[str] = "zero_force"

@@ -188,7 +188,7 @@ def cutoff(case: Case) -> None:
                 inner, outer = (cluster + Atoms(element, [at + (r + s * step) * to]) for s in (-1, 1))
                 return case.energy(outer) - case.energy(inner)
 
-            # What is continuous changes in proportion to the step, whatever its slope on either side.
+            # What is continuous changes in proportion to the step, though it may bend there.
             worst = float(np.maximum(worst, abs(2 * jump(STEP) - jump(2 * STEP))))
     case.measure(case.check, "cutoff", worst, "its energy with an atom just beyond the cutoff", "that just within it")
 

@@ -63,6 +63,7 @@ class StructureFiles(Sequence[Atoms]):
         n, digest = 0, hashlib.sha256()
         for path in _files_of(paths):
             try:
+                check_content(path)
                 frames = _frames_of(path)
             except InvalidPair as problem:
                 if refused is None:
@@ -111,7 +112,6 @@ class StructureFiles(Sequence[Atoms]):
 def _files_of(paths: Sequence[Path]) -> Iterator[Path]:
     for path in paths:
         if not path.is_dir():
-            check_content(path)
             yield path
             continue
         inside = {file for name in IN_FOLDERS for file in path.rglob(name) if file.is_file()}
@@ -168,7 +168,7 @@ class _Xyz(_Frames):
             return int(line)
         except ValueError as error:
             raise InvalidPair(
-                f"{path}: structure {k} does not begin with its number of atoms; copy or write it again."
+                f"{path}: ASE cannot read it, as structure {k} does not begin with its number of atoms; write it again."
             ) from error
 
     def read(self, k: int) -> Atoms:
