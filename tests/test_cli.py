@@ -466,7 +466,7 @@ def test_help_shows_examples_and_defaults():
     assert "ase-bptt demo" in out
     code, out, _ = run("train", "--help")
     assert code == 0
-    assert "(default: 24)" in out
+    assert "(default: 6)" in out
 
 
 @pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["relax"], ["evaluate"], ["info"]], ids=" ".join)

@@ -67,7 +67,7 @@ CASES = [
 ]
 
 
-OWN = {"emt": {"cutoff": 2e-4}}
+OWN = {"emt": {"cutoff": 8e-4}}
 """ASE's EMT leaves 1e-4 of an interaction at its cutoff."""
 
 
