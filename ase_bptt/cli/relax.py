@@ -24,9 +24,9 @@ from ..throughput.structure_files import StructureFiles
 from ..training.distributed import together
 from ..utils import check_writable, without_nan
 from . import messages
-from .flags import add_cell, add_output, add_potential, add_room, command, count, flag, positive, potential_of
+from .flags import add_output, add_potential, command, count, flag, positive, potential_of
 from .output_file import format_of, warn_of_lost_constraints, write_ends
-from .starts import Starts, add_shard, shard_of
+from .starts import Starts, add_many, shard_of
 
 log = logging.getLogger(__name__)
 
@@ -65,11 +65,7 @@ def add(commands: Any) -> None:
     flag(group, parser, "--step-size", "step size of gd in Å^2/eV (default: 0.05)", type=positive, metavar="X")
     flag(group, parser, "--fmax", "converged when all forces are below this, in eV/Å", 0.05, type=positive, metavar="X")
     flag(group, parser, "--steps", "frames at most", 500, type=count, metavar="N")
-    add_cell(group, parser, "what moves beside the atoms", "fixed")
-    add_room(group, parser)
-    add_shard(group, parser)
-    flag(group, parser, "--skip-invalid", "leave out structures that cannot be relaxed, and list them", False,
-         action="store_true")  # fmt: skip
+    add_many(group, parser)
     add_output(parser, "relaxed.extxyz", "file of the relaxed structures, in any format that ASE writes", resume=True)
 
 

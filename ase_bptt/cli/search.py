@@ -23,9 +23,9 @@ from ..throughput.structure_files import StructureFiles
 from ..training.distributed import Ranks, together
 from ..utils import replacing, without_nan, write_json
 from . import messages, run_folder
-from .flags import add_cell, add_output, add_potential, add_room, command, count, flag, positive, potential_of, seed
+from .flags import add_output, add_potential, command, count, flag, positive, potential_of, seed
 from .output_file import warn_of_lost_constraints, write_atoms
-from .starts import Starts, add_shard, shard_of
+from .starts import Starts, add_many, shard_of
 
 DESCRIPTION = """\
 Relax each structure from many starts: as it is, rattled, with bonds around a
@@ -68,11 +68,7 @@ def add(commands: Any) -> None:
     flag(group, parser, "--stepper", "update rule", "fire", choices=sorted(STEPPERS))
     flag(group, parser, "--fmax", "converged when all forces are below this, in eV/Å", 0.02, type=positive, metavar="X")
     flag(group, parser, "--steps", "frames at most", 500, type=count, metavar="N")
-    add_cell(group, parser, "what moves beside the atoms", "fixed")
-    add_room(group, parser)
-    add_shard(group, parser)
-    flag(group, parser, "--skip-invalid", "leave out structures that cannot be relaxed, and list them", False,
-         action="store_true")  # fmt: skip
+    add_many(group, parser)
     add_output(parser, "ase-bptt-search", "folder of the minima, the table and the picture", resume=True)
 
 

@@ -19,7 +19,7 @@ from ..potential import Potential
 from ..relaxation import rows_of
 from ..steppers import make_stepper
 from ..throughput.structure_files import StructureFiles
-from .flags import flag
+from .flags import add_cell, add_room, flag
 
 log = logging.getLogger(__name__)
 CHECKED = 1000
@@ -116,6 +116,15 @@ def _check_cell(potential: Potential, atoms: Atoms, cell: CellFreedom, name: str
         rows_of(potential.batch(atoms), [cell], IteratedMap(potential, make_stepper(None)))
     except (ValueError, NotImplementedError) as error:
         raise InvalidPair(f"{name}: {error}") from error
+
+
+def add_many(group: Any, parser: argparse.ArgumentParser) -> None:
+    """What all commands that relax many structures take: --cell, --pressure, memory, --shard and --skip-invalid."""
+    add_cell(group, parser, "what moves beside the atoms", "fixed")
+    add_room(group, parser)
+    add_shard(group, parser)
+    flag(group, parser, "--skip-invalid", "leave out structures that cannot be relaxed, and list them", False,
+         action="store_true")  # fmt: skip
 
 
 def add_shard(group: Any, parser: argparse.ArgumentParser) -> None:
