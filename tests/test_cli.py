@@ -45,7 +45,7 @@ KEYS = {
 }
 RESULT = {
     "test", "test_bfgs", "comparison", "drift", "warnings", "checkpoint", "run", "folds", "epochs", "best_epoch",
-    "seconds", "kept_as_it_was",
+    "seconds", "kept_as_it_was", "measured", "on_all_pairs",
 }  # fmt: skip
 FILES = {
     "settings.json", "metrics.csv", "checkpoint.pt", "checkpoint.previous.pt", "potential", "results.json",
@@ -205,7 +205,7 @@ class TestTrain:
             assert row["status_after"] == after["status"]
 
     def test_the_run_folder_is_complete(self, trained):
-        assert {p.name for p in trained[0].iterdir()} == FILES
+        assert {p.name for p in trained[0].iterdir()} == FILES | {"measured", "all_pairs"}
         settings = json.loads((trained[0] / "settings.json").read_text())
         assert (settings["lr"], settings["steps"], settings["batch_size"], settings["seed"]) == (0.03, 10, 1, 1)
 

@@ -95,7 +95,8 @@ class TestCrossValidation:
             data = [make(None).check(**part) for part in parts]
             found = cross_validate(make, right[4:], tmp_path, folds=data, epochs=2)
         else:
-            found = finetune(make(tmp_path), parts[0], tmp_path, epochs=2)
+            found = finetune(make(tmp_path), parts[0], tmp_path, epochs=2, make=make)
+            assert not (tmp_path / "measured").exists()
         assert found.rejected
         card = (tmp_path / "potential" / "model_card.md").read_text(encoding="utf-8")
         assert "fine-tuned" not in card.splitlines()[0]
@@ -202,6 +203,62 @@ class TestCrossValidation:
         moved = [dataclasses.replace(p, relaxed=rattled(p.relaxed, 0.01, 1)) for p in pairs]
         with pytest.raises(ValueError, match=r"fold_0 holds a fold of other pairs"):
             cross_validate(maker([]), moved, folder, folds=3, epochs=2)
+
+
+@pytest.fixture(scope="module")
+def refitted(pairs, tmp_path_factory):
+    out = tmp_path_factory.mktemp("refit")
+    splits = {"train": pairs[:2], "valid": pairs[2:4], "test": pairs[4:]}
+    return out, splits, finetune(maker([])(out), splits, out, epochs=2, make=maker([]))
+
+
+class TestRefit:
+    def test_the_potential_is_trained_once_more_on_all_pairs(self, refitted, pairs):
+        out, splits, found = refitted
+        alone = maker([])(None).fit(pairs, epochs=found.best_epoch).potential
+        measured = maker([])(None).fit(splits["train"], splits["valid"], epochs=2).potential
+        assert load_potential(out / "potential").sigma.item() == alone.sigma.item()
+        assert load_potential(out / "measured").sigma.item() == measured.sigma.item() != alone.sigma.item()
+
+    def test_the_figures_are_of_the_one_that_was_measured(self, refitted, pairs, tmp_path):
+        out, splits, found = refitted
+        whole = finetune(maker([])(tmp_path), splits, tmp_path, epochs=2)
+        assert found.after == whole.after
+        assert found.todict()["measured"] == str(out / "measured")
+        assert found.todict()["on_all_pairs"] == len(pairs)
+        assert whole.todict()["measured"] == whole.todict()["checkpoint"]
+        assert RunResults.load(out).todict() == found.todict()
+
+    def test_it_is_told(self, refitted):
+        out, _, found = refitted
+        said = " ".join(conclusion(found).split())
+        assert f"{out / 'potential'} was trained on all 6 pairs, for {found.best_epoch} epochs." in said
+        assert f"The figures are of the one before, in {out / 'measured'}" in said
+        assert "trained on all 6 pairs" in (out / "report.html").read_text()
+        card = (out / "potential" / "model_card.md").read_text(encoding="utf-8")
+        assert "structures: 6 train;" in card
+        assert "by the same training without these, before the last one on all pairs" in card
+        assert "2 train, 2 valid, 2 test;" in (out / "measured" / "model_card.md").read_text(encoding="utf-8")
+
+    def test_one_that_is_killed_in_it_ends_in_the_same_when_resumed(self, refitted, tmp_path):
+        out, splits, whole = refitted
+
+        class Killed(BaseException):
+            pass
+
+        def dying(folder):
+            trainer = maker([])(folder)
+            trainer.train_step = lambda batch: (_ for _ in ()).throw(Killed)
+            return trainer
+
+        with pytest.raises(Killed):
+            finetune(maker([])(tmp_path), splits, tmp_path, epochs=2, make=dying)
+        assert not (tmp_path / "results.json").exists()
+        again = Trainer.resume(tmp_path, progress=False)
+        found = finetune(again, splits, tmp_path, epochs=2, make=maker([]))
+        assert found.after == whole.after
+        ends = [load_potential(folder / "potential").sigma.item() for folder in (out, tmp_path)]
+        assert ends[0] == ends[1]
 
 
 def test_a_run_that_dies_in_its_first_measurement_can_be_resumed(pairs, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from textwrap import fill
@@ -64,21 +65,22 @@ def introduction(
     )
 
 
-def planned(arguments: argparse.Namespace, splits: Mapping[str, Sequence[RelaxationPair]], found: Estimate) -> int:
-    """Print the plan of a dry run, and return the exit code."""
-    runs = 1 + (arguments.__dict__.get("folds") or 0)  # the last of a cross-validation is on all pairs
-    seconds = runs * found.seconds
+def planned(
+    arguments: argparse.Namespace, splits: Mapping[str, Sequence[RelaxationPair]], found: Estimate, *, runs: float
+) -> int:
+    """Print the plan of a dry run that takes so many times the estimate, and return the exit code."""
+    found = replace(found, seconds=runs * found.seconds)
     if arguments.json:
         kinds = {name: {"n": len(v), "kinds": len({p.group for p in v})} for name, v in splits.items()}
         print(json.dumps({"dry_run": True, "splits": kinds, "run": str(arguments.out),
-                          "estimate": found.todict() | {"seconds": seconds}}))  # fmt: skip
+                          "estimate": found.todict()}))  # fmt: skip
         return 0
     device = as_device(arguments.device)
     where = f"this machine, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
     for name, pairs in splits.items():
         print(f"  {name}: {', '.join(p.id for p in pairs)}")
-    times = "" if runs == 1 else f" for {runs - 1} folds and the training on all pairs"
-    print(f"estimated time and memory: {found}{times}, on {where}")
+    last = "" if runs == 1 else ", with the last training, on all pairs"
+    print(f"estimated time and memory: {found}{last}, on {where}")
     print(f"would be written: {arguments.out}/ with potential/, checkpoint.pt, results.json, table.csv, report.html")
     print("A dry run: nothing was trained, nothing was written.")
     return 0
@@ -125,18 +127,14 @@ def conclude(arguments: argparse.Namespace, results: RunResults) -> None:
 def conclusion(results: RunResults) -> str:
     """The tables, and where everything is."""
     before, after = results.before_bfgs, results.after_bfgs
-    place = results.out / "potential"
     kept = ""
-    if results.folds and not results.kept_as_it_was:
-        kept = (
-            f"\nThe potential in {place} was trained on all pairs, for {results.best_epoch} epochs (the mean of those "
-            "that the folds kept).\nThe figures below are of the folds: each pair was measured where it was held out.\n"
-        )
-    elif results.best_epoch:
+    if results.best_epoch and not results.folds:
         kept = (
             f"\nKept: epoch {results.best_epoch} of {results.epochs}, the last as good as the best on the validation "
             "structures (mean logarithm of Delta-Q).\n"
         )
+    if results.on_all_pairs:
+        kept += f"\n{fill(results.trained_on, WIDTH, break_long_words=False, break_on_hyphens=False)}\n"
     if results.kept_as_it_was:
         kept = f"{kept}\n{fill(_no_gain(results), WIDTH)}\n"
     return (
@@ -145,8 +143,8 @@ def conclusion(results: RunResults) -> str:
         f"{comparison_text(results.comparison)}\n"
         f"relaxed by BFGS instead: mean {before.mean:.2f} before, {after.mean:.2f} after, "
         f"{change(before.mean, after.mean)}\n\n{_what_else_changed(results)}"
-        f"{results.seconds:.0f} s; {'untuned' if results.kept_as_it_was else 'tuned'} potential in {place}, "
-        f"all figures and pictures in {results.out / 'report.html'}"
+        f"{results.seconds:.0f} s; {'untuned' if results.kept_as_it_was else 'tuned'} potential in "
+        f"{results.out / 'potential'}, all figures and pictures in {results.out / 'report.html'}"
     )
 
 

@@ -19,7 +19,8 @@ from ..utils import check_writable, replacing
 
 COMMAND = "command.json"
 OURS = (
-    COMMAND, "settings.json", "metrics.csv", "checkpoint.pt", "checkpoint.previous.pt", "potential", "fold_*",
+    COMMAND, "settings.json", "metrics.csv", "checkpoint.pt", "checkpoint.previous.pt", "potential", "measured",
+    "all_pairs", "fold_*",
     "before.json", "after.json", "results.json", "table.csv", "report.html", "relaxed.extxyz", "*.parts",
     "before_after.png", "by_group.png", "displacements.png", "learning_curve.png", "snapshot_before.json",
     "snapshot_after.json", "drift_report.json", "drift_report.png", "minima.extxyz", "minima.csv", "minima.png",

@@ -38,7 +38,8 @@ from .run_folder import signals_deferred
 DESCRIPTION = """\
 Fine-tune a potential on reference relaxations, so that its own relaxations
 end in the same structures. The kinds of structures are divided: a fifth to
-measure the gain, a tenth to choose the epoch by, the others to train on.
+measure the gain, a tenth to choose the epoch by, the others to train on. If
+there is a gain, the potential is then trained once more, on all of them.
 
 examples:
   ase-bptt train runs/ --potential chgnet --out tuned
@@ -69,6 +70,8 @@ def add(commands: Any) -> None:
     group = add_training(parser)
     flag(group, parser, "--folds", "cross-validate: K folds of the kinds, each with a run folder", type=count,
          metavar="K")  # fmt: skip
+    flag(group, parser, "--no-refit", "hand back the potential that was measured, which has not seen the held-out "
+         "pairs, instead of one trained once more on all", False, action="store_true")  # fmt: skip
     add_output(parser, "ase-bptt-run", "run folder", resume=True)
 
 
@@ -80,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.folds = run_folder.saved(arguments.out).get("folds")
     if arguments.folds:
         return _cross_validate(arguments)
-    return launch(arguments, _splits)
+    return launch(arguments, _splits, refit=not arguments.no_refit)
 
 
 def stopped(arguments: argparse.Namespace) -> str:
@@ -99,8 +102,10 @@ def stopped(arguments: argparse.Namespace) -> str:
     )
 
 
-def launch(arguments: argparse.Namespace, read: Callable[[argparse.Namespace, Potential], Splits]) -> int:
-    """One fine-tuning run: new or resumed, or only described."""
+def launch(
+    arguments: argparse.Namespace, read: Callable[[argparse.Namespace, Potential], Splits], *, refit: bool = False
+) -> int:
+    """One fine-tuning run, with `refit` and another on all pairs after it: new or resumed, or only described."""
     if _complete(arguments):
         return _report_again(arguments)
     make = resumed_trainer if arguments.resume else new_trainer
@@ -113,9 +118,13 @@ def launch(arguments: argparse.Namespace, read: Callable[[argparse.Namespace, Po
         warn_of_few(data.splits())
     if arguments.dry_run:
         left = arguments.epochs - trainer.epoch
-        return messages.planned(arguments, data.splits(), trainer.estimate(data, epochs=left))
-    facts = messages.facts(arguments, trainer)
-    messages.conclude(arguments, finetune(trainer, data, arguments.out, epochs=arguments.epochs, facts=facts))
+        n, again = len(data.train), sum(map(len, data.splits().values())) if refit else 0
+        return messages.planned(arguments, data.splits(), trainer.estimate(data, epochs=left), runs=1 + again / n)
+    results = finetune(
+        trainer, data, arguments.out, epochs=arguments.epochs, facts=messages.facts(arguments, trainer),
+        make=partial(new_trainer, arguments) if refit else None, resume=partial(resumed_trainer, arguments),
+    )  # fmt: skip
+    messages.conclude(arguments, results)
     return 0
 
 
@@ -128,7 +137,8 @@ def _cross_validate(arguments: argparse.Namespace) -> int:
     run_folder.same_data(arguments, combined_hash([fold.held_out for fold in folds]))
     _announce(arguments, trainer, {"held out in turn": pairs})
     if arguments.dry_run:
-        return messages.planned(arguments, folds[0].splits(), trainer.estimate(folds[0], epochs=arguments.epochs))
+        estimate = trainer.estimate(folds[0], epochs=arguments.epochs)
+        return messages.planned(arguments, folds[0].splits(), estimate, runs=1 + arguments.folds)
     results = cross_validate(
         partial(new_trainer, arguments), pairs, arguments.out, folds=folds, epochs=arguments.epochs,
         facts=messages.facts(arguments, trainer), resume=partial(resumed_trainer, arguments),

@@ -80,6 +80,8 @@ def _figure(found: Mapping[str, Any] | None) -> str:
     notes = ""
     if found["folds"]:
         notes = f"; by cross-validation over {found['folds']} folds, each with a potential of its own"
+    elif found.get("on_all_pairs"):
+        notes = "; by the same training without these, before the last one on all pairs"
     if found["kept_as_it_was"]:
         notes += "; the tuned potential was not better, and these are **the untuned weights**"
     parts = [f"{name} {_number(found[f'{name}_before'])} before, {_number(found[f'{name}_after'])} after"

@@ -19,7 +19,7 @@ from ..pairs.groups import split_into_folds
 from ..utils import without_nan
 from . import Trainer
 from .distributed import together
-from .results import BEFORE, RESULTS, SNAPSHOTS, RunResults, merge_folds, read_rows, summary, write_rows
+from .results import BEFORE, MEASURED, RESULTS, SNAPSHOTS, RunResults, merge_folds, read_rows, summary, write_rows
 from .training_data import TrainingData
 
 log = logging.getLogger(__name__)
@@ -33,11 +33,15 @@ def finetune(
     *,
     epochs: int,
     facts: dict[str, str] | None = None,
+    make: Callable[[Path], Trainer] | None = None,
+    resume: Callable[[Path], Trainer] = Trainer.resume,
 ) -> RunResults:
     """Train on "train", choose the epoch on "valid", measure on "test"; write the run folder.
 
     The untuned potential is measured first, and the results are kept in before.json, for a run that is stopped and
     resumed. Where the tuned one is worse on "test", potential/ holds the untuned one, and the results say so.
+    Otherwise, with `make`, potential/ is trained once more, on all pairs: more kinds of structures help most, and
+    nothing is left to be chosen. The one that was measured is then in measured/.
 
     Parameters
     ----------
@@ -49,6 +53,8 @@ def finetune(
     epochs : int
     facts : dict of str to str
         Further lines for the head of the page.
+    make, resume : callable
+        As for `cross_validate`; without `make`, the potential that was measured is handed back.
 
     Examples
     --------
@@ -68,6 +74,24 @@ def finetune(
     """
     clock = time.monotonic()
     data = splits if isinstance(splits, TrainingData) else trainer.check(**splits)
+    results = _trained_and_measured(trainer, data, out, epochs, facts or {})
+    _describe(trainer, {name: len(part) for name, part in data.splits().items()}, results)
+    trainer.save(out / "potential")
+    # A resumed run adds up what its epochs took, since nobody knows how long it was stopped.
+    took = sum(row["seconds"] for row in trainer.history)
+    if make is not None and not results.kept_as_it_was:
+        trainer.save(out / MEASURED)
+        took += _train_on_all_pairs(results, make, resume, [p for part in data.splits().values() for p in part])
+    results.seconds = max(time.monotonic() - clock, took)
+    if trainer.ranks.writes:
+        results.write()
+    return results
+
+
+def _trained_and_measured(
+    trainer: Trainer, data: TrainingData, out: Path, epochs: int, facts: dict[str, str]
+) -> RunResults:
+    """Leaves the potential that is better on "test"."""
     given = trainer.stepper.todict()
     trainer.start(data, epochs=epochs)
     first = _snapshot_before(trainer, data.test, out / SNAPSHOTS[0])
@@ -78,27 +102,18 @@ def finetune(
     rejected = compare(before, after).harmful
     if rejected:
         trainer.potential.load_state_dict(trainer.record.initial)
-    counts = {name: len(part) for name, part in data.splits().items()}
-    _describe(trainer, counts, before, after, kept=rejected or trainer.best_epoch == 0)
-    trainer.save(out / "potential")
-    # A resumed run adds up what its epochs took, since nobody knows how long it was stopped.
-    seconds = max(time.monotonic() - clock, sum(row["seconds"] for row in trainer.history))
-    results = RunResults(
+    return RunResults(
         out,
         before,
         after,
         before_bfgs,
         after_bfgs,
         trainer.record.rows,
-        seconds,
         best_epoch=trainer.best_epoch,
         rejected=rejected,
-        facts=dict(facts or {}) | _step_size(trainer, given) | _learnt(trainer),
+        facts=facts | _step_size(trainer, given) | _learnt(trainer),
         drift_report=DriftReport(first, last, (before, after)),
     )
-    if trainer.ranks.writes:
-        results.write()
-    return results
 
 
 def cross_validate(
@@ -149,27 +164,28 @@ def cross_validate(
         results.append(_fold(make, resume, part, out / f"fold_{k}", epochs, facts))
     seconds = max(time.monotonic() - clock, sum(r.seconds for r in results))
     merged = merge_folds(results, pairs, out, seconds=seconds, facts=facts or {})
-    trainer = _on_all_pairs(merged, make, resume, pairs)
-    _describe(trainer, {"train": len(pairs)}, merged.before, merged.after, kept=merged.kept_as_it_was, folds=len(parts))
-    trainer.save(out / "potential")
-    if trainer.ranks.writes:
+    _train_on_all_pairs(merged, make, resume, pairs)
+    if together().writes:
         merged.write()
     return merged
 
 
-def _on_all_pairs(
-    folds: RunResults,
+def _train_on_all_pairs(
+    measured: RunResults,
     make: Callable[[Path], Trainer],
     resume: Callable[[Path], Trainer],
     pairs: Sequence[RelaxationPair],
-) -> Trainer:
-    """The Trainer of the potential that a cross-validation hands back."""
-    folder = folds.out / "all_pairs"
+) -> float:
+    """Write the potential that is handed back, trained for as many epochs as were kept; the seconds of its epochs."""
+    folder = measured.out / "all_pairs"
     trainer = resume(folder) if together().once((folder / "checkpoint.pt").is_file) else make(folder)
-    if folds.kept_as_it_was or not folds.best_epoch:
-        return trainer
-    log.info("training on all %d pairs, for %d epochs", len(pairs), folds.best_epoch)
-    return trainer.fit(pairs, epochs=folds.best_epoch)
+    if not measured.kept_as_it_was and measured.best_epoch:
+        log.info("training on all %d pairs, for %d epochs", len(pairs), measured.best_epoch)
+        trainer.fit(pairs, epochs=measured.best_epoch)
+        measured.on_all_pairs = len(pairs)
+    _describe(trainer, {"train": len(pairs)}, measured)
+    trainer.save(measured.out / "potential")
+    return sum(row["seconds"] for row in trainer.history)
 
 
 def _fold(
@@ -211,17 +227,11 @@ def _learnt(trainer: Trainer) -> dict[str, str]:
     return {"learnt": ", ".join(moved)} if moved else {}
 
 
-def _describe(
-    trainer: Trainer,
-    pairs: dict[str, int],
-    before: Evaluation,
-    after: Evaluation,
-    *,
-    kept: bool,
-    folds: int | None = None,
-) -> None:
+def _describe(trainer: Trainer, pairs: dict[str, int], results: RunResults) -> None:
     """Add to the potential's metadata how many pairs there were, and the figures on those held out."""
-    figures = summary(before, after) | {"kept_as_it_was": kept, "folds": folds}
+    figures = summary(results.before, results.after) | {
+        "kept_as_it_was": results.kept_as_it_was, "folds": results.folds, "on_all_pairs": results.on_all_pairs,
+    }  # fmt: skip
     trainer.potential.metadata = {**trainer.potential.metadata, "pairs": pairs, "held_out": without_nan(figures)}
 
 

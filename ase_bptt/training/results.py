@@ -21,7 +21,7 @@ from ..report.plots import save
 from ..report.tables import write_csv
 from ..utils import replacing, without_nan, write_json
 
-RESULTS, BEFORE, AFTER = "results.json", "before.json", "after.json"
+RESULTS, BEFORE, AFTER, MEASURED = "results.json", "before.json", "after.json", "measured"
 SNAPSHOTS = ("snapshot_before.json", "snapshot_after.json")
 DRIFT_REPORT, DRIFT_PICTURE = "drift_report.json", "drift_report.png"
 
@@ -48,6 +48,9 @@ class RunResults:
         What else has changed in the potential.
     rejected : bool
         Whether the tuned potential was worse on the held-out structures, so that the untuned one is handed back.
+    on_all_pairs : int or None
+        How many pairs the potential that is handed back was trained on, where these include the ones held out: the
+        figures are of another potential, in measured/, or of those of the folds.
     """
 
     out: Path
@@ -56,17 +59,34 @@ class RunResults:
     before_bfgs: Evaluation
     after_bfgs: Evaluation
     history: list[dict[str, float]]
-    seconds: float
+    seconds: float = 0.0
     best_epoch: int | None = None
     folds: int | None = None
     facts: dict[str, str] = field(default_factory=dict)
     drift_report: DriftReport | FoldDriftReports | None = None
     rejected: bool = False
+    on_all_pairs: int | None = None
 
     @property
     def kept_as_it_was(self) -> bool:
         """Whether the potential that is handed back is the untuned one."""
         return self.rejected or self.best_epoch == 0
+
+    @property
+    def trained_on(self) -> str:
+        """On which pairs the potential was trained that is handed back, where the figures are not its own; or empty."""
+        if not self.on_all_pairs:
+            return ""
+        mean = " (the mean of those that the folds kept)" if self.folds else ""
+        measured = (
+            "of the folds: each pair was measured where it was held out."
+            if self.folds
+            else f"of the one before, in {self.out / MEASURED}, which has not seen the held-out pairs."
+        )
+        return (
+            f"The potential in {self.out / 'potential'} was trained on all {self.on_all_pairs} pairs, for "
+            f"{self.best_epoch} epochs{mean}. The figures are {measured}"
+        )
 
     @property
     def epochs(self) -> int:
@@ -87,6 +107,8 @@ class RunResults:
             "drift": None if self.drift_report is None else {k: vars(d) for k, d in self.drift_report.drifts.items()},
             "warnings": [] if self.drift_report is None else self.drift_report.warnings(),
             "checkpoint": str(self.out / "potential"),
+            "measured": None if self.folds else str(self.out / (MEASURED if self.on_all_pairs else "potential")),
+            "on_all_pairs": self.on_all_pairs,
             "run": str(self.out),
             "folds": self.folds,
             "kept_as_it_was": self.kept_as_it_was,
@@ -116,7 +138,7 @@ class RunResults:
             comparison=self.comparison,
             history=self.history or None,
             best_epoch=self.best_epoch,
-            facts=tuple(self.facts.items()),
+            facts=tuple((self.facts | ({"handed back": self.trained_on} if self.on_all_pairs else {})).items()),
             extra=[] if self.drift_report is None else [drift_section(self.drift_report)],
         )
         rows = {"rows_before": self.before.todict()["rows"], "rows_after": self.after.todict()["rows"]}
@@ -153,6 +175,7 @@ class RunResults:
             facts=results["facts"],
             drift_report=report,
             rejected=results["kept_as_it_was"] and results["best_epoch"] != 0,
+            on_all_pairs=results.get("on_all_pairs"),
         )
 
 
