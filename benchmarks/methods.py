@@ -123,7 +123,7 @@ METHODS: dict[str, Method] = {
     "implicit": partial(trained, adjoint="implicit"),
 }
 VARIANTS: dict[str, Method] = {
-    **{f"default at {share:.0%}": partial(trained, share=share) for share in (0.05, 0.1, 0.2, 0.4, 0.8)},
+    **{f"default at {share:.0%}": partial(trained, share=share) for share in (0.05, 0.1, 0.2, 0.4, 0.7, 0.8)},
     **{f"structures at {share:.0%}": partial(trained, share=share, terms=()) for share in (0.05, 0.1, 0.2, 0.4, 0.8)},
     **{f"forces at {share:.0%}": partial(matched, share=share) for share in (0.05, 0.1, 0.2, 0.4, 0.8)},
     **{f"{frames} frames": partial(trained, steps=frames) for frames in (5, 20, 40)},

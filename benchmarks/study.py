@@ -77,6 +77,7 @@ def plan() -> list[Cell]:
         for method in ("untuned", *COMPARED)
         if method != "untuned" or seed == seeds[0]
     ]
+    dft += [Cell("si_defects", "mace-si", "default at 70%", seed, fold) for seed in (0, 1) for fold in range(FOLDS)]
     chosen = [Cell("surrogate", "mace-si", method, seed, 0) for seed in (0, 1) for method in METHODS
               if method != "untuned" or seed == 0]  # fmt: skip
     robust = [Cell("surrogate", "mace-si", method, 0, 0) for method in VARIANTS]
