@@ -15,22 +15,30 @@ import torch
 from ase import Atoms
 
 from ase_bptt import RelaxationPair, Structures, Trainer
+from ase_bptt.cells import CELLS
+from ase_bptt.cells.strained import Strained
 from ase_bptt.neighbors import NeighborList
 from ase_bptt.potential import Potential
 from ase_bptt.steppers import GradientDescent
+from ase_bptt.terms.probes import energies_and_forces
 from ase_bptt.training.distributed import together
 from ase_bptt.training.state import RunRecord
 from ase_bptt.training.validation import validate
 
 Splits = dict[str, list[RelaxationPair]]
 Method = Callable[[Potential, Splits, int], dict[str, Any]]
+Loss = Callable[..., torch.Tensor]
 FORCE_EPOCHS, FORCE_BATCH, FORCE_LEARNING_RATE = 8, 16, 1e-3
+CRYSTAL_EPOCHS, FIRST_EPOCHS = 9, 12
+"""Through the relaxation, and of zero force before it."""
+CURVE = (3, 6, 12, 24)
 
 
 def drawn(train: Sequence[RelaxationPair], share: float, seed: int) -> list[RelaxationPair]:
-    """The pairs of a share of the kinds, at least of two."""
+    """The pairs of a share of the kinds, at least of two; an integer is a number of kinds."""
     kinds = sorted({p.group for p in train})
-    chosen = np.random.default_rng(seed).permutation(len(kinds))[: max(2, round(share * len(kinds)))]
+    count = share if isinstance(share, int) else max(2, round(share * len(kinds)))
+    chosen = np.random.default_rng(seed).permutation(len(kinds))[:count]
     names = {kinds[k] for k in chosen}
     return [p for p in train if p.group in names]
 
@@ -45,31 +53,32 @@ def trained(potential: Potential, splits: Splits, seed: int, *, share: float = 1
 
 
 def matched(
-    potential: Potential, splits: Splits, seed: int, *, at_references: bool = False, share: float = 1.0
-) -> dict[str, Any]:
+    potential: Potential, splits: Splits, seed: int, *, at_references: bool = False, share: float = 1.0,
+    loss: Loss | None = None, epochs: int = FORCE_EPOCHS, batch_size: int = FORCE_BATCH,
+) -> dict[str, Any]:  # fmt: skip
     """By the forces of all frames of the training relaxations, or by zero force at their ends; no relaxation."""
     pairs = drawn(splits["train"], share, seed)
     frames = [p.relaxed for p in pairs] if at_references else [atoms for p in pairs for atoms in p.frames]
-    rng = np.random.default_rng(seed)
+    rng, loss = np.random.default_rng(seed), loss or force_loss
     optimizer = torch.optim.AdamW(potential.parameters(), lr=FORCE_LEARNING_RATE, weight_decay=0.0)
-    count = -(-len(frames) // FORCE_BATCH) * FORCE_EPOCHS
+    count = -(-len(frames) // batch_size) * epochs
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, count)
     record = RunRecord()
     keep(record, potential, splits["valid"])
-    for epoch in range(1, FORCE_EPOCHS + 1):
+    for epoch in range(1, epochs + 1):
         order = rng.permutation(len(frames))
-        for k in range(0, len(order), FORCE_BATCH):
+        for k in range(0, len(order), batch_size):
             optimizer.zero_grad()
-            batch = [frames[m] for m in order[k : k + FORCE_BATCH]]
-            force_loss(potential, batch, zero=at_references, create_graph=True).backward()
+            batch = [frames[m] for m in order[k : k + batch_size]]
+            loss(potential, batch, zero=at_references, create_graph=True).backward()
             torch.nn.utils.clip_grad_norm_(potential.parameters(), 10.0)
             optimizer.step()
             schedule.step()
-        if epoch % 2 == 0:
+        if epoch % max(2, epochs // 6) == 0 or epoch == epochs:
             record.epoch = epoch
             keep(record, potential, splits["valid"])
     potential.load_state_dict(record.best["potential"])
-    return {"epochs": FORCE_EPOCHS, "lr": FORCE_LEARNING_RATE, "batch_size": FORCE_BATCH,
+    return {"epochs": epochs, "lr": FORCE_LEARNING_RATE, "batch_size": batch_size,
             "best_epoch": record.best_epoch, "training_frames": len(frames)}  # fmt: skip
 
 
@@ -89,6 +98,30 @@ def force_loss(
     batch.positions.requires_grad_(create_graph)
     _, forces = potential.energy_and_forces(batch, edges, create_graph=create_graph)
     return (forces - torch.as_tensor(wanted).to(forces)).abs().mean()
+
+
+def row_loss(
+    potential: Potential, frames: Sequence[Atoms], *, zero: bool = False, create_graph: bool = True
+) -> torch.Tensor:
+    """Mean absolute error of the components of forces, eV/Å, and of -V stress as the force on the balanced cell rows.
+
+    With `zero` against none at all. Crystals whose cells are free.
+    """
+    rows = Strained.of(potential.batch(frames), [CELLS["full"]] * len(frames), balanced=True)
+    _, forces = energies_and_forces(potential, rows)
+    if zero:
+        return forces.abs().mean()
+    wanted = []
+    for atoms, factor in zip(frames, rows.factors.tolist(), strict=True):
+        wanted += [atoms.get_forces(), -atoms.get_volume() * atoms.get_stress(voigt=False) / factor]
+    return (forces - forces.new_tensor(np.concatenate(wanted))).abs().mean()
+
+
+def squared_rows(potential: Potential, frames: Sequence[Atoms], **_: Any) -> torch.Tensor:
+    """Mean square over the rows of what `row_loss` has."""
+    rows = Strained.of(potential.batch(frames), [CELLS["full"]] * len(frames), balanced=True)
+    _, forces = energies_and_forces(potential, rows)
+    return forces.square().sum(1).mean()
 
 
 def force_error(potential: Potential, frames: Sequence[Atoms]) -> float:
@@ -139,3 +172,18 @@ VARIANTS: dict[str, Method] = {
     "loss squared_delta_q": partial(trained, loss="squared_delta_q"),
 }
 """For the learning curves (a share of the training kinds) and the table of robustness, on the surrogate set."""
+ZERO_FORCE = f"zero-force:{FIRST_EPOCHS}"
+STRUCTURES = partial(trained, epochs=CRYSTAL_EPOCHS, terms=())
+STAGES = partial(trained, epochs=FIRST_EPOCHS + CRYSTAL_EPOCHS, first=ZERO_FORCE, terms=())
+ON_CRYSTALS: dict[str, Method] = {
+    "untuned": untuned,
+    "zero-force": partial(trained, epochs=FIRST_EPOCHS, first=ZERO_FORCE, terms=()),
+    "structures": STRUCTURES,
+    "stages": STAGES,
+    "labels": partial(trained, epochs=CRYSTAL_EPOCHS),
+    "frames": partial(matched, loss=row_loss, epochs=CRYSTAL_EPOCHS, batch_size=4),
+    "squares": partial(matched, at_references=True, loss=squared_rows, epochs=60, batch_size=4),
+    **{f"stages at {n}": partial(STAGES, share=n) for n in CURVE},
+    **{f"structures at {n}": partial(STRUCTURES, share=n) for n in CURVE},
+}
+"""Where the cell moves; the last ones are trained on so many compounds."""

@@ -11,9 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from ase import Atoms
 from ase.build import bulk
+from ase.filters import FrechetCellFilter
 from ase.io import write
 from ase.optimize import FIRE
 
@@ -22,6 +24,11 @@ from ase_bptt.throughput import relax_all
 
 REPEATS = [(1, 1, 1), (2, 1, 1), (3, 1, 1), (2, 2, 1), (3, 2, 1), (2, 2, 2)]
 RATTLE = 0.1
+KINDS = [("Si", "fcc", 3.9), ("Si", "sc", 2.55), ("Si", "bcc", 3.1), ("Si", "diamond", 5.47), ("Ge", "diamond", 5.76),
+         ("SiGe", "zincblende", 5.6), ("AlP", "zincblende", 5.5), ("SiGe", "rocksalt", 5.1), ("SiGe", "wurtzite", 3.96),
+         ("AlP", "wurtzite", 3.89)]  # fmt: skip
+SUPERCELLS = [(1, 1, 1), (2, 1, 1), (2, 2, 1), (2, 2, 2)]
+MOST, STRAIN = 16, 0.03
 STEPS = 500
 HELPER = Path(__file__).with_name("torch_sim_relaxer.py")
 
@@ -53,6 +60,20 @@ def rattled(n: int) -> list[Atoms]:
     return cells
 
 
+def crystals(n: int) -> list[Atoms]:
+    """Crystals of 1 to 16 atoms, strained by up to 3 % and rattled, each from its own seed."""
+    found = []
+    ideal = (bulk(name, kind, a=a) * repeats for repeats in SUPERCELLS for name, kind, a in KINDS)
+    kinds = [atoms for atoms in ideal if len(atoms) <= MOST]
+    for k in range(n):
+        atoms, rng = kinds[k % len(kinds)].copy(), np.random.default_rng(k)
+        strain = rng.uniform(-STRAIN, STRAIN, (3, 3))
+        atoms.set_cell(atoms.cell.array @ (np.eye(3) + (strain + strain.T) / 2), scale_atoms=True)
+        atoms.rattle(RATTLE / 2, seed=k)
+        found.append(atoms)
+    return found
+
+
 def timed(work: Callable[[], list[tuple[int, float]]]) -> Pass:
     """Of work that gives frames and end energy of each structure."""
     wall, processor = time.perf_counter(), time.process_time()
@@ -79,7 +100,7 @@ def ase(native: Path, structures: Sequence[Atoms], arguments: argparse.Namespace
         atoms = atoms.copy()
         atoms.calc = calculator
         calculator.reset()
-        with FIRE(atoms, logfile=None) as run:
+        with FIRE(FrechetCellFilter(atoms) if arguments.cells else atoms, logfile=None) as run:
             run.run(fmax=arguments.fmax, steps=STEPS)
         return run.nsteps, atoms.get_potential_energy()
 
@@ -101,6 +122,7 @@ class TorchSim:
             "atoms": atoms,
         }
         command = [arguments.torch_sim, HELPER, native, file]
+        command += ["--cells"] if arguments.cells else []
         command += [word for name, value in flags.items() for word in (f"--{name}", value)]
         # Its environment is its own: nothing is imported from where ours is.
         own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

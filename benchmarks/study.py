@@ -4,12 +4,14 @@
     python benchmarks/study.py run --set si_defects --potential chgnet --fold 0 1
     python benchmarks/study.py list                     # the cells that were not run
     python benchmarks/evidence.py                       # tables and figures of docs/evidence.rst
+    python benchmarks/crystals.py                       # its table of crystals whose cells move
 
 A cell fine-tunes one potential by one method (`benchmarks/methods.py`) on the training kinds of one fold, keeps the
 epoch that is best on the validation kinds, and measures the test kinds: Delta-Q by FIRE and BFGS to 0.02 eV/Å, the
 force error on all reference frames, and what else has changed in the potential. On the surrogate set, the validation
-kinds are measured, too: recipes are chosen on them, and on nothing else. Each cell is one JSON file in
-docs/measured/study, so a stopped run continues, and cells can be run on several machines.
+kinds are measured, too: recipes are chosen on them, and on nothing else. The crystals' set is called by the number of
+crystals that it holds, for their folds change with it; there only FIRE relaxes the test compounds. Each cell is one
+JSON file in docs/measured/study, so a stopped run continues, and cells can be run on several machines.
 """
 
 from __future__ import annotations
@@ -28,10 +30,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from ase.io import read
-from methods import METHODS, VARIANTS, force_error
+from methods import CURVE, METHODS, ON_CRYSTALS, VARIANTS, Method, force_error
 
 from ase_bptt import RelaxationPair, load_potential
-from ase_bptt.datasets import FOLDS, si_defects
+from ase_bptt.datasets import FOLDS, pbesol_crystals, si_defects
 from ase_bptt.drift import take_snapshot
 from ase_bptt.drift.changes import DriftReport
 from ase_bptt.evaluation import evaluate
@@ -39,6 +41,7 @@ from ase_bptt.utils import write_json
 
 HERE = Path(__file__).parent
 CELLS = HERE.parent / "docs" / "measured" / "study"
+CRYSTALS = "pbesol_crystals"
 Splits = dict[str, list[RelaxationPair]]
 
 
@@ -50,6 +53,11 @@ class Cell(NamedTuple):
     method: str
     seed: int
     fold: int
+
+    @property
+    def compute(self) -> Method:
+        """What tunes the potential."""
+        return (ON_CRYSTALS if self.set.startswith(CRYSTALS) else METHODS | VARIANTS)[self.method]
 
     @property
     def file(self) -> Path:
@@ -81,7 +89,18 @@ def plan() -> list[Cell]:
     chosen = [Cell("surrogate", "mace-si", method, seed, 0) for seed in (0, 1) for method in METHODS
               if method != "untuned" or seed == 0]  # fmt: skip
     robust = [Cell("surrogate", "mace-si", method, 0, 0) for method in VARIANTS]
-    return chosen + dft + robust
+    return chosen + dft + robust + crystals()
+
+
+def crystals() -> list[Cell]:
+    """Where the cell moves: the potentials, one method after another, then what was trained on fewer compounds."""
+    pairs = pbesol_crystals()
+    fewest = min(len({p.group for p in pbesol_crystals("train", fold=fold)}) for fold in range(FOLDS))
+    methods = [name for name in ON_CRYSTALS if " at " not in name]
+    curve = [f"{name} at {n}" for n in CURVE if n < fewest for name in ("stages", "structures")]
+    order = [("chgnet", methods), ("sevennet", methods[:4]), ("chgnet", curve)]
+    return [Cell(f"{CRYSTALS}_{len(pairs)}", potential, method, 0, fold)
+            for potential, names in order for method in names for fold in range(FOLDS)]  # fmt: skip
 
 
 def surrogate_pairs() -> list[RelaxationPair]:
@@ -96,6 +115,8 @@ def splits_of(cell: Cell) -> Splits:
     """Training, validation and test kinds, of the surrogate in four, three and three tenths by the kind's hash."""
     if cell.set == "si_defects":
         return {name: si_defects(name, fold=cell.fold) for name in ("train", "valid", "test")}
+    if cell.set.startswith(CRYSTALS):
+        return {name: pbesol_crystals(name, fold=cell.fold) for name in ("train", "valid", "test")}
     found: Splits = {"train": [], "valid": [], "test": []}
     for pair in surrogate_pairs():
         tenth = int(hashlib.sha256(pair.group.encode()).hexdigest(), 16) % 10
@@ -111,10 +132,10 @@ def run(cell: Cell) -> dict:
     clock, cpu = time.monotonic(), time.process_time()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that nothing was gained is one of the results
-        said = (METHODS | VARIANTS)[cell.method](potential, splits, cell.seed)
+        said = cell.compute(potential, splits, cell.seed)
     found = {"cell": cell._asdict(), "settings": said, "seconds": time.monotonic() - clock,
              "processor_seconds": time.process_time() - cpu}  # fmt: skip
-    sides = ("test",) if cell.set == "si_defects" else ("valid", "test")
+    sides = ("valid", "test") if cell.set == "surrogate" else ("test",)
     found["sizes"] = {name: [len(pairs), len({p.group for p in pairs})] for name, pairs in splits.items()}
     found |= {side: measured(potential, splits[side]) for side in sides}
     if before is not None:
@@ -123,14 +144,18 @@ def run(cell: Cell) -> dict:
 
 
 def measured(potential, pairs: list[RelaxationPair]) -> dict:
-    """Rows by FIRE, with the displacement that the field's match rate is made of; Delta-Q by BFGS; the force error."""
+    """Rows by FIRE, with the displacement that the field's match rate is made of; Delta-Q by BFGS; the force error.
+
+    Where the cell moves, by FIRE alone.
+    """
     rows = []
     for row, pair in zip(evaluate(potential, pairs).rows, pairs, strict=True):
         found = dataclasses.asdict(row)
         del found["displacements"], found["space_group"], found["reference_space_group"]
         scale = (pair.relaxed.get_volume() / len(pair.relaxed)) ** (1 / 3)
         rows.append(found | {"scaled_displacement": row.max_displacement / scale, "scaled_rmsd": row.rmsd / scale})
-    bfgs = {row.id: row.delta_q for row in evaluate(potential, pairs, stepper="bfgs").rows}
+    fixed = [pair for pair in pairs if not pair.freedom.moves]
+    bfgs = {row.id: row.delta_q for row in evaluate(potential, fixed, stepper="bfgs").rows}
     frames = [atoms for pair in pairs for atoms in pair.frames]
     return {"fire": rows, "bfgs": bfgs, "force_error": force_error(potential, frames)}
 

@@ -2,8 +2,8 @@
 
     PYTHON benchmarks/torch_sim_relaxer.py MODEL STRUCTURES [options]
 
-Each line on standard input is one request, the frames between two of its stop tests; the answer is one line of JSON. As
-its MACE model is used without the stress, which nobody asks for here, it does only what the others do.
+Each line on standard input is one request, the frames between two of its stop tests; the answer is one line of JSON.
+Where cells are fixed its MACE model is used without the stress, so that it does only what the others do.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Counted(MaceModel):
 
     def forward(self, state):
         self.calls += state.n_systems
-        # It looks at the elements alone to see whether structures have been swapped, and these are all silicon.
+        # It looks at the elements alone to see whether structures have been swapped, and many have the same.
         known = getattr(self, "system_idx", None)
         if known is not None and not torch.equal(known, state.system_idx):
             self.atomic_numbers = state.atomic_numbers[:0]
@@ -41,9 +41,9 @@ def relax(model: Counted, structures: list, every: int, arguments: argparse.Name
     state = torch_sim.optimize(
         structures,
         model,
-        optimizer=torch_sim.optimizers.fire,
+        optimizer=torch_sim.optimizers.frechet_cell_fire if arguments.cells else torch_sim.optimizers.fire,
         md_flavor="ase_fire",
-        convergence_fn=torch_sim.generate_force_convergence_fn(arguments.fmax, include_cell_forces=False),
+        convergence_fn=torch_sim.generate_force_convergence_fn(arguments.fmax, include_cell_forces=arguments.cells),
         max_steps=10**6,
         steps_between_swaps=every,
         autobatcher=batcher,
@@ -65,13 +65,14 @@ def main() -> None:
     parser.add_argument("--dtype", default="float64")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--fmax", type=float, default=0.05)
+    parser.add_argument("--cells", action="store_true", help="relax the cells, too")
     parser.add_argument("--atoms", type=float, default=512, help="atoms at once")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
     module = torch.load(arguments.model, map_location=device, weights_only=False)
-    model = Counted(module, device=device, dtype=getattr(torch, arguments.dtype), compute_stress=False)
+    model = Counted(module, device=device, dtype=getattr(torch, arguments.dtype), compute_stress=arguments.cells)
     structures = read(arguments.structures, ":")
     relax(model, structures[:2], 5, arguments)  # what is compiled or allocated at first use
     for line in sys.stdin:
