@@ -269,13 +269,71 @@ def test_constraints_are_those_of_frechet_cell_filter(name):
     [
         (FixCartesian([0], [True, False, False]), "full"), (FixedLine([0], [1, 1, 0]), [1, 1, 0, 0, 0, 1]),
         (FixedPlane([0], [1, 0, 1]), [0, 0, 1, 0, 0, 0]), (FixCartesian([0], [True, False, False]), "constant-volume"),
-        (FixScaled([0], [True, False, False]), "full"),
     ],
 )  # fmt: skip
 def test_directions_that_the_cell_would_turn_are_refused(constraint, cell):
     name = type(constraint).__name__
     with pytest.raises(NotImplementedError, match=f"{name}, whose directions this cell would turn"):
         relax(lennard_jones(), with_constraint(constraint), steps=1, cell=cell)
+
+
+SELECTIVE = {"F T T": [True, False, False], "F F T": [True, True, False], "T T F": [False, False, True]}
+
+
+@pytest.mark.parametrize("flags", SELECTIVE)
+def test_selective_dynamics_keep_fractional_coordinates_and_end_where_the_energy_is_lowest(flags):
+    """ASE's run on the filter keeps them, too, but takes forces along other directions and ends higher."""
+    atoms, fixed = CRYSTALS["triclinic"](), np.array(SELECTIVE[flags])
+    atoms.set_constraint([FixScaled([0, 2], fixed), FixAtoms([1])])
+    moved = atoms.copy()
+    moved.calc = TorchCalculator("emt")
+    FIRE(FrechetCellFilter(moved), logfile=None).run(fmax=1e-3, steps=100)
+    with torch.no_grad():
+        found = relax("emt", atoms, cell="full", stepper="bfgs", fmax=1e-5, steps=300).to_atoms()
+    kept = found.get_scaled_positions(wrap=False) - atoms.get_scaled_positions(wrap=False)
+    assert np.abs(kept[[0, 2]][:, fixed]).max() < 1e-12
+    assert np.abs(kept[1]).max() < 1e-12
+    assert np.abs(kept[[0, 2]][:, ~fixed]).max() > 1e-3
+    found.calc = TorchCalculator("emt")
+    along = found.get_forces(apply_constraint=False) @ found.cell.array.T / found.cell.lengths()
+    assert np.abs(along[[0, 2]][:, ~fixed]).max() < 3e-5
+    assert np.abs(along[3:]).max() < 3e-5
+    assert np.abs(found.get_stress()).max() < 1e-5
+    assert found.get_potential_energy() < moved.get_potential_energy() - 1e-4
+
+
+@pytest.mark.parametrize("adjoint", ["replay", "full", "implicit"])
+def test_gradients_through_selective_dynamics_agree_with_differences(adjoint):
+    potential, atoms = lennard_jones().requires_grad_(), argon().repeat((1, 2, 1))
+    atoms.set_constraint(FixScaled([0, 1], [True, False, False]))
+    start = Structures.from_atoms([atoms])
+    positions = start.positions.clone().requires_grad_()
+    exact = adjoint == "implicit"
+    if exact:
+        rule = {"stepper": "bfgs", "steps": 300, "adjoint": adjoints.Implicit(tolerance=1e-9, fmax=1e-9)}
+    else:
+        rule = {"stepper": steppers.FIRE(dt=0.03), "steps": 6, "fmax": 1e-3, "adjoint": adjoint}
+
+    def evaluate():
+        with recorded_decisions() as trace:
+            relaxation = relax(potential, start.replace(positions=positions), cell="full", **rule)
+        assert not exact or relaxation.status == (Status.CONVERGED,)
+        return ends(relaxation), None if exact else trace
+
+    loss, *usual = evaluate()
+    weights = list(potential.parameters())
+    to = gradient([positions, *weights], loss)
+    if not exact:
+        check_gradient(evaluate, usual, [positions], to[:1], h=1e-4, directions=2)
+    check_gradient(evaluate, usual, weights, to[1:], h=1e-4, tolerance=1e-5 if exact else 1e-6)
+
+
+def test_the_gradient_to_a_cell_whose_vectors_fix_directions_is_refused():
+    atoms = argon()
+    atoms.set_constraint(FixScaled([0], [True, False, False]))
+    start = Structures.from_atoms([atoms])
+    with pytest.raises(NotImplementedError, match="FixScaled, whose directions are those of its initial cell"):
+        relax(lennard_jones(), start.replace(cells=start.cells.requires_grad_()), steps=1, cell="full")
 
 
 def test_a_collapsing_cell_stops_alone():
