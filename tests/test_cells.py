@@ -43,7 +43,9 @@ from ase_bptt.potentials.analytic import Morse
 from ase_bptt.potentials.direct import Direct
 from ase_bptt.potentials.emt import EMT
 from ase_bptt.report.tables import table
+from ase_bptt.stability import resolve_step_size
 from ase_bptt.terms.labels import Labels
+from ase_bptt.throughput import relax_all
 
 
 def strained(atoms: Atoms, seed: int = 0, strain: float = 0.03, rattle: float = 0.05) -> Atoms:
@@ -196,6 +198,38 @@ def test_guided_attaches_cells_at_both_ends():
         assert all(
             g.abs().sum() > 0 for g in gradient(list(potential.parameters()), torch.linalg.det(found.cells).sum())
         )
+
+
+# Step size -------------------------------------------------------------------------------------
+
+
+def test_the_automatic_step_size_counts_the_rows_of_cells_as_they_are_moved():
+    """A crystal of one atom has no other rows that are stiff; the same number by relax_all, the Trainer and relax."""
+    potential, atoms, free = lennard_jones(), strained(bulk("Ar", a=1.56)), CellFreedom.of("full")
+    rows = Strained.of(Structures.from_atoms([atoms]), [free], balanced=True)
+    h, columns = 1e-4, []
+    for k in range(rows.positions.numel()):
+        step = torch.zeros(rows.positions.numel(), dtype=torch.float64)
+        step[k] = h
+        there = [rows.replace(positions=rows.positions + sign * step.view(-1, 3)) for sign in (1, -1)]
+        ahead, behind = (
+            potential.energy_and_forces(r, NeighborList(potential.cutoff)(r.placed()))[1].ravel() for r in there
+        )
+        columns.append((behind - ahead) / (2 * h))
+    hessian = torch.stack(columns)
+    expected = 1 / torch.linalg.eigvalsh((hessian + hessian.T) / 2)[-1].item()
+    auto = steppers.GradientDescent("auto")
+    found = resolve_step_size(auto, potential, [atoms], [free]).step_size
+    assert found == pytest.approx(expected, rel=1e-3)
+    assert found < resolve_step_size(auto, potential, [atoms]).step_size / 2
+    pair = RelaxationPair(atoms, atoms, "Ar", "Ar", cell="full")
+    trainer = Trainer(potential, stepper=auto, terms=(), progress=False)
+    trainer.start(trainer.check([pair]), epochs=1)
+    assert trainer.stepper.step_size == pytest.approx(found)
+    [(_, end)] = relax_all(potential, [atoms], stepper=auto, cells=[free], fmax=0.05, steps=100)
+    one = relax(potential, atoms, stepper=auto, cell="full", fmax=0.05, steps=100)
+    assert end.status is one.status[0] is Status.CONVERGED
+    np.testing.assert_allclose(end.atoms.cell, one.cells[0].detach(), atol=1e-12)
 
 
 # Degrees of freedom ---------------------------------------------------------------------------
