@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from ase import Atoms
+from ase.constraints import FixSymmetry
 
 from ..constraints import KNOWN, Blocks, Map, Shift
 from ..structures import Structures
@@ -47,6 +49,17 @@ def _rotations(map_: Blocks, n: int) -> np.ndarray:
     """The Cartesian rotations of a map that averages n atoms over a space group, shape (k, 3, 3)."""
     count = len(map_.target) // n
     return map_.matrices[::n] * count
+
+
+def allowed(strain: np.ndarray, atoms: Atoms, freedom: CellFreedom) -> np.ndarray:
+    """The part of a strain, shape (3, 3), that a cell and the symmetry that its atoms keep leave free."""
+    projection, cell = freedom.projection(atoms.cell.array[atoms.pbc]), atoms.cell.array.T
+    found = strain if projection is None else (projection @ strain.ravel()).reshape(3, 3)
+    for constraint in atoms.constraints:
+        if isinstance(constraint, FixSymmetry):
+            rotations = cell @ np.asarray(constraint.rotations) @ np.linalg.inv(cell)
+            found = (rotations @ found @ rotations.transpose(0, 2, 1)).mean(0)
+    return found
 
 
 def _padded(map_: Map, n: int) -> Map:
