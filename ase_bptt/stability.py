@@ -12,6 +12,8 @@ import torch
 from ase import Atoms
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
+from .cells import CellFreedom
+from .cells.strained import Strained
 from .neighbors import Edges, NeighborList
 from .potential import Potential
 from .steppers import Stepper
@@ -33,7 +35,12 @@ Product = Callable[[np.ndarray], np.ndarray]
 Item = TypeVar("Item")
 
 
-def resolve_step_size(stepper: Stepper, potential: Potential, structures: Structures | Sequence[Atoms]) -> Stepper:
+def resolve_step_size(
+    stepper: Stepper,
+    potential: Potential,
+    structures: Structures | Sequence[Atoms],
+    cells: Sequence[CellFreedom] = (),
+) -> Stepper:
     """A stepper whose step size is a number: where it is "auto", resolved by the `stability_limit` of the structures.
 
     Parameters
@@ -43,6 +50,8 @@ def resolve_step_size(stepper: Stepper, potential: Potential, structures: Struct
     potential : Potential
     structures : Structures or sequence of Atoms
         Those that it will move, or a sample of them: each costs some tens of Hessian-vector products.
+    cells : sequence of CellFreedom, one for each structure, optional
+        What of their cells moves: its rows count as the stepper moves them. None by default.
 
     Raises
     ------
@@ -60,7 +69,10 @@ def resolve_step_size(stepper: Stepper, potential: Potential, structures: Struct
     """
     if stepper.todict().get("step_size") != "auto":
         return stepper
-    limit = stability_limit(potential, structures)
+    batch = as_structures(structures, device=potential.device, dtype=potential.dtype)
+    if any(cell.moves for cell in cells):
+        batch = Strained.of(batch, cells, balanced=stepper.scale_sensitive)
+    limit = stability_limit(potential, batch)
     if math.isnan(limit):
         raise ValueError(
             "step_size='auto' found no finite forces on any structure to take a step size from: mend the structures, "
@@ -79,8 +91,8 @@ def sample(items: Sequence[Item]) -> Sequence[Item]:
 def stability_limit(potential: Potential, structures: Structures | Sequence[Atoms], *, seed: int = 0) -> float:
     """The longest step of gradient descent, in Å^2/eV, that is stable at all of these structures.
 
-    The smallest 2/lambda_max, with the largest eigenvalue of each one's Hessian. Those whose forces are not finite do
-    not count.
+    The smallest 2/lambda_max, with the largest eigenvalue of each one's Hessian, in which rows of cells count where
+    there are some. Those whose forces are not finite do not count.
 
     Parameters
     ----------

@@ -10,6 +10,7 @@ import pytest
 from ase import Atoms
 from ase.build import bulk, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
+from ase.constraints import FixScaled
 from ase.io import write
 from helpers.dft_files import write_vasprun
 from helpers.shell import run
@@ -71,6 +72,19 @@ def test_an_archive_trains_with_the_command_that_others_do(tmp_path, model, mixe
     assert re.search(r"cells that moved \(\d\): mean absolute volume error \d", said)
     test = json.loads((out / "results.json").read_text())["test"]
     assert test["volume_error_after"] is not None
+
+
+def test_selective_dynamics_train_where_the_cell_moved(tmp_path, model):
+    for k in range(4):
+        first, *_, last = frames(k)
+        (tmp_path / "runs" / f"run_{k}").mkdir(parents=True)
+        for name, atoms in (("POSCAR", first), ("CONTCAR", last)):
+            atoms.set_constraint(FixScaled([1], [False, False, True]))
+            write(tmp_path / "runs" / f"run_{k}" / name, atoms, format="vasp", direct=True)
+    out = tmp_path / "out"
+    code, _, err = run("train", str(tmp_path / "runs"), "--potential", str(model), *QUICK, "--out", str(out))
+    assert code == 0, err
+    assert all(p.freedom.moves and p.initial.constraints for p in read_pairs(tmp_path / "runs"))
 
 
 def test_lazy_pairs_whose_cells_move_are_those_in_memory(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import bulk, fcc111
-from ase.constraints import FixAtoms, FixCartesian, FixCom, FixSymmetry
+from ase.constraints import FixAtoms, FixCartesian, FixCom, FixScaled, FixSymmetry
 from ase.filters import ExpCellFilter, Filter, FrechetCellFilter, StrainFilter, UnitCellFilter
 from helpers.gradients import check_gradient, gradient, recorded_decisions
 from helpers.potentials import lennard_jones, needs_chgnet, needs_mace
@@ -326,6 +326,8 @@ REFUSED = {
                "exp_cell_factor of this FrechetCellFilter is 1 for 4 atoms"),
     "constraint": (lambda: with_constraint(FixCartesian(0, [1, 0, 0])), FrechetCellFilter, NotImplementedError,
                    "FixCartesian"),
+    "selective dynamics": (lambda: with_constraint(FixScaled(0, [1, 0, 0])), FrechetCellFilter, NotImplementedError,
+                           "FixScaled, whose forces in ASE do not follow"),
 }  # fmt: skip
 
 

@@ -43,7 +43,9 @@ from ase_bptt.potentials.analytic import Morse
 from ase_bptt.potentials.direct import Direct
 from ase_bptt.potentials.emt import EMT
 from ase_bptt.report.tables import table
+from ase_bptt.stability import resolve_step_size
 from ase_bptt.terms.labels import Labels
+from ase_bptt.throughput import relax_all
 
 
 def strained(atoms: Atoms, seed: int = 0, strain: float = 0.03, rattle: float = 0.05) -> Atoms:
@@ -198,6 +200,38 @@ def test_guided_attaches_cells_at_both_ends():
         )
 
 
+# Step size -------------------------------------------------------------------------------------
+
+
+def test_the_automatic_step_size_counts_the_rows_of_cells_as_they_are_moved():
+    """A crystal of one atom has no other rows that are stiff; the same number by relax_all, the Trainer and relax."""
+    potential, atoms, free = lennard_jones(), strained(bulk("Ar", a=1.56)), CellFreedom.of("full")
+    rows = Strained.of(Structures.from_atoms([atoms]), [free], balanced=True)
+    h, columns = 1e-4, []
+    for k in range(rows.positions.numel()):
+        step = torch.zeros(rows.positions.numel(), dtype=torch.float64)
+        step[k] = h
+        there = [rows.replace(positions=rows.positions + sign * step.view(-1, 3)) for sign in (1, -1)]
+        ahead, behind = (
+            potential.energy_and_forces(r, NeighborList(potential.cutoff)(r.placed()))[1].ravel() for r in there
+        )
+        columns.append((behind - ahead) / (2 * h))
+    hessian = torch.stack(columns)
+    expected = 1 / torch.linalg.eigvalsh((hessian + hessian.T) / 2)[-1].item()
+    auto = steppers.GradientDescent("auto")
+    found = resolve_step_size(auto, potential, [atoms], [free]).step_size
+    assert found == pytest.approx(expected, rel=1e-3)
+    assert found < resolve_step_size(auto, potential, [atoms]).step_size / 2
+    pair = RelaxationPair(atoms, atoms, "Ar", "Ar", cell="full")
+    trainer = Trainer(potential, stepper=auto, terms=(), progress=False)
+    trainer.start(trainer.check([pair]), epochs=1)
+    assert trainer.stepper.step_size == pytest.approx(found)
+    [(_, end)] = relax_all(potential, [atoms], stepper=auto, cells=[free], fmax=0.05, steps=100)
+    one = relax(potential, atoms, stepper=auto, cell="full", fmax=0.05, steps=100)
+    assert end.status is one.status[0] is Status.CONVERGED
+    np.testing.assert_allclose(end.atoms.cell, one.cells[0].detach(), atol=1e-12)
+
+
 # Degrees of freedom ---------------------------------------------------------------------------
 
 
@@ -269,13 +303,71 @@ def test_constraints_are_those_of_frechet_cell_filter(name):
     [
         (FixCartesian([0], [True, False, False]), "full"), (FixedLine([0], [1, 1, 0]), [1, 1, 0, 0, 0, 1]),
         (FixedPlane([0], [1, 0, 1]), [0, 0, 1, 0, 0, 0]), (FixCartesian([0], [True, False, False]), "constant-volume"),
-        (FixScaled([0], [True, False, False]), "full"),
     ],
 )  # fmt: skip
 def test_directions_that_the_cell_would_turn_are_refused(constraint, cell):
     name = type(constraint).__name__
     with pytest.raises(NotImplementedError, match=f"{name}, whose directions this cell would turn"):
         relax(lennard_jones(), with_constraint(constraint), steps=1, cell=cell)
+
+
+SELECTIVE = {"F T T": [True, False, False], "F F T": [True, True, False], "T T F": [False, False, True]}
+
+
+@pytest.mark.parametrize("flags", SELECTIVE)
+def test_selective_dynamics_keep_fractional_coordinates_and_end_where_the_energy_is_lowest(flags):
+    """ASE's run on the filter keeps them, too, but takes forces along other directions and ends higher."""
+    atoms, fixed = CRYSTALS["triclinic"](), np.array(SELECTIVE[flags])
+    atoms.set_constraint([FixScaled([0, 2], fixed), FixAtoms([1])])
+    moved = atoms.copy()
+    moved.calc = TorchCalculator("emt")
+    FIRE(FrechetCellFilter(moved), logfile=None).run(fmax=1e-3, steps=100)
+    with torch.no_grad():
+        found = relax("emt", atoms, cell="full", stepper="bfgs", fmax=1e-5, steps=300).to_atoms()
+    kept = found.get_scaled_positions(wrap=False) - atoms.get_scaled_positions(wrap=False)
+    assert np.abs(kept[[0, 2]][:, fixed]).max() < 1e-12
+    assert np.abs(kept[1]).max() < 1e-12
+    assert np.abs(kept[[0, 2]][:, ~fixed]).max() > 1e-3
+    found.calc = TorchCalculator("emt")
+    along = found.get_forces(apply_constraint=False) @ found.cell.array.T / found.cell.lengths()
+    assert np.abs(along[[0, 2]][:, ~fixed]).max() < 3e-5
+    assert np.abs(along[3:]).max() < 3e-5
+    assert np.abs(found.get_stress()).max() < 1e-5
+    assert found.get_potential_energy() < moved.get_potential_energy() - 1e-4
+
+
+@pytest.mark.parametrize("adjoint", ["replay", "full", "implicit"])
+def test_gradients_through_selective_dynamics_agree_with_differences(adjoint):
+    potential, atoms = lennard_jones().requires_grad_(), argon().repeat((1, 2, 1))
+    atoms.set_constraint(FixScaled([0, 1], [True, False, False]))
+    start = Structures.from_atoms([atoms])
+    positions = start.positions.clone().requires_grad_()
+    exact = adjoint == "implicit"
+    if exact:
+        rule = {"stepper": "bfgs", "steps": 300, "adjoint": adjoints.Implicit(tolerance=1e-9, fmax=1e-9)}
+    else:
+        rule = {"stepper": steppers.FIRE(dt=0.03), "steps": 6, "fmax": 1e-3, "adjoint": adjoint}
+
+    def evaluate():
+        with recorded_decisions() as trace:
+            relaxation = relax(potential, start.replace(positions=positions), cell="full", **rule)
+        assert not exact or relaxation.status == (Status.CONVERGED,)
+        return ends(relaxation), None if exact else trace
+
+    loss, *usual = evaluate()
+    weights = list(potential.parameters())
+    to = gradient([positions, *weights], loss)
+    if not exact:
+        check_gradient(evaluate, usual, [positions], to[:1], h=1e-4, directions=2)
+    check_gradient(evaluate, usual, weights, to[1:], h=1e-4, tolerance=1e-5 if exact else 1e-6)
+
+
+def test_the_gradient_to_a_cell_whose_vectors_fix_directions_is_refused():
+    atoms = argon()
+    atoms.set_constraint(FixScaled([0], [True, False, False]))
+    start = Structures.from_atoms([atoms])
+    with pytest.raises(NotImplementedError, match="FixScaled, whose directions are those of its initial cell"):
+        relax(lennard_jones(), start.replace(cells=start.cells.requires_grad_()), steps=1, cell="full")
 
 
 def test_a_collapsing_cell_stops_alone():

@@ -14,6 +14,8 @@ from helpers.shell import run
 from ase_bptt import RelaxationPair, evaluate, load_potential, read_pairs
 from ase_bptt.evaluation import space_group
 from ase_bptt.pairs.symmetry import RATTLE, with_symmetry
+from ase_bptt.pairs.targets import Target
+from ase_bptt.training.training_data import VariedStarts
 
 
 def vacancy(breathing: float = 0.0) -> Atoms:
@@ -171,6 +173,21 @@ class TestReading:
     def test_an_unknown_name_is_answered_before_anything_is_read(self, tmp_path):
         with pytest.raises(ValueError, match="symmetry"):
             read_pairs(tmp_path / "nothing", symmetry="no")
+
+    def test_starts_that_are_drawn_keep_it_in_the_cell_too(self):
+        """A strain that FixSymmetry never relaxes would be an error that no training removes."""
+        relaxed = bulk("Cu", "hcp", a=2.56, c=4.2)
+        initial = relaxed.copy()
+        initial.set_cell(initial.cell * [[1.02], [1.02], [1.03]], scale_atoms=True)
+        kept = with_symmetry(RelaxationPair(initial, relaxed, "Cu", cell="full"), "keep")
+        target = Target(kept.relaxed, kept.relaxed, "Cu", cell="full")
+        for drawn in (
+            *VariedStarts([kept, target], 0.5, 0.03, (0, 1)),
+            *VariedStarts([kept, target], 0.5, 0.03, (0, 2)),
+        ):
+            assert space_group(drawn.initial, 1e-6) == space_group(relaxed, 1e-6)
+            change = drawn.initial.cell.cellpar() - relaxed.cell.cellpar()
+            assert np.abs(change[:3]).max() > 1e-3
 
     def test_starts_that_it_moved_are_evaluated_and_trained_on(self, tmp_path, caplog):
         caplog.set_level(logging.ERROR)

@@ -8,14 +8,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from ase import Atoms
+from ase.constraints import FixSymmetry
 
 from ..constraints import KNOWN, Blocks, Map, Shift
 from ..structures import Structures
 from . import CellFreedom
 
 Maps = tuple[tuple[Map, ...], tuple[Map, ...]]
-FRACTIONAL = frozenset({"FixAtoms", "FixCom", "FixSubsetCom", "FixSymmetry"})
-"""Constraints that act on s alike whatever the deformation of the cell."""
+SELECTIVE = "FixScaled"
+FRACTIONAL = frozenset({"FixAtoms", "FixCom", "FixSubsetCom", "FixSymmetry", SELECTIVE})
+"""Constraints that restrict s alike whatever the deformation of the cell."""
 
 
 def maps_of_rows(structures: Structures, freedoms: Sequence[CellFreedom]) -> tuple[Maps, ...]:
@@ -30,7 +33,7 @@ def maps_of_rows(structures: Structures, freedoms: Sequence[CellFreedom]) -> tup
 
 def _of_one(structures: Structures, k: int, freedom: CellFreedom, of_atoms: Maps) -> Maps:
     """Those of one structure whose cell moves."""
-    n = structures.counts[k]
+    n, of_atoms = structures.counts[k], _along_lattice(structures, k, freedom, of_atoms)
     of_cell = _projection(structures, k, freedom)
     for map_ in of_atoms[0]:
         # Only an average over a space group has several blocks for an atom; strains are averaged over it, too.
@@ -46,6 +49,17 @@ def _rotations(map_: Blocks, n: int) -> np.ndarray:
     """The Cartesian rotations of a map that averages n atoms over a space group, shape (k, 3, 3)."""
     count = len(map_.target) // n
     return map_.matrices[::n] * count
+
+
+def allowed(strain: np.ndarray, atoms: Atoms, freedom: CellFreedom) -> np.ndarray:
+    """The part of a strain, shape (3, 3), that a cell and the symmetry that its atoms keep leave free."""
+    projection, cell = freedom.projection(atoms.cell.array[atoms.pbc]), atoms.cell.array.T
+    found = strain if projection is None else (projection @ strain.ravel()).reshape(3, 3)
+    for constraint in atoms.constraints:
+        if isinstance(constraint, FixSymmetry):
+            rotations = cell @ np.asarray(constraint.rotations) @ np.linalg.inv(cell)
+            found = (rotations @ found @ rotations.transpose(0, 2, 1)).mean(0)
+    return found
 
 
 def _padded(map_: Map, n: int) -> Map:
@@ -91,17 +105,22 @@ def check_movable(structures: Structures, k: int, freedom: CellFreedom) -> None:
             f"{name} is periodic along {periodic} of 3 directions, so it has no volume: take cell='full' without a "
             "pressure, which relaxes the periodic directions."
         )
-    held = [name for name in structures.constraints[k] if name not in FRACTIONAL]
-    if held and not _commute(structures, k, freedom):
+    turned = [name for name in turned_constraints(structures, k, freedom) if name not in FRACTIONAL]
+    if turned:
         raise NotImplementedError(
-            f"{name} has the constraint {held[0]}, whose directions this cell would turn or shear, so that where the "
+            f"{name} has the constraint {turned[0]}, whose directions this cell would turn or shear, so that where the "
             "relaxation ends depends on its path: take cell='hydrostatic' or a mask that leaves these directions "
             "alone, FixAtoms, or cell='fixed'."
         )
+    if structures.cells.requires_grad and SELECTIVE in turned_constraints(structures, k, freedom):
+        raise NotImplementedError(
+            f"{name} has the constraint FixScaled, whose directions are those of its initial cell, and no gradient "
+            "with respect to that cell passes through them: give cells that require no gradient."
+        )
 
 
-def _commute(structures: Structures, k: int, freedom: CellFreedom) -> bool:
-    """Whether the constraints on structure k that have directions act on s alike in all cells that it can have.
+def turned_constraints(structures: Structures, k: int, freedom: CellFreedom) -> list[str]:
+    """The constraints on structure k that ASE's filters apply to s otherwise in other cells that it can have.
 
     Under ASE's filters atoms go with the cell, and are constrained in what they move besides. With a constraint's
     matrix P this is F^-1 P F in s, and P itself where it commutes with all strains. FixScaled has two such matrices,
@@ -110,13 +129,36 @@ def _commute(structures: Structures, k: int, freedom: CellFreedom) -> bool:
     projection = _projection(structures, k, freedom)
     strains = (np.eye(9) if projection is None else projection.T).reshape(9, 1, 3, 3)
     cell = structures.cells[k].detach().double().cpu().numpy()
-    names = [name for name in structures.constraints[k] if name in KNOWN]
-    for name, *maps in zip(names, *structures.maps[k], strict=True):
-        if name in FRACTIONAL:
+    found = []
+    for name, forces, steps in zip(_known(structures, k), *structures.maps[k], strict=True) if structures.maps else ():
+        if name in FRACTIONAL - {SELECTIVE} or not (isinstance(forces, Blocks) and isinstance(steps, Blocks)):
             continue
-        matrices = [map_.matrices for map_ in maps if isinstance(map_, Blocks)]
-        if name == "FixScaled":
-            matrices.append(np.linalg.pinv(cell.T) @ matrices[1] @ cell.T)
+        matrices = [forces.matrices, steps.matrices]
+        if name == SELECTIVE:
+            matrices.append(np.linalg.pinv(cell.T) @ steps.matrices @ cell.T)
         if not all(np.allclose(p @ strains, strains @ p, rtol=0, atol=1e-10) for p in matrices):
-            return False
-    return True
+            found.append(name)
+    return found
+
+
+def _known(structures: Structures, k: int) -> list[str]:
+    """The constraints of structure k that have maps, in their order."""
+    return [name for name in structures.constraints[k] if name in KNOWN]
+
+
+def _along_lattice(structures: Structures, k: int, freedom: CellFreedom, of_atoms: Maps) -> Maps:
+    """Maps in which FixScaled is the projection of s on the lattice vectors along which its atoms are free.
+
+    Steps that ASE's filter takes keep fractional coordinates, and with them the vectors C0 along which s may change.
+    Its forces do not (`turned_constraints`): they need not vanish where the energy is lowest. So both are projected
+    here on the free vectors, orthogonally, wherever ASE's two maps are not alike in all cells.
+    """
+    if SELECTIVE not in turned_constraints(structures, k, freedom):
+        return of_atoms
+    forces, steps = (list(maps) for maps in of_atoms)
+    for i, name in enumerate(_known(structures, k)):
+        if name == SELECTIVE and isinstance(oblique := steps[i], Blocks):
+            # Its image is spanned by the free vectors, and P P^+ is the orthogonal projection on that.
+            along = oblique.matrices @ np.linalg.pinv(oblique.matrices)
+            forces[i] = steps[i] = Blocks(oblique.target, oblique.source, along)
+    return tuple(forces), tuple(steps)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..calculator import TorchCalculator
 from ..cells import CellFreedom
+from ..cells.row_maps import SELECTIVE, turned_constraints
 from ..cells.strained import Strained
 from ..constraints import KNOWN, unknown_of
 from ..structures import Structures
@@ -108,6 +109,12 @@ class CellRows:
         A structure that stands in the reference cell takes that along where it changes, as in `relax`: a filter would
         be made of it. From any other cell the deformation is measured by a reference that stays.
         """
+        if SELECTIVE in turned_constraints(structures, 0, self.freedom):
+            raise NotImplementedError(
+                f"{structures.formulas()[0]} has the constraint FixScaled, whose forces in ASE do not follow a cell "
+                "that turns or shears, so that a run on ASE's filter minimises no energy: relax(..., cell='full') "
+                "does, and can be differentiated."
+            )
         reference = torch.tensor(self.cell, dtype=torch.float64).to(structures.cells)
         if torch.equal(structures.cells[0], reference):
             return Strained.of(structures, [self.freedom])

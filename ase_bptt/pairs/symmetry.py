@@ -11,6 +11,7 @@ import spglib
 from ase import Atoms
 from ase.constraints import FixAtoms, FixSymmetry
 
+from ..cells.row_maps import allowed
 from ..suggestions import unknown_name
 from ..threads import quiet
 from . import RelaxationPair
@@ -154,10 +155,9 @@ def _broken(pair: RelaxationPair, seed: int) -> Atoms:
     found.calc = None
     if pair.freedom.moves:
         strain = STRAIN * rng.normal(size=(3, 3))
-        projection = pair.freedom.projection(found.cell.array[found.pbc])
         # A change of volume breaks no symmetry.
         strain = (strain + strain.T) / 2 - np.trace(strain) / 3 * np.eye(3)
-        strain = strain if projection is None else (projection @ strain.ravel()).reshape(3, 3)
+        strain = allowed(strain, found, pair.freedom)
         found.set_cell(found.cell.array @ (np.eye(3) + strain), scale_atoms=True, apply_constraint=False)
     found.set_positions(found.positions + RATTLE * rng.normal(size=found.positions.shape))
     return found

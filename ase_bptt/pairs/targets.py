@@ -18,6 +18,7 @@ from ase.formula import Formula
 from ase.io import read
 from ase.io.cif import parse_cif
 
+from ..cells.row_maps import allowed
 from ..displacements import KNOWN
 from ..suggestions import unknown_name
 from ..utils import in_short
@@ -58,10 +59,7 @@ class Target(RelaxationPair):
         atoms.set_positions(atoms.positions + rng.normal(0, self.rattle, atoms.positions.shape))
         if self.freedom.moves:
             drawn = rng.uniform(-self.strain, self.strain, (3, 3))
-            strain = np.triu(drawn) + np.triu(drawn, 1).T
-            free = self.freedom.projection(atoms.cell.array[atoms.pbc])
-            if free is not None:
-                strain = (free @ strain.ravel()).reshape(3, 3)
+            strain = allowed(np.triu(drawn) + np.triu(drawn, 1).T, atoms, self.freedom)
             atoms.set_cell(atoms.cell.array @ (np.eye(3) + strain), scale_atoms=True, apply_constraint=False)
         return atoms
 

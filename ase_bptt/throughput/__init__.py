@@ -134,10 +134,10 @@ def relax_stream(
     first = next((some for some in portions if some), None)
     if first is None:
         return
-    known = [atoms for _, atoms, _ in first if not unknown_of(atoms)]
+    known = sample([(atoms, cell) for _, atoms, cell in first if not unknown_of(atoms)])
     iterated = IteratedMap(potential, make_stepper(stepper))
     if known:
-        iterated = IteratedMap(potential, resolve_step_size(make_stepper(stepper), potential, sample(known)))
+        iterated = IteratedMap(potential, resolve_step_size(iterated.stepper, potential, *zip(*known, strict=True)))
     costs = _Costs(iterated, batch_size, memory)
     waiting: dict[int, tuple[Atoms, CellFreedom]] = {}
     alone: list[tuple[int, Atoms, CellFreedom]] = []

@@ -154,8 +154,9 @@ class PairLoss:
 
     def resolve_step_size(self, train: Sequence[RelaxationPair]) -> None:
         """Replace the step size "auto" of the stepper by half of what is stable, measured on some of the references."""
-        some = [p.relaxed for p in sample(train)]
-        self.stepper = resolve_step_size(self.stepper, self.potential, some)
+        some = sample(train)
+        references, cells = [p.relaxed for p in some], [p.freedom for p in some]
+        self.stepper = resolve_step_size(self.stepper, self.potential, references, cells)
 
     def trained(self) -> list[nn.Parameter]:
         """What requires gradients in the potential and its stepper."""

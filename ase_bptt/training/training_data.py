@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..cells.row_maps import allowed
 from ..displacements import displacements, shortest_lattice_vector
 from ..pairs import RelaxationPair, fingerprint
 from ..pairs.charges import warn_of_contradictions
@@ -179,10 +180,7 @@ class VariedStarts(Sequence[RelaxationPair]):
         cell = cell + share * (pair.relaxed.cell.array - cell)
         noise = rng.normal(0, self._rattle, (3, 3))
         strain = (noise + noise.T) / 2 / (shortest_lattice_vector(pair.relaxed) / pair.n_atoms ** (1 / periodic.sum()))
-        free = pair.freedom.projection(cell[periodic])
-        if free is not None:
-            strain = (free @ strain.ravel()).reshape(3, 3)
-        return cell @ (np.eye(3) + strain)
+        return cell @ (np.eye(3) + allowed(strain, pair.initial, pair.freedom))
 
 
 class VariedPair(DeferredPair):
