@@ -83,10 +83,17 @@ class NequIP(Potential):
         types = torch.zeros(int(numbers.max()) + 1, dtype=torch.int64)
         types[numbers] = torch.arange(len(names))
         self.register_buffer("_types", types.to(next(model.buffers()).device), persistent=False)
-        tell_dtype(model, self.dtype)
+        mixed = self.dtype is torch.float32
+        self.exact = {name for name, value in model.named_buffers() if mixed and value.dtype is torch.float64}
 
     def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> NequIP:
+        """Move and cast; the constants that nequip keeps in float64 beside weights in float32 stay in it."""
+        exact = {name: value for name, value in self.model.named_buffers() if name in self.exact}
         super()._apply(function, recurse)
+        for name, value in exact.items():
+            owner, _, own = name.rpartition(".")
+            module = self.model.get_submodule(owner)
+            setattr(module, own, value.to(getattr(module, own).device))
         tell_dtype(self.model, self.dtype)
         return self
 
@@ -147,8 +154,7 @@ class NequIP(Potential):
         if not isinstance(native, dict | Saved):
             return cls(native)
         saved = from_checkpoint(native) if isinstance(native, dict) else native
-        found = cls(loaded(saved), saved.settings)
-        return found.to(found.dtype)
+        return cls(loaded(saved), saved.settings)
 
     def config(self) -> dict[str, Any]:
         if self.settings is None:
@@ -160,7 +166,7 @@ class NequIP(Potential):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> NequIP:
-        return cls(build(config).to(torch.get_default_dtype()), config)
+        return cls(build(config), config).to(torch.get_default_dtype())
 
     def save_native(self, path: Path) -> None:
         weights = {name: value.detach().cpu() for name, value in self.model.state_dict().items()}

@@ -23,7 +23,7 @@ from ..neighbors import find_edges
 from ..structures import Structures
 from ..threads import Building, quiet
 from ..utils import autograd_enabled
-from . import require
+from . import DTYPES, require
 
 EXTENSION = ".nequip.zip"
 SOLE = "sole_model"
@@ -131,37 +131,32 @@ def build(settings: dict[str, Any]) -> Any:
         # dtype, the seeds of random and numpy, e3nn's defaults), which then stay.
         utils._IS_BUILDING_MODEL.set(True)
         inner = builder(**arguments)
-        dtype = str(torch.get_default_dtype()).removeprefix("torch.")
-        return layers.GraphModel(inner, {**settings, "model_dtype": dtype}, inner.irreps_in)
+        default = str(torch.get_default_dtype()).removeprefix("torch.")
+        return layers.GraphModel(inner, {**settings, "model_dtype": default}, inner.irreps_in)
 
-    with quiet():
-        return contextvars.copy_context().run(made)
+    # In nequip's own dtype, on which some of the layers' constants depend, whatever it is cast to afterwards.
+    dtype = DTYPES[settings.get("model_dtype", "float32")]
+    with quiet(), Building(dtype):
+        model = contextvars.copy_context().run(made)
+    tell_dtype(model, dtype)
+    return model
 
 
 def loaded(saved: Saved) -> Any:
     """The GraphModel with its weights, in the dtype of most of them; nequip keeps some constants in float64."""
     dtypes = [value.dtype for value in saved.weights.values() if value.is_floating_point()]
     dtype = torch.float32 if torch.float32 in dtypes else torch.float64
-    with Building(dtype):
-        model = build(saved.settings)
-    tell_dtype(model, dtype)
-    # A constant that was only rounded keeps the precision that nequip gives it.
-    fresh = model.state_dict()
-    exact = {
-        name: fresh[name] for name, value in saved.weights.items() if name in fresh and _rounded(fresh[name], value)
-    }
+    model = build(saved.settings)
+    if model.model_dtype is not dtype:
+        tell_dtype(model.to(dtype), dtype)
     try:
-        model.load_state_dict(saved.weights | exact)
+        model.load_state_dict(saved.weights)
     except RuntimeError as error:
         raise ValueError(
             f"The weights of this NequIP model do not fit what the nequip that is installed builds from its "
             f"configuration: install the release that it was made with ({' '.join(str(error).split())[:300]})."
         ) from error
     return model
-
-
-def _rounded(exact: Tensor, value: Tensor) -> bool:
-    return exact.shape == value.shape and torch.equal(exact.to(value), value)
 
 
 def tell_dtype(model: Any, dtype: torch.dtype) -> None:
