@@ -53,7 +53,7 @@ class NequIP(Potential):
     native_name = f"nequip{EXTENSION}"
     atomic_properties = ("energies",)
     foreign_keywords = MappingProxyType({
-        "compile_path": f"give the {EXTENSION} or .ckpt file from which it was compiled as potential, with trust=True",
+        "compile_path": "give the .nequip.zip or .ckpt file from which it was compiled as potential, with trust=True",
         "energy_units_to_eV": "energies are in eV here, and so must be those of the model",
         "length_units_to_A": "lengths are in Å here, and so must be those of the model",
         "transforms": "leave it out: neighbours and types of atoms are found here",
@@ -135,7 +135,7 @@ class NequIP(Potential):
     @classmethod
     def from_name(cls, variant: str | None) -> Potential:
         raise ValueError(
-            f"A NequIP is loaded from its file: give the {EXTENSION} or .ckpt file as potential, with trust "
+            "A NequIP is loaded from its file: give the .nequip.zip or .ckpt file as potential, with trust "
             "(--potential FILE --trust in the shell)."
         )
 
@@ -160,7 +160,7 @@ class NequIP(Potential):
         if self.settings is None:
             raise NotImplementedError(
                 "A NequIP module does not know its configuration and cannot be saved: load it from its "
-                f"{EXTENSION} or .ckpt file."
+                ".nequip.zip or .ckpt file."
             )
         return dict(self.settings)
 

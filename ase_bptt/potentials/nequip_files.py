@@ -51,7 +51,7 @@ def from_checkpoint(native: dict[str, Any]) -> Saved:
     if "schedulefree_optimizer_state_dict" in native:
         raise ValueError(
             "The weights of this NequIP checkpoint are averaged by its optimizer: package it by nequip-package build, "
-            f"and give the {EXTENSION} file."
+            "and give the .nequip.zip file."
         )
     state, prefix = native["state_dict"], f"model.{SOLE}."
     weights = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
@@ -66,7 +66,7 @@ def from_checkpoint(native: dict[str, Any]) -> Saved:
 def from_package(path: Path) -> Saved:
     """What a package holds. It is a package of Python code, which is run."""
     if not path.name.endswith(EXTENSION):
-        raise ValueError(f"{path} is a package of NequIP, whose tools want its name to end in {EXTENSION}: rename it.")
+        raise ValueError(f"{path} is a package of NequIP, whose tools want its name to end in .nequip.zip: rename it.")
     read = require("yaml", extra="nequip").safe_load
     with quiet(), autograd_enabled():
         importer = PackageImporter(str(path))
