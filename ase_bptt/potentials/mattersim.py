@@ -79,7 +79,7 @@ class MatterSim(Potential):
         lengths = vectors.norm(dim=1)
         first, second = two_at_each_atom(edges.i, lengths.detach() < self.bond_cutoff, structures.n_atoms)
         radial = model.rbf(lengths)
-        angular = model.sbf(lengths[second], _angles(vectors, lengths, first, second))
+        angular = model.sbf(*_legs(vectors, lengths, first, second))
         species = nn.functional.one_hot(structures.numbers, model.max_z + 1).to(vectors)
         atoms, bonds = model.atom_embedding(species), model.edge_encoder(radial)
         for block in model.graph_conv:
@@ -175,7 +175,9 @@ def _build(arguments: dict[str, Any]) -> Any:
         return module.M3Gnet(**arguments, device="cpu")
 
 
-def _angles(vectors: Tensor, lengths: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """The angle between each two edges, in radians."""
-    cosines = (vectors[first] * vectors[second]).sum(1) / (lengths[first] * lengths[second])
-    return cosines.clamp(-STRAIGHT, STRAIGHT).acos()
+def _legs(vectors: Tensor, lengths: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """The length of the second leg of each angle, in Å, and the angle in radians."""
+    # The derivative of index_select is faster than that of indexing.
+    one, two = (lengths.index_select(0, leg) for leg in (first, second))
+    products = (vectors.index_select(0, first) * vectors.index_select(0, second)).sum(1)
+    return two, (products / (one * two)).clamp(-STRAIGHT, STRAIGHT).acos()
