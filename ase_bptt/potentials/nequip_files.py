@@ -122,8 +122,9 @@ def _targets(value: Any) -> list[Any]:
 
 def build(settings: dict[str, Any]) -> Any:
     """The GraphModel that a configuration describes, with any weights."""
+    settings = checked(settings)
     model, utils, layers = (require(f"nequip.{name}", extra="nequip") for name in ("model", "model.utils", "nn"))
-    builder = getattr(model, checked(settings)["_target_"].rpartition(".")[2])
+    builder = getattr(model, settings["_target_"].rpartition(".")[2])
     arguments = {name: value for name, value in settings.items() if name not in NO_ARGUMENTS}
 
     def made() -> Any:
