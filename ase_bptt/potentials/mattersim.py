@@ -156,7 +156,7 @@ class MatterSim(Potential):
             "model_name": "m3gnet",
             "model": {name: value.detach().cpu() for name, value in self.model.state_dict().items()},
             "model_args": dict(self.model.get_model_args()),
-            # mattersim's own training would go on from these.
+            # mattersim's own training would continue from these.
             "optimizer": {},
             "scheduler": {},
             "ema": {},
