@@ -60,8 +60,8 @@ class TorchCalculator(Calculator):
     Raises
     ------
     TypeError
-        Without a potential, and for keywords that are not known, with the nearest; for those of MACECalculator,
-        CHGNetCalculator and SevenNetCalculator with the one that does the same here.
+        Without a potential, and for keywords that are not known, with the nearest; for those of the families' own
+        calculators, such as MACECalculator, with the one that does the same here.
 
     Attributes
     ----------

@@ -83,6 +83,8 @@ class Potential(nn.Module):
     """The extra that installs the family, as in ``pip install "ase_bptt[extra]"``."""
     installation: ClassVar[str] = ""
     """How it is installed, where messages list the families: 'for MACE by pip install "ase_bptt[mace]"'."""
+    further_installation: ClassVar[str] = ""
+    """A second command, where the extra leaves out a package so as to spare its users what that requires."""
     licence: str = ""
     """That of the pretrained weights, where one holds for all of the family; for the model card."""
     native_name: str | None = None

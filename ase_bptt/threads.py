@@ -120,7 +120,8 @@ class Building(TorchFunctionMode):
     """Within it this thread builds modules in a dtype, and draws their first weights from a generator of its own.
 
     A package that asks for torch's default dtype is given this one instead; that default, torch's random numbers and
-    other threads stay as they are. One thread builds at a time: TorchScript's compiler serves no two at once.
+    other threads stay as they are. One thread builds at a time: TorchScript's compiler serves no two at once. Where one
+    is within another, the inner one decides.
 
     Parameters
     ----------
@@ -134,20 +135,26 @@ class Building(TorchFunctionMode):
         super().__init__()
         self.dtype = dtype
         self.generator = torch.Generator().manual_seed(seed)
+        self.outer: Building | None = None
 
     def __enter__(self) -> Building:
         _building.acquire()
+        self.outer = getattr(_here, "building", None)
+        _here.building = self
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
+        _here.building = self.outer
         _building.release()
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if _here.building is not self:
+            return function(*args, **kwargs)
         if kwargs.get("generator") is not None:  # a constant: the draws have a seed, and a dtype, of their own
             return function(*args, **kwargs)
         if function in RANDOM and _device(args, kwargs).type == "cpu":

@@ -291,6 +291,18 @@ def test_modules_are_built_in_a_dtype_and_from_numbers_of_their_own(dtype):
         assert torch.equal(linear.weight, expected.weight)
 
 
+def test_of_two_buildings_the_inner_one_decides():
+    with Building(torch.float64, seed=3):
+        before = torch.rand(2)
+        with Building(torch.float32, seed=4):
+            inner = torch.rand(2)
+        with Building():
+            untouched = torch.zeros(2)
+        after = torch.rand(2)
+    assert [x.dtype for x in (before, inner, untouched, after)] == [torch.float64, *[torch.float32] * 2, torch.float64]
+    assert torch.equal(inner, torch.rand(2, generator=torch.Generator().manual_seed(4)))
+
+
 def test_a_view_shares_all_but_what_is_replaced():
     module = nn.Sequential(nn.Linear(2, 2), nn.Tanh())
     doubled = view(module, **{"1": lambda x: 2 * x})

@@ -117,6 +117,23 @@ def edge_codes(i: Any, j: Any, shifts: Any, n_atoms: Any) -> Any:
     return code
 
 
+def two_at_each_atom(i: Tensor, short: Tensor, n_atoms: int) -> tuple[Tensor, Tensor]:
+    """Every ordered two of the short edges that share their atom i, as indices of edges: the legs of the angles.
+
+    i, of shape (n_edges,), must be sorted, as the edges of `ase_bptt.neighbors` are; short is bool of the same shape.
+    """
+    edge = short.nonzero().squeeze(1)
+    centre = i[edge]
+    coordination = torch.bincount(centre, minlength=n_atoms)
+    start = coordination.cumsum(0) - coordination
+    partners = coordination[centre]
+    first = torch.repeat_interleave(torch.arange(len(edge), device=i.device), partners)
+    block = torch.arange(len(first), device=i.device) - torch.repeat_interleave(partners.cumsum(0) - partners, partners)
+    second = start[centre[first]] + block
+    different = first != second
+    return edge[first[different]], edge[second[different]]
+
+
 def _span(positions: np.ndarray) -> float:
     """A length in Å that is more than the distance between any two of the atoms."""
     return 1.0 + float(np.linalg.norm(np.ptp(positions, axis=0))) if len(positions) else 1.0

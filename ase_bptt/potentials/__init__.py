@@ -289,9 +289,10 @@ def require(module: str, *, extra: str) -> ModuleType:
             return importlib.import_module(module)
     except ImportError as error:
         package = module.split(".", 1)[0]
-        reason = family(extra).environment() if extra in families() else ""
-        where = f", in an environment of its own: {reason}" if reason else ""
+        adapter = family(extra) if extra in families() else Potential
+        commands = " and ".join(filter(None, (f'pip install "ase_bptt[{extra}]"', adapter.further_installation)))
+        where = f", in an environment of its own: {reason}" if (reason := adapter.environment()) else ""
         raise ImportError(
             f"This potential needs the package {package!r}, which does not import here ({error}): "
-            f'install it by pip install "ase_bptt[{extra}]"{where}.'
+            f"install it by {commands}{where}."
         ) from error

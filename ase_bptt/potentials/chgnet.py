@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..neighbors import Edges
-from ..neighbors.search import edge_codes
+from ..neighbors.search import edge_codes, two_at_each_atom
 from ..potential import Potential, Prediction
 from ..structures import Structures
 from ..suggestions import unknown_name
@@ -207,18 +207,4 @@ class Topology:
         bonds, undirected = torch.unique(key, return_inverse=True)
         order = torch.arange(len(key), device=key.device)
         representative = order.new_zeros(len(bonds)).scatter_reduce(0, undirected, order, "amin", include_self=False)
-        return cls(undirected, representative, _angles(edges.i, short, n_atoms))
-
-
-def _angles(i: Tensor, short: Tensor, n_atoms: int) -> tuple[Tensor, Tensor]:
-    """All ordered two of the short edges around each atom; i must be sorted."""
-    edge = short.nonzero().squeeze(1)
-    centre = i[edge]
-    coordination = torch.bincount(centre, minlength=n_atoms)
-    start = coordination.cumsum(0) - coordination
-    partners = coordination[centre]
-    first = torch.repeat_interleave(torch.arange(len(edge), device=i.device), partners)
-    block = torch.arange(len(first), device=i.device) - torch.repeat_interleave(partners.cumsum(0) - partners, partners)
-    second = start[centre[first]] + block
-    different = first != second
-    return edge[first[different]], edge[second[different]]
+        return cls(undirected, representative, two_at_each_atom(edges.i, short, n_atoms))

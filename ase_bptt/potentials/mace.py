@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -30,6 +30,8 @@ from .mace_files import (
 SPECIFIED = {"total_charge": ("charge", "charges"), "total_spin": ("spin", "spins")}
 """What mace-torch calls the charge and the spin multiplicity of a structure, what users do, and its place here."""
 CUEQ = "cuequivariance"
+E3NN = "0.4.4"
+"""The release that mace-torch pins."""
 
 
 class MACE(Potential):
@@ -160,8 +162,11 @@ class MACE(Potential):
 
     @classmethod
     def environment(cls) -> str:
-        # It matters only where SevenNet is installed.
-        return "MACE needs e3nn 0.4.4, SevenNet a newer one" if importlib.util.find_spec("sevenn") else ""
+        try:
+            found = version("e3nn")
+        except PackageNotFoundError:
+            return ""
+        return "" if found == E3NN else f"MACE needs e3nn {E3NN}, and families that are installed here {found}"
 
     @classmethod
     def from_name(cls, variant: str | None) -> MACE:
