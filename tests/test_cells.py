@@ -232,6 +232,20 @@ def test_the_automatic_step_size_counts_the_rows_of_cells_as_they_are_moved():
     np.testing.assert_allclose(end.atoms.cell, one.cells[0].detach(), atol=1e-12)
 
 
+def test_memory_is_planned_by_a_frame_in_which_the_cells_move(monkeypatch):
+    measured = []
+
+    def one_frame(potential, structures, **settings):
+        measured.append([cell.name for cell in settings["cell"]])
+        return relax(potential, structures, **settings)
+
+    monkeypatch.setattr("ase_bptt.throughput.relax", one_frame)
+    free = [CellFreedom.of("full"), CellFreedom.of("fixed")]
+    assert len(dict(relax_all(lennard_jones(), [argon(), argon()], cells=free, steps=2, memory=1.0))) == 2
+    assert measured
+    assert {name for names in measured for name in names} == {"full", "fixed"}
+
+
 # Degrees of freedom ---------------------------------------------------------------------------
 
 
