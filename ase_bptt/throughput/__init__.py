@@ -211,7 +211,7 @@ def _relaxed(iterated: IteratedMap, start: Atoms, cell: CellFreedom, end: End) -
         rows = rows_of(potential.batch(start), [cell], iterated).replace(positions=positions)
         placed, work = rows.placed(), rows.work()
         positions, forces = placed.positions, rows.atomic_forces(forces)
-        atoms.set_cell(unrounded(placed.cells[0], start.cell.array))
+        atoms.set_cell(unrounded(placed.cells[0], start.cell.array), apply_constraint=False)
         if work is not None:
             results["energy"] -= float(work)
         if end.status is not Status.DIVERGED:
