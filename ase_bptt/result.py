@@ -236,7 +236,7 @@ class Relaxation:
                 relaxed[k] = atoms = self._sources[k].copy()
                 atoms.positions = unrounded(positions[k], atoms.positions)
                 if k in stresses:
-                    atoms.set_cell(unrounded(self.cells[k], atoms.cell.array))
+                    atoms.set_cell(unrounded(self.cells[k], atoms.cell.array), apply_constraint=False)
             atoms.calc = SinglePointCalculator(
                 atoms, energy=energies[k], forces=forces[k].numpy(), **stresses.get(k, {})
             )

@@ -4,7 +4,7 @@
 
 The file holds relaxed structures alone (a random sample of WBM, relaxed with PBE within their space groups; public, not
 part of the package). All are compared under FixSymmetry, from starts whose cells are strained and whose atoms are
-rattled within the space group. Chemical systems are drawn by a fixed seed; no system is on two sides. First no force
+rattled within the space group. Chemical systems are drawn by a fixed seed; no system is split. First no force
 and no stress at the references (`--first` epochs of five passes), then through the relaxation (`--epochs`).
 """
 

@@ -232,6 +232,31 @@ def test_the_automatic_step_size_counts_the_rows_of_cells_as_they_are_moved():
     np.testing.assert_allclose(end.atoms.cell, one.cells[0].detach(), atol=1e-12)
 
 
+def test_a_cell_that_keeps_its_symmetry_may_change_by_more_than_ase_allows_in_one_step():
+    """FixSymmetry.adjust_cell refuses a quarter: the end of a relaxation has the symmetry already."""
+    atoms = bulk("Ar", a=2.1)
+    atoms.set_constraint(FixSymmetry(atoms))
+    free = CellFreedom.of("full")
+    [(_, end)] = relax_all(lennard_jones(), [atoms], cells=[free], fmax=0.05, steps=100)
+    found = relax(lennard_jones(), atoms, cell="full", fmax=0.05, steps=100).to_atoms()
+    for cell in (end.atoms.cell, found.cell):
+        assert np.linalg.det(cell / 2.1) < 0.75**3 / 4
+
+
+def test_memory_is_planned_by_a_frame_in_which_the_cells_move(monkeypatch):
+    measured = []
+
+    def one_frame(potential, structures, **settings):
+        measured.append([cell.name for cell in settings["cell"]])
+        return relax(potential, structures, **settings)
+
+    monkeypatch.setattr("ase_bptt.throughput.relax", one_frame)
+    free = [CellFreedom.of("full"), CellFreedom.of("fixed")]
+    assert len(dict(relax_all(lennard_jones(), [argon(), argon()], cells=free, steps=2, memory=1.0))) == 2
+    assert measured
+    assert {name for names in measured for name in names} == {"full", "fixed"}
+
+
 # Degrees of freedom ---------------------------------------------------------------------------
 
 

@@ -147,7 +147,7 @@ def relax_stream(
             alone.extend(some for some in portion if unknown_of(some[1]))
             together = [some for some in portion if not unknown_of(some[1])]
             waiting.update({k: (atoms, cell) for k, atoms, cell in together})
-            of = costs([atoms for _, atoms, _ in together])
+            of = costs([(atoms, cell) for _, atoms, cell in together])
             yield [Waiting(k, atoms, cost, cell) for (k, atoms, cell), cost in zip(together, of, strict=True)]
 
     def those_alone() -> Iterator[tuple[int, Relaxed]]:
@@ -172,15 +172,15 @@ class _Costs:
 
     def __init__(self, iterated: IteratedMap, batch_size: int | None, memory: float | None):
         self.iterated, self.batch_size = iterated, batch_size
-        self.planner = Planner(iterated.potential, self._one_frame, lambda atoms: atoms, memory)
+        self.planner = Planner(iterated.potential, self._one_frame, lambda item: item[0], memory)
         self.room = 0.0
 
-    def __call__(self, structures: Sequence[Atoms]) -> list[float]:
+    def __call__(self, structures: Sequence[tuple[Atoms, CellFreedom]]) -> list[float]:
         """In the unit of `room`."""
         if self.batch_size is not None:
             costs, room = [1.0] * len(structures), float(self.batch_size)
         elif self.planner.limit == float("inf"):
-            costs, room = [float(len(atoms)) for atoms in structures], float(ATOMS)
+            costs, room = [float(len(atoms)) for atoms, _ in structures], float(ATOMS)
         elif structures:
             costs, room = self.planner.costs(structures)
         else:
@@ -191,13 +191,14 @@ class _Costs:
             # A Hessian of (3 n)^2 numbers a structure: for large ones, many together would fill the memory.
             return [
                 max(self.room, cost) if len(atoms) > LARGE else cost
-                for atoms, cost in zip(structures, costs, strict=True)
+                for (atoms, _), cost in zip(structures, costs, strict=True)
             ]
         return costs
 
-    def _one_frame(self, batch: list[Atoms]) -> None:
+    def _one_frame(self, batch: list[tuple[Atoms, CellFreedom]]) -> None:
+        structures, cells = zip(*batch, strict=True)
         with torch.no_grad():
-            relax(self.iterated.potential, batch, stepper=self.iterated.stepper, steps=1)
+            relax(self.iterated.potential, structures, stepper=self.iterated.stepper, steps=1, cell=cells)
 
 
 def _relaxed(iterated: IteratedMap, start: Atoms, cell: CellFreedom, end: End) -> Relaxed:
@@ -210,7 +211,7 @@ def _relaxed(iterated: IteratedMap, start: Atoms, cell: CellFreedom, end: End) -
         rows = rows_of(potential.batch(start), [cell], iterated).replace(positions=positions)
         placed, work = rows.placed(), rows.work()
         positions, forces = placed.positions, rows.atomic_forces(forces)
-        atoms.set_cell(unrounded(placed.cells[0], start.cell.array))
+        atoms.set_cell(unrounded(placed.cells[0], start.cell.array), apply_constraint=False)
         if work is not None:
             results["energy"] -= float(work)
         if end.status is not Status.DIVERGED:

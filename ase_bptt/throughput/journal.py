@@ -163,7 +163,7 @@ class Ends(Sequence[Relaxed]):
             return Part(self, range(*index.indices(len(self))))
         index = range(len(self))[index]
         found, atoms = self._read(index), self.structures[index].copy()
-        atoms.set_cell(found.cell)
+        atoms.set_cell(found.cell, apply_constraint=False)
         atoms.positions = found.positions
         atoms.calc = SinglePointCalculator(atoms, **found.calc.results)
         return Relaxed(atoms, Status(found.info["_status"]), int(found.info["_nsteps"]))
