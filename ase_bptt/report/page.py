@@ -9,10 +9,12 @@ from statistics import fmean
 
 from ..evaluation import BASIN_RULE, Evaluation
 from ..evaluation.compare import Comparison, check_same
+from ..pairs import RelaxationPair
 from . import LABELS, cell_lines, change, comparison_sentences, count, headline, number, plural
 from .columns import NUMBER, Cell, Table
 from .document import Picture, Section, picture_of, write_document
 from .plots import MOST_ATOMS, atom_displacements, before_after, by_group, learning_curve, save
+from .structure_pictures import structures_section
 from .tables import UNIT, both_of, cells_table, groups_table, sorted_groups, structures_table
 
 RULE = BASIN_RULE.removeprefix("right basin: ")
@@ -58,6 +60,7 @@ def write_page(
     facts: Iterable[tuple[str, str]] = (),
     best_epoch: int | None = None,
     extra: Sequence[Section] = (),
+    pairs: Sequence[RelaxationPair] = (),
 ) -> None:
     """Write a self-contained page that opens in any browser, whole or not at all.
 
@@ -79,6 +82,9 @@ def write_page(
         Names and values: potential, settings, versions, command, date, ...
     extra : sequence of Section
         Further sections at the end, such as `report.drift_report.drift_section`.
+    pairs : sequence of RelaxationPair
+        What was evaluated, for pictures of the best and the farthest structures; without them, or without the ends of
+        the evaluation, there are none.
 
     Raises
     ------
@@ -101,6 +107,8 @@ def write_page(
     chosen = list(facts)
     sections = [Section("How it was made", tables=[facts_table(chosen)])] if chosen else []
     sections += _results(evaluation, after, labels, comparison)
+    if drawn := structures_section(evaluation, after, labels, pairs):
+        sections.append(drawn)
     if history:
         sections.append(Section("Training", pictures=[learning(history, best_epoch)]))
     sections += extra

@@ -21,7 +21,6 @@ from matplotlib.patches import Circle
 
 from ..displacements import displacements, known_part
 from ..evaluation import Evaluation
-from ..evaluation.compare import check_same
 from ..pairs import RelaxationPair
 from . import LABELS, number, shorten
 from .document import Picture, Section, picture_of
@@ -36,9 +35,11 @@ MOST_ATOMS = 250
 NAME_WIDTH = 40
 SIZE, BOND, TILT = 0.45, 1.15, (0.10, 0.07)
 """Radii of discs and lengths of bonds over covalent radii; radians by which the view is off an axis."""
-MARGIN, EMPTY = 1.0, 2.5
-"""Å around the atoms, and of the empty part of a cell that is drawn."""
-BLACK, RED = "#1c1f23", "#b3261e"
+MARGIN, EMPTY, SCALE = 1.0, 2.5, 2
+"""Å around the atoms, of the empty part of a cell that is drawn, and of the scale bar."""
+FRONT = 1000
+BLACK, RED, DASHED = "#1c1f23", "#b3261e", (0, (2, 1))
+ARROW = {"arrowstyle": "-|>", "color": RED, "linewidth": 1.2, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 7}
 
 
 def structures_section(
@@ -49,72 +50,50 @@ def structures_section(
 ) -> Section | None:
     """Pictures of the structures that are farthest from their references, and of the best ones.
 
-    Parameters
-    ----------
-    evaluation : Evaluation
-        The only one, or that before.
-    after : Evaluation, optional
-        Of the same structures.
-    labels : two str
-        What the two are called.
-    pairs : sequence of RelaxationPair
-        Of these structures, in any order.
-
-    Returns
-    -------
-    Section or None
-        None where the ends are not at hand, as after reading an evaluation from its file, or the pairs are not.
+    The pairs may be in any order. None where they or the ends are not at hand, as after reading an evaluation from its
+    file.
     """
-    if after is not None:
-        check_same(evaluation, after)
     last = after or evaluation
     of = {pair.id: pair for pair in pairs}
-    pictures = []
-    for k, why in _chosen(evaluation, after) if last.ends else ():
-        pair, ends = of.get(last.rows[k].id), []
-        for found, label in zip((evaluation, after), labels, strict=True):
-            if found is not None and found.ends and math.isfinite(found.rows[k].delta_q):
-                ends.append((label, found.ends[k]))
-        if pair is not None:
-            values = [number(found.rows[k].delta_q, 2) for found in (evaluation, after) if found is not None]
-            title = f"{shorten([pair.id], NAME_WIDTH)[0]}\nDelta-Q {' → '.join(values)} {UNIT}"
-            pictures.append(_picture(pair, ends, title, why, " to ".join(values)))
-    return Section("Some structures", pictures=pictures) if pictures else None
+    chosen = [(k, why) for k, why in _chosen(evaluation, after) if last.rows[k].id in of] if last.ends else []
+    pictures = [_picture(of[last.rows[k].id], k, why, evaluation, after, labels) for k, why in chosen]
+    return Section("The farthest and the best structures", pictures=pictures) if pictures else None
 
 
 def _chosen(evaluation: Evaluation, after: Evaluation | None) -> list[tuple[int, str]]:
-    """The rows to be drawn, each with the reason: the farthest, then those that gained most or are nearest."""
-    last = [row.delta_q for row in (after or evaluation).rows]
+    """The rows that are drawn and why: the farthest, and those that gained most or, of one evaluation, are nearest."""
+    first, last = ([row.delta_q for row in e.rows] for e in (evaluation, after or evaluation))
     finite = [k for k, value in enumerate(last) if math.isfinite(value)]
-    worst = sorted(finite, key=lambda k: -last[k])[:EACH]
-    rest = [k for k in finite if k not in worst]
-    if after is None:
-        best = sorted(rest, key=lambda k: last[k])[:EACH]
-        return [*((k, "among the farthest from its reference") for k in worst),
-                *((k, "among the nearest to its reference") for k in best)]  # fmt: skip
-    gains = {k: evaluation.rows[k].delta_q - last[k] for k in rest if math.isfinite(evaluation.rows[k].delta_q)}
-    best = sorted(gains, key=lambda k: -gains[k])[:EACH]
-    return [*((k, "among the farthest from its reference") for k in worst),
-            *((k, "among those whose Delta-Q fell most") for k in best)]  # fmt: skip
+    farthest = sorted(finite, key=lambda k: -last[k])[:EACH]
+    rest = [k for k in finite if k not in farthest and (after is None or last[k] < first[k])]
+    best = sorted(rest, key=lambda k: last[k] if after is None else last[k] - first[k])[:EACH]
+    why = "among the nearest to their references" if after is None else "among those whose Delta-Q fell most"
+    return [(k, "among the farthest from their references") for k in farthest] + [(k, why) for k in best]
 
 
 def _picture(
-    pair: RelaxationPair, ends: Sequence[tuple[str, Atoms]], title: str, why: str, values: str
+    pair: RelaxationPair, k: int, why: str, evaluation: Evaluation, after: Evaluation | None, labels: tuple[str, str]
 ) -> Picture:
-    moves = [shifts(end, pair.relaxed) for _, end in ends]
-    named = dict(zip([label for label, _ in ends], moves, strict=True))
-    figure, view = overlay(pair.relaxed, shifts(pair.initial, pair.relaxed), named, title)
-    n = int((np.linalg.norm(moves[-1], axis=1) > MOVED).sum())
-    alt = (
-        f"{pair.id}, {why}: {n} of {pair.n_atoms} atoms end more than {MOVED} Å from their place in the reference; "
-        f"Delta-Q {values} amu^1/2 Å."
-    )
-    moved = " Its cell was relaxed; all is drawn in the cell of the reference." if pair.freedom.moves else ""
-    caption = (
-        f"{pair.id}, {why}. {n} of {pair.n_atoms} atoms end more than {MOVED} Å from their place in the reference; the "
-        f"others are pale.{moved}"
-    )
-    return picture_of(figure, alt, caption)
+    """The picture of one structure, the k-th row."""
+    both = [(e, label) for e, label in zip((evaluation, after), labels, strict=True) if e is not None]
+    values = [number(e.rows[k].delta_q, 2) for e, _ in both]
+    sound = [(e, label) for e, label in both if e.ends and math.isfinite(e.rows[k].delta_q)]
+    ends = {label: shifts(e.ends[k], pair.relaxed) for e, label in sound}
+    title = f"{plain(shorten([pair.id], NAME_WIDTH)[0])}\nDelta-Q {' → '.join(values)} {UNIT}"
+    figure, view = overlay(pair.relaxed, shifts(pair.initial, pair.relaxed), ends, title)
+    n = int((np.linalg.norm(ends[both[-1][1]], axis=1) > MOVED).sum())
+    found = f"{pair.id}, {why}: {n} of {pair.n_atoms} atoms end more than {MOVED} Å from their place in the reference"
+    caption = f"{found}. Pale: nearer than that. Seen nearly along {view.along}."
+    if pair.freedom.moves:
+        caption += " The cell was relaxed; all is drawn in that of the reference."
+    if len(view.shown) < pair.n_atoms:
+        caption += f" The {len(view.shown)} atoms around the one that is farthest off are shown."
+    return picture_of(figure, f"Picture of {found}; Delta-Q {' to '.join(values)} amu^1/2 Å.", caption)
+
+
+def plain(text: str) -> str:
+    """In one line, and nothing of it a formula."""
+    return " ".join(text.split()).replace("$", r"\$")
 
 
 def shifts(end: Atoms, reference: Atoms) -> np.ndarray:
@@ -162,7 +141,7 @@ class View:
         if corners:
             ends = np.concatenate(corners)
             low, high = np.clip(ends.min(0) - 0.2, low - EMPTY, low), np.clip(ends.max(0) + 0.2, high, high + EMPTY)
-        return low, high
+        return low - np.array([0.0, 0.7]), high
 
     @property
     def ratio(self) -> float:
@@ -175,11 +154,7 @@ class View:
 def view_of(atoms: Atoms, moves: Sequence[np.ndarray]) -> View:
     """A view in which these displacements are seen, along a cell vector or a principal axis of a molecule.
 
-    Parameters
-    ----------
-    atoms : Atoms
-    moves : sequence of array, shape (n_atoms, 3)
-        Displacements from it, Å.
+    The displacements from the structure are in Å, shape (n_atoms, 3) each.
     """
     atoms = Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
     farthest = int(np.max([np.linalg.norm(d, axis=1) for d in moves], axis=0).argmax())
@@ -217,7 +192,7 @@ def _normal_part(vector: np.ndarray, to: np.ndarray) -> np.ndarray:
 def _seen(axes: np.ndarray, positions: np.ndarray, moves: Sequence[np.ndarray]) -> float:
     """The share of the squared displacements that is seen from there, and, with less weight, that of the extent."""
     seen = 0.0
-    for weight, vectors in ((1.0, np.concatenate(list(moves))), (0.2, positions - positions.mean(0))):
+    for weight, vectors in ((1.0, np.concatenate(list(moves))), (0.3, positions - positions.mean(0))):
         squares = ((vectors @ axes.T) ** 2).sum(0)
         seen += weight * float(squares[:2].sum() / max(squares.sum(), 1e-12))
     return seen
@@ -226,33 +201,27 @@ def _seen(axes: np.ndarray, positions: np.ndarray, moves: Sequence[np.ndarray]) 
 def overlay(reference: Atoms, initial: np.ndarray, ends: Mapping[str, np.ndarray], title: str) -> tuple[Figure, View]:
     """Initial structure and ends over the reference, and how it is looked at.
 
-    Parameters
-    ----------
-    reference : Atoms
-    initial : array, shape (n_atoms, 3)
-        Displacements from the reference, Å.
-    ends : mapping of str to array, shape (n_atoms, 3)
-        Likewise, by what they are called; the last is drawn as filled discs, one before it as outlines.
-    title : str
+    Both are displacements from it in Å, shape (n_atoms, 3), the ends by what they are called: the last is drawn as
+    filled discs, one before it as dashed outlines.
     """
     *before, end = ends.values()
     view = view_of(reference, [initial, *ends.values()])
-    figure = new_figure(WIDTH * view.ratio + 1.2)
-    axes = figure.add_subplot()
-    draw(axes, view, end, before=before[0] if before else None, initial=initial)
-    axes.set_title(title, fontsize=10)
-    *outlined, filled = shorten(ends, LABEL_WIDTH)
-    handles = [*_elements(view.atoms, filled), _handle("reference", "o", BLACK, "none")]
-    handles += [Line2D([], [], color=ORANGE, linestyle=(0, (2, 1)), linewidth=1.4, label=name) for name in outlined]
-    handles += [_handle("initial", "x", BLUE, BLUE), _handle(f"reference to {filled}, > {MOVED} Å", r"$\rightarrow$", RED, RED)]
-    figure.legend(handles=handles, loc="outside lower center", ncols=2 if len(filled) > 8 else 3, frameon=False, fontsize=9)
+    *outlined, filled = map(plain, shorten(list(ends), LABEL_WIDTH))
+    handles = [*elements(view.atoms, filled), _handle("reference", "o", BLACK, "none")]
+    handles += [Line2D([], [], color=ORANGE, linestyle=DASHED, label=name) for name in outlined]
+    handles += [_handle("initial", "x", BLUE, BLUE), _handle(f"off by > {MOVED} Å", r"$\rightarrow$", RED, RED)]
+    columns = 2 if len(filled) > 8 else 3
+    figure = new_figure(0.95 * WIDTH * view.ratio + 0.65 + 0.19 * math.ceil(len(handles) / columns))
+    draw(figure.add_subplot(), view, end, before=before[0] if before else None, initial=initial)
+    figure.suptitle(title, fontsize=10)
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
     return figure, view
 
 
-def _elements(atoms: Atoms, name: str) -> list[Line2D]:
+def elements(atoms: Atoms, name: str) -> list[Line2D]:
     """Of the legend: a disc for each element."""
     symbols = dict(zip(atoms.symbols, atoms.numbers, strict=True))
-    return [_handle(f"{symbol} {name}".strip(), "o", "white", jmol_colors[z]) for symbol, z in symbols.items()]
+    return [_handle(f"{symbol} {name}".strip(), "o", GREY, jmol_colors[z]) for symbol, z in symbols.items()]
 
 
 def _handle(label: str, marker: str, edge: str, face: Any) -> Line2D:
@@ -265,48 +234,50 @@ def draw(
 ) -> None:
     """Draw the structure of a view as outlines, and ends over it.
 
-    Parameters
-    ----------
-    axes : Axes
-    view : View
-    end : array, shape (n_atoms, 3)
-        Displacements in Å, which end in filled discs.
-    before, initial : array, shape (n_atoms, 3), optional
-        Those that end in dashed outlines, and in crosses.
+    All are displacements in Å, shape (n_atoms, 3): `end` is drawn as filled discs, `before` as dashed outlines, and
+    `initial` as crosses.
     """
     places = view.atoms.positions
+    started, stopped, middle = (view(places + d) for d in (end if initial is None else initial, end, 0 * end))
     moved = np.linalg.norm(end, axis=1) > MOVED
     shown = moved if before is None else moved | (np.linalg.norm(before, axis=1) > MOVED)
     radii, colours = SIZE * covalent_radii[view.atoms.numbers], jmol_colors[view.atoms.numbers]
-    points = {name: view(places + d) for name, d in (("end", end), ("before", before), ("initial", initial)) if d is not None}
-    points["reference"] = view(places)
-    _draw_cell_and_bonds(axes, view, points["end"])
+    _draw_cell_and_bonds(axes, view, end)
     for rank, k in enumerate(view.shown):
-        paleness = 0.25 * (1 - rank / len(view.shown)) if shown[k] else 0.65
+        paleness = 0.25 * (1 - rank / len(view.shown)) if shown[k] else 0.6
         colour = paleness + (1 - paleness) * colours[k]
-        axes.add_patch(Circle(points["end"][k], radii[k], facecolor=colour, edgecolor=GREY, linewidth=0.4, zorder=3 + rank))
+        # Those that moved are in front, for they are what the picture is about.
+        _circle(axes, stopped[k], radii[k], rank + FRONT * shown[k], facecolor=colour, edgecolor=GREY, linewidth=0.4)
         if shown[k]:
-            outline = {"fill": False, "zorder": 1000}
-            axes.add_patch(Circle(points["reference"][k], radii[k], edgecolor=BLACK, linewidth=1.2, **outline))
+            _circle(axes, middle[k], radii[k], 2 * FRONT, fill=False, edgecolor=BLACK, linewidth=1.2)
             if before is not None:
-                axes.add_patch(Circle(points["before"][k], radii[k], edgecolor=ORANGE, linewidth=1.4, linestyle=(0, (2, 1)), **outline))
+                place = view(places[k] + before[k])
+                _circle(axes, place, radii[k], 2 * FRONT, fill=False, edgecolor=ORANGE, linestyle=DASHED, linewidth=1.4)
     if initial is not None:
-        far = [k for k in view.shown if shown[k] or np.linalg.norm(initial[k]) > 3 * MOVED]
-        axes.scatter(*points["initial"][far].T, marker="x", s=16, linewidths=1.1, color=BLUE, zorder=1001)
+        far = started[[k for k in view.shown if shown[k] or np.linalg.norm(initial[k]) > MOVED]]
+        axes.scatter(far[:, 0], far[:, 1], s=16, color=BLUE, marker="x", linewidths=1.1, zorder=2 * FRONT + 4)
     for k in view.shown[moved[view.shown]]:
-        axes.annotate("", points["end"][k], points["reference"][k], zorder=1002,
-                      arrowprops={"arrowstyle": "-|>", "color": RED, "linewidth": 1.2, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 7})
+        axes.annotate("", stopped[k], middle[k], arrowprops=ARROW, zorder=2 * FRONT + 5)
     low, high = view.limits()
-    axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), aspect="equal")
+    low, high = np.minimum(low, stopped[view.shown].min(0) - 0.5), np.maximum(high, stopped[view.shown].max(0) + 0.5)
+    axes.plot([low[0], low[0] + SCALE], [low[1], low[1]], color=BLACK, linewidth=2, zorder=3)
+    axes.text(low[0] + SCALE / 2, low[1] - 0.1, f"{SCALE} Å", ha="center", va="top", fontsize=8)
+    axes.set(xlim=(low[0] - 0.1, high[0]), ylim=(low[1] - 0.1, high[1]), aspect="equal")
     axes.set_axis_off()
 
 
-def _draw_cell_and_bonds(axes: Axes, view: View, points: np.ndarray) -> None:
+def _circle(axes: Axes, place: np.ndarray, radius: float, height: float, **how: Any) -> None:
+    axes.add_patch(Circle((place[0], place[1]), radius, zorder=3 + height, **how))
+
+
+def _draw_cell_and_bonds(axes: Axes, view: View, end: np.ndarray) -> None:
+    points, moves = view(view.atoms.positions + end), view(end)
     for edge in view.edges():
         axes.plot(*view(edge).T, color=GREY, linewidth=0.8, zorder=1)
     rank = {k: place for place, k in enumerate(view.shown.tolist())}
     cutoffs = natural_cutoffs(view.atoms, mult=BOND)
-    for i, j, cross in zip(*neighbor_list("ijS", view.atoms, cutoffs), strict=True):
-        if i < j and not cross.any() and i in rank and j in rank:
-            # Behind both, so that the discs hide its ends.
-            axes.plot(*points[[i, j]].T, color="#c4c4c4", linewidth=2, zorder=2.5 + min(rank[i], rank[j]))
+    # Each atom has its half of a bond, so that those to periodic images are drawn as well.
+    for i, j, bond in zip(*neighbor_list("ijD", view.atoms, cutoffs), strict=True):
+        if i in rank:
+            half = (view(bond) + moves[j] - moves[i]) / 2
+            axes.plot(*np.array([points[i], points[i] + half]).T, color="#cccccc", linewidth=1.6, zorder=2.5 + rank[i])
