@@ -192,7 +192,7 @@ def _write(arguments: argparse.Namespace, structures: Sequence[Atoms], found: Se
         warn_of_lost_constraints(out / MINIMA, "extxyz", minima)
         write_atoms(out / MINIMA, minima, "extxyz")
         save(picture([atoms.info["structure"] for atoms in structures], found), out / "minima.png")
-        write_search_page(out / "report.html", structures, found)
+    write_search_page(out / "report.html", structures, found)
     with replacing(out / "minima.csv") as path, path.open("w", newline="") as file:
         table = csv.DictWriter(file, ["structure", "minimum", "energy", "above", "count", "starts", "ways"])
         table.writeheader()

@@ -26,8 +26,8 @@ TERMS = (
     ("Found", "How many of the starts ended there. A minimum that was found once may have others beside it that were "
      "not found."),
     ("Pictures of structures", "Filled discs: the minimum. Outlines: the structure as it was given, where atoms are "
-     f"more than {MOVED} Å apart, with arrows to the minimum; the other atoms are pale. Drift of the whole structure is "
-     "removed, and minimum images are used."),
+     f"more than {MOVED} Å apart, with arrows to the minimum; the other atoms are pale. Drift of the whole structure "
+     "is removed, and minimum images are used."),
 )  # fmt: skip
 NAME_WIDTH = 24
 
@@ -42,11 +42,12 @@ def picture(names: Sequence[str], found: Sequence[Search]) -> Figure:
             size = 15 + 250 * minimum.count / search.n_starts
             color = ORANGE if 0 in minimum.starts else BLUE
             axes.scatter([minimum.above], [row], s=size, color=color, alpha=0.6, linewidths=0)
-    axes.set_yticks(range(n), [name if len(name) <= NAME_WIDTH else "…" + name[1 - NAME_WIDTH :] for name in names[:n]])
+    short = [name if len(name) <= NAME_WIDTH else "…" + name[1 - NAME_WIDTH :] for name in names[:n]]
+    axes.set_yticks(range(n), [plain(name) for name in short])
     axes.set_ylim(n - 0.5, -0.5)
     axes.set_xlabel("eV above the lowest minimum")
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.set_title("minima found; orange: also from the structure as given", fontsize=10)
+    figure.suptitle("minima found; orange: also from the structure as given", fontsize=10)
     axes.grid(axis="y", linewidth=0.4)
     axes.set_axisbelow(True)
     return figure
@@ -98,7 +99,8 @@ def _side_by_side(given: Atoms, search: Search) -> Picture:
     figure.suptitle(plain(name), fontsize=10)
     figure.legend(handles=elements(view.atoms, ""), loc="outside lower center", ncols=6, frameon=False, fontsize=9)
     said = ", ".join(f"{m.above:.3f} eV above the lowest, found {m.count} of {search.n_starts} times" for m in minima)
-    rest = f" {len(search.minima) - len(minima)} more are higher." if len(search.minima) > len(minima) else ""
+    more = len(search.minima) - len(minima)
+    rest = {0: "", 1: " One more is higher."}.get(more, f" {more} more are higher.")
     return picture_of(figure, f"The lowest minima of {name}: {said}.", f"{name}, seen nearly along {view.along}.{rest}")
 
 
