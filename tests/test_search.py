@@ -187,7 +187,7 @@ class TestShell:
         assert "2 structures, 12 starts" in out
         assert max(map(len, out.splitlines()[1:-1])) <= 80
         assert {p.name for p in Path("ase-bptt-search").iterdir()} == {
-            "command.json", "minima.extxyz", "minima.csv", "minima.png", "results.json",
+            "command.json", "minima.extxyz", "minima.csv", "minima.png", "report.html", "results.json",
         }  # fmt: skip
         minima = read("ase-bptt-search/minima.extxyz", ":")
         with open("ase-bptt-search/minima.csv", newline="") as file:

@@ -124,7 +124,7 @@ def run(arguments: argparse.Namespace) -> int:
             "run": str(arguments.out),
         }
         facts = _facts(arguments, potential) | {"data": fingerprint(pairs)[:16]}
-        _write(arguments, result, found, reference, comparison, facts)
+        _write(arguments, result, found, reference, comparison, facts, pairs)
     for name in PARTS:
         remove(arguments.out / name)
     if arguments.json:
@@ -198,6 +198,7 @@ def _write(
     reference: Evaluation | None,
     comparison: Comparison | None,
     facts: dict[str, str],
+    pairs: list[RelaxationPair],
 ) -> None:
     out: Path = arguments.out
     labels = _labels(arguments)
@@ -209,7 +210,7 @@ def _write(
     write_pictures(out, first, second, shown)
     write_page(
         out / "report.html", title="Evaluation", evaluation=first, after=second, labels=shown,
-        comparison=comparison, facts=tuple(facts.items()),
+        comparison=comparison, facts=tuple(facts.items()), pairs=pairs,
     )  # fmt: skip
     rows = {"rows_before": reference.todict()["rows"] if reference else None, "rows_after": found.todict()["rows"]}
     write_json(out / RESULTS, result | rows | {"rule": BASIN_RULE, "facts": facts})

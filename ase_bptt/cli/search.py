@@ -15,7 +15,7 @@ from ..cells import CellFreedom
 from ..report.plots import save
 from ..search import EXPLOSION, WAYS, Search, minima_of
 from ..search import Starts as ManyStarts
-from ..search.picture import picture
+from ..search.picture import picture, write_search_page
 from ..steppers import STEPPERS
 from ..throughput.journal import relax_shared, run_key
 from ..throughput.parts import Parts, remove
@@ -31,7 +31,8 @@ DESCRIPTION = """\
 Relax each structure from many starts: as it is, rattled, with bonds around a
 site distorted (as ShakeNBreak does), pushed off its symmetry, and from starts
 of your own. The ends are grouped into distinct minima and ranked by energy.
---out is a folder: minima.extxyz, minima.csv, minima.png, results.json.
+--out is a folder: minima.extxyz, minima.csv, minima.png, report.html,
+results.json.
 
 examples:
   ase-bptt search vacancy.extxyz --potential tuned
@@ -191,6 +192,7 @@ def _write(arguments: argparse.Namespace, structures: Sequence[Atoms], found: Se
         warn_of_lost_constraints(out / MINIMA, "extxyz", minima)
         write_atoms(out / MINIMA, minima, "extxyz")
         save(picture([atoms.info["structure"] for atoms in structures], found), out / "minima.png")
+    write_search_page(out / "report.html", structures, found)
     with replacing(out / "minima.csv") as path, path.open("w", newline="") as file:
         table = csv.DictWriter(file, ["structure", "minimum", "energy", "above", "count", "starts", "ways"])
         table.writeheader()
@@ -220,4 +222,4 @@ def _text(arguments: argparse.Namespace, structures: Sequence[Atoms], found: Seq
         if lost:
             why = f"{search.unconverged} out of steps, {search.exploded} exploded, {search.collapsed} collapsed"
             lines.append(f"  {lost} starts in no minimum: {why}")
-    return "\n".join(lines) + f"\n\nall minima in {arguments.out / MINIMA}, a picture in {arguments.out / 'minima.png'}"
+    return "\n".join(lines) + f"\n\nall minima in {arguments.out / MINIMA}, pictures in {arguments.out / 'report.html'}"

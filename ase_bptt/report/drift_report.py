@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from ..drift.changes import Drift, DriftReport, FoldDriftReports
 from . import LABELS, Column, change, grid, number
 from .columns import NUMBER, Cell, Table
-from .page import Section, picture_of
+from .document import Section, picture_of
 from .plots import BLUE, GREY, ORANGE, new_figure
 
 TITLE = "What else has changed"

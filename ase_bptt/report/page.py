@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import math
-from base64 import b64encode
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from statistics import fmean
 
-from jinja2 import Environment, StrictUndefined, Template
-from markupsafe import Markup, escape
-from matplotlib.figure import Figure
-
 from ..evaluation import BASIN_RULE, Evaluation
 from ..evaluation.compare import Comparison, check_same
-from ..utils import replacing
+from ..pairs import RelaxationPair
 from . import LABELS, cell_lines, change, comparison_sentences, count, headline, number, plural
 from .columns import NUMBER, Cell, Table
-from .plots import MOST_ATOMS, atom_displacements, before_after, by_group, learning_curve, png, save
+from .document import Picture, Section, picture_of, write_document
+from .plots import MOST_ATOMS, atom_displacements, before_after, by_group, learning_curve, save
+from .structure_pictures import structures_section
 from .tables import UNIT, both_of, cells_table, groups_table, sorted_groups, structures_table
 
 RULE = BASIN_RULE.removeprefix("right basin: ")
@@ -51,18 +46,6 @@ OF_CELLS = (
     ("RMSD / (V/n)^1/3", "RMSD at the fractional coordinates of the reference's cell, over the cube root of its volume "
      "an atom: a number without a unit, by which crystals of different density compare."),
 )  # fmt: skip
-CSS_WIDTH = 480
-"""Pixels: the width of a picture on the page."""
-
-
-@dataclass(frozen=True)
-class Section:
-    """What stands below one heading of the page."""
-
-    name: str
-    sentences: Sequence[str] = ()
-    tables: Sequence[Table] = ()
-    pictures: Sequence[Picture] = ()
 
 
 def write_page(
@@ -77,6 +60,7 @@ def write_page(
     facts: Iterable[tuple[str, str]] = (),
     best_epoch: int | None = None,
     extra: Sequence[Section] = (),
+    pairs: Sequence[RelaxationPair] = (),
 ) -> None:
     """Write a self-contained page that opens in any browser, whole or not at all.
 
@@ -98,6 +82,9 @@ def write_page(
         Names and values: potential, settings, versions, command, date, ...
     extra : sequence of Section
         Further sections at the end, such as `report.drift_report.drift_section`.
+    pairs : sequence of RelaxationPair
+        What was evaluated, for pictures of the best and the farthest structures; without them, or without the ends of
+        the evaluation, there are none.
 
     Raises
     ------
@@ -120,26 +107,13 @@ def write_page(
     chosen = list(facts)
     sections = [Section("How it was made", tables=[facts_table(chosen)])] if chosen else []
     sections += _results(evaluation, after, labels, comparison)
+    if drawn := structures_section(evaluation, after, labels, pairs):
+        sections.append(drawn)
     if history:
         sections.append(Section("Training", pictures=[learning(history, best_epoch)]))
     sections += extra
-    text = _template().render(title=title, headline=headline(evaluation, after, labels, UNIT), sections=sections,
-                              terms=TERMS + OF_CELLS * evaluation.cells_move)  # fmt: skip
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def _template() -> Template:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["typeset"] = _typeset
-    return environment.from_string(files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
-
-
-def _typeset(text: str) -> Markup:
-    """Escaped; the exponent of the unit raised, and no line break between a number and its unit."""
-    text = text.replace(" %", "\N{NO-BREAK SPACE}%").replace(" Å", "\N{NO-BREAK SPACE}Å")
-    text = text.replace("eV/Å", "eV/\N{WORD JOINER}Å")
-    return Markup(escape(text).replace("amu^1/2", Markup("amu<sup>1/2</sup>")))
+    write_document(path, title, headline(evaluation, after, labels, UNIT), sections,
+                   TERMS + OF_CELLS * evaluation.cells_move)  # fmt: skip
 
 
 def _results(
@@ -193,23 +167,6 @@ def summary_table(evaluation: Evaluation, after: Evaluation | None, labels: tupl
         heads = [Cell("Measure"), *(Cell(label, NUMBER) for label in labels), Cell("Change")]
     sizes = f"{plural(len(evaluation.rows), 'structure')} in {plural(len(evaluation.by_group()), 'group')}"
     return Table(sizes, [heads], rows)
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A PNG in base64, its size in pixels of the page, its alternative text and its caption."""
-
-    data: str
-    width: int
-    height: int
-    alt: str
-    caption: str
-
-
-def picture_of(figure: Figure, alt: str, caption: str) -> Picture:
-    """A figure for the page, with its alternative text and caption."""
-    height = round(CSS_WIDTH * figure.get_figheight() / figure.get_figwidth())
-    return Picture(b64encode(png(figure)).decode(), CSS_WIDTH, height, alt, caption)
 
 
 def scatter(before: Evaluation, after: Evaluation, labels: tuple[str, str]) -> Picture:

@@ -113,6 +113,7 @@ def _trained_and_measured(
         rejected=rejected,
         facts=facts | _step_size(trainer, given) | _learnt(trainer),
         drift_report=DriftReport(first, last, (before, after)),
+        pairs=data.test,
     )
 
 

@@ -51,6 +51,8 @@ class RunResults:
     on_all_pairs : int or None
         How many pairs the potential that is handed back was trained on, where these include the ones held out: the
         figures are of another potential, in measured/, or of those of the folds.
+    pairs : sequence of RelaxationPair
+        Those held out, for the pictures of structures; empty in what was read from a folder.
     """
 
     out: Path
@@ -66,6 +68,7 @@ class RunResults:
     drift_report: DriftReport | FoldDriftReports | None = None
     rejected: bool = False
     on_all_pairs: int | None = None
+    pairs: Sequence[RelaxationPair] = field(default=(), repr=False)
 
     @property
     def kept_as_it_was(self) -> bool:
@@ -140,6 +143,7 @@ class RunResults:
             best_epoch=self.best_epoch,
             facts=tuple((self.facts | ({"handed back": self.trained_on} if self.on_all_pairs else {})).items()),
             extra=[] if self.drift_report is None else [drift_section(self.drift_report)],
+            pairs=self.pairs,
         )
         rows = {"rows_before": self.before.todict()["rows"], "rows_after": self.after.todict()["rows"]}
         write_json(self.out / RESULTS, self.todict() | without_nan(rows) | {"rule": BASIN_RULE, "facts": self.facts})
@@ -250,6 +254,7 @@ def merge_folds(
         folds=len(folds),
         facts=dict(facts) | _learnt_by_folds(folds),
         drift_report=drift_of_folds(folds),
+        pairs=pairs,
     )
     merged.rejected = merged.comparison.harmful
     return merged
