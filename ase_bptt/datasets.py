@@ -79,7 +79,7 @@ def pbesol_crystals(split: str = "all", *, fold: int = 0) -> list[RelaxationPair
     --------
     >>> from ase_bptt import datasets
     >>> datasets.pbesol_crystals()[0], datasets.pbesol_crystals()[0].freedom.name
-    (RelaxationPair('AlSb_zincblende', AlSb, group 'Al-Sb'), 'full')
+    (RelaxationPair('AlP_zincblende', AlP, group 'Al-P'), 'full')
     """
     _check(split, fold)
     found = read_pairs(CRYSTALS)

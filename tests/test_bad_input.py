@@ -628,7 +628,7 @@ class TestExtras:
     """Packages of potentials that are not installed."""
 
     @pytest.fixture(autouse=True)
-    def _without(self):
+    def _without(self, monkeypatch):
         real = importlib.import_module
 
         def without(name, package=None):
@@ -636,9 +636,10 @@ class TestExtras:
                 raise ModuleNotFoundError(f"No module named {name.partition('.')[0]!r}")
             return real(name, package)
 
-        hidden = {name: None for name in sys.modules if name.partition(".")[0] in {"mace", "e3nn", "chgnet"}}
-        with mock.patch("importlib.import_module", without), mock.patch.dict(sys.modules, hidden):
-            yield
+        # One by one: a module that is imported meanwhile must not be forgotten with the patch, and then be there twice.
+        for name in [name for name in sys.modules if name.partition(".")[0] in {"mace", "e3nn", "chgnet"}]:
+            monkeypatch.setitem(sys.modules, name, None)
+        monkeypatch.setattr("importlib.import_module", without)
 
     @pytest.mark.parametrize("command", COMMANDS)
     @pytest.mark.parametrize(

@@ -228,7 +228,7 @@ class TestPairs:
         start = ["train", str(folder), "--potential", "morse", "--steps", "2", "--charges", "each", "--out", str(out)]
         seen, stop = [], True
 
-        def launch(arguments, read):
+        def launch(arguments, read, *, refit):
             if arguments.charges == 1 and stop:
                 raise KeyboardInterrupt
             if arguments.resume:
