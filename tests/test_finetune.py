@@ -18,6 +18,7 @@ from ase_bptt.report.drift_report import drift_section
 from ase_bptt.steppers import GradientDescent
 from ase_bptt.training.cost import CostLaw, Estimate
 from ase_bptt.training.fine_tune import cross_validate, finetune
+from ase_bptt.training.metrics import Progress
 from ase_bptt.training.results import RunResults, read_rows, write_rows
 from ase_bptt.utils import without_nan
 
@@ -259,6 +260,14 @@ class TestRefit:
         assert found.after == whole.after
         ends = [load_potential(folder / "potential").sigma.item() for folder in (out, tmp_path)]
         assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize(("valid", "said"), [(0.25, "valid 0.250 amu^1/2 Å  "), (float("nan"), "")])
+def test_an_epoch_without_validation_says_nothing_of_it(valid, said, caplog):
+    row = {"epoch": 2.0, "train_loss": 0.5, "valid_delta_q": valid, "skipped": 0.0, "seconds": 3.0}
+    with caplog.at_level("INFO", "ase_bptt"), Progress(4, 1, bar=False) as progress:
+        progress.epoch(row)
+    assert caplog.messages == [f"epoch   2/4  train 0.500  {said}skipped 0  3 s"]
 
 
 def test_a_run_that_dies_in_its_first_measurement_can_be_resumed(pairs, tmp_path, monkeypatch):

@@ -91,9 +91,11 @@ class Progress:
 
     def epoch(self, row: dict[str, float]) -> None:
         """Report a finished epoch, given its row of metrics.csv."""
+        found = row.get("valid_delta_q", math.nan)
+        valid = "" if math.isnan(found) else f"valid {found:.3f} amu^1/2 Å  "
         line = (
-            f"epoch {row['epoch']:>3.0f}/{self.epochs}  train {row['train_loss']:.3f}  "
-            f"valid {row['valid_delta_q']:.3f} amu^1/2 Å  skipped {row['skipped']:.0f}  {row['seconds']:.0f} s"
+            f"epoch {row['epoch']:>3.0f}/{self.epochs}  train {row['train_loss']:.3f}  {valid}"
+            f"skipped {row['skipped']:.0f}  {row['seconds']:.0f} s"
         )
         if self._bar.disable:
             log.info(line)
