@@ -76,12 +76,12 @@ def finetune(
     data = splits if isinstance(splits, TrainingData) else trainer.check(**splits)
     results = _trained_and_measured(trainer, data, out, epochs, facts or {})
     _describe(trainer, {name: len(part) for name, part in data.splits().items()}, results)
-    trainer.save(out / "potential")
+    again = None if results.kept_as_it_was else make
+    trainer.save(out / (MEASURED if again else "potential"))
     # A resumed run adds up what its epochs took, since nobody knows how long it was stopped.
     took = sum(row["seconds"] for row in trainer.history)
-    if make is not None and not results.kept_as_it_was:
-        trainer.save(out / MEASURED)
-        took += _train_on_all_pairs(results, make, resume, [p for part in data.splits().values() for p in part])
+    if again:
+        took += _train_on_all_pairs(results, again, resume, [p for part in data.splits().values() for p in part])
     results.seconds = max(time.monotonic() - clock, took)
     if trainer.ranks.writes:
         results.write()
@@ -180,7 +180,7 @@ def _train_on_all_pairs(
     """Write the potential that is handed back, trained for as many epochs as were kept; the seconds of its epochs."""
     folder = measured.out / "all_pairs"
     trainer = resume(folder) if together().once((folder / "checkpoint.pt").is_file) else make(folder)
-    if not measured.kept_as_it_was and measured.best_epoch:
+    if measured.best_epoch and not measured.rejected:
         log.info("training on all %d pairs, for %d epochs", len(pairs), measured.best_epoch)
         trainer.fit(pairs, epochs=measured.best_epoch)
         measured.on_all_pairs = len(pairs)
