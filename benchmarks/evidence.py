@@ -12,10 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from itertools import product
 
 import numpy as np
 from methods import METHODS, VARIANTS
-from study import CELLS, COMPARED, FEWER, ON_DFT, Cell, plan
+from study import CELLS, COMPARED, DEFECTS, FEWER, ON_DFT, Cell, defects, plan
 
 from ase_bptt.evaluation import Evaluation
 from ase_bptt.evaluation.compare import Comparison, compare
@@ -107,7 +108,8 @@ def table(title: str, pools: dict[str, Pool]) -> str:
 
 def pools(set_: str, potential: str, methods: Sequence[str], side: str = "test") -> dict[str, Pool]:
     """By method."""
-    cells = [cell for cell in plan() if (cell.set, cell.potential) == (set_, potential)]
+    planned = defects(set_) if set_.startswith(DEFECTS) else plan()
+    cells = [cell for cell in planned if (cell.set, cell.potential) == (set_, potential)]
     return {name: Pool([c for c in cells if c.method == name], side) for name in methods}
 
 
@@ -144,11 +146,12 @@ def main() -> None:
         "robustness": (f"{surrogate}, test kinds: one setting changed, or a share of the training kinds",
                        pools("surrogate", "mace-si", ["default", *VARIANTS])),
     }  # fmt: skip
-    for potential in ON_DFT:
+    # The embedded set as it is, and as it was when it held fewer relaxations.
+    for name, potential in product(sorted(folder.name for folder in CELLS.glob(f"{DEFECTS}_*")), ON_DFT):
         methods = ["untuned", *COMPARED, *([FEWER] if potential == "mace-si" else [])]
-        chosen[f"dft_{potential.replace(':', '-').replace('.', '')}"] = (
-            f"si_defects (DFT), {potential}, held-out kinds of all folds that were run",
-            pools("si_defects", potential, methods),
+        chosen[f"{name}_{potential.replace(':', '-').replace('.', '')}"] = (
+            f"{name} (DFT), {potential}, held-out kinds of all folds that were run",
+            pools(name, potential, methods),
         )
     run = {name: found for name, found in chosen.items() if any(pool.cells for pool in found[1].values())}
     written = {name: table(*found) for name, found in run.items()}

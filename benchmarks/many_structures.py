@@ -1,11 +1,12 @@
 """Relaxing very many small structures: when the first result comes, and how much memory a run takes.
 
-    python benchmarks/many_structures.py [--structures 100000] [--few 100] [--soak 20000]
+    python benchmarks/many_structures.py [--structures 100000] [--few 100] [--soak 20000] [--merge 100000]
 
 `ase-bptt relax` with a Lennard-Jones potential on one extxyz of clusters of 2 to 4 atoms, as a process of its own: the
 seconds from its start to the first structure in its journal, when it is ended by SIGTERM after `--seconds`; the largest
 resident memory until then; the same for a file of few structures. With `--soak`, a run of so many to its end, and the
-memory after a tenth of it and at its end.
+memory after a tenth of it and at its end. With `--merge`, nothing is relaxed: the ends of so many structures are put
+into the journals of eight processes, and `ase-bptt merge` writes them into one file.
 """
 
 from __future__ import annotations
@@ -16,13 +17,20 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
+from ase.calculators.singlepoint import SinglePointCalculator
 
 from ase_bptt import save_potential
+from ase_bptt.iterated_map import Status
 from ase_bptt.potentials.analytic import LennardJones
+from ase_bptt.throughput import Relaxed
+from ase_bptt.throughput.parts import Parts
+from ase_bptt.throughput.structure_files import StructureFiles
 
+PROCESSES = 8
 SHAPE = np.array([[0.0, 0.0, 0.0], [3.8, 0.0, 0.0], [1.9, 3.3, 0.0], [1.9, 1.1, 3.1]])
 
 
@@ -41,23 +49,42 @@ def memory(pid: int, key: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in text.splitlines() if line.startswith(key))
 
 
+def write_ends(folder: Path, source: Path, out: Path) -> None:
+    """Into journals, as processes do that share the run, each structure where it was."""
+    files = StructureFiles([source], refused=lambda problem: None)
+    facts = {"files": [str(source)], "out": str(out), "content": files.digest}
+    for shard in range(PROCESSES):
+        with Parts(folder, "a benchmark", files, files.sizes, shard=(shard, PROCESSES), facts=facts) as parts:
+            for chunk in islice(parts.claims(), len(parts.chunks) // PROCESSES + 1):
+                for k in chunk:
+                    atoms = files[k]
+                    atoms.calc = SinglePointCalculator(atoms, energy=0.0, forces=np.zeros((len(atoms), 3)))
+                    parts.add(k, Relaxed(atoms, Status.CONVERGED, 1))
+
+
 def watched(folder: Path, n: int, seconds: float | None) -> tuple[float, float, list[float], float]:
     """Seconds to the first result, MiB at most, MiB resident through the run, and seconds of all; until so many."""
-    write_clusters(folder / f"{n}.extxyz", n)
-    out = folder / f"relaxed_{n}.extxyz"
-    command = [
-        sys.executable,
-        "-m",
-        "ase_bptt",
-        "relax",
-        folder / f"{n}.extxyz",
-        "--potential",
-        folder / "lj",
-        "--out",
-        out,
-    ]
+    source, out = folder / f"{n}.extxyz", folder / f"relaxed_{n}.extxyz"
+    write_clusters(source, n)
+    command = ["relax", source, "--potential", folder / "lj", "--out", out]
+    return run(command, folder / f"{out.name}.parts", seconds)
+
+
+def merged(folder: Path, n: int) -> tuple[float, float]:
+    """Seconds that a merge of so many ends takes, and MiB at most."""
+    source, out, parts = folder / f"{n}.extxyz", folder / "merged.extxyz", folder / "merged.extxyz.parts"
+    write_clusters(source, n)
+    write_ends(parts, source, out)
+    _, most, _, seconds = run(["merge", parts], parts, None)
+    if not out.exists():
+        raise RuntimeError("the merge has failed")
+    return seconds, most
+
+
+def run(command: list, parts: Path, seconds: float | None) -> tuple[float, float, list[float], float]:
+    """A command of ase-bptt, watched."""
     began = time.monotonic()
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-m", "ase_bptt", *map(str, command)], stdout=subprocess.DEVNULL)
     first, most, resident = float("nan"), 0.0, []
     while process.poll() is None:
         time.sleep(0.05)
@@ -66,7 +93,7 @@ def watched(folder: Path, n: int, seconds: float | None) -> tuple[float, float, 
             resident.append(memory(process.pid, "VmRSS"))
         except (OSError, StopIteration):
             break
-        if np.isnan(first) and any(p.stat().st_size for p in (folder / f"{out.name}.parts").glob("*.traj")):
+        if np.isnan(first) and any(p.stat().st_size for p in parts.glob("*.traj")):
             first = time.monotonic() - began
         if seconds is not None and time.monotonic() - began > seconds:
             process.send_signal(signal.SIGTERM)
@@ -81,10 +108,15 @@ def main() -> None:
     parser.add_argument("--few", type=int, default=100)
     parser.add_argument("--seconds", type=float, default=60.0, help="after which the run of many is ended")
     parser.add_argument("--soak", type=int, help="structures of a run to its end")
+    parser.add_argument("--merge", type=int, help="ends to write into one file")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_potential(LennardJones(sigma=3.4, epsilon=0.0104, rc=9.0, smooth=True, ro=8.0), folder / "lj")
+        if arguments.merge:
+            seconds, most = merged(folder, arguments.merge)
+            print(f"{arguments.merge} ends of {PROCESSES} processes merged in {seconds:.0f} s, {most:.0f} MiB at most")
+            return
         if arguments.soak:
             _, most, resident, seconds = watched(folder, arguments.soak, None)
             early = max(resident[: max(1, len(resident) // 10)])

@@ -1,7 +1,7 @@
 """The evidence: sets x potentials x methods x seeds x folds, measured cell by cell on held-out kinds.
 
     python benchmarks/study.py run                      # every cell of the plan that has no file yet
-    python benchmarks/study.py run --set si_defects --potential chgnet --fold 0 1
+    python benchmarks/study.py run --potential chgnet --fold 0 1
     python benchmarks/study.py list                     # the cells that were not run
     python benchmarks/evidence.py                       # tables and figures of docs/evidence.rst
     python benchmarks/crystals.py                       # its table of crystals whose cells move
@@ -9,9 +9,9 @@
 A cell fine-tunes one potential by one method (`benchmarks/methods.py`) on the training kinds of one fold, keeps the
 epoch that is best on the validation kinds, and measures the test kinds: Delta-Q by FIRE and BFGS to 0.02 eV/Å, the
 force error on all reference frames, and what else has changed in the potential. On the surrogate set, the validation
-kinds are measured, too: recipes are chosen on them, and on nothing else. The crystals' set is called by the number of
-crystals that it holds, for their folds change with it; there only FIRE relaxes the test compounds. Each cell is one
-JSON file in docs/measured/study, so a stopped run continues, and cells can be run on several machines.
+kinds are measured, too: recipes are chosen on them, and on nothing else. The embedded sets are called by how many
+relaxations they hold, for their folds change with them; of crystals only FIRE relaxes the test compounds. Each cell is
+one JSON file in docs/measured/study, so a stopped run continues, and cells can be run on several machines.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from ase_bptt.utils import write_json
 
 HERE = Path(__file__).parent
 CELLS = HERE.parent / "docs" / "measured" / "study"
-CRYSTALS = "pbesol_crystals"
+DEFECTS, CRYSTALS = "si_defects", "pbesol_crystals"
 Splits = dict[str, list[RelaxationPair]]
 
 
@@ -79,19 +79,23 @@ ON_DFT = {  # potential: seeds, folds
 
 def plan() -> list[Cell]:
     """All cells, the most important first."""
-    dft = [
-        Cell("si_defects", potential, method, seed, fold)
+    chosen = [Cell("surrogate", "mace-si", method, seed, 0) for seed in (0, 1) for method in METHODS
+              if method != "untuned" or seed == 0]  # fmt: skip
+    robust = [Cell("surrogate", "mace-si", method, 0, 0) for method in VARIANTS]
+    return defects(f"{DEFECTS}_{len(si_defects())}") + chosen + robust + crystals()
+
+
+def defects(name: str) -> list[Cell]:
+    """On DFT relaxations of defects: the embedded set by this name, as it is or as it was."""
+    found = [
+        Cell(name, potential, method, seed, fold)
         for potential, (seeds, folds) in ON_DFT.items()
         for seed in seeds
         for fold in folds
         for method in ("untuned", *COMPARED)
         if method != "untuned" or seed == seeds[0]
     ]
-    dft += [Cell("si_defects", "mace-si", FEWER, seed, fold) for seed in (0, 1) for fold in range(FOLDS)]
-    chosen = [Cell("surrogate", "mace-si", method, seed, 0) for seed in (0, 1) for method in METHODS
-              if method != "untuned" or seed == 0]  # fmt: skip
-    robust = [Cell("surrogate", "mace-si", method, 0, 0) for method in VARIANTS]
-    return chosen + dft + robust + crystals()
+    return found + [Cell(name, "mace-si", FEWER, seed, fold) for seed in (0, 1) for fold in range(FOLDS)]
 
 
 def crystals() -> list[Cell]:
@@ -115,10 +119,12 @@ def surrogate_pairs() -> list[RelaxationPair]:
 
 def splits_of(cell: Cell) -> Splits:
     """Training, validation and test kinds, of the surrogate in four, three and three tenths by the kind's hash."""
-    if cell.set == "si_defects":
+    if cell.set == f"{DEFECTS}_{len(si_defects())}":
         return {name: si_defects(name, fold=cell.fold) for name in ("train", "valid", "test")}
-    if cell.set.startswith(CRYSTALS):
+    if cell.set == f"{CRYSTALS}_{len(pbesol_crystals())}":
         return {name: pbesol_crystals(name, fold=cell.fold) for name in ("train", "valid", "test")}
+    if cell.set != "surrogate":
+        raise ValueError(f"{cell.set} is a set as it was: check out the commit that measured it.")
     found: Splits = {"train": [], "valid": [], "test": []}
     for pair in surrogate_pairs():
         tenth = int(hashlib.sha256(pair.group.encode()).hexdigest(), 16) % 10
@@ -130,7 +136,7 @@ def run(cell: Cell) -> dict:
     """Train and measure."""
     splits = splits_of(cell)
     potential = load_potential(cell.potential, dtype="float32")
-    before = take_snapshot(potential, splits["test"]) if cell.set == "si_defects" else None
+    before = take_snapshot(potential, splits["test"]) if cell.set.startswith(DEFECTS) else None
     clock, cpu = time.monotonic(), time.process_time()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that nothing was gained is one of the results
