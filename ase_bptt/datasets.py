@@ -29,7 +29,7 @@ SPLITS = ("train", "valid", "test", "all")
 def si_defects(split: str = "all", *, fold: int = DEMO_FOLD) -> list[RelaxationPair]:
     """Silicon point defects, dopant pairs and rattled crystals, relaxed with DFT (GPAW, PBE).
 
-    92 relaxations of 6 to 9 atoms, in the 8-site cubic cell; data/si_defects/README.md says how
+    114 relaxations of 6 to 9 atoms, in the 8-site cubic cell; data/si_defects/README.md says how
     they were made. Kinds of defect are never split: all relaxations of a kind, and all that end in
     the same structure, are one group. The groups are sorted by family (native, substituted,
     interstitial, vacancy complex, pair) and name and assigned to five folds in turn; fold k is
@@ -50,7 +50,7 @@ def si_defects(split: str = "all", *, fold: int = DEMO_FOLD) -> list[RelaxationP
     --------
     >>> from ase_bptt import datasets
     >>> len(datasets.si_defects()), len(datasets.si_defects("test"))
-    (92, 20)
+    (114, 24)
     """
     _check(split, fold)
     pairs = _grouped_by_kind()
