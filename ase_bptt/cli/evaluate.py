@@ -23,21 +23,11 @@ from ..training.distributed import together
 from ..training.results import RESULTS, summary
 from ..utils import without_nan, write_json
 from . import messages, run_folder
-from .flags import (
-    WIDTH,
-    add_output,
-    add_potential,
-    add_room,
-    command,
-    count,
-    flag,
-    positive,
-    potential_of,
-    seed,
-)
+from .flags import WIDTH, add_output, add_potential, add_room, command, flag, potential_of
 from .output_file import warn_of_lost_constraints, write_atoms
 from .pair_flags import add_pairs, read_grouped
 from .starts import add_shard, shard_of
+from .values import count, positive, seed
 
 DESCRIPTION = """\
 Relax from each initial structure, and measure how far from the reference it

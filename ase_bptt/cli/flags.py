@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..potential import Potential
 from ..potentials import load_potential
-from ..suggestions import named, nearest, unknown_name
-from ..utils import as_device
-from .cell_flags import cell, pressure
+from ..suggestions import nearest, unknown_name
 from .run_folder import signals_deferred
+from .values import cell, count, device, one_of, positive, pressure
 
 log = logging.getLogger(__name__)
 WIDTH = 80
@@ -161,55 +157,6 @@ def add_output(parser: argparse.ArgumentParser, out: str, text: str, *, resume: 
     flag(group, parser, "--dry-run", "check the input, print what would be done, and write nothing", False,
          action="store_true")  # fmt: skip
     flag(group, parser, "--json", "print JSON, and nothing else, on standard output", False, action="store_true")
-
-
-def count(text: str) -> int:
-    """A whole number above zero."""
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
-def seed(text: str) -> int:
-    """A whole number that is not negative."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a whole number, 0 at least, got {text!r}")
-    return int(text)
-
-
-def positive(text: str) -> float:
-    """A finite number above zero."""
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
-    if not (math.isfinite(value) and value > 0):
-        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
-    return value
-
-
-def device(text: str) -> torch.device:
-    """A device that is here."""
-    try:
-        return as_device(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def one_of(what: str, names: Iterable[str]) -> Callable[[str], str]:
-    """One of these names, in any case."""
-
-    def parse(text: str) -> str:
-        try:
-            return named({name: name for name in names}, text, what)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return parse
 
 
 def potential_of(arguments: argparse.Namespace, spec: str | None = None) -> Potential:

@@ -19,9 +19,10 @@ from ..relaxation import relax
 from ..steppers import GradientDescent
 from ..training.settings import MOMENTUM
 from ..utils import without_nan
-from .flags import add_potential, command, count, flag, potential_of, seed
+from .flags import add_potential, command, flag, potential_of
 from .pair_flags import add_pairs, read_grouped
 from .starts import Starts
+from .values import count, seed
 
 FRAMES, FMAX = 40, 0.01
 """The most frames that a training unrolls, and eV/Å at which it stops."""

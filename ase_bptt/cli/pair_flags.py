@@ -15,8 +15,8 @@ from ..pairs.reading import read_archive
 from ..pairs.symmetry import SYMMETRIES
 from ..pairs.targets import read_targets
 from ..training.distributed import together
-from .cell_flags import charges
-from .flags import add_cell, flag, positive
+from .flags import add_cell, flag
+from .values import charges, positive
 
 
 def add_pairs(parser: argparse.ArgumentParser, nargs: str = "+", option: str | None = None) -> None:

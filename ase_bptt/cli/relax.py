@@ -24,9 +24,10 @@ from ..throughput.structure_files import StructureFiles
 from ..training.distributed import together
 from ..utils import check_writable, without_nan
 from . import messages
-from .flags import add_output, add_potential, command, count, flag, positive, potential_of
+from .flags import add_output, add_potential, command, flag, potential_of
 from .output_file import format_of, warn_of_lost_constraints, write_ends
 from .starts import Starts, add_many, shard_of
+from .values import count, positive
 
 log = logging.getLogger(__name__)
 

@@ -23,9 +23,10 @@ from ..throughput.structure_files import StructureFiles
 from ..training.distributed import Ranks, together
 from ..utils import replacing, without_nan, write_json
 from . import messages, run_folder
-from .flags import add_output, add_potential, command, count, flag, positive, potential_of, seed
+from .flags import add_output, add_potential, command, flag, potential_of
 from .output_file import warn_of_lost_constraints, write_atoms
 from .starts import Starts, add_many, shard_of
+from .values import count, positive, seed, site
 
 DESCRIPTION = """\
 Relax each structure from many starts: as it is, rattled, with bonds around a
@@ -71,14 +72,6 @@ def add(commands: Any) -> None:
     flag(group, parser, "--steps", "frames at most", 500, type=count, metavar="N")
     add_many(group, parser)
     add_output(parser, "ase-bptt-search", "folder of the minima, the table and the picture", resume=True)
-
-
-def site(text: str) -> int | tuple[float, ...]:
-    """The index of an atom, or a place."""
-    try:
-        return tuple(map(float, text.split(",", 2))) if text.count(",") == 2 else int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be the index of an atom, or X,Y,Z in Å, got {text!r}") from None
 
 
 def run(arguments: argparse.Namespace) -> int:

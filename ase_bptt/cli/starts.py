@@ -20,6 +20,7 @@ from ..relaxation import rows_of
 from ..steppers import make_stepper
 from ..throughput.structure_files import StructureFiles
 from .flags import add_cell, add_room, flag
+from .values import shard
 
 log = logging.getLogger(__name__)
 CHECKED = 1000
@@ -131,14 +132,6 @@ def add_shard(group: Any, parser: argparse.ArgumentParser) -> None:
     """--shard."""
     flag(group, parser, "--shard", "the I-th of N processes that share the work through files "
          "(default: in a Slurm array, that of the task)", type=shard, metavar="I/N")  # fmt: skip
-
-
-def shard(text: str) -> tuple[int, int]:
-    """Number of a process from 0, and how many there are, from I/N with I from 1."""
-    first, slash, last = text.partition("/")
-    if not (slash and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
-        raise argparse.ArgumentTypeError(f"must be I/N with I from 1 to N, as 2/8, got {text!r}")
-    return int(first) - 1, int(last)
 
 
 def shard_of(arguments: argparse.Namespace) -> tuple[int, int]:

@@ -22,18 +22,10 @@ from ..training.results import RESULTS, RunResults
 from ..training.settings import MOMENTUM, NUMBERS, first_stage
 from ..training.training_data import combined_hash
 from . import each_charge, messages, run_folder
-from .flags import (
-    add_output,
-    add_potential,
-    command,
-    count,
-    flag,
-    positive,
-    potential_of,
-    seed,
-)
+from .flags import add_output, add_potential, command, flag, potential_of
 from .pair_flags import add_pairs, read_grouped
 from .run_folder import signals_deferred
+from .values import count, positive, seed
 
 DESCRIPTION = """\
 Fine-tune a potential on reference relaxations, so that its own relaxations
