@@ -25,6 +25,8 @@ from ase_bptt.report.plots import new_figure, save
 DOCS = CELLS.parent.parent
 MATCHED = 0.25
 """Largest displacement over (V/n)^(1/3) below which the field counts two structures as matched."""
+FAR = 4.0
+"""amu^1/2 Å: an end farther off than this is in another minimum, or the potential has none at the reference."""
 HEAD = (
     f"{'method':22} {'cells':>7} {'n':>4} {'mean':>6} {'quartiles':>11} {'median':>6} {'geom.':>6} "
     f"{'change of geom.':>18} {'of the mean':>18} {'better':>7} {'tied':>5} {'closer':>7} {'median':>7} "
@@ -87,6 +89,24 @@ class Pool:
         )
 
 
+def strata(pools: dict[str, Pool]) -> str:
+    """What is gained where the untuned potential ends near, and where it ends far off."""
+    lines = []
+    for name, pool in pools.items():
+        if name == "untuned" or not pool.cells:
+            continue
+        for far in (False, True):
+            rows = [(a, b) for a, b in zip(pool.untuned, pool.rows, strict=True) if (a["delta_q"] >= FAR) is far]
+            before, after = (evaluation(side) for side in zip(*rows, strict=True))
+            c = compare(before, after)
+            same = f"; {sum(a['right_basin'] for a, _ in rows)} where the reference itself ends" if far else ""
+            lines.append(
+                f"{name:22} untuned {'at least' if far else 'below   '} {FAR:g}: {len(rows):>4} rows, geometric mean "
+                f"{c.geometric_mean}, mean {before.mean:.2f} to {after.mean:.2f}, {c.improved:.0%} better{same}"
+            )
+    return "\n".join(lines)
+
+
 def untuned(cell: Cell, side: str) -> list[dict]:
     """Rows of the untuned potential on the cell's structures: they do not depend on the seed."""
     found = json.loads(cell._replace(method="untuned", seed=0).file.read_text())
@@ -102,8 +122,9 @@ def evaluation(rows: Sequence[dict]) -> Evaluation:
 
 
 def table(title: str, pools: dict[str, Pool]) -> str:
-    """A title, a line for each method, and the legend."""
-    return "\n".join([title, "", HEAD, "-" * len(HEAD), *(pool.line(name) for name, pool in pools.items()), "", LEGEND])
+    """A title, a line for each method, near and far structures apart, and the legend."""
+    lines = [title, "", HEAD, "-" * len(HEAD), *(pool.line(name) for name, pool in pools.items())]
+    return "\n".join([*lines, "", strata(pools), "", LEGEND])
 
 
 def pools(set_: str, potential: str, methods: Sequence[str], side: str = "test") -> dict[str, Pool]:
