@@ -55,7 +55,7 @@ def crystals(n: int = 12) -> list[Atoms]:
 
 
 def ends_of(potential, structures, **how):
-    ends = dict(relax_all(potential, structures, fmax=1e-4, steps=30, batch_size=4, **how))
+    ends = dict(relax_all(potential, structures, fmax=1e-3, steps=15, batch_size=4, **how))
     return [ends[k] for k in range(len(structures))]
 
 
@@ -93,11 +93,10 @@ def test_same_ends_with_refilling(cell, pressure, monkeypatch):
 def test_no_recompilation_in_the_steady_state():
     backend = Counted()
     made = compiled(lj(), backend)
-    for _ in range(2):
-        ends_of(made, crystals(24))
+    ends_of(made, crystals(16))
     before = backend.n
-    for _ in range(3):
-        ends_of(made, crystals(24))
+    for _ in range(2):
+        ends_of(made, crystals(16))
     assert backend.n == before <= compilation.MOST
 
 
@@ -108,7 +107,7 @@ def test_families(name):
     silicon = [bulk("Si", cubic=True) for _ in range(3)]
     for k, atoms in enumerate(silicon):
         atoms.rattle(0.05, seed=k)
-    for some in (*3 * [silicon], silicon[:2], silicon):
+    for some in (*3 * [silicon], silicon[1:] + silicon[:1]):
         for value, right in zip(evaluated(made, some), evaluated(potential, some), strict=True):
             assert value.numpy() == pytest.approx(right.numpy(), abs=1e-10)
     assert forces_of(made).n_compiled >= 2
@@ -194,9 +193,9 @@ def no_compiler(graph, inputs):
         (
             lj(LooksAtCounts),
             Counted(),
-            "compiling has failed (NotImplementedError: the forward takes the numbers",
+            "compiling has failed (ValueError: could not determine the shape of",
         ),
-        (lj(), no_compiler, "No working C++ compiler found"),
+        (lj(), no_compiler, "compiling has failed (RuntimeError: No working C++ compiler found)"),
         (Direct(), Counted(), "they are predicted directly, by no gradient"),
     ],
 )
@@ -236,14 +235,12 @@ def test_constants_of_the_first_batch_are_noticed(caplog):
     assert "compiled energies are off by" in caplog.text
 
 
-def test_memory_that_runs_out_is_not_a_failure_to_compile():
-    def full(graph, inputs):
-        def run(*given):
-            raise torch.OutOfMemoryError("out of memory")
+def test_memory_that_runs_out_is_not_a_failure_to_compile(monkeypatch):
+    def full(*args, **how):
+        raise torch.OutOfMemoryError("out of memory")
 
-        return run
-
-    made = compiled(lj(), full)
+    monkeypatch.setattr(compilation, "_traced", full)
+    made = compiled(lj(), Counted())
     for _ in range(2):
         evaluated(made, crystals(3))
     with pytest.raises(torch.OutOfMemoryError):

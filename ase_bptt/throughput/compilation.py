@@ -117,7 +117,7 @@ class CompiledForces:
         except Exception as error:
             if ran_out(error):
                 raise
-            self._give_up(f"compiling has failed ({in_short(error)})")
+            self._give_up(f"compiling has failed ({in_short(getattr(error, 'inner_exception', error))})")
             found = None
         if found is None:
             return eager(structures, edges)
@@ -138,8 +138,8 @@ class CompiledForces:
 
     def _by_compiled(self, structures: Structures, edges: Edges) -> tuple[Tensor, Tensor] | None:
         """Energies and forces; None where no compiled size fits."""
-        structures, edges = savable(structures), savable(edges)
         with autograd_enabled():
+            structures, edges = savable(structures), savable(edges)
             rows = structures.positions.detach().requires_grad_()
             moved = structures.replace(positions=rows)
             placed, work = moved.placed(), moved.work()
