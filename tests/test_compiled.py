@@ -12,6 +12,9 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import bulk, molecule
+from ase.io import read
+from helpers.potentials import needs_chgnet, needs_mace, tiny_chgnet, tiny_mace
+from helpers.shell import run, write_relaxations
 
 from ase_bptt import Prediction, load_potential, relax, search_minima
 from ase_bptt.cells import CellFreedom
@@ -100,9 +103,15 @@ def test_no_recompilation_in_the_steady_state():
     assert backend.n == before <= compilation.MOST
 
 
-@pytest.mark.parametrize("name", ["mace-si", "chgnet"])
-def test_families(name):
-    potential = load_potential(name, dtype="float64")
+FAMILIES = [
+    pytest.param(lambda: load_potential(tiny_mace()), id="mace", marks=needs_mace),
+    pytest.param(tiny_chgnet, id="chgnet", marks=needs_chgnet),
+]
+
+
+@pytest.mark.parametrize("make", FAMILIES)
+def test_families(make):
+    potential = make().double()
     made = compiled(potential, Counted())
     silicon = [bulk("Si", cubic=True) for _ in range(3)]
     for k, atoms in enumerate(silicon):
@@ -113,8 +122,9 @@ def test_families(name):
     assert forces_of(made).n_compiled >= 2
 
 
+@needs_chgnet
 def test_a_structure_without_angles_is_computed_uncompiled(caplog):
-    potential = load_potential("chgnet", dtype="float64")
+    potential = tiny_chgnet()
     made = compiled(potential, Counted())
     far = Atoms("Si2", [[0, 0, 0], [4.0, 0, 0]], cell=[20, 20, 20], pbc=True)
     for _ in range(4):
@@ -299,6 +309,24 @@ def test_keywords(monkeypatch):
         assert all(np.isfinite(ends[k].atoms.positions).all() for k in range(2))
     search_minima(potential, molecules[0], n=2, compile=True)
     assert len(made) == 2
+
+
+def test_in_the_shell(tmp_path, monkeypatch):
+    """With what follows from the arguments, and the same ends."""
+    write_relaxations(tmp_path)
+    asked = []
+    monkeypatch.setattr("ase_bptt.throughput.compiled", lambda p: asked.append(p) or compiled(p, Counted()))
+    how = ["--potential", tmp_path / "lj", "--steps", 5]
+    ends = []
+    for k, flag in enumerate(([], ["--compile"])):
+        code, _, said = run("relax", tmp_path / "initial.extxyz", *how, *flag, "--out", tmp_path / f"{k}.extxyz")
+        assert code == 3, said
+        ends.append(np.concatenate([atoms.positions for atoms in read(tmp_path / f"{k}.extxyz", ":")]))
+        assert len(asked) == k
+    assert ends[1] == pytest.approx(ends[0], abs=1e-7)
+    assert run("evaluate", tmp_path / "pairs", *how, "--compile", "--out", tmp_path / "e")[0] == 0
+    assert run("search", tmp_path / "initial.extxyz", *how, "-n", 1, "--compile", "--out", tmp_path / "s")[0] == 0
+    assert len(asked) == 3
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, where compiling is quick")
