@@ -163,12 +163,12 @@ class CompiledForces:
 
     def _size_for(self, sizes: Sizes, moves: bool) -> Key | None:
         """The compiled size that a batch fits, or one that is now to be compiled for; None where there is neither."""
-        known = [size for size, free in self._graphs if free is moves]
+        known = [size for size, free in list(self._graphs) if free is moves]  # other threads may add theirs
         fitting = [size for size in known if _fits(sizes, size)]
         self._seen.append(((sizes, moves), bool(fitting)))
         if fitting:
             return min(fitting, key=lambda size: size[2]), moves
-        missed = [seen for (seen, free), found in self._seen if free is moves and not found]
+        missed = [seen for (seen, free), found in list(self._seen) if free is moves and not found]
         enough = WINDOW / 2 if known else FIRST
         if len(missed) < enough or len(self._graphs) >= MOST:
             return None
