@@ -151,7 +151,8 @@ def _relaxed(arguments: argparse.Namespace, potential: Potential, pairs: list[Re
     """Do this process's part of the relaxations with one potential; whether it continues."""
     return relax_shared(
         potential, Starts(pairs), parts, cells=2 * [p.freedom for p in pairs], batch_size=arguments.batch_size,
-        memory=arguments.memory, progress=None if parts.ranks[0] == 0 else False, **_settings(arguments),
+        memory=arguments.memory, compile=arguments.compile, progress=None if parts.ranks[0] == 0 else False,
+        **_settings(arguments),
     )  # fmt: skip
 
 

@@ -114,11 +114,13 @@ def completed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> ar
 
 
 def add_room(group: Any, parser: argparse.ArgumentParser) -> None:
-    """How many structures are relaxed together."""
+    """How many structures are relaxed together, and whether their forces are compiled."""
     flag(group, parser, "--batch-size", "structures relaxed together (default: as many as fit into the memory of a "
          "GPU, or 256 atoms on a CPU)", type=count, metavar="N")  # fmt: skip
     flag(group, parser, "--memory", "GiB that they may take (default: 80 % of what is free on a GPU)", type=positive,
          metavar="X")  # fmt: skip
+    flag(group, parser, "--compile", "compute forces by code that is compiled first: faster from some thousand force "
+         "calls on", False, action="store_true")  # fmt: skip
 
 
 def add_potential(

@@ -106,7 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
             potential, starts.files, parts, usable=starts.usable, skip_invalid=arguments.skip_invalid,
             progress=None if ranks.writes else False, report=partial(_report, starts), stepper=stepper,
             fmax=arguments.fmax, steps=arguments.steps, cells=[of_cell] * len(starts), batch_size=arguments.batch_size,
-            memory=arguments.memory,
+            memory=arguments.memory, compile=arguments.compile,
         )  # fmt: skip
         if not (goes_on and parts.complete() and parts.merging()):
             n = parts.n_mine

@@ -27,7 +27,20 @@ OURS = (
 )  # fmt: skip
 """Patterns of what the commands write into a run folder: --overwrite deletes nothing else."""
 PASSING = frozenset(
-    {"out", "overwrite", "resume", "dry_run", "json", "device", "trust", "skip_invalid", "lazy", "pairs", "shard"}
+    {
+        "out",
+        "overwrite",
+        "resume",
+        "dry_run",
+        "json",
+        "device",
+        "trust",
+        "skip_invalid",
+        "lazy",
+        "pairs",
+        "shard",
+        "compile",
+    }
 )
 """What may be given otherwise when a run is resumed; other pairs are noticed by `same_data`."""
 

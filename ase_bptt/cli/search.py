@@ -147,7 +147,7 @@ def _relaxed(
     goes_on = relax_shared(
         potential, starts, parts, cells=[cell] * len(starts), progress=None if ranks.writes else False,
         stepper=arguments.stepper, fmax=arguments.fmax, steps=arguments.steps, batch_size=arguments.batch_size,
-        memory=arguments.memory, explosion=EXPLOSION,
+        memory=arguments.memory, compile=arguments.compile, explosion=EXPLOSION,
     )  # fmt: skip
     return goes_on and parts.complete() and parts.merging()
 

@@ -182,6 +182,7 @@ def evaluate(
     steps: int = 500,
     batch_size: int | None = None,
     memory: float | None = None,
+    compile: bool = False,
     progress: bool | None = False,
 ) -> Evaluation:
     """Relax from each initial and each reference structure, and compare the ends.
@@ -197,8 +198,8 @@ def evaluate(
         eV/Å.
     steps : int
         Frames at most.
-    batch_size, memory : int or None, float or None
-        As for `relax_all`: structures relaxed together, and GiB that they may take.
+    batch_size, memory, compile : int or None, float or None, bool
+        As for `relax_all`: structures relaxed together, GiB that they may take, and whether forces are compiled.
     progress : bool or None
         A progress bar on standard error; None shows it only on a terminal.
 
@@ -232,7 +233,7 @@ def evaluate(
     with tqdm(total=len(starts), unit="structure", disable=not shown, leave=False) as bar:
         for k, end in relax_all(
             potential, starts, stepper=stepper, fmax=fmax, steps=steps, cells=cells, batch_size=batch_size,
-            memory=memory,
+            memory=memory, compile=compile,
         ):  # fmt: skip
             ends[k] = end
             bar.update()

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..neighbors import Edges
 from ..neighbors.search import edge_codes, two_at_each_atom
 from ..potential import Potential, Prediction
 from ..structures import Structures
 from ..suggestions import unknown_name
-from ..threads import quiet
+from ..threads import quiet, view
 from ..tuning import staged
 from . import require
 
@@ -75,27 +76,47 @@ class CHGNet(Potential):
         energy, atomic, magmoms = (torch.cat(c) for c in zip(*map(_tensors, parts), strict=True))
         return Prediction(energy[back], atomic_energies=atomic[atoms_back], magmoms=magmoms[atoms_back])
 
+    def indices(self, structures: Structures, edges: Edges) -> list[Tensor] | None:
+        """The legs of the angles; None where a structure has none, for which a forward of its own is run."""
+        legs = list(_angles(edges, edges.vectors(structures).norm(dim=1), self.bond_cutoff, structures.n_atoms))
+        bent = structures.batch.new_zeros(len(structures)).index_fill(0, structures.batch[edges.i[legs[0]]], 1)
+        return legs if bent.all() else None
+
+    def energies_from(self, structures: Structures, edges: Edges, indices: Sequence[Tensor]) -> Tensor:
+        """Energies alone, from the legs of the angles, by tensors of which no value is looked at in Python."""
+        # chgnet would count the atoms of each structure to divide by them.
+        model = view(self.model)
+        model.is_intensive = False
+        first, second = indices
+        energy = model._compute(self._batched_graph(structures, edges, (first, second)))["e"]
+        return energy + structures.sum(self._references(structures))
+
     def _predict(self, structures: Structures, graph: Any) -> Prediction:
         out = self.model._compute(graph, compute_magmom=True, return_site_energies=True)
         sizes = torch.tensor(structures.counts, device=structures.positions.device)
         energy = out["e"] * sizes if self.model.is_intensive else out["e"]
         atomic = torch.cat(out["site_energies"])
-        if self.model.composition_model is not None:
-            # The reference energies are a linear function of the composition.
-            elements = nn.functional.one_hot(structures.numbers - 1, 94).to(structures.positions)
-            references = self.model.composition_model.fc(elements).squeeze(1)
-            energy, atomic = energy + structures.sum(references), atomic + references
+        references = self._references(structures)
+        energy, atomic = energy + structures.sum(references), atomic + references
         return Prediction(energy, atomic_energies=atomic, magmoms=torch.cat(out["m"]))
 
-    def _batched_graph(self, structures: Structures, edges: Edges) -> Any:
+    def _references(self, structures: Structures) -> Tensor:
+        """The energy of each atom that follows from its element, shape (n_atoms,)."""
+        if self.model.composition_model is None:
+            return structures.positions.new_zeros(structures.n_atoms)
+        # A linear function of the composition.
+        elements = structures.numbers.unsqueeze(1) == torch.arange(1, 95, device=structures.numbers.device)
+        return self.model.composition_model.fc(elements.to(structures.positions)).squeeze(1)
+
+    def _batched_graph(self, structures: Structures, edges: Edges, angles: tuple[Tensor, Tensor] | None = None) -> Any:
         module = require("chgnet.model.model", extra="chgnet")
         vectors = edges.vectors(structures)
         lengths = vectors.norm(dim=1)
-        topology = Topology.of(edges, lengths.detach() < self.bond_cutoff, structures.n_atoms)
+        first, second = angles or _angles(edges, lengths, self.bond_cutoff, structures.n_atoms)
+        topology = Topology.of(edges, structures.n_atoms)
         encoder = self.model.bond_basis_expansion
         bonds = lengths[topology.representative]
         directions = vectors / lengths[:, None]
-        first, second = topology.angles
         return module.BatchedGraph(
             atomic_numbers=structures.numbers,
             bond_bases_ag=encoder.rbf_expansion_ag(bonds),
@@ -182,9 +203,14 @@ def _among(edges: Edges, structures: Structures, members: list[int]) -> Edges:
     return Edges(place[edges.i[kept]], place[edges.j[kept]], edges.shifts[kept])
 
 
+def _angles(edges: Edges, lengths: Tensor, cutoff: float, n_atoms: int) -> tuple[Tensor, Tensor]:
+    """Every ordered two short edges that share their atom i, each of shape (n_angles,)."""
+    return two_at_each_atom(edges.i, lengths.detach() < cutoff, n_atoms)
+
+
 @dataclass(eq=False)
 class Topology:
-    """Undirected bonds and angles of directed edges.
+    """Undirected bonds of directed edges.
 
     Attributes
     ----------
@@ -192,19 +218,20 @@ class Topology:
         The undirected bond of each edge.
     representative : Tensor, shape (n_bonds,)
         One edge of each undirected bond.
-    angles : tuple of two Tensors, shape (n_angles,)
-        Every ordered two short edges that share their atom i.
     """
 
     undirected: Tensor
     representative: Tensor
-    angles: tuple[Tensor, Tensor]
 
     @classmethod
-    def of(cls, edges: Edges, short: Tensor, n_atoms: int) -> Topology:
+    def of(cls, edges: Edges, n_atoms: int) -> Topology:
+        order = edges.one_way_first
+        if order is not None:
+            bonds = torch.arange(order.shape[0] // 2, device=order.device)
+            return cls(torch.empty_like(order).scatter(0, order, bonds.repeat(2)), order[: len(bonds)])
         i, j, shifts = edges.i, edges.j, edges.shifts.to(torch.int64)
         key = torch.minimum(edge_codes(i, j, shifts, n_atoms), edge_codes(j, i, -shifts, n_atoms))
         bonds, undirected = torch.unique(key, return_inverse=True)
-        order = torch.arange(len(key), device=key.device)
-        representative = order.new_zeros(len(bonds)).scatter_reduce(0, undirected, order, "amin", include_self=False)
-        return cls(undirected, representative, two_at_each_atom(edges.i, short, n_atoms))
+        each = torch.arange(len(key), device=key.device)
+        representative = each.new_zeros(len(bonds)).scatter_reduce(0, undirected, each, "amin", include_self=False)
+        return cls(undirected, representative)

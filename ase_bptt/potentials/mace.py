@@ -113,7 +113,7 @@ class MACE(Potential):
             "unit_shifts": shifts,
             "cell": structures.cells.reshape(-1, 3),
         }
-        model = self.model if order is None else each_distance_once(self.model, len(order))
+        model = self.model if order is None else each_distance_once(self.model, order.shape[0])
         # TorchScript optimises its graphs after some calls, and they then round differently: a resumed run
         # would not repeat an uninterrupted one bit for bit.
         with torch.jit.optimized_execution(False):
@@ -125,8 +125,9 @@ class MACE(Potential):
         made_for = (structures.numbers, structures.counts, structures.charges, structures.spins)
         known = self._made  # read once: other threads may put theirs there
         if known is None or any(a is not b for a, b in zip(known[0], made_for, strict=True)):
-            elements = nn.functional.one_hot(self._column[structures.numbers], len(self.atomic_numbers or ()))
-            ends = torch.tensor(structures.counts, device=structures.batch.device).cumsum(0)
+            places = torch.arange(len(self.atomic_numbers or ()), device=structures.batch.device)
+            elements = self._column[structures.numbers].unsqueeze(1) == places
+            ends = structures.sum(torch.ones_like(structures.batch)).cumsum(0)
             made = {
                 "node_attrs": elements.to(structures.positions),
                 "batch": structures.batch,

@@ -170,6 +170,7 @@ def search_minima(
     seed: int = 0,
     batch_size: int | None = None,
     memory: float | None = None,
+    compile: bool = False,
 ) -> Search:
     """Relax a structure from many starts, and rank the distinct minima.
 
@@ -187,7 +188,7 @@ def search_minima(
         Atom, or place in Å, as of a vacancy; None takes atoms of rare elements or of odd surroundings in turn.
     own : sequence of Atoms
         Further starts, of the same atoms in any order.
-    stepper, fmax, steps, batch_size, memory
+    stepper, fmax, steps, batch_size, memory, compile
         As for `ase_bptt.throughput.relax_all`.
     cell, pressure
         As for `relax`.
@@ -221,6 +222,7 @@ def search_minima(
         relax_stream(
             potential, [[(k, starts[k], freedom) for k in range(len(starts))]], stepper=stepper, fmax=fmax, steps=steps,
             cells_move=freedom.moves, explosion=EXPLOSION, batch_size=batch_size, memory=memory,
+            compile=compile,
         )
     )  # fmt: skip
     return minima_of(starts, 0, ends)

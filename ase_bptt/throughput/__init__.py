@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ from ..stability import resolve_step_size, sample
 from ..steppers import Stepper, make_stepper
 from ..structures import Structures
 from ..utils import unrounded
+from .compilation import compiled
 from .in_flight import InFlight, Waiting
 from .memory import in_parts
 from .packing import Planner
@@ -55,6 +57,7 @@ def relax_all(
     cells: Sequence[CellFreedom] | None = None,
     batch_size: int | None = None,
     memory: float | None = None,
+    compile: bool = False,
 ) -> Iterator[tuple[int, Relaxed]]:
     """Relax structures, and give each one's index and end as soon as it has stopped.
 
@@ -76,6 +79,8 @@ def relax_all(
         on a CPU.
     memory : float or None
         GiB that they may take; None is 80 % of what is free on a GPU.
+    compile : bool
+        Compute forces by code that is compiled first (`compilation.compiled`), which pays for many structures.
 
     Raises
     ------
@@ -97,6 +102,7 @@ def relax_all(
     yield from relax_stream(
         potential, [[(k, *work) for k, work in enumerate(zip(structures, cells, strict=True))]], stepper=stepper,
         fmax=fmax, steps=steps, cells_move=any(cell.moves for cell in cells), batch_size=batch_size, memory=memory,
+        compile=compile,
     )  # fmt: skip
 
 
@@ -115,6 +121,7 @@ def relax_stream(
     explosion: float = float("inf"),
     batch_size: int | None = None,
     memory: float | None = None,
+    compile: bool = False,
 ) -> Iterator[tuple[int, Relaxed]]:
     """Relax structures of which a portion is asked for whenever there is room, as `relax_all`; any number of them.
 
@@ -123,7 +130,7 @@ def relax_stream(
     potential : Potential
     work : iterable of lists of (int, Atoms, CellFreedom)
         Portions; only those that are being relaxed are kept in memory.
-    stepper, fmax, steps, batch_size, memory
+    stepper, fmax, steps, batch_size, memory, compile
         As for `relax_all`. A step size that is "auto" is found on structures of the first portion.
     cells_move : bool
         Whether the cell of any structure is relaxed.
@@ -157,8 +164,9 @@ def relax_stream(
 
     portioned = queue()
     begin = next((some for some in portioned if some), [])
+    moving = replace(iterated, potential=compiled(potential)) if compile else iterated
     run = InFlight(
-        iterated, chain([begin], portioned), room=costs.room, fmax=fmax, steps=steps, cells_move=cells_move,
+        moving, chain([begin], portioned), room=costs.room, fmax=fmax, steps=steps, cells_move=cells_move,
         explosion=explosion,
     )  # fmt: skip
     for k, end in run.run():
