@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from ase.data import atomic_numbers
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from ..neighbors import Edges
 from ..neighbors.search import two_at_each_atom
@@ -51,6 +52,15 @@ class Saved:
     arguments: dict[str, Any]
     weights: dict[str, Tensor]
     metadata: dict[str, Any]
+
+
+class Rows(TorchFunctionMode):
+    """Within it x[rows] is x.index_select(0, rows), whose derivative takes a third of the time."""
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if function is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype is torch.int32:
+            return args[0].index_select(0, args[1])
+        return function(*args, **(kwargs or {}))
 
 
 class MatGL(Potential):
@@ -112,13 +122,14 @@ class MatGL(Potential):
         graph = SimpleNamespace(
             node_type=self._types[structures.numbers],
             pos=structures.positions,
-            edge_index=torch.stack((edges.i, edges.j)),
+            # As matgl has them; the derivative of indexing takes less time than with int64.
+            edge_index=torch.stack((edges.i, edges.j)).to(torch.int32),
             pbc_offshift=edges.offsets(structures),
             batch=structures.batch,
             num_graphs=len(structures),
         )
         # TorchScript's optimised graphs round differently after some calls; see MACE.
-        with torch.jit.optimized_execution(False):
+        with torch.jit.optimized_execution(False), Rows():
             atomic = model.data_std * self._atomic_outputs(graph)
         if model.element_refs is not None:
             atomic = atomic + model.element_refs.property_offset[graph.node_type]
@@ -214,7 +225,12 @@ class MatGL(Potential):
         if not isinstance(native, Saved):
             return cls(native)
         settings = _settings(native.arguments)
-        _tell_version(settings["class"], native.arguments["model"].get("@model_version", 0))
+        known = getattr(require("matgl.models", extra=cls.extra), settings["class"]).__version__
+        if known > (version := native.arguments["model"].get("@model_version", 0)):
+            log.warning(
+                f"This {settings['class']} is of an older release of matgl (version {version} of the class, here "
+                f"{known}): compare its energies with those of that release."
+            )
         found = cls(_build(settings)).to(next(w.dtype for w in native.weights.values() if w.is_floating_point()))
         # As matgl does, which leaves what it does not know.
         missing, _ = found.model.load_state_dict(native.weights, strict=False)
@@ -281,15 +297,3 @@ def _keep_fixed(model: Any) -> None:
     basis = model.model.bond_expansion.rbf
     if (centers := basis._parameters.pop("centers", None)) is not None:
         basis.register_buffer("centers", centers.detach())
-
-
-def _tell_version(name: str, version: int) -> None:
-    known = getattr(require("matgl.models", extra="matgl"), name).__version__
-    if known > version:
-        log.warning(
-            "This %s is of an older release of matgl (version %s of the class, here %s): compare its energies with "
-            "those of that release.",
-            name,
-            version,
-            known,
-        )
