@@ -57,8 +57,8 @@ def load_potential(
     spec : str, Path or nn.Module
         "mace-si" (embedded); a family with or without a variant ("chgnet", "chgnet:r2scan",
         "mace:medium", with a head "mace:mh-1:omat_pbe"); any of these with DFT-D3 added
-        ("chgnet+d3", "mace:medium+d3:pbe:bj"); a folder written by `save_potential` or a
-        training run; a family's native checkpoint (a pickle: only with trust); a module of a
+        ("chgnet+d3", "mace:medium+d3:pbe:bj"); a folder written by `save_potential`, a training
+        run or matgl; a family's native checkpoint (a pickle: only with trust); a module of a
         supported family, or a Potential.
     device : torch.device or str, optional
         By default the GPU where PyTorch finds one, else the CPU; a module that is given stays where it is.
