@@ -88,7 +88,7 @@ class Potential(nn.Module):
     licence: str = ""
     """That of the pretrained weights, where one holds for all of the family; for the model card."""
     native_name: str | None = None
-    """File name under which `save` writes the family's native checkpoint."""
+    """Name of the file, or folder, as which `save` writes the family's native checkpoint."""
     conservative: ClassVar[bool] = True
     """Whether its forces are the negative gradient of its energy."""
     atomic_properties: tuple[str, ...] = ()
@@ -240,7 +240,10 @@ class Potential(nn.Module):
 
     @classmethod
     def read_native(cls, path: Path) -> Any | None:
-        """What a file of the family's own holds that torch.load cannot read; None for any other file."""
+        """What a file of the family's own holds that torch.load cannot read, or a folder; None for any other.
+
+        A folder is given without asking for trust: no code in it may be run.
+        """
         return None
 
     @classmethod
@@ -276,7 +279,7 @@ class Potential(nn.Module):
         raise NotImplementedError
 
     def save_native(self, path: Path) -> None:
-        """Write the file that the family's own tools load."""
+        """Write the file, or make the folder, that the family's own tools load."""
         raise NotImplementedError
 
 

@@ -8,6 +8,7 @@ import math
 import operator
 import os
 import pickle
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
@@ -41,6 +42,8 @@ UNREADABLE = (
 def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary path beside this one, of the same ending, which takes its place if the block ends well.
 
+    Where the block makes a folder of it, its files take their places one after another.
+
     Raises
     ------
     OSError
@@ -50,9 +53,15 @@ def replacing(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".{os.getpid()}.part.{path.name}")
     try:
         yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        places = {temporary: path}
+        if temporary.is_dir():
+            path.mkdir(exist_ok=True)
+            places = {part: path / part.name for part in temporary.iterdir()}
+        for part in places:
+            with open(part, "rb") as file:
+                os.fsync(file.fileno())
+        for part, place in places.items():
+            os.replace(part, place)
     except (OSError, RuntimeError) as error:
         if not _refused(error):
             raise
@@ -64,7 +73,15 @@ def replacing(path: str | Path) -> Iterator[Path]:
     finally:
         # A place that cannot be written may refuse this, too, and has been reported already.
         with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            discard(temporary)
+
+
+def discard(path: Path) -> None:
+    """Remove a file or folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def check_writable(folder: str | Path) -> None:

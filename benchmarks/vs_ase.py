@@ -4,10 +4,11 @@
 
 Rattled silicon of 8 and 64 atoms, FIRE, the same number of steps from the same start; TorchCalculator and
 BPTTOptimizer against the calculator of the family with ASE's FIRE: mace-si in float64, and in float32 CHGNet 0.3.0,
-SevenNet's 7net-0, and a NequIP and a MatterSim with random weights, of the sizes of published ones (preset S; 1M).
-Each needs its environment. The two take turns in one process, so that both see the same machine; the median of the
-paired ratios is printed, with the smallest and the largest. Below it, where our time goes. On a busy machine,
---processor counts the time that this process computes instead of the time on the wall.
+SevenNet's 7net-0, and with random weights a NequIP and a MatterSim of the sizes of published ones (preset S; 1M), and
+matgl's TensorNet (matgl) and M3GNet (m3gnet) of its default sizes. Each needs its environment. The two take turns in
+one process, so that both see the same machine; the median of the paired ratios is printed, with the smallest and the
+largest. Below it, where our time goes. On a busy machine, --processor counts the time that this process computes
+instead of the time on the wall.
 """
 
 from __future__ import annotations
@@ -99,7 +100,28 @@ def nequip(device: str) -> tuple[Callable, Callable]:
     return lambda: TorchCalculator(potential), lambda: theirs
 
 
-FAMILIES = {made.__name__: made for made in (mace, chgnet, sevennet, nequip, mattersim)}
+def matgl(device: str) -> tuple[Callable, Callable]:
+    return of_matgl("TensorNet", device)
+
+
+def m3gnet(device: str) -> tuple[Callable, Callable]:
+    return of_matgl("M3GNet", device)
+
+
+def of_matgl(network: str, device: str) -> tuple[Callable, Callable]:
+    from matgl import models
+    from matgl.apps.pes import Potential
+    from matgl.ext.ase import PESCalculator
+
+    torch.manual_seed(0)
+    plain = {"use_warp": False} if network == "TensorNet" else {}
+    model = getattr(models, network)(element_types=("Si",), is_intensive=False, **plain)
+    potential = load_potential(Potential(model), device=device)
+    theirs = PESCalculator(potential.model, stress_unit="eV/A3")
+    return lambda: TorchCalculator(potential), lambda: theirs
+
+
+FAMILIES = {made.__name__: made for made in (mace, chgnet, sevennet, nequip, mattersim, matgl, m3gnet)}
 
 
 def seconds(atoms: Atoms, optimizer: type, steps: int) -> tuple[float, np.ndarray]:

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -358,6 +359,18 @@ class TestReplacing:
             path.write_text("n\udcff")
         assert sorted(Path().iterdir()) == before
         assert not old or Path("a.txt").read_text() == old
+
+    def test_the_files_of_a_folder_take_their_places(self):
+        for text in ("old", "new"):
+            with replacing("folder") as path:
+                path.mkdir()
+                for name in "ab":
+                    (path / name).write_text(text)
+        assert {file.name: file.read_text() for file in Path("folder").iterdir()} == {"a": "new", "b": "new"}
+        with pytest.raises(FileNotFoundError), replacing("folder") as path:
+            shutil.copytree("nothing", shutil.copytree("folder", path) / "a")
+        assert Path("folder/a").read_text() == "new"
+        assert len(list(Path().iterdir())) == 1
 
     def test_a_save_that_fails_leaves_the_saved_potential_whole(self, monkeypatch):
         save_potential(lennard_jones(), "saved")

@@ -57,8 +57,8 @@ def load_potential(
     spec : str, Path or nn.Module
         "mace-si" (embedded); a family with or without a variant ("chgnet", "chgnet:r2scan",
         "mace:medium", with a head "mace:mh-1:omat_pbe"); any of these with DFT-D3 added
-        ("chgnet+d3", "mace:medium+d3:pbe:bj"); a folder written by `save_potential` or a
-        training run; a family's native checkpoint (a pickle: only with trust); a module of a
+        ("chgnet+d3", "mace:medium+d3:pbe:bj"); a folder written by `save_potential`, a training
+        run or matgl; a family's native checkpoint (a pickle: only with trust); a module of a
         supported family, or a Potential.
     device : torch.device or str, optional
         By default the GPU where PyTorch finds one, else the CPU; a module that is given stays where it is.
@@ -124,7 +124,9 @@ def _from_spec(spec: str, trust: bool) -> Potential:
         return family(name).from_name(variant or None)
     path = Path(spec).expanduser()
     if path.is_dir():
-        return _from_folder(path)
+        ours = any((path / within / "weights.pt").is_file() for within in ("", RUN_POTENTIAL))
+        native = None if ours else _read_native(path)
+        return _from_folder(path) if native is None else from_native(native, str(path))
     if path.is_file():
         return from_checkpoint(path, trust)
     names = [*EMBEDDED, *known]
@@ -154,7 +156,9 @@ def from_checkpoint(path: Path, trust: bool) -> Potential:
         )
     try:
         with quiet():
-            native = _read(path)
+            native = _read_native(path)
+            if native is None:
+                native = torch.load(path, weights_only=False, map_location="cpu")
     except ImportError as error:
         every = ", ".join(found for adapter in map(family, families()) if (found := adapter.installation))
         raise ImportError(f"{path} needs a package that is not here ({error}): install its family, {every}.") from error
@@ -163,11 +167,9 @@ def from_checkpoint(path: Path, trust: bool) -> Potential:
     return from_native(native, str(path))
 
 
-def _read(path: Path) -> Any:
-    for adapter in map(family, families()):
-        if (native := adapter.read_native(path)) is not None:
-            return native
-    return torch.load(path, weights_only=False, map_location="cpu")
+def _read_native(path: Path) -> Any | None:
+    found = (adapter.read_native(path) for adapter in map(family, families()))
+    return next((native for native in found if native is not None), None)
 
 
 def from_native(native: Any, name: str) -> Potential:

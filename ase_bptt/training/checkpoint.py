@@ -27,7 +27,7 @@ from ..steppers import STEPPERS, make_stepper
 from ..terms import TERMS
 from ..threads import quiet
 from ..tuning import describe, low_rank
-from ..utils import UNFINISHED, UNREADABLE, in_short, replacing
+from ..utils import UNFINISHED, UNREADABLE, discard, in_short, replacing
 from .distributed import Ranks
 from .settings import NUMBERS
 from .state import TrainerState
@@ -106,7 +106,7 @@ def read(out: str | Path) -> tuple[dict[str, Any], TrainerState, bool]:
             "start again."
         )
     for unfinished in out.rglob(UNFINISHED):
-        unfinished.unlink()
+        discard(unfinished)
     return settings, TrainerState.from_dict(state), rewound
 
 

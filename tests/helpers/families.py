@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,10 @@ import torch
 from ase.calculators.calculator import Calculator
 
 from ase_bptt import Potential
+from ase_bptt.potentials.matgl import MatGL
 from ase_bptt.potentials.mattersim import MatterSim
 from ase_bptt.potentials.nequip import NequIP
-from ase_bptt.threads import quiet
+from ase_bptt.threads import Building, quiet
 
 NEQUIP = {
     "_target_": "nequip.model.NequIPGNNModel",
@@ -36,6 +38,14 @@ NEQUIP = {
     },
 }
 """The configuration of a small NequIP."""
+MATGL = {
+    "TensorNet": {"units": 8, "num_rbf": 8, "width": 0.7},
+    "M3GNet": {
+        "units": 8, "dim_node_embedding": 8, "dim_edge_embedding": 8, "nblocks": 2, "max_n": 2, "max_l": 2,
+        "threebody_cutoff": 3.5, "use_smooth": True,
+    },
+}  # fmt: skip
+"""The arguments of small networks of matgl."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +60,18 @@ class Family:
         Writes a small model to a file of the family's own in a folder, and returns its path.
     calculator : function
         The family's own calculator for such a file, or one that we wrote.
+    network : str
+        Which one, where the family has several.
+    pickled : bool
+        Whether its files are pickles, which are not opened without trust.
     """
 
     name: str
     package: str
     write: Callable[[Path], Path]
     calculator: Callable[[Path], Calculator]
+    network: str = ""
+    pickled: bool = True
 
     @property
     def here(self) -> bool:
@@ -64,7 +80,7 @@ class Family:
     def marked(self):
         """As a parameter of a test, which is skipped where the family is not installed."""
         mark = pytest.mark.skipif(not self.here, reason=f'needs pip install "ase_bptt[{self.name}]", on its own')
-        return pytest.param(self, id=self.name, marks=mark)
+        return pytest.param(self, id=f"{self.name}-{self.network}".strip("-"), marks=mark)
 
 
 def write_mattersim(folder: Path) -> Path:
@@ -119,5 +135,38 @@ def nequip_calculator(path: Path) -> Calculator:
     return InFloat64(model, device="cpu", transforms=transforms)
 
 
+def small_matgl(network: str, **changes):
+    """A Potential of matgl whose forces are large enough to relax by; changes are arguments of the network."""
+    from matgl import models
+    from matgl.apps.pes import Potential as Wrapped
+
+    factor, scale, seed = {"TensorNet": (1.5, 20.0, 0), "M3GNet": (2.0, 5.0, 4)}[network]
+    arguments = {"element_types": ("H", "C", "O", "Si"), "is_intensive": False, "cutoff": 4.5}
+    with Building(seed=seed):
+        model = getattr(models, network)(**arguments | MATGL[network] | changes)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.mul_(factor)
+    return Wrapped(model, data_std=scale, element_refs=[-1.1, -2.2, -3.3, -4.4])
+
+
+def write_matgl(folder: Path, network: str = "TensorNet") -> Path:
+    path = Path(folder) / "small"
+    small_matgl(network).save(path)
+    return path
+
+
+def matgl_calculator(path: Path, dtype: torch.dtype = torch.float32) -> Calculator:
+    import matgl
+    from matgl.ext.ase import PESCalculator
+
+    return PESCalculator(matgl.load_model(path).to(dtype).eval(), stress_unit="eV/A3")
+
+
 MATTERSIM = Family(MatterSim.family, "mattersim", write_mattersim, mattersim_calculator)
 FAMILIES = [MATTERSIM, Family(NequIP.family, "nequip", write_nequip, nequip_calculator)]
+FAMILIES += [
+    Family(MatGL.family, "matgl", partial(write_matgl, network=name), matgl_calculator, name, pickled=False)
+    for name in MATGL
+]
