@@ -119,8 +119,8 @@ def add_room(group: Any, parser: argparse.ArgumentParser) -> None:
          "GPU, or 256 atoms on a CPU)", type=count, metavar="N")  # fmt: skip
     flag(group, parser, "--memory", "GiB that they may take (default: 80 % of what is free on a GPU)", type=positive,
          metavar="X")  # fmt: skip
-    flag(group, parser, "--compile", "compute forces by code that is compiled first: faster from some thousand force "
-         "calls on", False, action="store_true")  # fmt: skip
+    flag(group, parser, "--compile", "compute forces by code that is compiled first; takes minutes on a CPU, and pays "
+         "from some thousand frames of 256 atoms on", False, action="store_true")  # fmt: skip
 
 
 def add_potential(
