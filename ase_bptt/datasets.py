@@ -29,7 +29,7 @@ SPLITS = ("train", "valid", "test", "all")
 def si_defects(split: str = "all", *, fold: int = DEMO_FOLD) -> list[RelaxationPair]:
     """Silicon point defects, dopant pairs and rattled crystals, relaxed with DFT (GPAW, PBE).
 
-    114 relaxations of 6 to 9 atoms, in the 8-site cubic cell; data/si_defects/README.md says how
+    92 relaxations of 6 to 9 atoms, in the 8-site cubic cell; data/si_defects/README.md says how
     they were made. Kinds of defect are never split: all relaxations of a kind, and all that end in
     the same structure, are one group. The groups are sorted by family (native, substituted,
     interstitial, vacancy complex, pair) and name and assigned to five folds in turn; fold k is
@@ -50,11 +50,11 @@ def si_defects(split: str = "all", *, fold: int = DEMO_FOLD) -> list[RelaxationP
     --------
     >>> from ase_bptt import datasets
     >>> len(datasets.si_defects()), len(datasets.si_defects("test"))
-    (114, 24)
+    (92, 20)
     """
     _check(split, fold)
     pairs = _grouped_by_kind()
-    return _of_split(pairs, folds(pairs), split, fold)
+    return of_split(pairs, folds(pairs), split, fold)
 
 
 def pbesol_crystals(split: str = "all", *, fold: int = 0) -> list[RelaxationPair]:
@@ -85,7 +85,7 @@ def pbesol_crystals(split: str = "all", *, fold: int = 0) -> list[RelaxationPair
     found = read_pairs(CRYSTALS)
     pairs = [dataclasses.replace(p, group="-".join(sorted({*p.relaxed.get_chemical_symbols()}))) for p in found]
     groups = sorted({p.group for p in pairs})
-    return _of_split(pairs, [groups.index(p.group) % FOLDS for p in pairs], split, fold)
+    return of_split(pairs, [groups.index(p.group) % FOLDS for p in pairs], split, fold)
 
 
 def _check(split: str, fold: int) -> None:
@@ -95,7 +95,8 @@ def _check(split: str, fold: int) -> None:
         raise ValueError(f"There is no fold {fold!r}; there are 0 to {FOLDS - 1}.")
 
 
-def _of_split(pairs: list[RelaxationPair], of: list[int], split: str, fold: int) -> list[RelaxationPair]:
+def of_split(pairs: list[RelaxationPair], of: list[int], split: str, fold: int) -> list[RelaxationPair]:
+    """The pairs of one side, where one fold is "test" and some of the next "valid"; `of` has the fold of each pair."""
     part = {p.group: k for p, k in sorted(zip(pairs, of, strict=True), key=lambda found: found[0].group)}
     side = sides(part, fold, FOLDS)
     return [p for p in pairs if split in ("all", side[p.group])]
@@ -113,7 +114,11 @@ def folds(pairs: list[RelaxationPair]) -> list[int]:
 
 
 def _grouped_by_kind() -> list[RelaxationPair]:
-    pairs = read_pairs(FOLDER)
+    return grouped_by_kind(read_pairs(FOLDER))
+
+
+def grouped_by_kind(pairs: list[RelaxationPair]) -> list[RelaxationPair]:
+    """With groups named by the kinds; kinds of which some relaxations end in the same structure are one group."""
     kinds = [p.relaxed.info["kind"] for p in pairs]
 
     def related(a: int, b: int) -> bool:

@@ -16,7 +16,7 @@ from itertools import product
 
 import numpy as np
 from methods import METHODS, VARIANTS
-from study import CELLS, COMPARED, DEFECTS, FEWER, ON_DFT, Cell, defects, plan
+from study import CELLS, COMPARED, DEFECTS, FEWER, ON_DFT, WITH_FAR, Cell, defects, plan
 
 from ase_bptt.evaluation import Evaluation
 from ase_bptt.evaluation.compare import Comparison, compare
@@ -167,9 +167,9 @@ def main() -> None:
         "robustness": (f"{surrogate}, test kinds: one setting changed, or a share of the training kinds",
                        pools("surrogate", "mace-si", ["default", *VARIANTS])),
     }  # fmt: skip
-    # The embedded set as it is, and as it was when it held fewer relaxations.
     for name, potential in product(sorted(folder.name for folder in CELLS.glob(f"{DEFECTS}_*")), ON_DFT):
         methods = ["untuned", *COMPARED, *([FEWER] if potential == "mace-si" else [])]
+        methods = methods[:2] if name == WITH_FAR else methods
         chosen[f"{name}_{potential.replace(':', '-').replace('.', '')}"] = (
             f"{name} (DFT), {potential}, held-out kinds of all folds that were run",
             pools(name, potential, methods),

@@ -32,8 +32,8 @@ import torch
 from ase.io import read
 from methods import CURVE, METHODS, ON_CRYSTALS, VARIANTS, Method, force_error
 
-from ase_bptt import RelaxationPair, load_potential
-from ase_bptt.datasets import FOLDS, pbesol_crystals, si_defects
+from ase_bptt import RelaxationPair, load_potential, read_pairs
+from ase_bptt.datasets import FOLDER, FOLDS, folds, grouped_by_kind, of_split, pbesol_crystals, si_defects
 from ase_bptt.drift import take_snapshot
 from ase_bptt.drift.changes import DriftReport
 from ase_bptt.evaluation import evaluate
@@ -41,7 +41,7 @@ from ase_bptt.utils import write_json
 
 HERE = Path(__file__).parent
 CELLS = HERE.parent / "docs" / "measured" / "study"
-DEFECTS, CRYSTALS = "si_defects", "pbesol_crystals"
+DEFECTS, WITH_FAR, CRYSTALS = "si_defects", "si_defects_with_far", "pbesol_crystals"
 Splits = dict[str, list[RelaxationPair]]
 
 
@@ -82,20 +82,24 @@ def plan() -> list[Cell]:
     chosen = [Cell("surrogate", "mace-si", method, seed, 0) for seed in (0, 1) for method in METHODS
               if method != "untuned" or seed == 0]  # fmt: skip
     robust = [Cell("surrogate", "mace-si", method, 0, 0) for method in VARIANTS]
-    return defects(f"{DEFECTS}_{len(si_defects())}") + chosen + robust + crystals()
+    return defects(f"{DEFECTS}_{len(si_defects())}") + chosen + robust + crystals() + defects(WITH_FAR)
 
 
 def defects(name: str) -> list[Cell]:
-    """On DFT relaxations of defects: the embedded set by this name, as it is or as it was."""
+    """On DFT relaxations of defects: the embedded set, or that with benchmarks/far_defects."""
     found = [
         Cell(name, potential, method, seed, fold)
         for potential, (seeds, folds) in ON_DFT.items()
         for seed in seeds
         for fold in folds
-        for method in ("untuned", *COMPARED)
+        for method in ("untuned", *(COMPARED if name != WITH_FAR else COMPARED[:1]))
         if method != "untuned" or seed == seeds[0]
     ]
-    return found + [Cell(name, "mace-si", FEWER, seed, fold) for seed in (0, 1) for fold in range(FOLDS)]
+    return (
+        found
+        if name == WITH_FAR
+        else found + [Cell(name, "mace-si", FEWER, seed, fold) for seed in (0, 1) for fold in range(FOLDS)]
+    )
 
 
 def crystals() -> list[Cell]:
@@ -107,6 +111,12 @@ def crystals() -> list[Cell]:
     order = [("chgnet", methods), ("sevennet", methods[:4]), ("chgnet", curve)]
     return [Cell(f"{CRYSTALS}_{len(pairs)}", potential, method, 0, fold)
             for potential, names in order for method in names for fold in range(FOLDS)]  # fmt: skip
+
+
+def with_far(fold: int) -> Splits:
+    """The embedded defects and those whose references few potentials have a minimum at, in folds of their own."""
+    pairs = grouped_by_kind(sorted(read_pairs(FOLDER) + read_pairs(HERE / "far_defects"), key=lambda pair: pair.id))
+    return {side: of_split(pairs, folds(pairs), side, fold) for side in ("train", "valid", "test")}
 
 
 def surrogate_pairs() -> list[RelaxationPair]:
@@ -123,6 +133,8 @@ def splits_of(cell: Cell) -> Splits:
         return {name: si_defects(name, fold=cell.fold) for name in ("train", "valid", "test")}
     if cell.set == f"{CRYSTALS}_{len(pbesol_crystals())}":
         return {name: pbesol_crystals(name, fold=cell.fold) for name in ("train", "valid", "test")}
+    if cell.set == WITH_FAR:
+        return with_far(cell.fold)
     if cell.set != "surrogate":
         raise ValueError(f"{cell.set} is a set as it was: check out the commit that measured it.")
     found: Splits = {"train": [], "valid": [], "test": []}
