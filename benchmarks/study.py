@@ -87,19 +87,17 @@ def plan() -> list[Cell]:
 
 def defects(name: str) -> list[Cell]:
     """On DFT relaxations of defects: the embedded set, or that with benchmarks/far_defects."""
+    far = name == WITH_FAR
     found = [
         Cell(name, potential, method, seed, fold)
         for potential, (seeds, folds) in ON_DFT.items()
         for seed in seeds
         for fold in folds
-        for method in ("untuned", *(COMPARED if name != WITH_FAR else COMPARED[:1]))
+        for method in ("untuned", *(COMPARED[:1] if far else COMPARED))
         if method != "untuned" or seed == seeds[0]
     ]
-    return (
-        found
-        if name == WITH_FAR
-        else found + [Cell(name, "mace-si", FEWER, seed, fold) for seed in (0, 1) for fold in range(FOLDS)]
-    )
+    fewer = [Cell(name, "mace-si", FEWER, seed, fold) for seed in (0, 1) for fold in range(FOLDS)]
+    return found if far else found + fewer
 
 
 def crystals() -> list[Cell]:
