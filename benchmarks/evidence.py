@@ -97,6 +97,8 @@ def strata(pools: dict[str, Pool]) -> str:
             continue
         for far in (False, True):
             rows = [(a, b) for a, b in zip(pool.untuned, pool.rows, strict=True) if (a["delta_q"] >= FAR) is far]
+            if not rows:
+                continue
             before, after = (evaluation(side) for side in zip(*rows, strict=True))
             c = compare(before, after)
             same = f"; {sum(a['right_basin'] for a, _ in rows)} where the reference itself ends" if far else ""

@@ -152,13 +152,13 @@ class CompiledForces:
             inputs = {} if key is None else self._pad(batch, edges, indices, key[0])
             if key is None or (key not in self._graphs and not self._compile(key, inputs)):
                 return None
-            energy, *slopes = self._graphs[key](*inputs.values())
-        energy, gradient = energy[: len(batch)], slopes[0][: batch.n_atoms]
+            energy, *gradients = self._graphs[key](*inputs.values())
+        energy, gradient = energy[: len(batch)], gradients[0][: batch.n_atoms]
         if placed is not moved:
-            ends, slopes = [placed.positions, placed.cells], [gradient, slopes[1][: len(batch)]]
+            ends, gradients = [placed.positions, placed.cells], [gradient, gradients[1][: len(batch)]]
             if work is not None:
-                energy, ends, slopes = energy + work.detach(), [*ends, work], [*slopes, torch.ones_like(work)]
-            (gradient,) = torch.autograd.grad(ends, [rows], slopes)
+                energy, ends, gradients = energy + work.detach(), [*ends, work], [*gradients, torch.ones_like(work)]
+            (gradient,) = torch.autograd.grad(ends, [rows], gradients)
         return energy, -gradient
 
     def _size_for(self, sizes: Sizes, moves: bool) -> Key | None:
