@@ -16,7 +16,7 @@ from itertools import product
 
 import numpy as np
 from methods import METHODS, VARIANTS
-from study import CELLS, COMPARED, DEFECTS, FEWER, ON_DFT, WITH_FAR, Cell, defects, plan
+from study import CELLS, COMPARED, DEFECTS, FEWER, ON_DFT, REFIT, REFITTED, WITH_FAR, Cell, defects, plan
 
 from ase_bptt.evaluation import Evaluation
 from ase_bptt.evaluation.compare import Comparison, compare
@@ -170,7 +170,7 @@ def main() -> None:
                        pools("surrogate", "mace-si", ["default", *VARIANTS])),
     }  # fmt: skip
     for name, potential in product(sorted(folder.name for folder in CELLS.glob(f"{DEFECTS}_*")), ON_DFT):
-        methods = ["untuned", *COMPARED, *([FEWER] if potential == "mace-si" else [])]
+        methods = ["untuned", *COMPARED, *[REFIT] * (potential in REFITTED), *[FEWER] * (potential == "mace-si")]
         methods = methods[:2] if name == WITH_FAR else methods
         chosen[f"{name}_{potential.replace(':', '-').replace('.', '')}"] = (
             f"{name} (DFT), {potential}, held-out kinds of all folds that were run",

@@ -52,6 +52,18 @@ def trained(potential: Potential, splits: Splits, seed: int, *, share: float = 1
     return trainer.settings() | {"best_epoch": trainer.best_epoch, "training_pairs": len(train)}
 
 
+def refitted(potential: Potential, splits: Splits, seed: int) -> dict[str, Any]:
+    """As `ase-bptt train` ends: once more from the untuned weights, on the validation kinds, too, to the kept epoch."""
+    untuned = {name: value.clone() for name, value in potential.state_dict().items()}
+    said = trained(potential, splits, seed)
+    if said["best_epoch"]:
+        potential.load_state_dict(untuned)
+        pairs = [*splits["train"], *splits["valid"]]
+        Trainer(potential, seed=seed).fit(pairs, epochs=said["best_epoch"])
+        said |= {"training_pairs": len(pairs)}
+    return said
+
+
 def matched(
     potential: Potential, splits: Splits, seed: int, *, at_references: bool = False, share: float = 1.0,
     loss: Loss | None = None, epochs: int = FORCE_EPOCHS, batch_size: int = FORCE_BATCH,
