@@ -60,7 +60,7 @@ def si_defects(split: str = "all", *, fold: int = DEMO_FOLD) -> list[RelaxationP
 def pbesol_crystals(split: str = "all", *, fold: int = 0) -> list[RelaxationPair]:
     """Small crystals relaxed in cell and positions with DFT (GPAW, PBEsol), for training on cells that move.
 
-    40 relaxations of 2 or 4 atoms, each frame with energy, forces and stress; data/pbesol_crystals/README.md says
+    45 relaxations of 2 or 4 atoms, each frame with energy, forces and stress; data/pbesol_crystals/README.md says
     how they were made. A compound (a set of elements) is one group, whatever its structure type. The compounds
     are sorted by name and assigned to five folds in turn; fold k is "test", fold k+1 "valid", the others "train".
 

@@ -1,6 +1,6 @@
 """Where the cell moves: the table of docs/evidence.rst, from the cells that benchmarks/study.py has run.
 
-    python benchmarks/study.py run --set pbesol_crystals_23 --potential chgnet    # what has no file yet, fold by fold
+    python benchmarks/study.py run --set pbesol_crystals_45 --potential chgnet    # what has no file yet, fold by fold
     python benchmarks/crystals.py                                                 # writes docs/measured/crystals.txt
 
 Trains on the compounds of three of five folds (`ase_bptt.datasets.pbesol_crystals`), keeps the epoch that is best on

@@ -126,11 +126,11 @@ class TestEmbeddedPotential:
 
 def test_no_compound_of_the_crystals_is_on_two_sides_of_a_fold():
     every = pbesol_crystals()
-    assert len(every) == len(ids(every)) == 40
+    assert len(every) == len(ids(every)) == 45
     with mock.patch("ase_bptt.datasets.read_pairs", return_value=every):
         for fold in range(FOLDS):
             sides = [pbesol_crystals(side, fold=fold) for side in SIDES]
-            assert sum(map(len, sides)) == 40
+            assert sum(map(len, sides)) == 45
             elements = [{frozenset(p.relaxed.get_chemical_symbols()) for p in side} for side in sides]
             assert not any(a & b for a, b in combinations(elements, 2))
     assert all(p.freedom.name == "full" and "stress" in p.relaxed.calc.results for p in every)
