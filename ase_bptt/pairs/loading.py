@@ -146,10 +146,10 @@ class Check:
     def _pair(self, source: Source, found: Loaded, warn: Callable[..., None]) -> RelaxationPair:
         pair = pair_of(found, source.name, self.root)
         pair = self.choices.with_cell(pair)
-        check_freedom(pair, source.name)
         _check_one(pair, source.name)
         check_converged(pair.relaxed, source.name, self.choices.max_force, found.left)
         check_pair(pair.initial, pair.relaxed, source.name, warn)
+        check_freedom(pair, source.name)
         relaxed = unwrapped(pair.initial, pair.relaxed)
         warn_of_moves(pair.initial, relaxed, source.name, warn)
         key = self.choices.group

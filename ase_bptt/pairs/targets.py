@@ -20,9 +20,8 @@ from ase.io.cif import parse_cif
 
 from ..cells.row_maps import allowed
 from ..displacements import KNOWN
-from ..suggestions import unknown_name
 from ..utils import in_short
-from . import MAX_REFERENCE_FORCE, InvalidPair, RelaxationPair, check_converged, check_distances
+from . import MAX_REFERENCE_FORCE, InvalidPair, RelaxationPair, check_converged, check_distances, check_freedom
 from .groups import with_groups
 
 log = logging.getLogger(__name__)
@@ -140,9 +139,7 @@ def read_targets(
 
 
 def _target(atoms: Atoms, name: str, cell: Any, pressure: float, strain: float, rattle: float) -> Target:
-    known = atoms.info.setdefault("known", KNOWN[0])
-    if known not in KNOWN:
-        raise InvalidPair(f"{name}: {unknown_name('known part', str(known), KNOWN)}")
+    atoms.info.setdefault("known", KNOWN[0])
     if not len(atoms):
         raise InvalidPair(f"{name}: it has no atoms; check the file.")
     if not (np.isfinite(atoms.positions).all() and np.isfinite(atoms.cell.array).all()):
@@ -151,18 +148,8 @@ def _target(atoms: Atoms, name: str, cell: Any, pressure: float, strain: float, 
     check_distances(atoms, f"{name}: in the target")
     check_converged(atoms, name, MAX_REFERENCE_FORCE)
     chosen = cell if cell is not None else "full" if atoms.pbc.all() else "fixed"
-    try:
-        target = Target(atoms, atoms, name, cell=chosen, pressure=pressure, strain=strain, rattle=rattle)
-        moves = target.freedom.moves
-    except (ValueError, NotImplementedError) as error:
-        raise InvalidPair(f"{name}: {error}") from error
-    if moves and not atoms.pbc.any():
-        raise InvalidPair(f"{name}: it is periodic along no direction, so it has no cell to relax; take --cell fixed.")
-    if known != KNOWN[0] and not (moves and atoms.pbc.all()):
-        raise InvalidPair(
-            f"{name}: only its {known} is said to be known, which a cell that is fixed never reaches; let the cell "
-            "move, or leave the target out."
-        )
+    target = Target(atoms, atoms, name, cell=chosen, pressure=pressure, strain=strain, rattle=rattle)
+    check_freedom(target, name)
     # The same in every process and run, and another for each target.
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     return dataclasses.replace(target, initial=target.start(rng))
