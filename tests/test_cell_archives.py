@@ -142,7 +142,7 @@ BAD = {
     "pressure at a fixed cell": ([crystal()], ("--pressure", "1"), "emt", "does nothing to a cell that is fixed"),
     "direct forces": ([crystal()], ("--cell", "full"), "direct", "predicted directly, and it has no stress"),
     "collapsed cell": ([squeezed(0.02)], ("--cell", "full"), "emt", r"less than 0.01 Å\^3"),
-    "mask of another shape": ([crystal()], ("--cell", "1,1,1,0"), "emt", "six numbers in the order xx"),
+    "mask of another shape": ([crystal()], ("--cell", "1,1,1,0"), "emt", "six ones and zeros"),
 }  # fmt: skip
 
 
