@@ -27,7 +27,7 @@ from . import (
     check_freedom,
     check_pair,
 )
-from .cell_changes import unwrapped, warn_of_moves
+from .cell_changes import unwrapped, warn_of_freedom, warn_of_moves
 from .chains import FURTHER, Chains, Legs, joined_legs
 from .sources import File, Source, pair_of, short, sources_in, two_files
 from .survey import Survey
@@ -152,6 +152,7 @@ class Check:
         check_freedom(pair, source.name)
         relaxed = unwrapped(pair.initial, pair.relaxed)
         warn_of_moves(pair.initial, relaxed, source.name, warn)
+        warn_of_freedom(pair.initial, relaxed, pair.freedom, source.name, warn)
         key = self.choices.group
         named = "" if not key else _group(pair, key, short(source.name, self.root), self.root)
         return with_symmetry(dataclasses.replace(pair, relaxed=relaxed, group=named), self.choices.symmetry)
