@@ -17,7 +17,7 @@ from itertools import product
 
 import numpy as np
 from methods import METHODS, VARIANTS
-from study import CELLS, COMPARED, DEFECTS, FEWER, ON_DFT, REFIT, REFITTED, WITH_FAR, Cell, defects, plan
+from study import BESIDE, CELLS, COMPARED, DEFECTS, ON_DFT, Cell, defects, plan
 
 from ase_bptt.evaluation import Evaluation
 from ase_bptt.evaluation.compare import Comparison, compare
@@ -160,7 +160,8 @@ def pools(set_: str, potential: str, methods: Sequence[str], side: str = "test")
     """By method."""
     planned = defects(set_) if set_.startswith(DEFECTS) else plan()
     cells = [cell for cell in planned if (cell.set, cell.potential) == (set_, potential)]
-    return {name: Pool([c for c in cells if c.method == name], side) for name in methods}
+    found = {name: Pool([c for c in cells if c.method == name], side) for name in methods}
+    return {name: pool for name, pool in found.items() if pool.planned}
 
 
 def learning_curves(side: str = "test"):
@@ -197,11 +198,9 @@ def main() -> None:
                        pools("surrogate", "mace-si", ["default", *VARIANTS])),
     }  # fmt: skip
     for name, potential in product(sorted(folder.name for folder in CELLS.glob(f"{DEFECTS}_*")), ON_DFT):
-        methods = ["untuned", *COMPARED, *[REFIT] * (potential in REFITTED), *[FEWER] * (potential == "mace-si")]
-        methods = methods[:2] if name == WITH_FAR else methods
         chosen[f"{name}_{potential.replace(':', '-').replace('.', '')}"] = (
             f"{name} (DFT), {potential}, held-out kinds of all folds that were run",
-            pools(name, potential, methods),
+            pools(name, potential, ["untuned", *COMPARED, *BESIDE.get(potential, ())]),
         )
     run = {name: found for name, found in chosen.items() if any(pool.cells for pool in found[1].values())}
     written = {name: table(*found) for name, found in run.items()}

@@ -30,7 +30,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from ase.io import read
-from methods import CURVE, METHODS, ON_CRYSTALS, VARIANTS, Method, force_error, refitted
+from methods import CURVE, METHODS, ON_CRYSTALS, ON_DEFECTS, VARIANTS, Method, force_error
 
 from ase_bptt import RelaxationPair, load_potential, read_pairs
 from ase_bptt.datasets import FOLDER, FOLDS, folds, grouped_by_kind, of_split, pbesol_crystals, si_defects
@@ -57,7 +57,7 @@ class Cell(NamedTuple):
     @property
     def compute(self) -> Method:
         """What tunes the potential."""
-        return (ON_CRYSTALS if self.set.startswith(CRYSTALS) else METHODS | VARIANTS | {REFIT: refitted})[self.method]
+        return (ON_CRYSTALS if self.set.startswith(CRYSTALS) else METHODS | VARIANTS | ON_DEFECTS)[self.method]
 
     @property
     def file(self) -> Path:
@@ -68,9 +68,10 @@ class Cell(NamedTuple):
 COMPARED = ("default", "structures", "forces")
 FEWER = "default at 70%"
 """What the kinds that `train` keeps for itself are worth to the potential: it is trained on them, too, in the end."""
-REFIT = "refit"
-"""The potential that `train` hands back: trained once more, on all kinds but those that are measured here."""
-REFITTED = {"mace-si": (0, 1, 2), "chgnet": (0,)}
+BESIDE = {  # further methods of a potential, and their seeds
+    "mace-si": {"refit": (0, 1, 2), FEWER: (0, 1)},
+    "chgnet": {"refit": (0,), "rate 0.001": (0,)},
+}
 ON_DFT = {  # potential: seeds, folds
     "mace-si": ((0, 1, 2), range(FOLDS)),
     "chgnet": ((0,), range(FOLDS)),
@@ -99,10 +100,14 @@ def defects(name: str) -> list[Cell]:
         for method in ("untuned", *(COMPARED[:1] if far else COMPARED))
         if method != "untuned" or seed == seeds[0]
     ]
-    again = [Cell(name, potential, REFIT, seed, fold)
-             for potential, seeds in REFITTED.items() for seed in seeds for fold in range(FOLDS)]  # fmt: skip
-    fewer = [Cell(name, "mace-si", FEWER, seed, fold) for seed in (0, 1) for fold in range(FOLDS)]
-    return found if far else found + again + fewer
+    return found + [
+        Cell(name, potential, method, seed, fold)
+        for potential, methods in BESIDE.items()
+        for method, seeds in methods.items()
+        for seed in seeds
+        for fold in range(FOLDS)
+        if not far or method == "rate 0.001"
+    ]
 
 
 def crystals() -> list[Cell]:

@@ -12,7 +12,8 @@ from typing import Any
 from ..adjoints import Adjoint, make_adjoint
 from ..losses import LOSSES
 from ..pairs import RelaxationPair
-from ..pairs.groups import split_into_folds, unwarned_split, usable, warn_of_few
+from ..pairs.groups import split_into_folds, unwarned_split, warn_of_few
+from ..pairs.usable import usable
 from ..potential import Potential
 from ..steppers import STEPPERS, Stepper, make_stepper
 from ..training import Trainer
