@@ -202,3 +202,5 @@ ON_CRYSTALS: dict[str, Method] = {
     **{f"structures at {n}": partial(STRUCTURES, share=n) for n in CURVE},
 }
 """Where the cell moves; the last ones are trained on so many compounds."""
+for _name in ("zero-force", "structures", "stages", "labels"):
+    ON_CRYSTALS[f"{_name} 0.001"] = partial(ON_CRYSTALS[_name], lr=1e-3)
