@@ -257,7 +257,7 @@ def rows_of(
     if not iterated.potential.conservative:
         raise NotImplementedError(
             f"The forces of this {iterated.potential.family} potential are predicted directly, and it has no stress, "
-            "so that no cell can be relaxed: take cell='fixed'."
+            "so that no cell can be relaxed: take cell='fixed' (--cell fixed in the shell)."
         )
     return Strained.of(structures, cells, pressures=pressures, balanced=iterated.stepper.scale_sensitive)
 

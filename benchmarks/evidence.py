@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from itertools import product
 
@@ -27,6 +28,14 @@ MATCHED = 0.25
 """Largest displacement over (V/n)^(1/3) below which the field counts two structures as matched."""
 FAR = 4.0
 """amu^1/2 Å: an end farther off than this is in another minimum, or the potential has none at the reference."""
+FAMILIES = {
+    "native defects and crystals": r"V2?|I_.|crystal",
+    "one or two far substituents": r"[A-Za-z]+_ss?",
+    "interstitials": r"[A-Z][a-z]?_i",
+    "substituents by a vacancy": r"[A-Z][a-z]?V",
+    "pairs of nearest neighbours": r".+_nn1",
+    "pairs of second neighbours": r".+_nn2",
+}
 HEAD = (
     f"{'method':22} {'cells':>7} {'n':>4} {'mean':>6} {'quartiles':>11} {'median':>6} {'geom.':>6} "
     f"{'change of geom.':>18} {'of the mean':>18} {'better':>7} {'tied':>5} {'closer':>7} {'median':>7} "
@@ -109,6 +118,23 @@ def strata(pools: dict[str, Pool]) -> str:
     return "\n".join(lines)
 
 
+def by_family(pool: Pool) -> str:
+    """What the default gains on each family of defects, over all cells that were run."""
+    found: dict[str, list] = {}
+    for before, after in zip(pool.untuned, pool.rows, strict=True):
+        family = next((name for name, pattern in FAMILIES.items() if re.fullmatch(pattern, before["group"])), "")
+        found.setdefault(family, []).append((before, after))
+    lines = []
+    for name in filter(found.get, FAMILIES):
+        before, after = (evaluation(side) for side in zip(*found[name], strict=True))
+        c = compare(before, after)
+        lines.append(
+            f"default, {name:28} {len(found[name]):>4} rows, geometric mean {before.geometric_mean:.2f} to "
+            f"{after.geometric_mean:.2f}, {c.geometric_mean}, {c.improved:.0%} better"
+        )
+    return "\n".join(lines)
+
+
 def untuned(cell: Cell, side: str) -> list[dict]:
     """Rows of the untuned potential on the cell's structures: they do not depend on the seed."""
     found = json.loads(cell._replace(method="untuned", seed=0).file.read_text())
@@ -126,7 +152,8 @@ def evaluation(rows: Sequence[dict]) -> Evaluation:
 def table(title: str, pools: dict[str, Pool]) -> str:
     """A title, a line for each method, near and far structures apart, and the legend."""
     lines = [title, "", HEAD, "-" * len(HEAD), *(pool.line(name) for name, pool in pools.items())]
-    return "\n".join([*lines, "", strata(pools), "", LEGEND])
+    defects = by_family(pools["default"]) if "DFT" in title and pools["default"].cells else ""
+    return "\n\n".join(filter(None, ["\n".join(lines), strata(pools), defects, LEGEND]))
 
 
 def pools(set_: str, potential: str, methods: Sequence[str], side: str = "test") -> dict[str, Pool]:

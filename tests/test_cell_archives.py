@@ -8,18 +8,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ase import Atoms
-from ase.build import bulk, molecule
+from ase.build import bulk, fcc111, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
-from ase.constraints import FixScaled
+from ase.constraints import FixCartesian, FixScaled
 from ase.io import write
 from helpers.dft_files import write_vasprun
 from helpers.shell import run
 from helpers.training import Killed, killed_in
 
-from ase_bptt import TorchCalculator, Trainer, evaluate, read_pairs
-from ase_bptt.pairs import InvalidPair
+from ase_bptt import RelaxationPair, TorchCalculator, Trainer, evaluate, read_pairs
+from ase_bptt.cells import CellFreedom
+from ase_bptt.pairs import InvalidPair, Loaded
+from ase_bptt.pairs.chains import joined_legs
 from ase_bptt.potentials import save_potential
 from ase_bptt.potentials.analytic import Morse
+from ase_bptt.potentials.direct import Direct
 
 QUICK = ("--epochs", "1", "--steps", "4", "--batch-size", "2", "--group", "folder")
 
@@ -141,8 +144,8 @@ BAD = {
     "molecule": ([molecule("N2")], ("--cell", "full"), "emt", "N2 is periodic along no direction"),
     "pressure at a fixed cell": ([crystal()], ("--pressure", "1"), "emt", "does nothing to a cell that is fixed"),
     "direct forces": ([crystal()], ("--cell", "full"), "direct", "predicted directly, and it has no stress"),
-    "collapsed cell": ([squeezed(0.02)], ("--cell", "full"), "emt", "apart"),
-    "mask of another shape": ([crystal()], ("--cell", "1,1,1,0"), "emt", "six numbers in the order xx"),
+    "collapsed cell": ([squeezed(0.02)], ("--cell", "full"), "emt", r"less than 0.01 Å\^3"),
+    "mask of another shape": ([crystal()], ("--cell", "1,1,1,0"), "emt", "six ones and zeros"),
 }  # fmt: skip
 
 
@@ -158,6 +161,10 @@ def test_a_bad_cell_is_named_in_one_sentence(tmp_path, name):
 
 BAD_PAIRS = {
     "two lattices": (lambda: [crystal(), crystal(cell=crystal().cell.array * [1, 1, 3])], "write both structures with"),
+    "other vectors": (
+        lambda: [crystal(), crystal(cell=[[1, 1, 0], [0, 1, 0], [0, 0, 1]] @ crystal().cell.array)],
+        "with other vectors of the same lattice",
+    ),
     "handedness": (lambda: [crystal(), crystal(cell=crystal().cell.array[[1, 0, 2]])], "changes handedness"),
     "NaN stress": (nan_stress, "a stress is not a finite number"),
     "zero volume": (lambda: [crystal(), crystal(cell=np.diag([3.0, 3.0, 0.0]))], "no volume"),
@@ -175,3 +182,75 @@ def test_a_bad_pair_of_cells_is_named_in_one_sentence(tmp_path, name):
     assert code != 0
     assert "Traceback" not in err
     assert re.search(sentence, err)
+
+
+def constrained() -> Atoms:
+    atoms = crystal()
+    atoms.set_constraint(FixCartesian([0], [True, False, False]))
+    return atoms
+
+
+def partly_known(known: str) -> Atoms:
+    return crystal(info={"known": known})
+
+
+MADE = {
+    "molecule": (lambda: molecule("N2"), {"cell": "full"}, "has no cell to relax"),
+    "slab": (lambda: fcc111("Cu", (1, 1, 2), vacuum=5.0), {"cell": "hydrostatic"}, "so it has no volume"),
+    "singular cell": (lambda: Atoms("Cu", cell=[[3, 0, 0], [6, 0, 0], [0, 0, 3]], pbc=True), {}, "linearly dependent"),
+    "constraint": (constrained, {"cell": "full"}, "FixCartesian, whose directions this cell would turn"),
+    "mask of another shape": (crystal, {"cell": [1, 1, 0]}, "six numbers"),
+    "pressure at a fixed cell": (crystal, {"pressure": 0.1}, "does nothing to a cell that is fixed"),
+    "pressure that is no number": (crystal, {"cell": "full", "pressure": np.nan}, "finite number of eV"),
+    "known typo": (lambda: partly_known("volum"), {"cell": "full"}, "did you mean 'volume'"),
+    "known volume of a fixed cell": (lambda: partly_known("volume"), {}, "only its volume is said to be known"),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_pairs_made_in_python_are_refused_by_their_id_before_any_work(name):
+    make, given, sentence = MADE[name]
+    pairs = [RelaxationPair(crystal(), crystal(), "good"), RelaxationPair(make(), make(), "the odd one", **given)]
+    for work in (
+        lambda: evaluate(Morse(), pairs),
+        lambda: Trainer(Morse(), terms=(), progress=False).fit(pairs, epochs=1),
+    ):
+        with pytest.raises(InvalidPair, match=f"^the odd one: .*{sentence}"):
+            work()
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_potential_without_stress_leaves_out_the_cells_that_moved(tmp_path, lazy):
+    save_potential(Direct(cutoff=3.0), tmp_path / "direct")
+    folder, flags = archive(tmp_path / "runs", mixed=True), ("--lazy",) if lazy else ()
+    shared = "evaluate", folder, "--potential", tmp_path / "direct", "--steps", "2", *flags
+    code, _, err = run(*shared)
+    assert code == 2
+    assert re.search(r"run_2.*: The forces of this direct potential are predicted directly", err)
+    code, out, err = run(*shared, "--skip-invalid", "--dry-run")
+    assert code == 0, err
+    assert "2 relaxations of" in out
+
+
+@pytest.mark.parametrize(
+    ("isif", "cell", "warned"), [(3, None, False), (4, None, True), (7, None, True), (3, "hydrostatic", True)]
+)
+def test_a_cell_that_moved_otherwise_than_is_said_is_warned_of(tmp_path, caplog, isif, cell, warned):
+    write_vasprun(tmp_path / "vasprun.xml", frames(0), ISIF=isif, NSW=50, IBRION=2)
+    read_pairs(tmp_path / "vasprun.xml", cell=cell)
+    assert ("so that no relaxation reaches its end" in caplog.text) == warned
+
+
+def test_what_moved_by_turns_has_moved_in_full():
+    (a, b, c), free = frames(0), [CellFreedom.of("hydrostatic"), CellFreedom.of("constant-volume", 0.01)]
+    joined = joined_legs([Loaded(a, b, (a, b), cell=free[0]), Loaded(b, c, (b, c), cell=free[1])])
+    assert joined.cell == CellFreedom.of("full", 0.01)
+
+
+def test_a_pressure_without_a_cell_is_refused(tmp_path):
+    write(tmp_path / "run.extxyz", frames(0))
+    with pytest.raises(ValueError, match="not what moves of the cells"):
+        read_pairs(tmp_path / "run.extxyz", pressure=0.01)
+    code, _, err = run("evaluate", tmp_path / "run.extxyz", "--potential", "emt", "--pressure", "1")
+    assert code == 2
+    assert "not what moves of the cells" in err

@@ -62,6 +62,7 @@ CRYSTALS = {
     "one atom": lambda: strained(bulk("Cu")),
     "hexagonal": lambda: strained(bulk("Cu", "hcp", a=2.55, c=4.2)),
     "triclinic": lambda: strained(bulk("Cu").repeat((3, 2, 1)), strain=0.06),
+    "16 atoms": lambda: strained(bulk("Cu").repeat((4, 2, 2)), strain=0.06),
 }
 CHOICES = {
     "full": ({}, {}),
@@ -70,8 +71,38 @@ CHOICES = {
     "mask": ({"cell": [1, 1, 0, 0, 0, 1]}, {"mask": [1, 1, 0, 0, 0, 1]}),
     "axis": ({"cell": np.diag([0, 0, 1])}, {"mask": [0, 0, 1, 0, 0, 0]}),
     "pressure": ({"pressure": 0.05}, {"scalar_pressure": 0.05}),
-}
+    "mask and pressure": ({"cell": [1, 1, 0, 0, 0, 1], "pressure": 0.05},
+                          {"mask": [1, 1, 0, 0, 0, 1], "scalar_pressure": 0.05}),
+}  # fmt: skip
 OPTIMIZERS = {"fire": (FIRE, 1e-9), "bfgs": (BFGS, 1e-7), "lbfgs": (LBFGS, 1e-7)}
+
+
+def in_argon(atoms: Atoms) -> Atoms:
+    """The same crystal of argon atoms, in the units of `lennard_jones`."""
+    atoms.symbols[:] = "Ar"
+    atoms.set_cell(atoms.cell * 1.6 / 3.61, scale_atoms=True)
+    return atoms
+
+
+@pytest.mark.parametrize("stepper", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("crystal", "choice"), [("one atom", "full"), ("cubic", "constant volume"), ("16 atoms", "mask and pressure")]
+)
+def test_a_hundred_frames_of_lennard_jones_are_those_of_frechet_cell_filter(crystal, choice, stepper):
+    ours, theirs = CHOICES[choice]
+    optimizer, tolerance = OPTIMIZERS[stepper]
+    atoms, hyperparameters = in_argon(CRYSTALS[crystal]()), {} if stepper == "fire" else {"alpha": 500.0}
+    moved = atoms.copy()
+    moved.calc = TorchCalculator(lennard_jones())
+    driver = optimizer(FrechetCellFilter(moved, **theirs), logfile=None, **hyperparameters)
+    driver.run(fmax=1e-6, steps=100)
+    with torch.no_grad():
+        relaxation = relax(lennard_jones(), atoms, **{"cell": "full"} | ours, fmax=1e-6, steps=100,
+                           stepper=steppers.make_stepper(stepper, **hyperparameters))  # fmt: skip
+    assert relaxation.nsteps.tolist() == [driver.nsteps]
+    assert np.abs(moved.cell - atoms.cell).max() > 1e-3
+    assert np.abs(relaxation.positions.numpy() - moved.positions).max() < tolerance
+    assert np.abs(relaxation.cells[0].numpy() - moved.cell).max() < tolerance
 
 
 @pytest.mark.parametrize("stepper", OPTIMIZERS)
@@ -119,6 +150,7 @@ def argon() -> Atoms:
 
 
 SYSTEMS = {
+    "emt": (lambda: EMT().double().requires_grad_(), lambda: strained(bulk("Cu").repeat((2, 1, 1))), 0.01, 0.1),
     "lj": (lambda: lennard_jones().requires_grad_(), argon, 1e-3, 0.03),
     "morse": (lambda: Morse(rho0=4.0), lambda: strained(bulk("N", "sc", a=1.3).repeat((2, 1, 1))), 1e-3, 0.05),
     "mace": (stiff_mace, lambda: strained(bulk("Si"), seed=2), 0.01, 0.1),
@@ -127,6 +159,7 @@ NAMES = ["full", "hydrostatic", "constant-volume", [1, 1, 0, 0, 0, 1]]
 EVERY = [
     *(("lj", stepper, adjoint, cell) for stepper in ("gd", "fire") for adjoint in ("full", "replay") for cell in NAMES),
     *(("lj", "fire", adjoint, "full") for adjoint in ("truncated:99", "replay:differences")),
+    *(("emt", "fire", "replay", cell) for cell in ("full", "constant-volume")),
     *(("morse", "gd", adjoint, "hydrostatic") for adjoint in ("replay", "replay:differences")),
     pytest.param("mace", "gd", "replay", "full", marks=needs_mace),
     pytest.param("mace", "fire", "full", NAMES[3], marks=needs_mace),
@@ -164,7 +197,25 @@ def test_gradients_agree_with_differences_of_the_whole_relaxation(system, steppe
     check_gradient(evaluate, usual, weights, to[3:], h=1e-4 if system == "mace" else 1e-5, directions=1)
 
 
-@pytest.mark.parametrize("cell", ["full", "hydrostatic", [1, 1, 0, 0, 0, 1]], ids=str)
+@pytest.mark.parametrize("adjoint", ["replay", "full"])
+@pytest.mark.parametrize("cell", ["full", [1, 1, 0, 0, 0, 1]], ids=str)
+def test_gradients_agree_with_differences_where_a_relaxation_stops_early(adjoint, cell):
+    potential, start = lennard_jones().requires_grad_(), Structures.from_atoms([argon()])
+    cells = start.cells.clone().requires_grad_()
+
+    def evaluate():
+        with recorded_decisions() as trace:
+            relaxation = relax(potential, start.replace(cells=cells), stepper=steppers.FIRE(dt=0.03), steps=30,
+                               fmax=3.0, cell=cell, adjoint=adjoint, pressure=0.02)  # fmt: skip
+        return ends(relaxation), relaxation.nsteps.tolist(), trace
+
+    loss, *usual = evaluate()
+    assert 0 < usual[0][0] < 30
+    every = [cells, *potential.parameters()]
+    check_gradient(evaluate, usual, every, gradient(every, loss), h=1e-5, directions=2)
+
+
+@pytest.mark.parametrize("cell", ["full", "hydrostatic", "constant-volume", [1, 1, 0, 0, 0, 1]], ids=str)
 def test_implicit_gradients_agree_with_differences_of_the_minimum(cell):
     potential = lennard_jones().requires_grad_()
     start = Structures.from_atoms([argon()])
@@ -407,10 +458,18 @@ def test_a_collapsing_cell_stops_alone():
 BAD = {
     "unknown name": (lambda: argon(), {"cell": "variable"}, ValueError, "There is no cell 'variable'"),
     "mask of another shape": (lambda: argon(), {"cell": [1, 1, 1, 0]}, ValueError, "six numbers in the order xx"),
+    "rows of another number": (lambda: argon(), {"cell": [[1, 0], [0, 1]]}, ValueError, "six numbers in the order xx"),
+    "mask of other numbers": (lambda: argon(), {"cell": [0.5, 1, 1, 0, 0, 0]}, ValueError, "holds ones and zeros"),
     "lone shear": (lambda: argon(), {"cell": [0, 0, 0, 0, 0, 1]}, NotImplementedError, "a shear without the two axes"),
     "molecule": (lambda: molecule("H2O"), {"cell": "full"}, ValueError, "H2O is periodic along no direction"),
     "pressure at a fixed cell": (lambda: argon(), {"pressure": 0.1}, ValueError, "does nothing to a cell that is"),
     "pressure that is no number": (lambda: argon(), {"cell": "full", "pressure": np.nan}, ValueError, "finite number"),
+    "pressure in words": (lambda: argon(), {"cell": "full", "pressure": "10 GPa"}, ValueError, "got '10 GPa'"),
+    "one of several cells": (lambda: [argon(), argon()], {"cell": ["full", "ful"]}, ValueError,
+                             "Structure 1: There is no cell 'ful'"),
+    "pressure at one of several": (lambda: [argon(), argon()], {"cell": ["full", "fixed"], "pressure": [0.1, 0.1]},
+                                   ValueError, "Structure 1: A pressure of 0.1 eV/Å.3 .16.02.* does nothing"),
+    "collapsed cell": (lambda: bulk("Ar", a=0.1), {"cell": "full"}, ValueError, "less than 0.01 Å.3 for each"),
     "pressure on a slab": (lambda: fcc111("Cu", (1, 1, 2), vacuum=5.0), {"cell": "full", "pressure": 0.1}, ValueError,
                            "periodic along 2 of 3 directions"),
     "singular cell": (lambda: Atoms("Ar", cell=[[1, 0, 0], [2, 0, 0], [0, 0, 3]], pbc=True), {"cell": "full"},
@@ -608,6 +667,10 @@ def test_the_shell_relaxes_cells(tmp_path, flags, moved):
     ("flags", "said"),
     [
         (["--cell", "shape"], "no cell 'shape'"),
+        (
+            ["--cell", "0.5,1,1,0,0,0"],
+            "six ones and zeros with commas between, for xx,yy,zz,yz,xz,xy, as 1,1,0,0,0,1; got '0.5,1",
+        ),
         (["--cell", "0,0,0,0,0,1"], "a shear without the two axes"),
         (["--pressure", "much"], "number of GPa"),
     ],

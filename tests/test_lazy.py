@@ -24,8 +24,9 @@ from helpers.training import same, trainer, without_times
 
 from ase_bptt import read_pairs
 from ase_bptt.pairs import InvalidPair, fingerprint, lazy, loading, sources
-from ase_bptt.pairs.groups import split_by_group, split_into_folds, usable
+from ase_bptt.pairs.groups import split_by_group, split_into_folds
 from ase_bptt.pairs.lazy import LazyPair
+from ase_bptt.pairs.usable import usable
 from ase_bptt.training.training_data import VariedStarts
 
 N = 7

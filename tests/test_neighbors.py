@@ -227,8 +227,11 @@ def flawed(kind: str) -> Atoms:
         atoms.set_cell([3, np.inf, 3])
     elif kind == "nan":
         atoms.set_cell([3, np.nan, 3])
-    elif kind == "tiny":
-        atoms.set_cell([1e-3] * 3)
+    elif kind == "collapsed":
+        atoms.set_cell([0.3] * 3)
+    elif kind == "narrow":
+        atoms.set_cell([1e-3, 1e-3, 9])
+        atoms.pbc = (True, True, False)
     elif kind == "astronomical":
         atoms.positions[0] += 1e14
     elif kind == "far in single precision":
@@ -242,7 +245,8 @@ FLAWS = {
     "flat": "Cu4 is periodic along cell vectors that are linearly dependent: set its cell or its pbc.",
     "infinite": "Cu4 has a cell vector that is not finite, or too long to compute with: set its cell.",
     "nan": "Cu4 has a cell vector that is not finite, or too long to compute with: set its cell.",
-    "tiny": "Cu4 has a cell so small that more than 67108864 images of its atoms lie within 5 Å: check its cell "
+    "collapsed": "Cu4 has a cell of 0.027 Å^3, less than 0.01 Å^3 for each of its atoms: check its cell and its units.",
+    "narrow": "Cu4 has a cell so small that more than 67108864 images of its atoms lie within 5 Å: check its cell "
     "and its units.",
     "astronomical": "Cu4 has an atom more than 4,503,599,627,370 Å from the origin, where float64 does not resolve "
     "0.001 Å: move the structure to the origin, or compute in float64.",

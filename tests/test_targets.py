@@ -78,9 +78,9 @@ class TestReading:
     def test_one_sentence_each(self, tmp_path, broken):
         atoms, file = crystal(), tmp_path / "bad.extxyz"
         sentence = {
-            "occupancy": "bad: a site is occupied in part (Cu 0.5)", "mixed": "bad: a site is occupied in part",
+            "occupancy": "bad.cif: a site is occupied in part (Cu 0.5)", "mixed": "bad.cif: a site is occupied in part",
             "hydrogen": "hydrogen is missing", "flat": "linearly dependent", "clash": "nearer than",
-            "known": "known part", "unreadable": "cannot be read as a structure",
+            "known": "structure 1 of", "unreadable": "cannot be read as a structure",
         }[broken]  # fmt: skip
         if broken in ("occupancy", "mixed", "hydrogen"):
             sites = {
@@ -97,8 +97,8 @@ class TestReading:
                 atoms.positions[1] = atoms.positions[0] + 0.1
             else:
                 atoms.info["known"] = "colour"
-            write(file, atoms)
-        with pytest.raises(InvalidPair, match="bad") as error:
+            write(file, [crystal(), atoms] if broken == "known" else atoms)
+        with pytest.raises(InvalidPair, match=file.name) as error:
             read_targets(file)
         assert sentence in str(error.value)
         assert "\n" not in str(error.value)
@@ -110,6 +110,7 @@ class TestReading:
             (crystal("Cu", "volume"), {"cell": "fixed"}, "only its volume is said to be known"),
             (crystal(), {"cell": "fixed", "pressure": 0.1}, "does nothing to a cell that is fixed"),
             (crystal(), {"cell": [1, 1]}, "mask"),
+            (Atoms("Cu", cell=[2.5, 2.5, 9], pbc=[1, 1, 0]), {"cell": "hydrostatic"}, "so it has no volume"),
         ],
     )
     def test_choices_that_do_not_go_together(self, tmp_path, atoms, given, sentence):
@@ -121,7 +122,7 @@ class TestReading:
         write_cif(tmp_path / "bad.cif", "Cu", ("Cu", 0.0, 0.5))
         write(tmp_path / "good.cif", crystal())
         assert [target.id for target in read_targets(tmp_path, skip_invalid=True)] == ["good"]
-        assert "Left out: bad: a site is occupied in part" in caplog.text
+        assert f"Left out: {tmp_path / 'bad.cif'}: a site is occupied in part" in caplog.text
 
 
 class TestStarts:

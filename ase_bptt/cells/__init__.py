@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from ase import Atoms
+from ase import Atoms, units
 from ase.filters import FrechetCellFilter
 from ase.stress import voigt_6_to_full_3x3_stress
 
@@ -66,20 +66,17 @@ class CellFreedom:
         Raises
         ------
         ValueError
-            For unknown names and masks of another shape, for a pressure that is not finite, and for a pressure on a
-            cell that is fixed.
+            For unknown names and masks of another shape, for a pressure that is no finite number, and for a pressure
+            on a cell that is fixed.
         NotImplementedError
             For a mask whose strains are not closed under composition, such as a shear alone.
         """
         found = cell if isinstance(cell, cls) else _named(cell)
-        # JSON and restart files bring lists.
-        pressure = found.pressure if pressure == 0 else float(pressure)
-        if not math.isfinite(pressure):
-            raise ValueError(f"The pressure must be a finite number of eV/Å^3, got {pressure}.")
+        pressure = _number(pressure) or found.pressure
         if pressure and not found.moves:
             raise ValueError(
-                f"A pressure of {pressure:g} eV/Å^3 does nothing to a cell that is fixed: take cell='full', or leave "
-                "the pressure out."
+                f"A pressure of {pressure:g} eV/Å^3 ({pressure / units.GPa:g} GPa) does nothing to a cell that is "
+                "fixed: take cell='full' (--cell full in the shell), or leave the pressure out."
             )
         return replace(found, pressure=pressure)
 
@@ -144,17 +141,33 @@ def freedoms(cell: CellChoice | Sequence[CellChoice], pressure: float | Sequence
     ValueError, NotImplementedError
         As `CellFreedom.of`, and for another number of them than of structures.
     """
-    each = [cell] * n if isinstance(cell, str | CellFreedom) or _is_mask(cell) else list(cell)
-    pressures = [float(pressure)] * n if np.ndim(pressure) == 0 else [float(p) for p in pressure]  # type: ignore
+    alike = isinstance(cell, str | CellFreedom) or _is_mask(cell)
+    each = [cell] * n if alike else list(cell)
+    one = isinstance(pressure, str) or np.ndim(pressure) == 0
+    pressures = [_number(pressure)] * n if one else [_number(p) for p in pressure]  # type: ignore
     for name, given in (("cells", each), ("pressures", pressures)):
         if len(given) != n:
             raise ValueError(f"There are {len(given)} {name} for {n} structures: give one for all, or one for each.")
     # One pressure for all is meant for those that can move.
-    several = np.ndim(pressure) == 0 and len({*map(repr, each)}) > 1
-    return [
-        CellFreedom.of(c, 0.0 if several and not CellFreedom.of(c).moves else p)
-        for c, p in zip(each, pressures, strict=True)
-    ]
+    several = one and len({*map(repr, each)}) > 1
+    found = []
+    for k, (c, p) in enumerate(zip(each, pressures, strict=True)):
+        try:
+            found.append(CellFreedom.of(c, 0.0 if several and not CellFreedom.of(c).moves else p))
+        except (ValueError, NotImplementedError) as error:
+            raise error if alike and one else type(error)(f"Structure {k}: {error}") from error
+    return found
+
+
+def _number(pressure: Any) -> float:
+    """A pressure in eV/Å^3; words are refused, for they may mean another unit."""
+    try:
+        found = math.nan if isinstance(pressure, str) else float(pressure)
+    except (TypeError, ValueError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise ValueError(f"The pressure must be a finite number of eV/Å^3 (1 GPa is 0.00624), got {pressure!r}.")
+    return found
 
 
 def _named(cell: CellChoice) -> CellFreedom:
@@ -213,7 +226,8 @@ def _is_mask(cell: Any) -> bool:
         found = np.asarray(cell, dtype=float)
     except (TypeError, ValueError):
         return False
-    return found.ndim < 2 or found.shape == (3, 3)
+    # Several masks are of shape (n, 6) or (n, 3, 3).
+    return found.ndim < 2 or (found.ndim == 2 and found.shape[1] != 6)
 
 
 def _rows(mask: np.ndarray) -> Mask:

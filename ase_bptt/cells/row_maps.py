@@ -97,13 +97,13 @@ def check_movable(structures: Structures, k: int, freedom: CellFreedom) -> None:
     periodic = int(structures.pbc[k].sum())
     if periodic == 0:
         raise ValueError(
-            f"{name} is periodic along no direction, so it has no cell to relax: take cell='fixed' for it, or set its "
-            "pbc and cell."
+            f"{name} is periodic along no direction, so it has no cell to relax: take cell='fixed' for it (--cell "
+            "fixed in the shell), or set its pbc and cell."
         )
     if periodic < 3 and (freedom.pressure or freedom.hydrostatic or freedom.constant_volume):
         raise ValueError(
-            f"{name} is periodic along {periodic} of 3 directions, so it has no volume: take cell='full' without a "
-            "pressure, which relaxes the periodic directions."
+            f"{name} is periodic along {periodic} of 3 directions, so it has no volume: take cell='full' (--cell full "
+            "in the shell) without a pressure, which relaxes the periodic directions."
         )
     turned = [name for name in turned_constraints(structures, k, freedom) if name not in FRACTIONAL]
     if turned:

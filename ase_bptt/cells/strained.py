@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..neighbors.lattice import SMALLEST
 from ..structures import LASTING, PER_STRUCTURE, Structures
 from ..utils import lasting_property
 from . import CellFreedom
@@ -194,9 +195,14 @@ class Strained(Structures):
         return super().largest_force(forces.index_copy(0, self.cell_rows, self._as_ase(forces)))
 
     def reach(self) -> Tensor:
-        """Largest coordinate of each structure in Å, shape (n,); too large for any precision beyond `LARGEST`."""
-        far = self.strains.square().sum((1, 2)) > LARGEST**2
-        found = self.placed().reach()
+        """Largest coordinate of each structure in Å, shape (n,); too large for any precision where its cell diverged.
+
+        That is where it is strained by more than `LARGEST`, or has collapsed.
+        """
+        placed, counts = self.placed(), torch.tensor(self.source.counts).to(self.cells)
+        collapsed = self.source.pbc.all(1) & (torch.linalg.det(placed.cells).abs() < SMALLEST * counts)
+        far = (self.strains.square().sum((1, 2)) > LARGEST**2) | collapsed[self.moving]
+        found = placed.reach()
         beyond = torch.where(far, torch.finfo(found.dtype).max, found[self.moving])
         return found.index_copy(0, self.moving, beyond)
 

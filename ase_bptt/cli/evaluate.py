@@ -12,7 +12,7 @@ from typing import Any
 from ..evaluation import BASIN_RULE, Evaluation, Starts, evaluation_of
 from ..evaluation.compare import Comparison, compare
 from ..pairs import RelaxationPair, fingerprint
-from ..pairs.groups import usable
+from ..pairs.usable import usable
 from ..potential import Potential
 from ..report.page import write_page, write_pictures
 from ..report.tables import comparison_text, evaluation_table, group_table, table, write_csv

@@ -13,7 +13,7 @@ from ..diagnostics import diagnose
 from ..diagnostics.gradient_report import GradientReport, diagnose_gradients
 from ..losses import delta_q
 from ..pairs.charges import warn_of_contradictions
-from ..pairs.groups import usable
+from ..pairs.usable import usable
 from ..potential import Potential, symbols
 from ..relaxation import relax
 from ..steppers import GradientDescent

@@ -12,12 +12,9 @@ from typing import Any
 from ase import Atoms
 
 from ..cells import CELLS, CellFreedom
-from ..iterated_map import IteratedMap
 from ..pairs import InvalidPair
-from ..pairs.groups import check_structure
+from ..pairs.usable import check_cell, check_structure
 from ..potential import Potential
-from ..relaxation import rows_of
-from ..steppers import make_stepper
 from ..throughput.structure_files import StructureFiles
 from .flags import add_cell, add_room, flag
 from .values import shard
@@ -96,7 +93,7 @@ class Starts:
             atoms = self.files[k]
             check_structure(self.potential, atoms, name)
             if self.cell.moves:
-                _check_cell(self.potential, atoms, self.cell, name)
+                check_cell(self.potential, atoms, self.cell, name)
         except (InvalidPair, NotImplementedError) as problem:
             if not self.skip_invalid:
                 raise
@@ -109,14 +106,6 @@ class Starts:
     def _refuse(self, problem: InvalidPair) -> None:
         self.unread, self._last = self.unread + 1, str(problem)
         log.warning("Left out: %s", problem)
-
-
-def _check_cell(potential: Potential, atoms: Atoms, cell: CellFreedom, name: str) -> None:
-    """Raise InvalidPair where the cell of a structure cannot be relaxed."""
-    try:
-        rows_of(potential.batch(atoms), [cell], IteratedMap(potential, make_stepper(None)))
-    except (ValueError, NotImplementedError) as error:
-        raise InvalidPair(f"{name}: {error}") from error
 
 
 def add_many(group: Any, parser: argparse.ArgumentParser) -> None:

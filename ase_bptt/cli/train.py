@@ -12,7 +12,8 @@ from typing import Any
 from ..adjoints import Adjoint, make_adjoint
 from ..losses import LOSSES
 from ..pairs import RelaxationPair
-from ..pairs.groups import split_into_folds, unwarned_split, usable, warn_of_few
+from ..pairs.groups import split_into_folds, unwarned_split, warn_of_few
+from ..pairs.usable import usable
 from ..potential import Potential
 from ..steppers import STEPPERS, Stepper, make_stepper
 from ..training import Trainer
@@ -213,7 +214,7 @@ def add_training(parser: argparse.ArgumentParser) -> Any:
          "guided:N, implicit, one-step or full, with N frames", "replay", type=adjoint, metavar="NAME")  # fmt: skip
     flag(group, parser, "--loss", f"loss to minimise, a distance to the reference: {', '.join(LOSSES)}",
          default["loss"], choices=sorted(LOSSES), metavar="NAME")  # fmt: skip
-    number("--lr", positive, "initial learning rate of AdamW (default: 2e-3 for up to 200,000 weights, else 1e-3)")
+    number("--lr", positive, "initial learning rate of AdamW (default: 2e-3 for up to 500,000 weights, else 1e-3)")
     number("--batch-size", count, "pairs in each step of the optimizer", "N")
     number("--memory", positive, "limit of memory in GiB; larger batches are computed in parts (default: 80 % "
            "of what is free on a GPU)")  # fmt: skip

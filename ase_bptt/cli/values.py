@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from ase import units
@@ -66,7 +67,15 @@ def one_of(what: str, names: Iterable[str]) -> Callable[[str], str]:
 
 def cell(text: str) -> str | tuple[int, ...]:
     """What of a cell is relaxed: a name, or a mask of six numbers with commas between."""
-    given = tuple(int(part) if part in ("0", "1") else 2 for part in text.split(",")) if "," in text else text
+    words = [word.strip() for word in text.split(",")]
+    if len(words) == 1:
+        given: Any = text
+    elif len(words) == 6 and {*words} <= {"0", "1"}:
+        given = tuple(map(int, words))
+    else:
+        raise argparse.ArgumentTypeError(
+            f"a mask is six ones and zeros with commas between, for xx,yy,zz,yz,xz,xy, as 1,1,0,0,0,1; got {text!r}"
+        )
     try:
         CellFreedom.of(given)
     except (ValueError, NotImplementedError) as error:

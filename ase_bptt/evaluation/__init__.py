@@ -14,6 +14,7 @@ from ase import Atoms
 from tqdm import tqdm
 
 from ..pairs import RelaxationPair
+from ..pairs.usable import check_made
 from ..potential import Potential
 from ..steppers import Stepper
 from ..throughput import TOGETHER, Relaxed, relax_all, single_points
@@ -213,7 +214,7 @@ def evaluate(
     NotImplementedError
         For elements that the potential does not know, by name.
     ValueError
-        For an unknown name of a stepper.
+        For an unknown name of a stepper, and for cells that cannot move as their pair says, by its id.
 
     Examples
     --------
@@ -227,6 +228,7 @@ def evaluate(
     >>> found.rows[0].status
     'converged'
     """
+    check_made(pairs)
     starts, ends = Starts(pairs), {}
     shown = sys.stderr.isatty() if progress is None else progress
     cells = 2 * [p.freedom for p in pairs]

@@ -20,6 +20,8 @@ RESOLUTION = 1e-3
 """Å: positions that a dtype can tell apart no better are refused."""
 IMAGES = 2**26
 """Periodic images of its atoms within the cutoff that a structure may have."""
+SMALLEST = 0.01
+"""Å^3 for each atom: a cell that is smaller has collapsed, or is in other units."""
 FLAT = 0.25
 """Height of a cell along a vector, divided by that vector's length, below which it is reduced before a search."""
 GAP = 1.1
@@ -45,7 +47,9 @@ def check_lattices(structures: Structures) -> None:
     rank = np.linalg.matrix_rank(np.where(finite[:, None, None], periodic, 0.0))
     size = positions.abs().amax(1).nan_to_num(0.0, 0.0) if len(positions) else positions.new_zeros(0)
     far: Any = structures.max(size).double().cpu().numpy() > limit
-    for k in np.flatnonzero(~finite | (rank < pbc.sum(1)) | far).tolist():
+    volumes = np.abs(np.linalg.det(np.where(finite[:, None, None], cells, 0.0)))
+    collapsed = pbc.all(1) & (volumes < SMALLEST * np.array(structures.counts))
+    for k in np.flatnonzero(~finite | (rank < pbc.sum(1)) | collapsed | far).tolist():
         name = formula(structures, k)
         lengths = np.linalg.norm(periodic[k], axis=1)[pbc[k]]
         if not finite[k]:
@@ -58,7 +62,14 @@ def check_lattices(structures: Structures) -> None:
                 f"{name} has an atom more than {limit:,.0f} Å from the origin, where {precision} does not resolve "
                 f"{RESOLUTION} Å: move the structure to the origin, or compute in float64."
             )
-        raise ValueError(f"{name} is periodic along cell vectors that are linearly dependent: set its cell or its pbc.")
+        if rank[k] < len(lengths):
+            raise ValueError(
+                f"{name} is periodic along cell vectors that are linearly dependent: set its cell or its pbc."
+            )
+        raise ValueError(
+            f"{name} has a cell of {volumes[k]:.2g} Å^3, less than {SMALLEST:g} Å^3 for each of its atoms: check its "
+            "cell and its units."
+        )
 
 
 def formula(structures: Structures, k: int) -> str:

@@ -13,9 +13,13 @@ from ase import Atoms
 from ase.io.jsonio import encode
 
 from ..cells import CellFreedom
+from ..cells.row_maps import check_movable
 from ..charges import charge_and_spin, info_of
+from ..displacements import KNOWN
 from ..neighbors import find_edges
+from ..neighbors.lattice import check_lattices
 from ..structures import Structures
+from ..suggestions import unknown_name
 from .cell_changes import SAME_CELL, cell_change, cell_problem
 
 log = logging.getLogger(__name__)
@@ -84,11 +88,12 @@ class RelaxationPair:
 
     @property
     def kind(self) -> str:
-        """Elements, constraints, charge and spin, on which it depends whether a potential can treat the pair."""
+        """Elements, constraints, "cell" where it moves, charge and spin: by which a potential can treat it or not."""
         numbers = np.union1d(self.initial.numbers, self.relaxed.numbers)
         constraints = {type(c).__name__ for atoms in (self.initial, self.relaxed) for c in atoms.constraints}
         specified = info_of(*charge_and_spin(self.initial))
-        return " ".join(map(str, [*numbers, *sorted(constraints), *(f"{k}={v:g}" for k, v in specified.items())]))
+        words = [*sorted(constraints), *["cell"] * self.freedom.moves, *(f"{k}={v:g}" for k, v in specified.items())]
+        return " ".join(map(str, [*numbers, *words]))
 
     @property
     def charge(self) -> float:
@@ -210,13 +215,23 @@ def check_pair(initial: Atoms, relaxed: Atoms, name: str, warn: Callable[..., No
 
 
 def check_freedom(pair: RelaxationPair, name: str) -> None:
-    """Raise InvalidPair where a cell changes that is said to be fixed, or moves in a way that is not known."""
-    change = cell_change(pair.initial, pair.relaxed)
+    """Raise InvalidPair where a cell cannot move as it is said to, or changes or is known though it is fixed."""
+    change, known = cell_change(pair.initial, pair.relaxed), str(pair.relaxed.info.get("known", KNOWN[0]))
     try:
-        wrong = change > SAME_CELL and not pair.freedom.moves
+        moves, ends = pair.freedom.moves, Structures.from_atoms((pair.initial, pair.relaxed))
+        check_lattices(ends)
+        if moves:
+            check_movable(ends, 0, pair.freedom)
+        if known not in KNOWN:
+            raise unknown_name("known part", known, KNOWN)
     except (ValueError, NotImplementedError) as error:
         raise InvalidPair(f"{name}: {error}") from error
-    if wrong:
+    if known != KNOWN[0] and not (moves and pair.relaxed.pbc.all()):
+        raise InvalidPair(
+            f"{name}: only its {known} is said to be known, which a cell that is fixed never reaches; let the cell "
+            "move, or leave it out."
+        )
+    if change > SAME_CELL and not moves:
         raise InvalidPair(
             f"{name}: its cell changes by {change:.3f} Å though it is said to be fixed: take --cell full, or give both "
             "structures of one run."

@@ -12,6 +12,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.geometry import find_mic
 from scipy.optimize import linear_sum_assignment
 
+from ..cells import CellFreedom
 from ..displacements import lattice_translations, shortest_lattice_vector
 from ..neighbors.lattice import periodic_cell
 from ..structures import Structures
@@ -19,6 +20,10 @@ from ..structures import Structures
 log = logging.getLogger(__name__)
 LARGEST_STRAIN = 0.7
 """Green-Lagrange strain between the cells of a pair above which they are other choices of vectors, or lattices."""
+OTHER_VECTORS = 0.1
+"""Likewise, above which another choice of vectors is looked for by which the cells are much more alike."""
+OUT_OF_REACH = 5e-3
+"""Logarithmic strain by which a cell may change in what is said to be fixed of it."""
 SAME_CELL = 1e-3
 """Å: cells whose vectors differ by less are one cell, written with fewer digits."""
 STILL = 1e-4
@@ -53,18 +58,49 @@ def cell_problem(initial: Atoms, relaxed: Atoms) -> str:
     stresses = [getattr(atoms.calc, "results", {}).get("stress", 0.0) for atoms in (initial, relaxed)]
     if not all(np.isfinite(stress).all() for stress in stresses):
         return "its cell moves, and a stress is not a finite number; write the file again, or leave the stress out."
-    gradient = np.linalg.solve(before, after)
-    if np.linalg.det(gradient) <= 0:
+    if np.linalg.det(np.linalg.solve(before, after)) <= 0:
         return "its cell changes handedness; write both structures with the same cell vectors."
-    # Of a cell that shrinks the strain is at most 0.5 in a direction, however far; that of the inverse has no limit.
-    both = (gradient, np.linalg.inv(gradient))
-    strain = max(np.linalg.norm(f @ f.T - np.eye(3)) / 2 for f in both)
+    strain, vectors = _strain(before, after), np.rint(before @ np.linalg.inv(after))
+    if strain > OTHER_VECTORS and round(np.linalg.det(vectors)) == 1:
+        other = _strain(before, vectors @ after)
+        if other < strain / 2:
+            return (
+                f"its cell changes by a strain of {strain:.2f}, and by {other:.2f} with other vectors of the same "
+                "lattice: write both structures with the same choice of cell vectors."
+            )
     if strain > LARGEST_STRAIN:
         return (
             f"its cell changes by a strain of {strain:.2f}, more than {LARGEST_STRAIN}, as no relaxation does: "
             "write both structures with the same choice of cell vectors."
         )
     return ""
+
+
+def _strain(before: np.ndarray, after: np.ndarray) -> float:
+    """Frobenius norm of the Green-Lagrange strain between two cells, of the larger of the two ways."""
+    # Of a cell that shrinks the strain is at most 0.5 in a direction, however far; that of the inverse has no limit.
+    gradient = np.linalg.solve(before, after)
+    return float(max(np.linalg.norm(f @ f.T - np.eye(3)) / 2 for f in (gradient, np.linalg.inv(gradient))))
+
+
+def warn_of_freedom(
+    initial: Atoms, relaxed: Atoms, freedom: CellFreedom, name: str, warn: Callable[..., None] = log.warning
+) -> None:
+    """Warn where a cell changes in what is said to be fixed of it."""
+    projection = freedom.projection(initial.cell.array[initial.pbc]) if freedom.moves else None
+    if projection is None:
+        return
+    before, after = (periodic_cell(atoms.cell.array, initial.pbc) for atoms in (initial, relaxed))
+    gradient = np.linalg.solve(before, after)
+    # A cell that turns as a whole is not strained.
+    squares, axes = np.linalg.eigh(gradient @ gradient.T)
+    strain = ((axes * np.log(squares) / 2) @ axes.T).ravel()
+    left = np.abs(strain - projection @ strain).max()
+    if left > OUT_OF_REACH:
+        warn(
+            "%s: its cell changes by a strain of %.3f that is not among what moves (%s), so that no relaxation reaches "
+            "its end; give what moved by --cell.", name, left, freedom.name,
+        )  # fmt: skip
 
 
 def unwrapped(initial: Atoms, relaxed: Atoms) -> Atoms:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
 
 from ase import Atoms
 
+from ..cells import CELLS
 from . import Loaded
 from .formats import format_of
 from .methods import CHARGE, contradict
@@ -119,10 +120,13 @@ class Legs:
 
 def joined_legs(legs: Sequence[Loaded]) -> Loaded:
     """One relaxation of several that continue each other."""
-    # A last leg at a fixed cell often follows others in which it moved.
+    # A last leg at a fixed cell often follows others in which it moved; what moved by turns has moved in full.
     moving = [leg.cell for leg in legs if leg.cell is not None and leg.cell.moves]
     frames = LegFrames([leg.frames for leg in legs])
-    return legs[-1]._replace(initial=legs[0].initial, frames=frames, cell=[legs[-1].cell, *moving][-1])
+    cell = [legs[-1].cell, *moving][-1]
+    if len({replace(each, pressure=0.0) for each in moving}) > 1:
+        cell = replace(CELLS["full"], pressure=moving[-1].pressure)
+    return legs[-1]._replace(initial=legs[0].initial, frames=frames, cell=cell)
 
 
 class LegFrames(Sequence[Atoms]):

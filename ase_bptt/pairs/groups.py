@@ -1,4 +1,4 @@
-"""Groups of pairs that stay together, splits that keep them together, and checks of pairs against a potential."""
+"""Groups of pairs that stay together, and splits that keep them together."""
 
 from __future__ import annotations
 
@@ -11,11 +11,7 @@ import numpy as np
 from ase import Atoms
 from ase.geometry import find_mic
 
-from ..constraints import KNOWN, unknown
-from ..neighbors.lattice import check_lattices
-from ..potential import Potential
-from ..structures import Structures
-from . import InvalidPair, RelaxationPair, check_distances
+from . import InvalidPair, RelaxationPair
 from .structure_matching import Equals, composition, find_duplicates, first_connected
 
 log = logging.getLogger(__name__)
@@ -215,75 +211,6 @@ def _shuffled(pairs: Sequence[RelaxationPair], least: int, purpose: str, seed: i
             "yourself (--group KEY or --group folder in the shell, RelaxationPair(group=...) in Python)."
         )
     return [groups[k] for k in np.random.default_rng(seed).permutation(len(groups))]
-
-
-def check_structure(potential: Potential, atoms: Atoms, name: str) -> None:
-    """Raise InvalidPair or NotImplementedError, naming the structure, where it cannot be relaxed."""
-    if not len(atoms):
-        raise InvalidPair(f"{name}: it has no atoms; leave it out.")
-    if not (np.isfinite(atoms.positions).all() and np.isfinite(atoms.cell.array).all()):
-        raise InvalidPair(f"{name}: a position or its cell is not a finite number; write the file again.")
-    check_distances(atoms, f"{name}:")
-    structures = potential.batch(atoms)
-    _check_elements(potential, structures, name)
-    try:
-        check_lattices(structures)
-    except ValueError as error:
-        raise InvalidPair(f"{name}: {error}") from error
-
-
-def check_usable(potential: Potential, pair: RelaxationPair) -> None:
-    """Raise NotImplementedError, naming the pair, for elements or constraints that cannot be treated."""
-    ends = Structures.from_atoms((pair.initial, pair.relaxed))
-    _check_elements(potential, ends, pair.id)
-    charges, spins = ends.charges.tolist(), ends.spins.tolist()
-    if potential.inputs and (charges[0] != charges[1] or spins[0] != spins[1]):
-        raise InvalidPair(f"{pair.id}: its initial and its relaxed structure differ in charge or spin; set both alike.")
-    names = unknown(ends.constraint_names)
-    if names:
-        raise NotImplementedError(
-            f"{pair.id}: the constraints {', '.join(names)} cannot be differentiated, and are not ignored: "
-            f"remove them, take one of {', '.join(KNOWN)}, or leave the pair out (--skip-invalid in the shell)."
-        )
-
-
-def _check_elements(potential: Potential, structures: Structures, name: str) -> None:
-    try:
-        potential.check(structures)
-    except NotImplementedError as error:
-        raise NotImplementedError(f"{name}: {error}") from error
-
-
-def usable(
-    potential: Potential, pairs: Sequence[RelaxationPair], *, skip_invalid: bool = False
-) -> list[RelaxationPair]:
-    """The pairs that the potential can treat; the first of the others raises, or each is left out with a warning.
-
-    Raises
-    ------
-    NotImplementedError
-        As `check_usable`, without skip_invalid.
-    InvalidPair
-        Where none is left.
-    """
-    kept = []
-    fine: set[str] = set()
-    problem = ""
-    for pair in pairs:
-        try:
-            # All of one kind can be treated, or none: so a pair that is read on access need not be read.
-            if pair.kind not in fine:
-                check_usable(potential, pair)
-            fine.add(pair.kind)
-            kept.append(pair)
-        except NotImplementedError as error:
-            if not skip_invalid:
-                raise
-            problem = str(error)
-            log.warning("Left out: %s", problem)
-    if not kept:
-        raise InvalidPair(f"None of the {len(pairs)} pairs can be used; the last: {problem}")
-    return kept
 
 
 def check_apart(**splits: Sequence[RelaxationPair]) -> None:

@@ -37,7 +37,7 @@ DESCRIPTORS = 4000
 """Final structures of one composition whose full descriptors are kept, for `find_duplicates`."""
 WIDTH = 32
 """Bytes of a pair's hash."""
-FORMAT = 4
+FORMAT = 5
 
 
 class PairTable:

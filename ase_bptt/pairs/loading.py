@@ -27,7 +27,7 @@ from . import (
     check_freedom,
     check_pair,
 )
-from .cell_changes import unwrapped, warn_of_moves
+from .cell_changes import unwrapped, warn_of_freedom, warn_of_moves
 from .chains import FURTHER, Chains, Legs, joined_legs
 from .sources import File, Source, pair_of, short, sources_in, two_files
 from .survey import Survey
@@ -146,12 +146,13 @@ class Check:
     def _pair(self, source: Source, found: Loaded, warn: Callable[..., None]) -> RelaxationPair:
         pair = pair_of(found, source.name, self.root)
         pair = self.choices.with_cell(pair)
-        check_freedom(pair, source.name)
         _check_one(pair, source.name)
         check_converged(pair.relaxed, source.name, self.choices.max_force, found.left)
         check_pair(pair.initial, pair.relaxed, source.name, warn)
+        check_freedom(pair, source.name)
         relaxed = unwrapped(pair.initial, pair.relaxed)
         warn_of_moves(pair.initial, relaxed, source.name, warn)
+        warn_of_freedom(pair.initial, relaxed, pair.freedom, source.name, warn)
         key = self.choices.group
         named = "" if not key else _group(pair, key, short(source.name, self.root), self.root)
         return with_symmetry(dataclasses.replace(pair, relaxed=relaxed, group=named), self.choices.symmetry)

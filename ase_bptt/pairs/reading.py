@@ -117,6 +117,11 @@ def read_archive(
     An InvalidPair that stops it has the survey, of the whole archive, as ``survey``.
     """
     root = Path(initial)
+    if choices.pressure and choices.cell is None:
+        raise ValueError(
+            "A pressure is given, and not what moves of the cells: give --cell (cell= in Python), too, or leave both "
+            "to the runs."
+        )
     if lazy:
         return _read_lazily(root, relaxed, choices, index, processes, progress)
     survey = Survey(initial)

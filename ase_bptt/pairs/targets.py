@@ -20,9 +20,8 @@ from ase.io.cif import parse_cif
 
 from ..cells.row_maps import allowed
 from ..displacements import KNOWN
-from ..suggestions import unknown_name
 from ..utils import in_short
-from . import MAX_REFERENCE_FORCE, InvalidPair, RelaxationPair, check_converged, check_distances
+from . import MAX_REFERENCE_FORCE, InvalidPair, RelaxationPair, check_converged, check_distances, check_freedom
 from .groups import with_groups
 
 log = logging.getLogger(__name__)
@@ -123,11 +122,17 @@ def read_targets(
     given = [files] if isinstance(files, str | Path) else list(files)
     found = []
     for path in map(Path, given):
-        for name, atoms in _structures(path):
+        for where, name, atoms in _structures(path):
             try:
                 if isinstance(atoms, InvalidPair):
                     raise atoms
-                found.append(_target(atoms, name, cell, pressure, strain, rattle))
+                _check(atoms, where)
+                chosen = cell if cell is not None else "full" if atoms.pbc.all() else "fixed"
+                target = Target(atoms, atoms, name, cell=chosen, pressure=pressure, strain=strain, rattle=rattle)
+                check_freedom(target, where)
+                # The same in every process and run, and another for each target.
+                rng = np.random.default_rng(zlib.crc32(name.encode()))
+                found.append(dataclasses.replace(target, initial=target.start(rng)))
             except InvalidPair as problem:
                 if not skip_invalid:
                     raise
@@ -139,10 +144,9 @@ def read_targets(
     return with_groups(found)
 
 
-def _target(atoms: Atoms, name: str, cell: Any, pressure: float, strain: float, rattle: float) -> Target:
-    known = atoms.info.setdefault("known", KNOWN[0])
-    if known not in KNOWN:
-        raise InvalidPair(f"{name}: {unknown_name('known part', str(known), KNOWN)}")
+def _check(atoms: Atoms, name: str) -> None:
+    """Raise InvalidPair where a structure is no target."""
+    atoms.info.setdefault("known", KNOWN[0])
     if not len(atoms):
         raise InvalidPair(f"{name}: it has no atoms; check the file.")
     if not (np.isfinite(atoms.positions).all() and np.isfinite(atoms.cell.array).all()):
@@ -150,26 +154,10 @@ def _target(atoms: Atoms, name: str, cell: Any, pressure: float, strain: float, 
     _check_occupancies(atoms, name)
     check_distances(atoms, f"{name}: in the target")
     check_converged(atoms, name, MAX_REFERENCE_FORCE)
-    chosen = cell if cell is not None else "full" if atoms.pbc.all() else "fixed"
-    try:
-        target = Target(atoms, atoms, name, cell=chosen, pressure=pressure, strain=strain, rattle=rattle)
-        moves = target.freedom.moves
-    except (ValueError, NotImplementedError) as error:
-        raise InvalidPair(f"{name}: {error}") from error
-    if moves and not atoms.pbc.any():
-        raise InvalidPair(f"{name}: it is periodic along no direction, so it has no cell to relax; take --cell fixed.")
-    if known != KNOWN[0] and not (moves and atoms.pbc.all()):
-        raise InvalidPair(
-            f"{name}: only its {known} is said to be known, which a cell that is fixed never reaches; let the cell "
-            "move, or leave the target out."
-        )
-    # The same in every process and run, and another for each target.
-    rng = np.random.default_rng(zlib.crc32(name.encode()))
-    return dataclasses.replace(target, initial=target.start(rng))
 
 
-def _structures(path: Path) -> Iterator[tuple[str, Atoms | InvalidPair]]:
-    """Names and structures of a file or folder; a problem in place of a structure that cannot be read."""
+def _structures(path: Path) -> Iterator[tuple[str, str, Atoms | InvalidPair]]:
+    """Where each structure of a file or folder is, its name, and itself; a problem where it cannot be read."""
     if not path.exists():
         raise FileNotFoundError(f"There is no {path}: give a file or folder of relaxed structures.")
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
@@ -177,29 +165,29 @@ def _structures(path: Path) -> Iterator[tuple[str, Atoms | InvalidPair]]:
             continue
         name = str(file.relative_to(path).with_suffix("") if path.is_dir() else file.stem)
         try:
-            found = list(_in_file(file, name))
+            found = list(_in_file(file))
         except InvalidPair as problem:
-            yield name, problem
+            yield str(file), name, problem
         except Exception as error:  # whatever ASE's readers raise
-            yield name, InvalidPair(f"{file} cannot be read as a structure ({in_short(error)}); write it again.")
+            why = f"{file} cannot be read as a structure ({in_short(error)}); write it again."
+            yield str(file), name, InvalidPair(why)
         else:
             for k, atoms in enumerate(found):
-                yield (
-                    str(atoms.info.get("id") or atoms.info.get("name") or (name if len(found) == 1 else f"{name}:{k}")),
-                    atoms,
-                )
+                alone = len(found) == 1
+                named = atoms.info.get("id") or atoms.info.get("name") or (name if alone else f"{name}:{k}")
+                yield str(file) if alone else f"structure {k} of {file}", str(named), atoms
 
 
 def _is_structure(name: str) -> bool:
     return name.lower().endswith(ENDINGS) or name.upper().startswith(("POSCAR", "CONTCAR"))
 
 
-def _in_file(file: Path, name: str) -> Iterator[Atoms]:
+def _in_file(file: Path) -> Iterator[Atoms]:
     if file.suffix == ".cif":
         for block in parse_cif(str(file)):
             if block.has_structure():
                 atoms = block.get_atoms()
-                _check_hydrogen(atoms, str(block.get("_chemical_formula_sum", "")), name)
+                _check_hydrogen(atoms, str(block.get("_chemical_formula_sum", "")), str(file))
                 yield atoms
     elif file.suffix in (".db", ".json"):
         for row in connect(file).select():

@@ -53,7 +53,7 @@ class Trainer:
         ``loss(relaxation, reference) -> Tensor (n,)``, or a name in `ase_bptt.losses.LOSSES`.
     optimizer, lr : callable, float or None
         ``optimizer(parameters) -> torch.optim.Optimizer``, by default AdamW with this learning rate at the start (None:
-        2e-3 for potentials of up to 200,000 weights, 1e-3 for larger ones), which falls by a half cosine.
+        2e-3 for potentials of up to 500,000 weights, 1e-3 for larger ones), which falls by a half cosine.
     steps, fmax : int or None, float
         Frames of an unroll: few (8 to 40) teach which basin to fall into. None is 10, or 300 at most for a minimum.
         Structures stop below fmax (eV/Å).

@@ -25,7 +25,7 @@ UNROLLED = 10
 """Default number of frames of an unroll."""
 TO_THE_END = 300
 """Default limit of frames on the way to a minimum."""
-LEARNING_RATES = ((200_000, 2e-3), (math.inf, 1e-3))
+LEARNING_RATES = ((500_000, 2e-3), (math.inf, 1e-3))
 """Numbers of weights, and the learning rate for potentials with at most so many."""
 ZERO_FORCE, PASSES = "zero-force", 5
 """The first stage of a training that needs no relaxation, and its passes over the pairs in an epoch: five gradients

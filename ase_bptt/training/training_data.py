@@ -17,9 +17,10 @@ from ..cells.row_maps import allowed
 from ..displacements import displacements, shortest_lattice_vector
 from ..pairs import RelaxationPair, fingerprint
 from ..pairs.charges import warn_of_contradictions
-from ..pairs.groups import check_apart, usable
+from ..pairs.groups import check_apart
 from ..pairs.lazy import DeferredPair
 from ..pairs.targets import Target
+from ..pairs.usable import usable
 from ..potential import Potential
 from ..terms import Term, check_terms
 from .settings import SamplingSettings
