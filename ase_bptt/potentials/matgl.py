@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from ase.data import atomic_numbers
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from ..neighbors import Edges
 from ..neighbors.search import two_at_each_atom
@@ -26,6 +25,7 @@ from ..threads import Building, quiet, view
 from ..tuning import staged
 from ..utils import UNREADABLE
 from . import require
+from .edgewise import Rows
 
 log = logging.getLogger(__name__)
 FILES = ("model.json", "model.pt", "state.pt")
@@ -52,15 +52,6 @@ class Saved:
     arguments: dict[str, Any]
     weights: dict[str, Tensor]
     metadata: dict[str, Any]
-
-
-class Rows(TorchFunctionMode):
-    """Within it x[rows] is x.index_select(0, rows), whose derivative takes a third of the time."""
-
-    def __torch_function__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if function is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype is torch.int32:
-            return args[0].index_select(0, args[1])
-        return function(*args, **(kwargs or {}))
 
 
 class MatGL(Potential):

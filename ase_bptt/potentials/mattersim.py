@@ -20,6 +20,7 @@ from ..suggestions import unknown_name
 from ..threads import quiet
 from ..tuning import staged
 from . import require
+from .edgewise import Rows, m3gnet_update
 
 VARIANTS = ("1M", "5M")
 PUBLISHED = "mattersim-v1.0.0-{}.pth"
@@ -69,7 +70,7 @@ class MatterSim(Potential):
 
     def forward(self, structures: Structures, edges: Edges) -> Prediction:
         # TorchScript's optimised graphs round differently after some calls; see MACE.
-        with torch.jit.optimized_execution(False):
+        with torch.jit.optimized_execution(False), Rows():
             atomic = self._atomic_energies(structures, edges)
         return Prediction(structures.sum(atomic), atomic_energies=atomic)
 
@@ -82,23 +83,24 @@ class MatterSim(Potential):
         angular = model.sbf(*_legs(vectors, lengths, first, second))
         species = nn.functional.one_hot(structures.numbers, model.max_z + 1).to(vectors)
         atoms, bonds = model.atom_embedding(species), model.edge_encoder(radial)
+        ends = torch.stack((edges.i, edges.j))
         for block in model.graph_conv:
-            atoms, bonds = block(
-                atom_attr=atoms,
+            bonds = block.three_body(
                 edge_attr=bonds,
-                edge_attr_zero=radial,
-                edge_index=torch.stack((edges.i, edges.j)),
                 three_basis=angular,
+                atom_attr=atoms,
+                edge_index=ends,
                 three_body_index=torch.stack((first, second), dim=1),
                 edge_length=lengths.unsqueeze(1),
                 # Numbers in each structure, which it sums up where it is not given the sums that follow.
                 num_edges=None,
                 num_triple_ij=first,
-                num_atoms=None,
-                total_num_atoms=structures.n_atoms,
                 total_num_bonds=len(lengths),
                 three_body_edge_map=first,
             )
+            networks = [(gated.g, gated.sigma) for gated in (block.gated_mlp_edge, block.gated_mlp_atom)]
+            weights = block.edge_layer_edge(radial), block.edge_layer_atom(radial)
+            bonds, atoms = m3gnet_update(ends, bonds, atoms, networks, weights)
         return model.normalizer(model.final(atoms).squeeze(1), structures.numbers)
 
     def layers(self) -> list[list[str]]:

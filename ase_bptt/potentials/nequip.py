@@ -14,7 +14,9 @@ from torch import Tensor
 from ..neighbors import Edges
 from ..potential import Potential, Prediction
 from ..structures import Structures
+from ..threads import view
 from ..tuning import staged
+from .edgewise import Rows, each, of_lengths, one_way_first
 from .nequip_files import EXTENSION, Saved, build, from_checkpoint, from_package, is_package, loaded, tell_dtype
 from .nequip_files import write_package as write
 
@@ -98,6 +100,7 @@ class NequIP(Potential):
         return self
 
     def forward(self, structures: Structures, edges: Edges) -> Prediction:
+        edges, paired = one_way_first(edges, structures)
         data = {
             "pos": structures.positions,
             "edge_vectors": edges.vectors(structures),
@@ -107,16 +110,19 @@ class NequIP(Potential):
             "num_atoms": torch.tensor(structures.counts, device=structures.batch.device),
         }
         # TorchScript's optimised graphs round differently after some calls; see MACE.
-        with torch.jit.optimized_execution(False):
+        with torch.jit.optimized_execution(False), Rows():
             # In float64, whatever the dtype of the weights.
-            atomic = self._energies(data)["atomic_energy"].squeeze(1)
+            atomic = self._energies(paired)(data)["atomic_energy"].squeeze(1)
         dtype = structures.positions.dtype
         return Prediction(structures.sum(atomic).to(dtype), atomic_energies=atomic.to(dtype))
 
-    @property
-    def _energies(self) -> Any:
-        """The layers within nequip's own layer for forces."""
-        return getattr(self.model.model, "func", self.model.model)
+    def _energies(self, paired: bool) -> Any:
+        """The layers within nequip's own layer for forces; radial networks compute each distance once, if paired."""
+        layers = getattr(self.model.model, "func", self.model.model)
+        # With cutoffs for each two types, an edge and its reverse may have different features.
+        if not paired or any(getattr(layer, "_per_edge_type", False) for layer in layers):
+            return layers
+        return each(layers, _lengths_once)
 
     def layers(self) -> list[list[str]]:
         """Names of the weights, layer by layer, for `ase_bptt.tuning.select`."""
@@ -171,3 +177,10 @@ class NequIP(Potential):
     def save_native(self, path: Path) -> None:
         weights = {name: value.detach().cpu() for name, value in self.model.state_dict().items()}
         write(Saved(self.config(), weights, dict(self.metadata)), path)
+
+
+def _lengths_once(layer: Any) -> Any:
+    """A layer, whose radial network, if it is a convolution, computes the length of an edge and of its reverse once."""
+    if not hasattr(layer, "conv"):
+        return layer
+    return view(layer, conv=view(layer.conv, edge_mlp=of_lengths(layer.conv.edge_mlp)))

@@ -19,6 +19,7 @@ from ..structures import Structures
 from ..threads import quiet, view
 from ..tuning import staged
 from . import require
+from .edgewise import Rows, of_lengths, one_way_first
 
 VARIANTS = ("7net-0", "7net-l3i5", "7net-mf-0", "7net-0_22may2024")
 """What the package sevenn carries; it would download others."""
@@ -26,6 +27,8 @@ BACKENDS = {"cuequivariance_config": {"use": False}, "use_flash_tp": False, "use
 ENERGY = "atomic_energy"
 IN_BATCHES = "_is_batch_data"
 """Attribute of sevenn's layers: whether they are given batches of structures."""
+RADIAL = "weight_nn"
+"""That of its convolutions which holds their radial network."""
 
 
 class SevenNet(Potential):
@@ -77,6 +80,7 @@ class SevenNet(Potential):
         self.register_load_state_dict_pre_hook(_with_copies)
 
     def forward(self, structures: Structures, edges: Edges) -> Prediction:
+        edges, paired = one_way_first(edges, structures)
         data = {
             "x": self._column[structures.numbers],
             "edge_vec": edges.vectors(structures),
@@ -87,8 +91,8 @@ class SevenNet(Potential):
             data["modal_type"] = torch.full_like(data["batch"][: len(structures)], self.modals[self.modal])
         dtype = self.dtype
         # TorchScript's optimised graphs round differently after some calls; see MACE.
-        with torch.jit.optimized_execution(False):
-            for layer in self._layers_for_batches():
+        with torch.jit.optimized_execution(False), Rows():
+            for layer in self._layers_for_batches(paired):
                 data = layer(data)
                 if ENERGY in data:
                     break
@@ -97,9 +101,14 @@ class SevenNet(Potential):
         atomic = data[ENERGY].squeeze(1)
         return Prediction(structures.sum(atomic), atomic_energies=atomic)
 
-    def _layers_for_batches(self) -> Iterator[Any]:
-        """The layers, set to batches of structures; sevenn's calculator sets the model itself to single ones."""
+    def _layers_for_batches(self, paired: bool) -> Iterator[Any]:
+        """The layers, set to batches of structures; sevenn's calculator sets the model itself to single ones.
+
+        Their radial networks compute each distance once, where the edges are paired.
+        """
         for layer in self.model:
+            if paired and hasattr(layer, RADIAL):
+                layer = view(layer, **{RADIAL: of_lengths(getattr(layer, RADIAL))})
             if hasattr(layer, IN_BATCHES):
                 layer = view(layer)
                 setattr(layer, IN_BATCHES, True)
