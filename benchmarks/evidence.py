@@ -36,6 +36,7 @@ FAMILIES = {
     "pairs of nearest neighbours": r".+_nn1",
     "pairs of second neighbours": r".+_nn2",
 }
+OTHERS = "others"
 HEAD = (
     f"{'method':22} {'cells':>7} {'n':>4} {'mean':>6} {'quartiles':>11} {'median':>6} {'geom.':>6} "
     f"{'change of geom.':>18} {'of the mean':>18} {'better':>7} {'tied':>5} {'closer':>7} {'median':>7} "
@@ -122,10 +123,10 @@ def by_family(pool: Pool) -> str:
     """What the default gains on each family of defects, over all cells that were run."""
     found: dict[str, list] = {}
     for before, after in zip(pool.untuned, pool.rows, strict=True):
-        family = next((name for name, pattern in FAMILIES.items() if re.fullmatch(pattern, before["group"])), "")
+        family = next((name for name, pattern in FAMILIES.items() if re.fullmatch(pattern, before["group"])), OTHERS)
         found.setdefault(family, []).append((before, after))
     lines = []
-    for name in filter(found.get, FAMILIES):
+    for name in filter(found.get, [*FAMILIES, OTHERS]):
         before, after = (evaluation(side) for side in zip(*found[name], strict=True))
         c = compare(before, after)
         lines.append(
@@ -152,7 +153,7 @@ def evaluation(rows: Sequence[dict]) -> Evaluation:
 def table(title: str, pools: dict[str, Pool]) -> str:
     """A title, a line for each method, near and far structures apart, and the legend."""
     lines = [title, "", HEAD, "-" * len(HEAD), *(pool.line(name) for name, pool in pools.items())]
-    defects = by_family(pools["default"]) if "DFT" in title and pools["default"].cells else ""
+    defects = by_family(pools["default"]) if pools["default"].cells else ""
     return "\n\n".join(filter(None, ["\n".join(lines), strata(pools), defects, LEGEND]))
 
 
@@ -194,9 +195,11 @@ def main() -> None:
         "surrogate_validation": (f"{surrogate}, validation kinds: what recipes were chosen by",
                                  pools("surrogate", "mace-si", list(METHODS), "valid")),
         "surrogate": (f"{surrogate}, test kinds", pools("surrogate", "mace-si", list(METHODS))),
-        "robustness": (f"{surrogate}, test kinds: one setting changed, or a share of the training kinds",
-                       pools("surrogate", "mace-si", ["default", *VARIANTS])),
     }  # fmt: skip
+    variants = pools("surrogate", "mace-si", ["default", *VARIANTS])
+    if any(variants[name].cells for name in VARIANTS):
+        title = f"{surrogate}, test kinds: one setting changed, or a share of the training kinds"
+        chosen["robustness"] = title, variants
     for name, potential in product(sorted(folder.name for folder in CELLS.glob(f"{DEFECTS}_*")), ON_DFT):
         chosen[f"{name}_{potential.replace(':', '-').replace('.', '')}"] = (
             f"{name} (DFT), {potential}, held-out kinds of all folds that were run",
