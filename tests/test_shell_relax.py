@@ -223,7 +223,7 @@ class TestRefusing:
     @pytest.mark.parametrize(
         ("spoil", "dtype", "words"),
         [
-            (lambda a: a.set_cell([1e-3] * 3), "float64", "images of its atoms lie within"),
+            (lambda a: a.set_cell([1e-3] * 3), "float64", "less than 0.01 Å^3 for each of its atoms"),
             (lambda a: a.set_cell([20, 20, 0]), "float64", "periodic along a cell vector of length zero"),
             (lambda a: a.translate([0, 0, 1e7]), "float32", "float32 does not resolve"),
             (lambda a: a.translate([0, 0, 1e15]), "float64", "float64 does not resolve"),
