@@ -109,8 +109,7 @@ def strata(pools: dict[str, Pool]) -> str:
             rows = [(a, b) for a, b in zip(pool.untuned, pool.rows, strict=True) if (a["delta_q"] >= FAR) is far]
             if not rows:
                 continue
-            before, after = (evaluation(side) for side in zip(*rows, strict=True))
-            c = compare(before, after)
+            before, after, c = compared(rows)
             same = f"; {sum(a['right_basin'] for a, _ in rows)} where the reference itself ends" if far else ""
             lines.append(
                 f"{name:22} untuned {'at least' if far else 'below   '} {FAR:g}: {len(rows):>4} rows, geometric mean "
@@ -127,13 +126,18 @@ def by_family(pool: Pool) -> str:
         found.setdefault(family, []).append((before, after))
     lines = []
     for name in filter(found.get, [*FAMILIES, OTHERS]):
-        before, after = (evaluation(side) for side in zip(*found[name], strict=True))
-        c = compare(before, after)
+        before, after, c = compared(found[name])
         lines.append(
             f"default, {name:28} {len(found[name]):>4} rows, geometric mean {before.geometric_mean:.2f} to "
             f"{after.geometric_mean:.2f}, {c.geometric_mean}, {c.improved:.0%} better"
         )
     return "\n".join(lines)
+
+
+def compared(rows: Sequence[tuple[dict, dict]]) -> tuple[Evaluation, Evaluation, Comparison]:
+    """Rows of the untuned and of the tuned potential, and the one against the other."""
+    before, after = (evaluation(side) for side in zip(*rows, strict=True))
+    return before, after, compare(before, after)
 
 
 def untuned(cell: Cell, side: str) -> list[dict]:

@@ -63,7 +63,7 @@ class Strained(Structures):
     pressures: Tensor | None = None
     balanced: bool = False
 
-    lasting: ClassVar[frozenset[str]] = LASTING | {"moving", "atom_rows", "cell_rows"}
+    lasting: ClassVar[frozenset[str]] = LASTING | {"moving", "atom_rows", "cell_rows", "smallest_volumes"}
 
     @classmethod
     def of(
@@ -135,6 +135,12 @@ class Strained(Structures):
         """The rows that are cells, shape (3 m,)."""
         return torch.as_tensor(self._rows[1], device=self.numbers.device)
 
+    @lasting_property
+    def smallest_volumes(self) -> Tensor:
+        """Å^3, below which a cell that moves has collapsed, shape (m,); 0 where it is not periodic throughout."""
+        counts = torch.tensor(self.source.counts, device=self.numbers.device)
+        return (SMALLEST * counts * self.source.pbc.all(1)).to(self.cells.dtype)[self.moving]
+
     @property
     def _rows(self) -> tuple[np.ndarray, np.ndarray]:
         return _places(self.source.counts, [freedom.moves for freedom in self.freedoms])
@@ -199,9 +205,9 @@ class Strained(Structures):
 
         That is where it is strained by more than `LARGEST`, or has collapsed.
         """
-        placed, counts = self.placed(), torch.tensor(self.source.counts).to(self.cells)
-        collapsed = self.source.pbc.all(1) & (torch.linalg.det(placed.cells).abs() < SMALLEST * counts)
-        far = (self.strains.square().sum((1, 2)) > LARGEST**2) | collapsed[self.moving]
+        placed = self.placed()
+        collapsed = torch.linalg.det(placed.cells[self.moving]).abs() < self.smallest_volumes
+        far = (self.strains.square().sum((1, 2)) > LARGEST**2) | collapsed
         found = placed.reach()
         beyond = torch.where(far, torch.finfo(found.dtype).max, found[self.moving])
         return found.index_copy(0, self.moving, beyond)

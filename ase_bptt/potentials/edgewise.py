@@ -51,16 +51,14 @@ def each(layers: Any, change: Callable[[Any], Any]) -> Any:
     return view(layers, **{name: change(layer) for name, layer in layers._modules.items()})
 
 
-def of_lengths(*networks: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Networks, one after another, of features that an edge and its reverse share, computed for one of them.
+def of_lengths(network: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A network of features that an edge and its reverse share, computed for one of them.
 
     It is to be called with the edges in the order of `one_way_first`.
     """
 
     def computed(features: Tensor) -> Tensor:
-        found = features[: len(features) // 2]
-        for network in networks:
-            found = network(found)
+        found = network(features[: len(features) // 2])
         return torch.cat((found, found))
 
     return computed
@@ -94,8 +92,9 @@ def _of_bonds(network: Any, atoms: Tensor, ends: Tensor) -> Any:
     """A Sequential of the features of both atoms and the bond, to be called with those of the bond alone."""
     first = network[0]
     # mattersim's layers hold a linear layer and an activation.
-    begun = view(first, linear=_linear(first.linear, atoms, ends)) if hasattr(first, "linear") else None
-    return view(network, **{"0": begun or _linear(first, atoms, ends)})
+    if hasattr(first, "linear"):
+        return view(network, **{"0": view(first, linear=_linear(first.linear, atoms, ends))})
+    return view(network, **{"0": _linear(first, atoms, ends)})
 
 
 def _linear(layer: nn.Linear, atoms: Tensor, ends: Tensor) -> Callable[[Tensor], Tensor]:

@@ -83,14 +83,14 @@ class MatterSim(Potential):
         angular = model.sbf(*_legs(vectors, lengths, first, second))
         species = nn.functional.one_hot(structures.numbers, model.max_z + 1).to(vectors)
         atoms, bonds = model.atom_embedding(species), model.edge_encoder(radial)
-        ends = torch.stack((edges.i, edges.j))
+        ends, pairs = torch.stack((edges.i, edges.j)), torch.stack((first, second), dim=1)
         for block in model.graph_conv:
             bonds = block.three_body(
                 edge_attr=bonds,
                 three_basis=angular,
                 atom_attr=atoms,
                 edge_index=ends,
-                three_body_index=torch.stack((first, second), dim=1),
+                three_body_index=pairs,
                 edge_length=lengths.unsqueeze(1),
                 # Numbers in each structure, which it sums up where it is not given the sums that follow.
                 num_edges=None,
