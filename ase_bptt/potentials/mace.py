@@ -16,6 +16,7 @@ from ..potential import Potential, Prediction
 from ..structures import Structures
 from ..threads import view
 from ..tuning import staged
+from .edgewise import convolution
 from .mace_files import (
     LONG_RANGE,
     accelerated,
@@ -113,7 +114,7 @@ class MACE(Potential):
             "unit_shifts": shifts,
             "cell": structures.cells.reshape(-1, 3),
         }
-        model = self.model if order is None else each_distance_once(self.model, order.shape[0])
+        model = with_convolutions(self.model if order is None else each_distance_once(self.model, order.shape[0]))
         # TorchScript optimises its graphs after some calls, and they then round differently: a resumed run
         # would not repeat an uninterrupted one bit for bit.
         with torch.jit.optimized_execution(False):
@@ -241,6 +242,21 @@ def _further_inputs(model: Any) -> dict[str, Any]:
             "have: take another."
         )
     return wanted
+
+
+def with_convolutions(model: Any) -> Any:
+    """A view of a MACE whose tensor products, where they are e3nn's, are summed within `convolution`."""
+    layers = {}
+    for name, layer in model.interactions._modules.items():
+        if (convolved := convolution(layer.conv_tp)) is not None:
+            layers[name] = view(layer, conv_tp=_called_by_mace(convolved))
+            layers[name].conv_fusion = True
+    return view(model, interactions=view(model.interactions, **layers))
+
+
+def _called_by_mace(convolved: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """As a layer of mace-torch calls a tensor product that sums itself, since it has `conv_fusion`."""
+    return lambda features, harmonics, weights, ends: convolved(features, harmonics, weights, *ends)
 
 
 def each_distance_once(model: Any, n_edges: int) -> Any:

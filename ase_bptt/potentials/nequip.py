@@ -16,7 +16,7 @@ from ..potential import Potential, Prediction
 from ..structures import Structures
 from ..threads import view
 from ..tuning import staged
-from .edgewise import Rows, each, of_lengths, one_way_first
+from .edgewise import Rows, convolution, each, of_lengths, one_way_first
 from .nequip_files import EXTENSION, Saved, build, from_checkpoint, from_package, is_package, loaded, tell_dtype
 from .nequip_files import write_package as write
 
@@ -117,8 +117,11 @@ class NequIP(Potential):
         return Prediction(structures.sum(atomic).to(dtype), atomic_energies=atomic.to(dtype))
 
     def _energies(self, paired: bool) -> Any:
-        """The layers within nequip's own layer for forces; radial networks compute each distance once, if paired."""
-        layers = getattr(self.model.model, "func", self.model.model)
+        """The layers within nequip's own layer for forces, with our convolutions.
+
+        Radial networks compute each distance once, if paired.
+        """
+        layers = each(getattr(self.model.model, "func", self.model.model), _convolved)
         # With cutoffs for each two types, an edge and its reverse may have different features.
         if not paired or any(getattr(layer, "_per_edge_type", False) for layer in layers):
             return layers
@@ -177,6 +180,18 @@ class NequIP(Potential):
     def save_native(self, path: Path) -> None:
         weights = {name: value.detach().cpu() for name, value in self.model.state_dict().items()}
         write(Saved(self.config(), weights, dict(self.metadata)), path)
+
+
+def _convolved(layer: Any) -> Any:
+    """A layer, whose tensor product and sum, if it is a convolution with one of e3nn, are ours."""
+    convolved = convolution(layer.conv.tp_scatter.tp) if hasattr(layer, "conv") else None
+    if convolved is None:
+        return layer
+
+    def scattered(x: Tensor, edge_attr: Tensor, edge_weight: Tensor, edge_dst: Tensor, edge_src: Tensor) -> Tensor:
+        return convolved(x, edge_attr, edge_weight, edge_src, edge_dst)
+
+    return view(layer, conv=view(layer.conv, tp_scatter=scattered))
 
 
 def _lengths_once(layer: Any) -> Any:

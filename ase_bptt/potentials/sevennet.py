@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,7 +20,7 @@ from ..structures import Structures
 from ..threads import quiet, view
 from ..tuning import staged
 from . import require
-from .edgewise import Rows, of_lengths, one_way_first
+from .edgewise import Rows, convolution, of_lengths, one_way_first
 
 VARIANTS = ("7net-0", "7net-l3i5", "7net-mf-0", "7net-0_22may2024")
 """What the package sevenn carries; it would download others."""
@@ -104,11 +105,13 @@ class SevenNet(Potential):
     def _layers_for_batches(self, paired: bool) -> Iterator[Any]:
         """The layers, set to batches of structures; sevenn's calculator sets the model itself to single ones.
 
-        Their radial networks compute each distance once, where the edges are paired.
+        Convolutions are ours, and their radial networks compute each distance once, where the edges are paired.
         """
         for layer in self.model:
             if paired and hasattr(layer, RADIAL):
                 layer = view(layer, **{RADIAL: of_lengths(getattr(layer, RADIAL))})
+            if hasattr(layer, RADIAL) and (convolved := convolution(layer.convolution)) is not None:
+                layer = partial(_convolve, layer, convolved)
             if hasattr(layer, IN_BATCHES):
                 layer = view(layer)
                 setattr(layer, IN_BATCHES, True)
@@ -193,6 +196,14 @@ class SevenNet(Potential):
             "metadata": dict(self.metadata),
         }
         torch.save(checkpoint, path)
+
+
+def _convolve(layer: Any, convolved: Callable[..., Tensor], data: dict[str, Tensor]) -> dict[str, Tensor]:
+    """sevenn's IrrepsConvolution, whose tensor product and sum are this function."""
+    receivers, senders = data[layer.key_edge_idx]
+    weights = layer.weight_nn(data[layer.key_weight_input])
+    features = convolved(data[layer.key_x], data[layer.key_filter], weights, senders, receivers)
+    return data | {layer.key_x: features / layer.denominator}
 
 
 def _without_copies(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
