@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ase_bptt.potentials import quiet, require
-from ase_bptt.potentials.edgewise import convolution
+from ase_bptt.potentials.edgewise import convolution, tensor_messages
 from ase_bptt.threads import Building
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("e3nn") is None, reason="needs e3nn, as MACE and others do")
@@ -83,3 +83,22 @@ def test_in_inference_mode_first_and_with_derivatives_after():
 def test_other_tensor_products_stay_as_they_are(features, harmonics, mode, shared):
     assert convolution(product(features, harmonics, "0e + 1o", mode, shared)) is None
     assert convolution(torch.nn.Linear(1, 1)) is None
+
+
+@pytest.mark.parametrize("n_edges", [0, 7])
+def test_messages_of_a_tensornet_are_the_sums_of_its_scaled_parts(n_edges):
+    draw = torch.Generator().manual_seed(1)
+    tensors = torch.randn(4, 2, 3, 3, generator=draw, dtype=torch.float64, requires_grad=True)
+    scales = torch.randn(n_edges, 2, 3, generator=draw, dtype=torch.float64, requires_grad=True)
+    ends = torch.randint(4, (2, n_edges), generator=draw)
+
+    def parts(x):
+        scalar = torch.diag_embed(x.diagonal(dim1=2, dim2=3).mean(2, keepdim=True).expand(-1, -1, 3))
+        return scalar, (x - x.mT) / 2, (x + x.mT) / 2 - scalar
+
+    def summed(x, scales):
+        messages = sum(part[ends[1]] * scales[..., k, None, None] for k, part in enumerate(parts(x)))
+        return torch.zeros_like(x).index_add(0, ends[0], messages)
+
+    torch.testing.assert_close(tensor_messages(ends, *parts(tensors), scales), summed(tensors, scales))
+    torch.autograd.gradgradcheck(lambda x, s: tensor_messages(ends, *parts(x), s), (tensors, scales))

@@ -152,6 +152,42 @@ def _paths_between(
     return found
 
 
+def tensor_messages(ends: Tensor, scalar: Tensor, skew: Tensor, traceless: Tensor, scales: Tensor) -> Tensor:
+    """Sums of the messages of a TensorNet (Simeon and De Fabritiis, arXiv 2306.06482) at the first atoms of the edges.
+
+    On edges the three parts of a tensor are its one, three and five components, not three tensors.
+
+    Parameters
+    ----------
+    ends : Tensor of whole numbers, shape (2, n_edges)
+    scalar, skew, traceless : Tensor, shape (n_atoms, channels, 3, 3)
+    scales : Tensor, shape (n_edges, channels, 3)
+        Of the parts of the second atom's tensor, by which each edge multiplies them.
+    """
+    basis = _components(scalar.dtype, scalar.device)
+    n_atoms, channels = scalar.shape[:2]
+    components = ((scalar + skew + traceless).flatten(2) @ basis.mT).mT.flatten(1)
+    parts = components.index_select(0, ends[1]).unflatten(1, (9, channels)).split((1, 3, 5), dim=1)
+    sums = []
+    for part, scale in zip(parts, scales.movedim(2, 0).contiguous(), strict=True):
+        products = (part * scale.unsqueeze(1)).flatten(1)
+        sums.append(products.new_zeros(n_atoms, products.shape[1]).index_add(0, ends[0], products))
+    return (torch.cat(sums, dim=1).unflatten(1, (9, channels)).mT @ basis).unflatten(2, (3, 3))
+
+
+@lru_cache(maxsize=8)
+def _components(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Orthonormal components of tensors, shape (9, 9): the trace, three of the skew part, five of the traceless one."""
+    with torch.inference_mode(False), torch.no_grad():
+        units = torch.eye(9, dtype=torch.float64).view(3, 3, 9)
+        above = units[(0, 0, 1), (1, 2, 2)]
+        below = units[(1, 2, 2), (0, 0, 1)]
+        xx, yy, zz = units[range(3), range(3)]
+        rest = torch.stack((xx + yy + zz, xx - yy, xx + yy - 2 * zz))
+        found = torch.cat((rest[:1], above - below, above + below, rest[1:]))
+        return (found / found.norm(dim=1, keepdim=True)).to(device, dtype)
+
+
 def m3gnet_update(
     ends: Tensor, bonds: Tensor, atoms: Tensor, networks: Sequence[Branches], weights: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:

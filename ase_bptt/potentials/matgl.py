@@ -25,7 +25,7 @@ from ..threads import Building, quiet, view
 from ..tuning import staged
 from ..utils import UNREADABLE
 from . import require
-from .edgewise import Rows
+from .edgewise import Rows, each, m3gnet_update, tensor_messages
 
 log = logging.getLogger(__name__)
 FILES = ("model.json", "model.pt", "state.pt")
@@ -39,17 +39,10 @@ CONSTANTS = frozenset({"data_mean", "data_std", "element_refs.property_offset"})
 
 @dataclass(eq=False)
 class Saved:
-    """What the folder of a model holds.
-
-    Attributes
-    ----------
-    arguments : dict
-        With which matgl built it; those of the network under "model".
-    weights : dict of Tensor
-    metadata : dict
-    """
+    """What the folder of a model holds."""
 
     arguments: dict[str, Any]
+    """With which matgl built it; those of the network under "model"."""
     weights: dict[str, Tensor]
     metadata: dict[str, Any]
 
@@ -79,12 +72,9 @@ class MatGL(Potential):
     native_name = "matgl"
     atomic_properties = ("energies",)
     foreign_keywords = MappingProxyType({
-        "state_attr": "leave it out: models with such inputs are not supported",
-        "stress_unit": "stresses are in eV/Å^3 already",
-        "stress_weight": "stresses are in eV/Å^3 already",
+        **dict.fromkeys(("state_attr", "total_charge", "ext_pot"), "models with such inputs are not supported"),
+        **dict.fromkeys(("stress_unit", "stress_weight"), "stresses are in eV/Å^3 already"),
         "use_voigt": "call atoms.get_stress(voigt=True)",
-        "total_charge": "leave it out: models with such inputs are not supported",
-        "ext_pot": "leave it out: models with such inputs are not supported",
     })  # fmt: skip
 
     model: Any
@@ -100,9 +90,8 @@ class MatGL(Potential):
             )
         self.model = model.eval()
         _keep_fixed(model)
-        network = model.model
-        self.cutoff = float(network.cutoff)
-        numbers = torch.tensor([atomic_numbers[name] for name in network.element_types])
+        self.cutoff = float(model.model.cutoff)
+        numbers = torch.tensor([atomic_numbers[name] for name in model.model.element_types])
         self.atomic_numbers = frozenset(numbers.tolist())
         types = torch.zeros(int(numbers.max()) + 1, dtype=torch.int64)
         types[numbers] = torch.arange(len(numbers))
@@ -130,10 +119,12 @@ class MatGL(Potential):
         return Prediction(structures.sum(atomic), atomic_energies=atomic)
 
     def _atomic_outputs(self, graph: Any) -> Tensor:
-        # matgl keeps what its layers put out, and their graph, on the network that is called.
-        network = view(self.model.model)
+        network = self.model.model
         if not hasattr(network, "threebody_cutoff"):
+            network = view(network, layers=each(network.layers, _with_messages))
             return network.final_layer(network.forward_features(graph)["readout"]).squeeze(1)
+        # matgl keeps what its layers put out, and their graph, on the network that is called.
+        network = view(network, graph_layers=each(network.graph_layers, _with_update))
         network(graph, l_g=self._angles(graph, network.threebody_cutoff))
         return network.feature_dict["readout"].squeeze(1)
 
@@ -153,15 +144,15 @@ class MatGL(Potential):
 
     def layers(self) -> list[list[str]]:
         """Names of the weights, layer by layer, for `ase_bptt.tuning.select`."""
-        inner = "model.model."
-        before = ("bond_expansion.", "tensor_embedding.", "embedding.")
-        stacks = ("layers.", "three_body_interactions.", "graph_layers.")
-        after = ("out_norm.", "linear.", "final_layer.")
+
+        def named(*names: str) -> tuple[str, ...]:
+            return tuple(f"model.model.{name}." for name in names)
+
         return staged(
             self,
-            before=tuple(inner + name for name in before),
-            stacks=tuple(inner + name for name in stacks),
-            after=tuple(inner + name for name in after),
+            before=named("bond_expansion", "tensor_embedding", "embedding"),
+            stacks=named("layers", "three_body_interactions", "graph_layers"),
+            after=named("out_norm", "linear", "final_layer"),
         )
 
     @classmethod
@@ -281,6 +272,25 @@ def _build(settings: dict[str, Any]) -> Any:
         network = getattr(models, settings["class"])(**arguments | without)
         network._init_args.update(arguments)
         return pes.Potential(network, element_refs=[0.0] * settings["references"] or None)
+
+
+def _with_messages(layer: Any) -> Any:
+    """A layer of TensorNet that sums its messages itself; it adds the sums of three parts, and here they are one."""
+    layer = view(layer)
+    layer.message, layer.aggregate = tensor_messages, lambda sums, *_: (sums, 0.0, 0.0)
+    return layer
+
+
+def _with_update(layer: Any) -> Any:
+    """A layer of M3GNet whose convolution is `m3gnet_update`."""
+    bond, atom = layer.conv.edge_update_func, layer.conv.node_update_func
+    networks = [(bond.layers, bond.gates), (atom.layers, atom.gates)]
+
+    def updated(ends: Tensor, bonds: Tensor, atoms: Tensor, state: Any, radial: Tensor, *_: Any) -> Any:
+        weights = layer.conv.edge_weight_func(radial), layer.conv.node_weight_func(radial)
+        return *m3gnet_update(ends, bonds, atoms, networks, weights), state
+
+    return view(layer, conv=updated)
 
 
 def _keep_fixed(model: Any) -> None:
