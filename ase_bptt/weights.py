@@ -101,7 +101,7 @@ class _Copy:
     def __init__(self, tensors: Sequence[Tensor]):
         self._aliases = [t.detach() for t in tensors]
         self._kinds = _kinds(tensors)
-        self._in_place = all(t.is_contiguous() for t in tensors)
+        self._in_place = all(_in_order_of_memory(t).is_contiguous() for t in tensors)
         self._on_host = self._in_place and all(t.is_cpu for t in tensors)
         self._bytes = _bytes(tensors, self._on_host)
         # A bytearray compares itself with an array as fast as memory can be read; elsewhere few calls are cheap.
@@ -128,5 +128,11 @@ def _bytes(tensors: Sequence[Tensor], on_host: bool) -> list[Any]:
     """The bytes where they lie: an array for each tensor on the host, elsewhere a list of tensors for each device."""
     pieces: dict[torch.device, list[Tensor]] = {}
     for t in tensors:
-        pieces.setdefault(t.device, []).append(t.detach().contiguous().view(-1).view(torch.uint8))
+        flat = _in_order_of_memory(t.detach()).contiguous().view(-1)
+        pieces.setdefault(t.device, []).append(flat.view(torch.uint8))
     return [piece.numpy() for some in pieces.values() for piece in some] if on_host else list(pieces.values())
+
+
+def _in_order_of_memory(t: Tensor) -> Tensor:
+    """With the dimensions in the order in which they lie, so that a permuted tensor is read without copying it."""
+    return t.permute(sorted(range(t.ndim), key=t.stride, reverse=True))

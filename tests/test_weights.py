@@ -242,15 +242,17 @@ def test_weights_within_torchscript_count():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool])
-@pytest.mark.parametrize("where", ["on the host", "elsewhere", "with gaps"])
+@pytest.mark.parametrize("where", ["on the host", "permuted", "elsewhere", "with gaps"])
 def test_bytes_are_compared_whatever_they_mean(dtype, where, monkeypatch):
     tensors = [torch.ones(2, 3).to(dtype), torch.zeros(0, dtype=dtype), torch.tensor(1).to(dtype)]
     if where == "with gaps":
         tensors.append(torch.ones(7).to(dtype)[::2])
+    if where == "permuted":  # as constants of MACE are
+        tensors.append(torch.ones(3, 1, 2).to(dtype).permute(2, 1, 0))
     if where == "elsewhere":  # as on a GPU
         monkeypatch.setattr(torch.Tensor, "is_cpu", False)
     kept = _Copy(tensors)
-    assert kept._on_host is (where == "on the host")
+    assert kept._on_host is (where in ("on the host", "permuted"))
     assert kept.equals(tensors)
     assert kept.equals([tensors[0].clone(), *tensors[1:]])
     assert not kept.equals(tensors[:-1])
