@@ -76,6 +76,21 @@ def quiet() -> Iterator[None]:
                     warnings.filters.remove(_FILTER)  # type: ignore[attr-defined]
 
 
+@contextmanager
+def tracing() -> Iterator[None]:
+    """Within it this thread records what it computes, for other values of the same shapes."""
+    _here.traced = True
+    try:
+        yield
+    finally:
+        _here.traced = False
+
+
+def is_traced() -> bool:
+    """Whether what this thread computes is recorded, so that nothing may be looked up by the values of a tensor."""
+    return getattr(_here, "traced", False)
+
+
 class Watching(threading.Thread):
     """A thread that computes nothing."""
 

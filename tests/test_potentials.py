@@ -14,7 +14,7 @@ from helpers.structures import argon, cluster, methanol, rattled, silicon, skewe
 from ase_bptt import load_potential
 from ase_bptt.neighbors import Edges, NeighborList
 from ase_bptt.potential import Prediction
-from ase_bptt.potentials import require
+from ase_bptt.potentials import mace, require
 from ase_bptt.potentials.analytic import LennardJones, Morse
 from ase_bptt.potentials.emt import EMT
 from ase_bptt.structures import Structures
@@ -175,19 +175,30 @@ MACES = [
     {"distance_transform": "Agnesi", "pair_repulsion": True},
     {"interaction_cls": "RealAgnosticDensityResidualInteractionBlock", "apply_cutoff": False},
     {"interaction_cls": "RealAgnosticAttResidualInteractionBlock"},
+    {"hidden_irreps": "4x0e + 4x1o + 4x2e", "max_ell": 3, "correlation": 3},
 ]
 
 
 @needs_mace
 @pytest.mark.parametrize("changes", MACES, ids=lambda c: "-".join(map(str, c.values())) or "plain")
 @pytest.mark.parametrize("make", [silicon, skewed, methanol])
-def test_mace_that_sees_each_distance_once_is_mace(make, changes):
-    classes = require("mace.modules", extra="mace").interaction_classes
-    changes = {k: classes[v] if k == "interaction_cls" else v for k, v in changes.items()}
+def test_mace_with_less_work_is_mace(make, changes, monkeypatch):
+    """Distances computed once, our tensor products and contractions: mace-torch's results, and derivatives of them."""
+    classes, irreps = require("mace.modules", extra="mace").interaction_classes, require("e3nn.o3", extra="mace").Irreps
+    of_names = {"interaction_cls": classes.get, "hidden_irreps": irreps}
+    changes = {k: of_names[k](v) if k in of_names else v for k, v in changes.items()}
     potential = mace_potential(elements=(1, 6, 8, 14), **changes)
     structures = Structures.from_atoms([make(), make()[1:]])
     pairs = NeighborList(potential.cutoff)(structures)
-    once, both = (potential.results(structures, p) for p in (pairs, Edges(pairs.i, pairs.j, pairs.shifts)))
-    for name, value in both.items():
-        torch.testing.assert_close(once[name], value, atol=1e-12, rtol=1e-12, equal_nan=True)
+
+    def found(edges):
+        positions = structures.positions.clone().requires_grad_()
+        _, forces = potential.energy_and_forces(structures.replace(positions=positions), edges, create_graph=True)
+        weights = [p for p in potential.parameters() if p.requires_grad]
+        second = torch.autograd.grad(forces.square().sum(), [positions, *weights], allow_unused=True)
+        return potential.results(structures, edges), [g for g in second if g is not None]
+
+    less = found(pairs)
+    monkeypatch.setattr(mace, "with_faster_layers", lambda model, groups: model)
+    torch.testing.assert_close(less, found(Edges(pairs.i, pairs.j, pairs.shifts)), atol=1e-11, rtol=1e-9, equal_nan=True)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in potential.modules())

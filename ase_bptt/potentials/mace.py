@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import MappingProxyType
@@ -14,22 +15,15 @@ from torch import Tensor, nn
 from ..neighbors import Edges
 from ..potential import Potential, Prediction
 from ..structures import Structures
-from ..threads import view
+from ..threads import is_traced, view
 from ..tuning import staged
-from .edgewise import convolution
-from .mace_files import (
-    LONG_RANGE,
-    accelerated,
-    build,
-    describe,
-    is_accelerated,
-    load_foundation,
-    plain,
-    rightly_marked,
-)
+from .faster_layers import Group, contraction, convolution
+from .mace_files import LONG_RANGE, accelerated, build, describe, is_accelerated, load_foundation, plain, rightly_marked
 
 SPECIFIED = {"total_charge": ("charge", "charges"), "total_spin": ("spin", "spins")}
 """What mace-torch calls the charge and the spin multiplicity of a structure, what users do, and its place here."""
+Composition = tuple[dict[str, Tensor], list[Group]]
+"""Inputs of a model that the positions do not change, and its atoms by elements; none where the call is traced."""
 CUEQ = "cuequivariance"
 E3NN = "0.4.4"
 """The release that mace-torch pins."""
@@ -95,7 +89,7 @@ class MACE(Potential):
         column = torch.zeros(max(known) + 1, dtype=torch.int64, device=model.r_max.device)
         column[known] = torch.arange(len(known), device=column.device)
         self.register_buffer("_column", column, persistent=False)
-        self._made: tuple[tuple, dict[str, Tensor]] | None = None
+        self._made: tuple[tuple, Composition] | None = None
 
     def forward(self, structures: Structures, edges: Edges) -> Prediction:
         positions = structures.positions
@@ -106,28 +100,33 @@ class MACE(Potential):
         order = edges.one_way_first
         if order is not None:
             edge_index, offsets, shifts = edge_index[:, order], offsets[order], shifts[order]
+        composition, groups = self._composition(structures)
         data = {
-            **self._composition(structures),
+            **composition,
             "positions": positions,
             "edge_index": edge_index,
             "shifts": offsets,
             "unit_shifts": shifts,
             "cell": structures.cells.reshape(-1, 3),
         }
-        model = with_convolutions(self.model if order is None else each_distance_once(self.model, order.shape[0]))
+        model = self.model if order is None else each_distance_once(self.model, order.shape[0])
+        model = with_faster_layers(model, groups)
         # TorchScript optimises its graphs after some calls, and they then round differently: a resumed run
         # would not repeat an uninterrupted one bit for bit.
         with torch.jit.optimized_execution(False):
             out = model(data, training=True, compute_force=False)
         return Prediction(out["energy"], atomic_energies=out["node_energy"].to(positions))
 
-    def _composition(self, structures: Structures) -> dict[str, Tensor]:
+    def _composition(self, structures: Structures) -> Composition:
         """What depends on elements, counts, charges and spins alone; kept, for all frames of a run share it."""
         made_for = (structures.numbers, structures.counts, structures.charges, structures.spins)
         known = self._made  # read once: other threads may put theirs there
         if known is None or any(a is not b for a, b in zip(known[0], made_for, strict=True)):
             places = torch.arange(len(self.atomic_numbers or ()), device=structures.batch.device)
-            elements = self._column[structures.numbers].unsqueeze(1) == places
+            columns = self._column[structures.numbers]
+            elements = columns.unsqueeze(1) == places
+            present = [] if is_traced() else columns.unique().tolist()
+            rows = [(columns == k).nonzero().squeeze(1) if len(present) > 1 else None for k in present]
             ends = structures.sum(torch.ones_like(structures.batch)).cumsum(0)
             made = {
                 "node_attrs": elements.to(structures.positions),
@@ -136,7 +135,8 @@ class MACE(Potential):
                 "head": torch.full_like(ends, self.head),
                 **{name: getattr(structures, SPECIFIED[name][1]) for name in self._specified},
             }
-            self._made = known = made_for, {name: value.detach() for name, value in made.items()}
+            detached = {name: value.detach() for name, value in made.items()}
+            self._made = known = made_for, (detached, list(zip(present, rows, strict=True)))
         return known[1]
 
     def check(self, structures: Structures) -> None:
@@ -244,19 +244,23 @@ def _further_inputs(model: Any) -> dict[str, Any]:
     return wanted
 
 
-def with_convolutions(model: Any) -> Any:
-    """A view of a MACE whose tensor products, where they are e3nn's, are summed within `convolution`."""
-    layers = {}
+def with_faster_layers(model: Any, groups: Sequence[Group]) -> Any:
+    """A view of a MACE whose tensor products along edges and symmetric contractions, where they are its own, are ours.
+
+    The contractions stay where there are no groups.
+    """
+    layers, products = {}, {}
     for name, layer in model.interactions._modules.items():
         if (convolved := convolution(layer.conv_tp)) is not None:
-            layers[name] = view(layer, conv_tp=_called_by_mace(convolved))
-            layers[name].conv_fusion = True
-    return view(model, interactions=view(model.interactions, **layers))
-
-
-def _called_by_mace(convolved: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """As a layer of mace-torch calls a tensor product that sums itself, since it has `conv_fusion`."""
-    return lambda features, harmonics, weights, ends: convolved(features, harmonics, weights, *ends)
+            layers[name] = view(layer, conv_tp=lambda x, y, w, ends, of=convolved: of(x, y, w, *ends))
+            layers[name].conv_fusion = True  # so that mace-torch leaves the sum to it
+    for name, product in model.products._modules.items() if groups else ():
+        own = product.symmetric_contractions
+        if type(own).__name__ == "SymmetricContraction" and hasattr(own, "contractions"):
+            contracted = partial(contraction, own.contractions, groups)
+            products[name] = view(product, symmetric_contractions=lambda x, elements, of=contracted: of(x))
+    changed = {"interactions": layers, "products": products}
+    return view(model, **{name: view(getattr(model, name), **parts) for name, parts in changed.items()})
 
 
 def each_distance_once(model: Any, n_edges: int) -> Any:

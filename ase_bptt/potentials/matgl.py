@@ -25,7 +25,7 @@ from ..threads import Building, quiet, view
 from ..tuning import staged
 from ..utils import UNREADABLE
 from . import require
-from .edgewise import Rows, each, m3gnet_update, tensor_messages
+from .faster_layers import Rows, each, m3gnet_update, tensor_messages
 
 log = logging.getLogger(__name__)
 FILES = ("model.json", "model.pt", "state.pt")

@@ -20,7 +20,7 @@ from ..suggestions import unknown_name
 from ..threads import quiet
 from ..tuning import staged
 from . import require
-from .edgewise import Rows, m3gnet_update
+from .faster_layers import Rows, m3gnet_update
 
 VARIANTS = ("1M", "5M")
 PUBLISHED = "mattersim-v1.0.0-{}.pth"

@@ -16,7 +16,7 @@ from ..potential import Potential, Prediction
 from ..structures import Structures
 from ..threads import view
 from ..tuning import staged
-from .edgewise import Rows, convolution, each, of_lengths, one_way_first
+from .faster_layers import Rows, convolution, each, of_lengths, one_way_first
 from .nequip_files import EXTENSION, Saved, build, from_checkpoint, from_package, is_package, loaded, tell_dtype
 from .nequip_files import write_package as write
 

@@ -20,7 +20,7 @@ from ..structures import Structures
 from ..threads import quiet, view
 from ..tuning import staged
 from . import require
-from .edgewise import Rows, convolution, of_lengths, one_way_first
+from .faster_layers import Rows, convolution, of_lengths, one_way_first
 
 VARIANTS = ("7net-0", "7net-l3i5", "7net-mf-0", "7net-0_22may2024")
 """What the package sevenn carries; it would download others."""

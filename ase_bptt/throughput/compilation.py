@@ -23,7 +23,7 @@ from torch.fx import GraphModule
 from ..neighbors import Edges
 from ..potential import NO_GRADIENT, Potential
 from ..structures import Structures
-from ..threads import quiet, view
+from ..threads import quiet, tracing, view
 from ..utils import autograd_enabled, in_short, savable
 from .memory import ran_out
 
@@ -255,7 +255,7 @@ def _traced(potential: Potential, inputs: dict[str, Tensor], *, n: int, moves: b
 
     from torch.fx.experimental.proxy_tensor import make_fx  # takes time to import
 
-    graph = make_fx(run)(*inputs.values())
+    graph = make_fx(tracing()(run))(*inputs.values())
     # The potential's own memory, whatever of its weights requires gradients at the moment.
     for name, value in [*graph.named_parameters(), *graph.named_buffers()]:
         delattr(graph, name)
@@ -296,5 +296,5 @@ def _padded_edges(edges: Edges, atoms: int, n_edges: int, cutoff: float) -> dict
 def _difference(values: Tensor, expected: Tensor) -> float:
     """The largest difference, of the largest value where that is above 1; where the expected ones are finite."""
     known = expected.isfinite()
-    scale = expected.where(known, 0.0).abs().amax().clamp(min=1.0)
-    return float((values - expected).where(known, 0.0).abs().amax() / scale)
+    off, scale = (x.where(known, 0.0).abs().amax() for x in (values - expected, expected))
+    return float(off / scale.clamp(min=1.0))

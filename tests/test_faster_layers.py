@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ase_bptt.potentials import quiet, require
-from ase_bptt.potentials.edgewise import convolution, tensor_messages
+from ase_bptt.potentials.faster_layers import convolution, tensor_messages
 from ase_bptt.threads import Building
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("e3nn") is None, reason="needs e3nn, as MACE and others do")

@@ -1,4 +1,7 @@
-"""What the networks of several families need not compute twice, or for each edge: their results stay, to rounding."""
+"""Layers of several families with less work for the same results, to rounding.
+
+What their networks need not compute twice, or for each edge and atom where once for each atom or element will do.
+"""
 
 from __future__ import annotations
 
@@ -150,6 +153,50 @@ def _paths_between(
             coupling = torch.cat(blocks, dim=1).flatten(1).to(device, dtype)
             found.append(Paths(coupling, own.dim, numbers, [outputs[paths[k].i_out].ir.dim for k in numbers]))
     return found
+
+
+Group = tuple[int, Tensor | None]
+"""Atoms of one element: its place in the one-hot vectors of a model, and their indices; None for all atoms."""
+
+
+def contraction(contractions: Sequence[Any], groups: Sequence[Group], features: Tensor) -> Tensor:
+    """A symmetric contraction of MACE (Batatia et al., arXiv 2206.07697, equations 10 and 11).
+
+    Its couplings are weighted once for each element that there is, not for each atom: in models of all elements, as
+    the published ones, that was most of the time.
+
+    Parameters
+    ----------
+    contractions : sequence of mace.modules.symmetric_contraction.Contraction
+    groups : sequence of Group
+        All atoms, by elements.
+    features : Tensor, shape (n_atoms, channels, components)
+    """
+    found = []
+    for one in contractions:
+        alike = groups if len(one.weights_max) > 1 else [(0, None)]
+        parts = [_contracted(one, element, features if rows is None else features[rows]) for element, rows in alike]
+        if len(parts) > 1:
+            order = torch.cat([rows for _, rows in alike if rows is not None])
+            parts = [torch.empty_like(torch.cat(parts)).index_copy(0, order, torch.cat(parts))]
+        found += parts
+    return torch.cat(found, dim=1)
+
+
+def _contracted(one: Any, element: int, features: Tensor) -> Tensor:
+    """A polynomial of the features of each atom of an element, shape (n_atoms, channels x components of the output)."""
+    x = features.transpose(0, 1).contiguous()
+    channels, n_atoms, m = x.shape
+    order = one.correlation
+    sums: Tensor | None = None
+    for nu, weights in zip(range(order, 0, -1), (one.weights_max, *one.weights), strict=True):
+        couplings = (weights[element].mT @ getattr(one, f"U_matrix_{nu}").flatten(0, -2).mT).view(channels, -1, m)
+        if sums is None:
+            sums = x @ couplings.mT
+        else:
+            sums = ((sums.view(channels, n_atoms, -1, m) + couplings.unsqueeze(1)) @ x.unsqueeze(3)).squeeze(3)
+    assert sums is not None
+    return sums.transpose(0, 1).flatten(1)
 
 
 def tensor_messages(ends: Tensor, scalar: Tensor, skew: Tensor, traceless: Tensor, scales: Tensor) -> Tensor:
