@@ -5,7 +5,8 @@
 Rattled silicon of 8 and 64 atoms, FIRE, the same number of steps from the same start; TorchCalculator and
 BPTTOptimizer against the calculator of the family with ASE's FIRE: mace-si in float64, and in float32 CHGNet 0.3.0,
 SevenNet's 7net-0, and with random weights a MACE, a NequIP and a MatterSim of the sizes of published ones (medium of
-MP-0; preset S; 1M), and matgl's TensorNet (matgl) and M3GNet (m3gnet) of its default sizes. Each needs its environment.
+MP-0; preset S; 1M), and of their default sizes matgl's TensorNet (matgl) and M3GNet (m3gnet) and metatrain's PET as
+metatomic exports it (metatomic). Each needs its environment, and metatomic metatrain, too.
 The two take turns in one process, so that both see the same machine; the median of the paired ratios is printed, with
 the smallest and the largest. Below it, where our time goes. On a busy machine, --processor counts the time that this
 process computes instead of the time on the wall.
@@ -153,7 +154,26 @@ def of_matgl(network: str, device: str) -> tuple[Callable, Callable]:
     return lambda: TorchCalculator(potential), lambda: theirs
 
 
-FAMILIES = {made.__name__: made for made in (mace, mace_medium, chgnet, sevennet, nequip, mattersim, matgl, m3gnet)}
+def metatomic(device: str) -> tuple[Callable, Callable]:
+    from metatomic_ase import MetatomicCalculator
+    from metatrain.pet import PET
+    from metatrain.utils.architectures import get_default_hypers
+    from metatrain.utils.data import DatasetInfo
+    from metatrain.utils.data.target_info import get_energy_target_info
+
+    torch.manual_seed(0)
+    target = get_energy_target_info("energy", {"quantity": "energy", "unit": "eV"}, add_position_gradients=True)
+    info = DatasetInfo(length_unit="angstrom", atomic_types=[14], targets={"energy": target})
+    with tempfile.TemporaryDirectory() as folder:
+        file = str(Path(folder) / "pet.pt")
+        PET(get_default_hypers("pet")["model"], info).eval().export().save(file)
+        theirs = MetatomicCalculator(file, device=device)
+        potential = load_potential(file, trust=True, device=device)
+    return lambda: TorchCalculator(potential), lambda: theirs
+
+
+MADE = (mace, mace_medium, chgnet, sevennet, nequip, mattersim, matgl, m3gnet, metatomic)
+FAMILIES = {made.__name__: made for made in MADE}
 
 
 def seconds(atoms: Atoms, optimizer: type, steps: int) -> tuple[float, np.ndarray]:
