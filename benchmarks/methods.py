@@ -6,7 +6,7 @@ All keep their epoch as the Trainer does (the last as good as the best on the va
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -71,27 +71,34 @@ def matched(
     """By the forces of all frames of the training relaxations, or by zero force at their ends; no relaxation."""
     pairs = drawn(splits["train"], share, seed)
     frames = [p.relaxed for p in pairs] if at_references else [atoms for p in pairs for atoms in p.frames]
-    rng, loss = np.random.default_rng(seed), loss or force_loss
-    optimizer = torch.optim.AdamW(potential.parameters(), lr=FORCE_LEARNING_RATE, weight_decay=0.0)
-    count = -(-len(frames) // batch_size) * epochs
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, count)
     record = RunRecord()
     keep(record, potential, splits["valid"])
-    for epoch in range(1, epochs + 1):
-        order = rng.permutation(len(frames))
-        for k in range(0, len(order), batch_size):
-            optimizer.zero_grad()
-            batch = [frames[m] for m in order[k : k + batch_size]]
-            loss(potential, batch, zero=at_references, create_graph=True).backward()
-            torch.nn.utils.clip_grad_norm_(potential.parameters(), 10.0)
-            optimizer.step()
-            schedule.step()
-        if epoch % max(2, epochs // 6) == 0 or epoch == epochs:
-            record.epoch = epoch
+    of_frames = partial(loss or force_loss, zero=at_references)
+    for record.epoch in fit_frames(potential, frames, seed, loss=of_frames, epochs=epochs, batch_size=batch_size):
+        if record.epoch % max(2, epochs // 6) == 0 or record.epoch == epochs:
             keep(record, potential, splits["valid"])
     potential.load_state_dict(record.best["potential"])
     return {"epochs": epochs, "lr": FORCE_LEARNING_RATE, "batch_size": batch_size,
             "best_epoch": record.best_epoch, "training_frames": len(frames)}  # fmt: skip
+
+
+def fit_frames(
+    potential: Potential, frames: Sequence[Atoms], seed: int, *, loss: Loss, epochs: int = FORCE_EPOCHS,
+    batch_size: int = FORCE_BATCH,
+) -> Iterator[int]:  # fmt: skip
+    """Lower a loss of frames; the number of each epoch as it has ended."""
+    rng = np.random.default_rng(seed)
+    optimizer = torch.optim.AdamW(potential.parameters(), lr=FORCE_LEARNING_RATE, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, -(-len(frames) // batch_size) * epochs)
+    for epoch in range(1, epochs + 1):
+        order = rng.permutation(len(frames))
+        for k in range(0, len(order), batch_size):
+            optimizer.zero_grad()
+            loss(potential, [frames[m] for m in order[k : k + batch_size]], create_graph=True).backward()
+            torch.nn.utils.clip_grad_norm_(potential.parameters(), 10.0)
+            optimizer.step()
+            schedule.step()
+        yield epoch
 
 
 def staged(potential: Potential, splits: Splits, seed: int, *, at_references: bool = False) -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """The validation score after each epoch, on the DFT folds: whether a training overfits, seen without any test kind.
 
     python benchmarks/validation_curves.py [--lr 0.002 --epochs 6] [--labels 3 4] >> docs/measured/validation_curves.txt
+    python benchmarks/validation_curves.py --forces-first 4
 
 A line for each fold: the epoch that is kept, and after each epoch the validation score (mean of log(1 + Delta-Q / 0.1
-amu^1/2 Å) of the fold's validation pairs) less that of the untuned potential. Float32, seed 0.
+amu^1/2 Å) of the fold's validation pairs) less that of the untuned potential. Float32, seed 0. With --forces-first the
+potential first matches the forces of all frames in so many epochs, and what is kept is from then on.
 """
 
 from __future__ import annotations
@@ -12,9 +14,12 @@ import argparse
 import time
 
 import torch
+from methods import fit_frames, force_loss
 
 from ase_bptt import Trainer, load_potential
 from ase_bptt.datasets import FOLDS, si_defects
+from ase_bptt.training.distributed import together
+from ase_bptt.training.validation import validate
 
 
 def main() -> None:
@@ -23,6 +28,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--labels", type=float, nargs=2, metavar=("WEIGHT", "FRAMES"), help="of each pair in a step")
+    parser.add_argument("--forces-first", type=int, default=0, metavar="EPOCHS")
     parser.add_argument("--folds", type=int, nargs="+", default=list(range(FOLDS)))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -31,13 +37,19 @@ def main() -> None:
     name = f"{arguments.potential}, {arguments.epochs} epochs at {arguments.lr:g}"
     if arguments.labels:
         name += f", labels {weight:g} x {frames:g}"
+    if arguments.forces_first:
+        name += f", {arguments.forces_first} of forces first"
     for fold in arguments.folds:
         clock = time.monotonic()
         potential = load_potential(arguments.potential, dtype="float32")
         trainer = Trainer(potential, lr=arguments.lr, terms=terms, progress=False)
         train, valid = (si_defects(side, fold=fold) for side in ("train", "valid"))
+        untuned = validate(potential, valid, together()).score
+        frames = [atoms for pair in train for atoms in pair.frames]
+        list(fit_frames(potential, frames, 0, loss=force_loss, epochs=arguments.forces_first))
         trainer.fit(train, valid, epochs=arguments.epochs)
-        untuned, *scores = [row["valid_score"] for row in trainer.record.rows]
+        first, *others = [row["valid_score"] for row in trainer.record.rows]
+        scores = [first, *others] if arguments.forces_first else others
         curve = " ".join(f"{score - untuned:+.2f}" for score in scores)
         print(
             f"{name}, fold {fold}: kept {trainer.best_epoch}; {curve}  ({time.monotonic() - clock:.0f} s)", flush=True
