@@ -66,7 +66,7 @@ class _Weights:
         parts = list(module.modules())
         # TorchScript holds its own tensors, as many as at first.
         scripted = [part for part in parts if isinstance(part, torch.jit.ScriptModule)]
-        self._scripted = [part for part in scripted if any(map(len, _scripted_tensors(part)))]
+        self._scripted = [part for part in scripted if _scripted_tensors(part)]
         plain = [part for part in parts if not isinstance(part, torch.jit.ScriptModule)]
         places = [place for part in plain for place in (part._parameters, part._buffers, part._modules)]
         self._places, self._empty = [p for p in places if p], [p for p in places if not p]
@@ -83,11 +83,12 @@ class _Weights:
     def _tensors(self) -> list[Tensor]:
         if not self._scripted:
             return self._plain
-        return [*self._plain, *(t for part in self._scripted for some in _scripted_tensors(part) for t in some)]
+        return [*self._plain, *(t for part in self._scripted for t in _scripted_tensors(part))]
 
 
-def _scripted_tensors(part: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    return list(part.parameters(recurse=False)), list(part.buffers(recurse=False))
+def _scripted_tensors(part: nn.Module) -> list[Tensor]:
+    # By their dictionaries, for parameters() takes three times as long.
+    return [t for held in (part._parameters, part._buffers) for t in held.values() if t is not None]
 
 
 _VALUES = operator.methodcaller("values")
