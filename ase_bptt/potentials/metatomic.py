@@ -21,7 +21,7 @@ from ..neighbors import Edges
 from ..potential import Potential, Prediction
 from ..structures import Structures
 from ..threads import quiet
-from . import require
+from . import DTYPES, require
 
 ENERGY = "energy"
 EXTRA_FILES = "extra/"
@@ -126,6 +126,13 @@ class Metatomic(Potential):
             system.add_neighbor_list(wanted, block)
 
     @classmethod
+    def from_name(cls, variant: str | None) -> Potential:
+        raise ValueError(
+            "A metatomic model is loaded from its file: give the .pt file that was exported as potential, with trust "
+            "(--potential FILE --trust in the shell)."
+        )
+
+    @classmethod
     def read_native(cls, path: Path) -> Any | None:
         if not zipfile.is_zipfile(path):
             return None
@@ -152,7 +159,8 @@ class Metatomic(Potential):
             for parameter in blank.parameters():
                 parameter.zero_()
         file = io.BytesIO()
-        torch.jit.save(blank, file)
+        with quiet():
+            torch.jit.save(blank, file)
         return {"script": base64.b85encode(zlib.compress(file.getvalue())).decode(), "further": self.further}
 
     @classmethod
@@ -162,7 +170,11 @@ class Metatomic(Potential):
         return cls(script, config["further"])
 
     def save_native(self, path: Path) -> None:
-        torch.jit.save(self.model, str(path), _extra_files=self.further)
+        # metatomic's calculator gives structures in the exported precision, and leaves weights as they are.
+        exported = DTYPES.get(self.model.capabilities().dtype, self.dtype)
+        with torch.no_grad(), quiet():
+            stored = self.model if self.dtype is exported else copy.deepcopy(self.model).to(exported)
+            torch.jit.save(stored, str(path), _extra_files=self.further)
 
 
 def _load(file: Path | io.BytesIO, names: list[str]) -> tuple[Any, dict[str, str]]:
