@@ -9,6 +9,7 @@ import resource
 import shutil
 import sys
 import urllib.error
+import zipfile
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -593,6 +594,19 @@ def test_what_is_trusted_and_needs_a_package_that_is_not_here():
     Path("native.model").write_bytes(b"cgoldsmith.models\nModel\n.")
     words = ("native.model", "goldsmith", 'pip install "ase_bptt[mace]"')
     is_refused_untouched("info", *words, more=["--trust"], potential="native.model")
+
+
+def test_a_file_whose_family_is_known_names_that_family_alone(monkeypatch):
+    monkeypatch.setitem(sys.modules, "metatomic.torch", None)
+    with zipfile.ZipFile("exported.pt", "w") as archive:
+        archive.writestr("exported/extra/metatomic-version", "0.1.19")
+    refusal = called("info", "--trust", potential="exported.pt")
+    is_refused(refusal, "'metatomic'")
+    assert refusal[2].count("pip install") == 1
+
+
+def test_a_family_without_names_asks_for_a_file():
+    is_refused_untouched("info", ".pt file", "--trust", potential="metatomic:small")
 
 
 @needs_mace

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -106,7 +107,13 @@ class TestCrossValidation:
         assert RunResults.load(tmp_path).todict() == found.todict()
         assert found.todict()["kept_as_it_was"] is True
         assert load_potential(tmp_path / "potential").sigma.item() == 2.65
-        assert "the potential was kept as it was" in " ".join(conclusion(found).split())
+        said = " ".join(conclusion(found).split())
+        assert "Warning: The potential was kept as it was" in said
+        assert "Kept: epoch" not in said
+        # What has changed in a potential that is not handed back is no reason to warn of it.
+        drift = SimpleNamespace(warnings=lambda: ["softened"], drift=lambda: SimpleNamespace(n=0), folds=())
+        assert "softened" not in conclusion(dataclasses.replace(found, drift_report=drift))
+        assert "softened" in conclusion(dataclasses.replace(found, drift_report=drift, rejected=False))
 
     def test_its_model_card_has_the_figures_of_the_folds(self, validated):
         folder, _, outcome = validated

@@ -192,6 +192,19 @@ class TestMatterSim:
         save_potential(potential, tmp_path / "saved")
         assert load_potential(tmp_path / "saved").version == file
 
+    @needs_mattersim
+    def test_without_a_connection_one_sentence_says_where_its_file_belongs(self, tmp_path, monkeypatch):
+        import requests
+
+        def refuse(*_, **__):
+            raise requests.exceptions.ConnectionError("Max retries exceeded")
+
+        monkeypatch.setattr(requests, "get", refuse)
+        monkeypatch.setattr(mattersim, "CACHE", str(tmp_path / "cache"))
+        with pytest.raises(ConnectionError, match="could not be downloaded") as caught:
+            load_potential("mattersim:5M")
+        assert f"put its file mattersim-v1.0.0-5M.pth into {tmp_path / 'cache'}" in str(caught.value)
+
     def test_an_unknown_model_is_refused_with_those_that_there_are(self):
         with pytest.raises(ValueError, match=r"'9M'.*1M, 5M"):
             load_potential("mattersim:9M")

@@ -129,8 +129,9 @@ def conclusion(results: RunResults) -> str:
     before, after = results.before_bfgs, results.after_bfgs
     kept = ""
     if results.best_epoch and not results.folds:
+        word = "Measured" if results.rejected else "Kept"
         kept = (
-            f"\nKept: epoch {results.best_epoch} of {results.epochs}, the last as good as the best on the validation "
+            f"\n{word}: epoch {results.best_epoch} of {results.epochs}, the last as good as the best on the validation "
             "structures (mean logarithm of Delta-Q).\n"
         )
     if results.on_all_pairs:
@@ -153,7 +154,7 @@ def _no_gain(results: RunResults) -> str:
     if results.best_epoch == 0:
         return f"Warning: {KEPT_AS_IT_WAS}"
     return (
-        "Warning: the potential was kept as it was: the tuned one, whose figures are below, is worse on the held-out "
+        "Warning: The potential was kept as it was: the tuned one, whose figures are below, is worse on the held-out "
         "structures (geometric mean of Delta-Q). Give more kinds of structures, or a lower learning rate."
     )
 
@@ -165,7 +166,8 @@ def _what_else_changed(results: RunResults) -> str:
         return ""
     drift = report.drift()
     over_folds = ", mean over the folds" if results.folds else ""
-    lines = [f"Warning: {warning}" for warning in report.warnings()]
+    # Of a potential that is not handed back they would warn of what the user does not have.
+    lines = [] if results.kept_as_it_was else [f"Warning: {warning}" for warning in report.warnings()]
     if drift.n:
         lines.append(
             f"Drift on {drift.n} structures that were not trained on (root mean square{over_folds}): forces changed by "

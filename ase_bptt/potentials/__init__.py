@@ -160,6 +160,8 @@ def from_checkpoint(path: Path, trust: bool) -> Potential:
             if native is None:
                 native = torch.load(path, weights_only=False, map_location="cpu")
     except ImportError as error:
+        if isinstance(error.__cause__, ImportError):  # from require, which has named the family
+            raise
         every = ", ".join(found for adapter in map(family, families()) if (found := adapter.installation))
         raise ImportError(f"{path} needs a package that is not here ({error}): install its family, {every}.") from error
     except UNREADABLE as error:
@@ -168,8 +170,7 @@ def from_checkpoint(path: Path, trust: bool) -> Potential:
 
 
 def _read_native(path: Path) -> Any | None:
-    found = (adapter.read_native(path) for adapter in map(family, families()))
-    return next((native for native in found if native is not None), None)
+    return next((native for name in families() if (native := family(name).read_native(path)) is not None), None)
 
 
 def from_native(native: Any, name: str) -> Potential:
@@ -283,8 +284,7 @@ def require(module: str, *, extra: str) -> ModuleType:
 
     The extra of a family is called as the family is; others, such as "cueq", add to one.
     """
-    known = sys.modules.get(module)
-    if known is not None and not getattr(known.__spec__, "_initializing", False):
+    if (known := sys.modules.get(module)) is not None and not getattr(known.__spec__, "_initializing", False):
         return known
     try:
         with Building(), quiet():

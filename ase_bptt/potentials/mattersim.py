@@ -114,7 +114,13 @@ class MatterSim(Potential):
 
     @classmethod
     def from_name(cls, variant: str | None) -> MatterSim:
-        """A published model: 1M (default) or 5M, from mattersim's folder or, at the first use, downloaded by it."""
+        """A published model: 1M (default) or 5M, from mattersim's folder or, at the first use, downloaded by it.
+
+        Raises
+        ------
+        ConnectionError
+            Where its file is not in that folder and cannot be downloaded.
+        """
         names = {name.lower(): name for name in VARIANTS}
         version = names.get((variant or VARIANTS[0]).lower())
         if version is None:
@@ -122,8 +128,15 @@ class MatterSim(Potential):
         path = Path(CACHE).expanduser() / PUBLISHED.format(version)
         if not path.is_file():
             downloads = require("mattersim.utils.download_utils", extra=cls.extra)
-            with quiet():
-                downloads.download_checkpoint(path.name, save_folder=str(path.parent))
+            try:
+                with quiet():
+                    downloads.download_checkpoint(path.name, save_folder=str(path.parent))
+            except OSError as error:
+                raise ConnectionError(
+                    f"The MatterSim model {version!r} is not on this machine and could not be downloaded "
+                    f"({type(error).__name__}): connect once, put its file {path.name} into {path.parent}, or give "
+                    "that file with trust (--potential FILE --trust in the shell)."
+                ) from error
         found = cls.from_native(torch.load(path, map_location="cpu", weights_only=True))
         found.version = version
         return found
