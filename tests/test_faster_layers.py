@@ -11,7 +11,12 @@ from ase_bptt.threads import Building
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("e3nn") is None, reason="needs e3nn, as MACE and others do")
 ODD = "4x0e + 3x1o"
-KINDS = [(ODD, "0e + 1o + 2e", "0e + 1o + 2e"), ("5x0e", "0e + 1o", "0e + 1o"), ("2x1e + 2x2e", "1o + 2e", "1o + 2o")]
+KINDS = [
+    (ODD, "0e + 1o + 2e", "0e + 1o + 2e"),
+    ("5x0e", "0e + 1o", "0e + 1o"),
+    ("2x1e + 2x2e", "1o + 2e", "1o + 2o"),
+    ("2x0o + 3x0e", "0e + 1o", "0e"),
+]
 
 
 def product(features, harmonics, kept, mode="uvu", shared=False):

@@ -175,7 +175,10 @@ def contraction(contractions: Sequence[Any], groups: Sequence[Group], features: 
     found = []
     for one in contractions:
         alike = groups if len(one.weights_max) > 1 else [(0, None)]
-        parts = [_contracted(one, element, features if rows is None else features[rows]) for element, rows in alike]
+        parts = [
+            _contracted(one, element, features if rows is None else features.index_select(0, rows))
+            for element, rows in alike
+        ]
         if len(parts) > 1:
             order = torch.cat([rows for _, rows in alike if rows is not None])
             parts = [torch.empty_like(torch.cat(parts)).index_copy(0, order, torch.cat(parts))]
