@@ -180,8 +180,8 @@ def contraction(contractions: Sequence[Any], groups: Sequence[Group], features: 
             for element, rows in alike
         ]
         if len(parts) > 1:
-            order = torch.cat([rows for _, rows in alike if rows is not None])
-            parts = [torch.empty_like(torch.cat(parts)).index_copy(0, order, torch.cat(parts))]
+            order, together = torch.cat([rows for _, rows in alike if rows is not None]), torch.cat(parts)
+            parts = [torch.empty_like(together).index_copy(0, order, together)]
         found += parts
     return torch.cat(found, dim=1)
 

@@ -72,7 +72,7 @@ class MatGL(Potential):
     native_name = "matgl"
     atomic_properties = ("energies",)
     foreign_keywords = MappingProxyType({
-        **dict.fromkeys(("state_attr", "total_charge", "ext_pot"), "models with such inputs are not supported"),
+        **dict.fromkeys(("state_attr", "total_charge", "ext_pot"), "leave it out: such models are not supported"),
         **dict.fromkeys(("stress_unit", "stress_weight"), "stresses are in eV/Å^3 already"),
         "use_voigt": "call atoms.get_stress(voigt=True)",
     })  # fmt: skip
