@@ -20,9 +20,11 @@ def charge_and_spin(atoms: Atoms) -> tuple[float, float]:
 
     Raises
     ------
-    ValueError
-        For what is no number.
+    TypeError, ValueError
+        For what is no Atoms object, and for what is no number.
     """
+    if not isinstance(atoms, Atoms):
+        raise TypeError(f"A structure is an Atoms object, and not {atoms!r}.")
     found: list[float] = []
     for name, usual in SPECIFIED.items():
         given = atoms.info.get(name, usual)

@@ -10,7 +10,7 @@ import torch
 from ase import Atoms
 from torch import Tensor
 
-from .neighbors.lattice import formula, minimum_images
+from .neighbors.lattice import minimum_images, named
 from .result import Relaxation
 from .structures import Structures, as_structures
 from .utils import safe_sqrt
@@ -98,9 +98,7 @@ def _rows(structures: Structures, index: Index) -> np.ndarray:
     """Rows of the batch, shape (n, m)."""
     counts, wanted = np.array(structures.counts)[:, None], np.atleast_1d(np.asarray(index, dtype=np.int64))[None]
     for k, atom in np.argwhere((wanted < -counts) | (wanted >= counts)):
-        raise IndexError(
-            f"There is no atom {wanted[0, atom]} in {formula(structures, int(k))}, which has {counts[k, 0]} atoms."
-        )
+        raise IndexError(f"{named(structures, int(k))} has no atom {wanted[0, atom]}: it has {counts[k, 0]} atoms.")
     return np.cumsum([0, *structures.counts])[:-1, None] + wanted % counts
 
 

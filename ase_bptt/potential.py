@@ -21,6 +21,7 @@ from ase.data import chemical_symbols
 from torch import Tensor, nn
 
 from .neighbors import Edges
+from .neighbors.lattice import named
 from .structures import Structures
 from .threads import alone
 from .utils import autograd_enabled, savable
@@ -47,7 +48,6 @@ class Prediction:
 
     Examples
     --------
-    >>> import torch
     >>> Prediction(energy=torch.tensor([-1.0])).atomic_energies is None
     True
     """
@@ -204,13 +204,14 @@ class Potential(nn.Module):
 
     def check(self, structures: Structures) -> None:
         """Raise NotImplementedError for elements, charges and spins that the potential does not know."""
-        if self.atomic_numbers is None:
-            return
-        unknown = {int(z) for z in structures.numbers.unique()} - self.atomic_numbers
+        known = self.atomic_numbers
+        unknown = set() if known is None else {int(z) for z in structures.numbers.unique()} - known
         if unknown:
+            first = int(structures.batch[[int(z) in unknown for z in structures.numbers]][0])
+            where = f"{named(structures, first)}: " if len(structures) > 1 else ""
             raise NotImplementedError(
-                f"This {self.family} potential has no parameters for {symbols(unknown)}; "
-                f"it knows {symbols(self.atomic_numbers)}."
+                f"{where}This {self.family} potential has no parameters for {symbols(unknown)}; "
+                f"it knows {symbols(known or ())}."
             )
 
     @property

@@ -80,7 +80,7 @@ def test_the_same_atoms_of_each_structure_are_measured():
 
 @pytest.mark.parametrize("atom", [6, -7])
 def test_an_atom_that_is_not_there_is_named(atom):
-    with pytest.raises(IndexError, match=f"There is no atom {atom} in Ar6, which has 6 atoms"):
+    with pytest.raises(IndexError, match=rf"Structure 0 \(Ar6\) has no atom {atom}: it has 6 atoms"):
         distances([cluster(), cluster()], 0, atom)
 
 

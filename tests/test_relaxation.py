@@ -1,5 +1,7 @@
 """relax: what it returns, what it refuses, and the symmetries of physics."""
 
+from typing import ClassVar
+
 import numpy as np
 import pytest
 import torch
@@ -8,10 +10,12 @@ from helpers.potentials import lennard_jones, needs_mace, tiny_mace
 from helpers.structures import argon, cluster, silicon, skewed
 
 from ase_bptt import Relaxation, Status, Structures, relax
+from ase_bptt.cells import CELLS
 from ase_bptt.iterated_map import Checkpointing
 from ase_bptt.potentials.analytic import LennardJones
 from ase_bptt.relaxation import Loop
 from ase_bptt.steppers import FIRE, GradientDescent
+from ase_bptt.throughput import relax_all
 
 
 def mace_potential():
@@ -203,6 +207,35 @@ def test_elements_that_the_potential_does_not_know_are_refused_by_name():
     potential.atomic_numbers = frozenset({18})
     with pytest.raises(NotImplementedError, match=r"no parameters for Si; it knows Ar"):
         relax(potential, [argon(), silicon()])
+
+
+class TestOneOfAListThatCannotBeRelaxed:
+    """It is named by its place, before any is relaxed."""
+
+    BAD: ClassVar = {
+        "element": (lambda: silicon(), {}, r"no parameters for Si; it knows Ar"),
+        "cell": (lambda: Atoms("Ar", cell=[[3, 0, 0], [6, 0, 0], [0, 0, 3]], pbc=True), {}, "linearly dependent"),
+        "collapsed": (lambda: Atoms("Ar", cell=[0.1, 0.1, 0.1], pbc=True), {}, "check its cell and its units"),
+        "no cell": (lambda: Atoms("Ar2", positions=np.eye(3)[:2] * 3), CELLS["full"], "has no cell to relax"),
+    }
+
+    @pytest.mark.parametrize("bad", BAD)
+    @pytest.mark.parametrize("by", ["relax", "relax_all"])
+    def test_is_named(self, by, bad):
+        make, cell, said = self.BAD[bad]
+        potential, structures = lennard_jones(), [argon(), argon(), make(), argon()]
+        potential.atomic_numbers = frozenset({18})
+        run = {
+            "relax": lambda: relax(potential, structures, cell=cell or "fixed"),
+            "relax_all": lambda: next(relax_all(potential, structures, cells=[cell] * 4 if cell else None)),
+        }
+        with pytest.raises((ValueError, NotImplementedError), match=rf"^Structure 2\b.*{said}"):
+            run[by]()
+
+    @pytest.mark.parametrize("structures", [[None], [argon(), "Ar.xyz"]], ids=["none", "name"])
+    def test_what_is_no_structure_is_told(self, structures):
+        with pytest.raises(TypeError, match=r"A structure is an Atoms object, and not (None|'Ar.xyz')"):
+            relax(lennard_jones(), structures)
 
 
 def test_an_empty_list_is_refused():

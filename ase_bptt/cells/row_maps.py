@@ -12,6 +12,7 @@ from ase import Atoms
 from ase.constraints import FixSymmetry
 
 from ..constraints import KNOWN, Blocks, Map, Shift
+from ..neighbors.lattice import named
 from ..structures import Structures
 from . import CellFreedom
 
@@ -93,7 +94,7 @@ def _projection(structures: Structures, k: int, freedom: CellFreedom) -> np.ndar
 
 def check_movable(structures: Structures, k: int, freedom: CellFreedom) -> None:
     """Raise where the cell of structure k cannot move so."""
-    name = structures.select([k]).formulas()[0]
+    name = named(structures, k)
     periodic = int(structures.pbc[k].sum())
     if periodic == 0:
         raise ValueError(

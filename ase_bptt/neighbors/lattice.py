@@ -50,7 +50,7 @@ def check_lattices(structures: Structures) -> None:
     volumes = np.abs(np.linalg.det(np.where(finite[:, None, None], cells, 0.0)))
     collapsed = pbc.all(1) & (volumes < SMALLEST * np.array(structures.counts))
     for k in np.flatnonzero(~finite | (rank < pbc.sum(1)) | collapsed | far).tolist():
-        name = formula(structures, k)
+        name = named(structures, k)
         lengths = np.linalg.norm(periodic[k], axis=1)[pbc[k]]
         if not finite[k]:
             raise ValueError(f"{name} has a cell vector that is not finite, or too long to compute with: set its cell.")
@@ -72,10 +72,11 @@ def check_lattices(structures: Structures) -> None:
         )
 
 
-def formula(structures: Structures, k: int) -> str:
-    """What structure k of a batch is made of, for messages."""
+def named(structures: Structures, k: int) -> str:
+    """Structure k of a batch, for messages: what it is made of, with its place where there are others."""
     numbers = structures.numbers[structures.atoms_of([k])].cpu().numpy()
-    return Symbols(numbers).get_chemical_formula()
+    formula: str = Symbols(numbers).get_chemical_formula()
+    return formula if len(structures) == 1 else f"Structure {k} ({formula})"
 
 
 def periodic_cell(cell: np.ndarray, periodic: np.ndarray) -> np.ndarray:

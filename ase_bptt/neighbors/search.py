@@ -11,7 +11,7 @@ from torch import Tensor
 from vesin import NeighborList as VesinNeighborList
 
 from ..structures import Structures
-from .lattice import IMAGES, Compact, check_lattices, formula, heights, periodic_cell
+from .lattice import IMAGES, Compact, check_lattices, heights, named, periodic_cell
 
 Found = tuple[Tensor, Tensor, Tensor, "Tensor | None"]
 """i, j, shifts and mirror of one structure, as `ase_bptt.neighbors.Edges` has them."""
@@ -40,7 +40,7 @@ def search_structures(structures: Structures, cutoff: float) -> list[Found]:
             every.append(_of_one(x.numpy(), cell, periodic, cutoff))
         except _TooManyImages as error:
             raise ValueError(
-                f"{formula(structures, k)} has a cell so small that more than {IMAGES} images of its atoms lie within "
+                f"{named(structures, k)} has a cell so small that more than {IMAGES} images of its atoms lie within "
                 f"{cutoff:g} Å: check its cell and its units."
             ) from error
     return [

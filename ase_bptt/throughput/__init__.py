@@ -20,6 +20,7 @@ from ..cells import CELLS, CellFreedom, ase_filter
 from ..constraints import unknown_of
 from ..iterated_map import End, IteratedMap, Status
 from ..neighbors import NeighborList
+from ..neighbors.lattice import check_lattices
 from ..optimize.bptt_optimizer import BPTTOptimizer
 from ..potential import Potential
 from ..relaxation import relax, rows_of
@@ -84,8 +85,8 @@ def relax_all(
 
     Raises
     ------
-    NotImplementedError
-        For elements that the potential does not know.
+    NotImplementedError, ValueError
+        Before any is relaxed, for elements that the potential does not know and cells that it cannot be in.
     MemoryError
         Where a single structure does not fit into memory.
 
@@ -99,11 +100,24 @@ def relax_all(
     ['converged', 'converged']
     """
     cells = [FIXED] * len(structures) if cells is None else list(cells)
+    _check_starts(potential, structures, cells)
     yield from relax_stream(
         potential, [[(k, *work) for k, work in enumerate(zip(structures, cells, strict=True))]], stepper=stepper,
         fmax=fmax, steps=steps, cells_move=any(cell.moves for cell in cells), batch_size=batch_size, memory=memory,
         compile=compile,
     )  # fmt: skip
+
+
+def _check_starts(potential: Potential, structures: Sequence[Atoms], cells: Sequence[CellFreedom]) -> None:
+    for k, (atoms, cell) in enumerate(zip(structures, cells, strict=True)):
+        one = potential.batch([atoms])
+        try:
+            potential.check(one)
+            check_lattices(one)
+            if cell.moves and not unknown_of(atoms):
+                rows_of(one, [cell], IteratedMap(potential, make_stepper(None)))
+        except (NotImplementedError, ValueError) as error:
+            raise type(error)(f"Structure {k}: {error}") from error
 
 
 Work = Iterable[list[tuple[int, Atoms, CellFreedom]]]
