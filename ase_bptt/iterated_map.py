@@ -15,6 +15,7 @@ from .neighbors import NeighborList
 from .potential import Potential
 from .steppers import State, Stepper
 from .structures import Structures
+from .utils import counted
 from .weights import weights_version
 
 
@@ -118,7 +119,7 @@ class End:
     nsteps: int
 
     def __repr__(self) -> str:
-        return f"End({len(self.positions)} atoms, {self.status.value} after {self.nsteps} frames)"
+        return f"End({counted(len(self.positions), 'atom')}, {self.status.value} after {counted(self.nsteps, 'frame')})"
 
 
 @dataclass(frozen=True)

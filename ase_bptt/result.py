@@ -15,7 +15,7 @@ from torch import Tensor
 from .adjoints import Attached, Solve
 from .iterated_map import Status, Trajectory
 from .structures import Structures
-from .utils import unrounded
+from .utils import counted, unrounded
 
 __all__ = ["Relaxation", "Status"]
 SHOWN = 20
@@ -129,7 +129,8 @@ class Relaxation:
         fmax = self._rows.largest_force(self._row_forces).tolist()
         lines = [
             f"Relaxation{'' if self._single else f'[{k}]'}: {formula}, {self.status[k].value} after "
-            f"{int(self.nsteps[k])} frames, energy {float(self._energies[k]):.4f} eV, fmax {fmax[k]:.4f} eV/Å"
+            f"{counted(int(self.nsteps[k]), 'frame')}, energy "
+            f"{float(self._energies[k]):.4f} eV, fmax {fmax[k]:.4f} eV/Å"
             for k, formula in enumerate(self.start.formulas(shown))
         ]
         return "\n".join(lines if shown == len(self) else [*lines, f"Relaxation: and {len(self) - shown} others"])

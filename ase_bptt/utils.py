@@ -155,6 +155,15 @@ def as_device(device: torch.device | str | None) -> torch.device:
     )
 
 
+def counted(n: int, noun: str) -> str:
+    """A number of things, for messages.
+
+    >>> counted(1, "frame"), counted(2, "frame")
+    ('1 frame', '2 frames')
+    """
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
 def check_positive(**numbers: Any) -> None:
     """Raise ValueError for a number that is given and not positive, or not finite; None is not given."""
     for name, given in numbers.items():

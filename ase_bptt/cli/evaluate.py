@@ -21,7 +21,7 @@ from ..throughput.journal import relax_shared, run_key
 from ..throughput.parts import Parts, remove
 from ..training.distributed import together
 from ..training.results import RESULTS, summary
-from ..utils import without_nan, write_json
+from ..utils import counted, without_nan, write_json
 from . import messages, run_folder
 from .flags import WIDTH, add_output, add_potential, add_room, command, flag, potential_of
 from .output_file import warn_of_lost_constraints, write_atoms
@@ -87,7 +87,8 @@ def run(arguments: argparse.Namespace) -> int:
     kinds = len({p.group for p in pairs})
     if not (arguments.resume or arguments.dry_run):
         ranks.once(lambda: run_folder.begin_shared(arguments, shard))
-    say(f"{len(pairs)} relaxations of {kinds} kinds, by {arguments.stepper} to {arguments.fmax} eV/Å")
+    many = f"{counted(len(pairs), 'relaxation')} of {counted(kinds, 'kind')}"
+    say(f"{many}, by {arguments.stepper} to {arguments.fmax} eV/Å")
     if arguments.dry_run:
         say("A dry run: nothing was relaxed, nothing was written.")
         if arguments.json:

@@ -35,7 +35,7 @@ from ..training.results import DRIFT_PICTURE, DRIFT_REPORT, RunResults
 from ..training.settings import NUMBERS
 from ..training.state import KEPT_AS_IT_WAS
 from ..tuning import describe
-from ..utils import as_device
+from ..utils import as_device, counted
 from .flags import WIDTH
 
 
@@ -48,16 +48,16 @@ def introduction(
     trainer: Trainer, arguments: argparse.Namespace, splits: Mapping[str, Sequence[RelaxationPair]]
 ) -> str:
     """What will be trained, and on what."""
-    sizes = ", ".join(f"{len(v)} {k} ({len({p.group for p in v})} kinds)" for k, v in splits.items())
+    sizes = ", ".join(f"{len(v)} {k} ({counted(len({p.group for p in v}), 'kind')})" for k, v in splits.items())
     again = f", on from epoch {trainer.epoch}" if arguments.resume and trainer.epoch else ""
     few = not trainer.adjoint.needs_minimum
     tail = getattr(trainer.adjoint, "tail", None)
     movers = trainer.stepper.name + (f" and {tail.name}" if tail else "")
-    frames = f"{trainer.relaxation.steps} frames of {movers}" + ("" if few else " at most")
+    frames = f"{counted(trainer.relaxation.steps, 'frame')} of {movers}" + ("" if few else " at most")
     many = f", shared by {trainer.ranks.size} processes" if trainer.ranks.size > 1 else ""
     return (
         f"{arguments.potential}, fine-tuned {'through' if few else 'at minima, after'} {frames}, gradient by "
-        f"{arguments.adjoint}, {arguments.epochs} epochs{again}{many}\n"
+        f"{arguments.adjoint}, {counted(arguments.epochs, 'epoch')}{again}{many}\n"
         f"{describe(trainer.potential)}\n"
         + "".join(f"labels: {term}\n" for term in trainer.terms if isinstance(term, Labels))
         + f"relaxations: {sizes}; kinds are never split\n"

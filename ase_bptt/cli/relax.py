@@ -22,7 +22,7 @@ from ..throughput.journal import relax_shared, run_key
 from ..throughput.parts import Parts, remove
 from ..throughput.structure_files import StructureFiles
 from ..training.distributed import together
-from ..utils import check_writable, without_nan
+from ..utils import check_writable, counted, without_nan
 from . import messages
 from .flags import add_output, add_potential, command, flag, potential_of
 from .output_file import format_of, warn_of_lost_constraints, write_ends
@@ -110,7 +110,7 @@ def run(arguments: argparse.Namespace) -> int:
         )  # fmt: skip
         if not (goes_on and parts.complete() and parts.merging()):
             n = parts.n_mine
-            say(f"{n} structures by this process; others are at work, and the last of them writes {out}.")
+            say(f"{counted(n, 'structure')} by this process; others are at work, and the last of them writes {out}.")
             return 0
         rows = merge(out, format, starts.files, parts)
     return conclude(arguments, rows, len(starts.problems | parts.left_out) + starts.unread, time.monotonic() - clock)
@@ -203,7 +203,7 @@ def _introduce(arguments: argparse.Namespace, starts: Starts, done: int) -> None
     say = messages.quiet_if(arguments.json)
     again = f", {done} of them done before" if done else ""
     n = len(starts) - len(starts.problems)
-    say(f"{n} structures{again}; {arguments.potential}, {arguments.stepper} to {arguments.fmax} eV/Å")
+    say(f"{counted(n, 'structure')}{again}; {arguments.potential}, {arguments.stepper} to {arguments.fmax} eV/Å")
     if len(starts) + starts.unread > len(arguments.files):
         say("Every structure of a file is relaxed; ase convert -n -1 FILE last.extxyz writes the last alone.")
 

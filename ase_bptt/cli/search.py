@@ -21,7 +21,7 @@ from ..throughput.journal import relax_shared, run_key
 from ..throughput.parts import Parts, remove
 from ..throughput.structure_files import StructureFiles
 from ..training.distributed import Ranks, together
-from ..utils import replacing, without_nan, write_json
+from ..utils import counted, replacing, without_nan, write_json
 from . import messages, run_folder
 from .flags import add_output, add_potential, command, flag, potential_of
 from .output_file import warn_of_lost_constraints, write_atoms
@@ -94,8 +94,8 @@ def run(arguments: argparse.Namespace) -> int:
     place = arguments.site if isinstance(arguments.site, int | None) else tuple(arguments.site)
     starts = ManyStarts(structures, arguments.n, arguments.ways, place, own, arguments.seed)
     settings = {key: getattr(arguments, key) for key in KEYS}
-    say(f"{len(structures)} structures, {len(starts)} starts; {arguments.potential}, {arguments.stepper} to "
-        f"{arguments.fmax} eV/Å")  # fmt: skip
+    many = f"{counted(len(structures), 'structure')}, {counted(len(starts), 'start')}"
+    say(f"{many}; {arguments.potential}, {arguments.stepper} to {arguments.fmax} eV/Å")
     if arguments.dry_run:
         return _planned(arguments, starts)
     if not arguments.resume:

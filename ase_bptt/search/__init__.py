@@ -16,7 +16,7 @@ from ..potential import Potential
 from ..steppers import Stepper
 from ..suggestions import named
 from ..throughput import Relaxed, relax_stream
-from ..utils import check_count, check_positive
+from ..utils import check_count, check_positive, counted
 from .starts import WAYS, Start, make_start, place_of, too_close
 
 __all__ = ["WAYS", "Minimum", "Search", "Starts", "minima_of", "search_minima"]
@@ -75,7 +75,7 @@ class Search:
     collapsed: int = 0
 
     def __repr__(self) -> str:
-        return f"Search({len(self.minima)} minima from {self.n_starts} starts)"
+        return f"Search({len(self.minima)} minima from {counted(self.n_starts, 'start')})"
 
     @property
     def found_lower(self) -> float | None:
