@@ -1,7 +1,7 @@
 """Where the cell moves: the table of docs/evidence.rst, from the cells that benchmarks/study.py has run.
 
     python benchmarks/study.py run --set pbesol_crystals_45 --potential chgnet    # what has no file yet, fold by fold
-    python benchmarks/crystals.py                                                 # writes docs/measured/crystals.txt
+    python benchmarks/crystals.py        # writes docs/measured/crystals.txt and docs/evidence_crystals_learning.png
 
 Trains on the compounds of three of five folds (`ase_bptt.datasets.pbesol_crystals`), keeps the epoch that is best on
 the fourth, and measures the fifth. "structures" asks only where the relaxation ends (no energy, force or stress of the
@@ -11,16 +11,20 @@ at its own rate; "stages" does that first, and trains through the relaxation aft
 stresses of all frames, without any relaxation. "stages at 6" is trained on six of the training compounds. Over all
 held-out crystals of the folds that were run, each line gives the mean absolute and the median volume error, the median
 strain, both with their change against the untuned potential on the same crystals, the shares of crystals whose volume
-is better, and worse by more than half a percentage point, and processor time of training, of all folds together.
+is better, and worse by more than half a percentage point, and processor time of training, of all folds together. The
+figure has the learning curves, with 95 % intervals by bootstrap over compounds.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
+from methods import CURVE
 from study import CELLS, Cell, crystals
+
+from ase_bptt.report.plots import new_figure, save
 
 HEAD = (
     f"{'method':16} {'folds':>6} {'n':>4} {'|dV/V| mean':>18} {'median':>8} {'strain':>16} {'better':>7} {'worse':>6} "
@@ -64,10 +68,53 @@ def table(potential: str, cells: Sequence[Cell]) -> str:
     return "\n".join([f"{cells[0].set}, {potential}, held-out compounds", "", HEAD, "-" * len(HEAD), *lines])
 
 
+def rows_of(potential: str, method: str) -> list[dict]:
+    """Of all folds that were run."""
+    cells = [cell for cell in crystals() if (cell.potential, cell.method) == (potential, method) and cell.file.exists()]
+    return [row for cell in cells for row in json.loads(cell.file.read_text())["test"]["fire"]]
+
+
+def interval(rows: Sequence[dict], measure: Callable[[Sequence[dict]], float]) -> tuple[float, float, float]:
+    """A measure, and the 95 % interval of it by bootstrap over compounds."""
+    of: dict[str, list[dict]] = {}
+    for row in rows:
+        of.setdefault(row["group"], []).append(row)
+    rng, compounds = np.random.default_rng(0), list(of.values())
+    drawn = [
+        measure([row for k in rng.integers(len(compounds), size=len(compounds)) for row in compounds[k]])
+        for _ in range(1000)
+    ]
+    return measure(rows), *np.percentile(drawn, (2.5, 97.5))
+
+
+def strains(rows: Sequence[dict]) -> float:
+    """Their median."""
+    return float(np.median([np.inf if row["cell_strain"] is None else row["cell_strain"] for row in rows]))
+
+
+def learning_curves(potential: str = "chgnet"):
+    """Mean volume error and median strain against the number of compounds that were trained on."""
+    figure = new_figure(3.2)
+    measures = {"mean |dV/V| (%)": lambda rows: errors(rows).mean(), "median strain": strains}
+    for axes, (label, measure) in zip(figure.subplots(1, 2), measures.items(), strict=True):
+        for k, (name, marker) in enumerate((("structures", "s"), ("stages", "o"))):
+            found = {0: "untuned", **{n: f"{name} at {n}" for n in CURVE}}
+            points = {n: interval(rows, measure) for n, method in found.items() if (rows := rows_of(potential, method))}
+            y = np.array(list(points.values()))
+            axes.errorbar(np.array(list(points)) + 0.3 * k, y[:, 0], np.abs(y[:, 1:].T - y[:, 0]), marker=marker,
+                          capsize=3, label=name)  # fmt: skip
+        axes.set_xlabel("compounds to train on")
+        axes.set_ylabel(label)
+        axes.set_ylim(bottom=0)
+    axes.legend()
+    return figure
+
+
 def main() -> None:
     potentials = dict.fromkeys(cell.potential for cell in crystals())
     text = "\n\n".join(table(name, [cell for cell in crystals() if cell.potential == name]) for name in potentials)
     (CELLS.parent / "crystals.txt").write_text(text + "\n")
+    save(learning_curves(), CELLS.parent.parent / "evidence_crystals_learning.png")
     print(text)
 
 
