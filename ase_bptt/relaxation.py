@@ -220,11 +220,13 @@ def relax(
     warm = None
     if warm_start is not None:
         near, *_ = _structures(warm_start, potential)
-        if not chosen.needs_minimum or near.counts != given.counts or not torch.equal(near.numbers, given.numbers):
+        if not chosen.needs_minimum:
             raise ValueError(
-                f"A warm start is for adjoints that need the minimum, not {chosen.name!r}, and of the same structures: "
-                "take 'implicit', 'guided' or 'one-step', and give the same atoms in the same order."
+                f"A warm start is for adjoints that need the minimum, and {chosen.name!r} needs the path: take "
+                "'implicit', 'guided' or 'one-step', or leave the warm start out."
             )
+        if near.counts != given.counts or not torch.equal(near.numbers, given.numbers):
+            raise ValueError("The warm start has other atoms than the structures: give the same in the same order.")
         near = rows(near)
         chosen.check(loop.map, near)
         warm = Loop(potential, stepper, near, fmax=fmax, steps=steps)

@@ -39,6 +39,8 @@ ELSEWHERE = {
     "full": ("full_tape", "tape", "bptt"),
     "replay": ("checkpointing", "checkpoint"),
     "one-step": ("one_step_gradient",),
+    "hydrostatic": ("volume", "isotropic"),
+    "constant-volume": ("shape", "isochoric"),
     "delta_q": ("dq", "deltaq"),
     "rmsd": ("rmse",),
     "max_displacement": ("max", "largest_displacement"),

@@ -320,7 +320,7 @@ REFUSED = {
     "weights in the mask": (crystal, lambda atoms: FrechetCellFilter(atoms, mask=[0.5, 1, 1, 1, 1, 1]), ValueError,
                             "holds ones and zeros"),
     "two axes at constant volume": (crystal, lambda atoms: FrechetCellFilter(atoms, mask=[1, 1, 0, 0, 0, 1],
-                                    constant_volume=True), NotImplementedError, "its strains leave the mask"),
+                                    constant_volume=True), NotImplementedError, "strains leave the mask"),
     "slab": (slab, FrechetCellFilter, ValueError, "periodic along 2 of 3 directions, and this FrechetCellFilter"),
     "factor": (crystal, lambda atoms: FrechetCellFilter(atoms, exp_cell_factor=1.0), NotImplementedError,
                "exp_cell_factor of this FrechetCellFilter is 1 for 4 atoms"),

@@ -461,6 +461,9 @@ BAD = {
     "unknown name": (lambda: argon(), {"cell": "variable"}, ValueError, "There is no cell 'variable'"),
     "mask of another shape": (lambda: argon(), {"cell": [1, 1, 1, 0]}, ValueError, "six numbers in the order xx"),
     "rows of another number": (lambda: argon(), {"cell": [[1, 0], [0, 1]]}, ValueError, "six numbers in the order xx"),
+    "mask as an array": (lambda: argon(), {"cell": np.ones((2, 3))}, ValueError, "six numbers in the order xx"),
+    "another word": (lambda: argon(), {"cell": "volume"}, ValueError, "did you mean 'hydrostatic'"),
+    "mask across a wire": (lambda: wire(), {"cell": [1, 0, 0, 0, 0, 0]}, ValueError, "that its mask mixes with others"),
     "mask of other numbers": (lambda: argon(), {"cell": [0.5, 1, 1, 0, 0, 0]}, ValueError, "holds ones and zeros"),
     "lone shear": (lambda: argon(), {"cell": [0, 0, 0, 0, 0, 1]}, NotImplementedError, "a shear without the two axes"),
     "molecule": (lambda: molecule("H2O"), {"cell": "full"}, ValueError, "H2O is periodic along no direction"),
@@ -483,6 +486,14 @@ BAD = {
 }  # fmt: skip
 
 
+def wire() -> Atoms:
+    """Periodic along a diagonal of x and y."""
+    atoms = bulk("Cu", cubic=True)
+    atoms.rotate(45, "z", rotate_cell=True)
+    atoms.pbc = (True, False, False)
+    return atoms
+
+
 def with_constraint(constraint) -> Atoms:
     atoms = argon()
     atoms.set_constraint(constraint)
@@ -501,6 +512,21 @@ def test_what_cannot_be_relaxed_is_refused_in_one_sentence(name):
 def test_forces_without_a_stress_relax_no_cell():
     with pytest.raises(NotImplementedError, match="predicted directly, and it has no stress"):
         relax(Direct(cutoff=3.0), argon(), cell="full")
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "sentence"),
+    [
+        ({"mask": [1, 1, 0]}, ValueError, "six numbers in the order xx"),
+        ({"mask": [0, 0, 0, 0, 0, 1]}, NotImplementedError, "a shear without the two axes"),
+        ({"mask": [1, 1, 0, 0, 0, 0], "constant_volume": True}, NotImplementedError, "strains leave the mask"),
+        ({"mask": [1, 0, 0, 0, 0, 0], "hydrostatic": True}, NotImplementedError, "strains leave the mask"),
+        ({"pressure": np.nan}, ValueError, "finite number of eV/Å.3"),
+    ],
+)
+def test_a_freedom_that_cannot_be_is_refused(given, error, sentence):
+    with pytest.raises(error, match=sentence):
+        CellFreedom(moves=True, **given)
 
 
 def test_freedoms_are_json():

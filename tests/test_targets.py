@@ -5,8 +5,10 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import bulk, molecule
+from ase.calculators.singlepoint import SinglePointCalculator
 from ase.db import connect
 from ase.io import write
+from ase.spacegroup.symmetrize import check_symmetry
 from helpers.shell import run
 
 from ase_bptt import Trainer, evaluate, load_potential, read_targets, relax
@@ -68,6 +70,39 @@ class TestReading:
         (tmp_path / "notes.txt").write_text("not a structure")
         found = {target.id: target.relaxed.info["known"] for target in read_targets(tmp_path)}
         assert found == {"silver": "volume", "some:0": "volume", "some:1": "cell"}
+
+    @pytest.mark.parametrize("name", ["Cu.CIF", "Cu.cif.gz", "Cu.extxyz.gz"])
+    def test_endings_in_capitals_and_compressed(self, tmp_path, name):
+        write(tmp_path / name.replace("CIF", "cif"), crystal())
+        (tmp_path / name.replace("CIF", "cif")).rename(tmp_path / name)
+        (target,) = read_targets(tmp_path)
+        assert target.id == "Cu"
+        assert np.allclose(target.relaxed.cell, crystal().cell, atol=1e-4)
+
+    def test_an_occupancy_that_is_not_said_is_full(self, tmp_path):
+        file = write_cif(tmp_path / "said.cif", "Cu", ("Cu", 0.0, "?"))
+        assert len(read_targets(file)) == 1
+
+    def test_a_force_that_is_allowed(self, tmp_path):
+        atoms = crystal()
+        atoms.calc = SinglePointCalculator(atoms, forces=np.full((len(atoms), 3), 1.0))
+        write(tmp_path / "some.extxyz", atoms)
+        with pytest.raises(InvalidPair, match=r"allow more than 0.5 eV/Å \(--max-reference-force\)"):
+            read_targets(tmp_path)
+        assert len(read_targets(tmp_path, max_reference_force=5.0)) == 1
+
+    def test_starts_keep_the_space_group_where_asked(self, tmp_path):
+        write(tmp_path / "Cu.cif", crystal())
+        (target,) = read_targets(tmp_path, symmetry="keep")
+        start = target.start(np.random.default_rng(1))
+        assert check_symmetry(start).number == 225
+        assert not np.allclose(start.cell, crystal().cell, atol=1e-3)
+
+    @pytest.mark.parametrize("given", [{"strain": -1}, {"strain": np.nan}, {"strain": 2}, {"rattle": np.nan}])
+    def test_starts_that_cannot_be_drawn(self, tmp_path, given):
+        write(tmp_path / "Cu.cif", crystal())
+        with pytest.raises(ValueError, match=r"Starts are strained by 0 to 0.5 and rattled by 0 Å or more"):
+            read_targets(tmp_path, **given)
 
     def test_molecules_keep_their_cell(self, tmp_path):
         write(tmp_path / "water.xyz", molecule("H2O"))
@@ -202,6 +237,26 @@ class TestTraining:
         )  # fmt: skip
         assert code == 0
         assert "volume" in out
+
+    @pytest.mark.parametrize(
+        ("given", "stages"),
+        [
+            (
+                (),
+                "by zero force at the references, 8 epochs, then through 10 frames of gd, gradient by replay, 6 epochs",
+            ),
+            (("--epochs", 1), "by zero force at the references, 1 epoch"),
+        ],
+    )
+    def test_a_dry_run_under_pressure_names_the_stages(self, tmp_path, given, stages):
+        write(tmp_path / "table.extxyz", [crystal(element) for element in ELEMENTS])
+        code, out, _ = run(
+            "train", tmp_path / "table.extxyz", "--targets", "--potential", "emt", "--first", "zero-force",
+            "--pressure", 10, "--dry-run", "--out", tmp_path / "tuned", *given,
+        )  # fmt: skip
+        assert code == 0
+        assert out.startswith(f"emt, fine-tuned {stages}\n")
+        assert "estimated time and memory" in out
 
     def test_lazy_is_refused(self, tmp_path):
         code, _, said = run("train", tmp_path, "--targets", "--lazy", "--potential", "emt")

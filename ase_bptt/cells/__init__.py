@@ -45,6 +45,14 @@ class CellFreedom:
     pressure : float
         eV/Å^3, as in ASE (1 GPa is 0.00624 eV/Å^3): the enthalpy E + p V is minimised.
 
+    Raises
+    ------
+    ValueError
+        For what is no mask, and for a pressure that is no finite number.
+    NotImplementedError
+        For strains that are not closed under composition: a shear alone, or axes that are fixed by the mask of a cell
+        that is hydrostatic or of constant volume.
+
     Examples
     --------
     >>> CellFreedom.of("hydrostatic", 0.01)
@@ -91,8 +99,14 @@ class CellFreedom:
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
     def __post_init__(self) -> None:
-        if self.mask is not None and not isinstance(self.mask, tuple):
-            object.__setattr__(self, "mask", _rows(np.asarray(self.mask)))
+        _number(self.pressure)
+        if self.mask is not None:
+            object.__setattr__(self, "mask", _rows(_mask(self.mask)))
+        if not symmetric(self.projection(np.eye(3))):
+            raise NotImplementedError(
+                "This mask fixes axes by which the cell would keep its volume or its shape, so that strains leave the "
+                "mask: relax all three axes, or the mask alone."
+            )
 
     def projection(self, periodic: np.ndarray) -> np.ndarray | None:
         """The linear map of strains that keeps to these degrees of freedom, shape (9, 9); None where all nine do.
@@ -122,15 +136,6 @@ class CellFreedom:
         for map_ in maps:
             found = map_ @ found
         return found if maps else None
-
-
-CELLS = {
-    "fixed": CellFreedom(),
-    "full": CellFreedom(moves=True),
-    "hydrostatic": CellFreedom(moves=True, hydrostatic=True),
-    "constant-volume": CellFreedom(moves=True, constant_volume=True),
-}
-"""By the names that `relax` and the shell take."""
 
 
 def freedoms(cell: CellChoice | Sequence[CellChoice], pressure: float | Sequence[float], n: int) -> list[CellFreedom]:
@@ -175,29 +180,33 @@ def _named(cell: CellChoice) -> CellFreedom:
         if cell.lower() not in CELLS:
             raise unknown_name("cell", cell, list(CELLS), ", or a mask of six numbers or 3 x 3")
         return CELLS[cell.lower()]
+    full = _mask(cell)
+    if not full.any():
+        return CELLS["fixed"]
+    return CELLS["full"] if full.all() else CellFreedom(moves=True, mask=_rows(full))
+
+
+def _mask(given: Any) -> np.ndarray:
+    """A mask of the strain, shape (3, 3), from that or from six numbers."""
+    said = given.tolist() if isinstance(given, np.ndarray) else given
     try:
-        mask = np.asarray(cell, dtype=float)
+        mask = np.asarray(given, dtype=float)
     except (TypeError, ValueError):
         mask = np.zeros(0)
     if mask.shape not in ((6,), (3, 3)):
         raise ValueError(
-            f"A mask of the cell is six numbers in the order xx, yy, zz, yz, xz, xy, or 3 x 3; got {cell!r}."
+            f"A mask of the cell is six numbers in the order xx, yy, zz, yz, xz, xy, or 3 x 3; got {said!r}."
         )
     full = np.asarray(voigt_6_to_full_3x3_stress(mask) if mask.shape == (6,) else mask)
     if not np.isin(full, (0, 1)).all() or not (full == full.T).all():
-        raise ValueError(f"A mask of the cell holds ones and zeros, symmetric about the diagonal; got {cell!r}.")
-    if not full.any():
-        return CELLS["fixed"]
-    if full.all():
-        return CELLS["full"]
-    found = CellFreedom(moves=True, mask=_rows(full))
+        raise ValueError(f"A mask of the cell holds ones and zeros, symmetric about the diagonal; got {said!r}.")
     if not closed(full):
         raise NotImplementedError(
-            f"The mask {cell!r} relaxes a shear without the two axes that it mixes, so that strains leave the mask "
+            f"The mask {said!r} relaxes a shear without the two axes that it mixes, so that strains leave the mask "
             "when they are applied in turn, and the end is in general no minimum: relax these axes, too, or take "
             "ASE's FrechetCellFilter without a gradient."
         )
-    return found
+    return full
 
 
 def ase_filter(atoms: Atoms, cell: CellFreedom) -> Atoms | FrechetCellFilter:
@@ -220,6 +229,11 @@ def closed(mask: np.ndarray) -> bool:
     return not (reached & ~relaxed).any()
 
 
+def symmetric(projection: np.ndarray | None) -> bool:
+    """Whether a map of strains projects onto a subspace of them, so that no other strain is reached."""
+    return projection is None or bool(np.allclose(projection, projection.T))
+
+
 def _is_mask(cell: Any) -> bool:
     """Whether this is one mask, or meant for one, rather than one choice for each structure."""
     try:
@@ -232,3 +246,12 @@ def _is_mask(cell: Any) -> bool:
 
 def _rows(mask: np.ndarray) -> Mask:
     return tuple(tuple(bool(x) for x in row) for row in np.asarray(mask).reshape(3, 3))
+
+
+CELLS = {
+    "fixed": CellFreedom(),
+    "full": CellFreedom(moves=True),
+    "hydrostatic": CellFreedom(moves=True, hydrostatic=True),
+    "constant-volume": CellFreedom(moves=True, constant_volume=True),
+}
+"""By the names that `relax` and the shell take."""

@@ -14,7 +14,7 @@ from ase.constraints import FixSymmetry
 from ..constraints import KNOWN, Blocks, Map, Shift
 from ..neighbors.lattice import named
 from ..structures import Structures
-from . import CellFreedom
+from . import CellFreedom, symmetric
 
 Maps = tuple[tuple[Map, ...], tuple[Map, ...]]
 SELECTIVE = "FixScaled"
@@ -105,6 +105,11 @@ def check_movable(structures: Structures, k: int, freedom: CellFreedom) -> None:
         raise ValueError(
             f"{name} is periodic along {periodic} of 3 directions, so it has no volume: take cell='full' (--cell full "
             "in the shell) without a pressure, which relaxes the periodic directions."
+        )
+    if not symmetric(_projection(structures, k, freedom)):
+        raise ValueError(
+            f"{name} is periodic along directions that its mask mixes with others, so that those would move, too: take "
+            "cell='full' (--cell full in the shell), which relaxes the periodic directions alone."
         )
     turned = [name for name in turned_constraints(structures, k, freedom) if name not in FRACTIONAL]
     if turned:

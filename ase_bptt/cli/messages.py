@@ -55,9 +55,13 @@ def introduction(
     movers = trainer.stepper.name + (f" and {tail.name}" if tail else "")
     frames = f"{counted(trainer.relaxation.steps, 'frame')} of {movers}" + ("" if few else " at most")
     many = f", shared by {trainer.ranks.size} processes" if trainer.ranks.size > 1 else ""
+    first = min(trainer.pair_loss.first, arguments.epochs)
+    rest = arguments.epochs - first
+    how = f"{'through' if few else 'at minima, after'} {frames}, gradient by {arguments.adjoint}, "
+    stages = [f"by zero force at the references, {counted(first, 'epoch')}"] if first else []
+    stages += [how + counted(rest, "epoch")] if rest else []
     return (
-        f"{arguments.potential}, fine-tuned {'through' if few else 'at minima, after'} {frames}, gradient by "
-        f"{arguments.adjoint}, {counted(arguments.epochs, 'epoch')}{again}{many}\n"
+        f"{arguments.potential}, fine-tuned {', then '.join(stages)}{again}{many}\n"
         f"{describe(trainer.potential)}\n"
         + "".join(f"labels: {term}\n" for term in trainer.terms if isinstance(term, Labels))
         + f"relaxations: {sizes}; kinds are never split\n"

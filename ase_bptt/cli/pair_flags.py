@@ -83,13 +83,20 @@ def read_grouped(arguments: argparse.Namespace, *, show: bool = False) -> list[R
         survey.warn()
     else:
         survey.report()
-    if arguments.charges == EACH:
-        raise ValueError("--charges each belongs to train: give neutral, all or one charge.")
-    return of_charge(pairs, arguments.charges)
+    return _of_charge(pairs, arguments.charges)
 
 
 def _targets(arguments: argparse.Namespace, paths: Sequence[Path]) -> list[RelaxationPair]:
     if not paths or arguments.lazy or arguments.group:
         raise ValueError("--targets takes files or folders of relaxed structures, without --lazy and --group.")
-    chosen = {"cell": arguments.cell, "pressure": arguments.pressure}
-    return read_targets(paths, skip_invalid=arguments.skip_invalid, **chosen)
+    targets = read_targets(
+        paths, skip_invalid=arguments.skip_invalid, cell=arguments.cell, pressure=arguments.pressure,
+        max_reference_force=arguments.max_reference_force, symmetry=arguments.symmetry,
+    )  # fmt: skip
+    return _of_charge(targets, arguments.charges)
+
+
+def _of_charge(pairs: list[RelaxationPair], choice: str | float) -> list[RelaxationPair]:
+    if choice == EACH:
+        raise ValueError("--charges each belongs to train: give neutral, all or one charge.")
+    return of_charge(pairs, choice)

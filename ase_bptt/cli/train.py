@@ -20,7 +20,7 @@ from ..training import Trainer
 from ..training.distributed import together
 from ..training.fine_tune import cross_validate, finetune
 from ..training.results import RESULTS, RunResults
-from ..training.settings import MOMENTUM, NUMBERS, first_stage
+from ..training.settings import EPOCHS, MOMENTUM, NUMBERS, first_stage
 from ..training.training_data import combined_hash
 from . import each_charge, messages, run_folder
 from .flags import add_output, add_potential, command, flag, potential_of
@@ -70,6 +70,8 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
+    if arguments.epochs is None:
+        arguments.epochs = EPOCHS + first_stage(arguments.first)
     if each_charge.asked_for(arguments):
         return each_charge.run_each(arguments, run)
     if arguments.resume and not arguments.folds:
@@ -188,17 +190,17 @@ def add_training(parser: argparse.ArgumentParser) -> Any:
     """Add the flags of a training; their defaults are those of `Trainer`."""
     group = parser.add_argument_group("training")
     default = {name: p.default for name, p in inspect.signature(Trainer).parameters.items()}
-    default["epochs"] = inspect.signature(Trainer.fit).parameters["epochs"].default
 
     def number(name: str, kind: Callable[[str], Any], text: str, metavar: str = "X") -> None:
         flag(group, parser, name, text, default[name.removeprefix("--").replace("-", "_")], type=kind, metavar=metavar)
 
-    number("--epochs", count, "passes over the training pairs, at most", "N")
+    flag(group, parser, "--epochs", f"passes over the training pairs, at most (default: {EPOCHS}, after those "
+         "of --first)", type=count, metavar="N")  # fmt: skip
     number("--steps", count, "frames that are unrolled in training (default: 10, or at most 300 where the adjoint "
            "needs the minimum)", "N")  # fmt: skip
-    flag(group, parser, "--first", "zero-force or zero-force:N: in the first N epochs (8 without a number) only the "
-         "forces at the references, and the stresses where the cell moves, are lowered, without relaxing; "
-         "validation decides what is trained on", type=first, metavar="STAGE")  # fmt: skip
+    flag(group, parser, "--first", "zero-force or zero-force:N: in the first N epochs (8 without a number) nothing is "
+         "relaxed: the forces at the references are lowered, and the stresses where the cell moves, beside further "
+         "terms as --reference; validation decides what is trained on", type=first, metavar="STAGE")  # fmt: skip
     number("--fmax", positive, "a relaxation in training stops below this force, in eV/Å")
     flag(group, parser, "--stepper", "update rule in training (default: gd, or bfgs where the adjoint needs only the "
          "minimum)", choices=sorted(STEPPERS))  # fmt: skip

@@ -66,8 +66,8 @@ def one_of(what: str, names: Iterable[str]) -> Callable[[str], str]:
 
 
 def cell(text: str) -> str | tuple[int, ...]:
-    """What of a cell is relaxed: a name, or a mask of six numbers with commas between."""
-    words = [word.strip() for word in text.split(",")]
+    """What of a cell is relaxed: a name, or a mask of six numbers with commas or spaces between."""
+    words = text.replace(",", " ").split()
     if len(words) == 1:
         given: Any = text
     elif len(words) == 6 and {*words} <= {"0", "1"}:

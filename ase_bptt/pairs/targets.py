@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from ase import Atoms
@@ -17,18 +17,21 @@ from ase.db import connect
 from ase.formula import Formula
 from ase.io import read
 from ase.io.cif import parse_cif
+from ase.io.formats import open_with_compression
 
 from ..cells.row_maps import allowed
 from ..displacements import KNOWN
 from ..utils import in_short
 from . import MAX_REFERENCE_FORCE, InvalidPair, RelaxationPair, check_converged, check_distances, check_freedom
 from .groups import with_groups
+from .symmetry import check_symmetry, with_symmetry
 
 log = logging.getLogger(__name__)
 STRAIN = 0.02
 """Largest component of the strain of a start."""
 RATTLE = 0.03
 """Å, standard deviation of the displacements of a start."""
+MOST_STRAIN = 0.5
 FULL = 0.999
 """Occupancies of sites above this are full."""
 ENDINGS = (".cif", ".vasp", ".poscar", ".xyz", ".extxyz", ".db", ".json", ".traj")
@@ -77,6 +80,8 @@ def read_targets(
     pressure: float = 0.0,
     strain: float = STRAIN,
     rattle: float = RATTLE,
+    max_reference_force: float | None = MAX_REFERENCE_FORCE,
+    symmetry: str | None = None,
 ) -> list[RelaxationPair]:
     """Read relaxed structures to train towards, such as experimental crystals or published geometries.
 
@@ -92,6 +97,10 @@ def read_targets(
         As for `relax`; by default the cell moves fully where all three directions are periodic, and else is fixed.
     strain, rattle : float
         Of the starts: the largest component of their strain, and the standard deviation of the displacements in Å.
+    max_reference_force : float or None
+        eV/Å: a structure that holds a larger force than this is refused; None takes all.
+    symmetry : str or None
+        "keep" relaxes within the space group of the target; any other lets the start leave it.
 
     Returns
     -------
@@ -103,6 +112,8 @@ def read_targets(
     ------
     FileNotFoundError
         Where there is nothing to read.
+    ValueError
+        For a strain that is not from 0 to 0.5, a rattle below 0, and an unknown symmetry.
     InvalidPair
         Naming the file and what to do: for sites that are occupied in part, missing hydrogen, atoms too near to each
         other, cells without volume.
@@ -119,6 +130,11 @@ def read_targets(
     >>> target.id, target.freedom.name
     ('copper', 'full')
     """
+    if not 0 <= strain <= MOST_STRAIN or not 0 <= rattle < np.inf:
+        raise ValueError(
+            f"Starts are strained by 0 to {MOST_STRAIN} and rattled by 0 Å or more; got {strain:g} and {rattle:g}."
+        )
+    check_symmetry(symmetry)
     given = [files] if isinstance(files, str | Path) else list(files)
     found = []
     for path in map(Path, given):
@@ -126,10 +142,11 @@ def read_targets(
             try:
                 if isinstance(atoms, InvalidPair):
                     raise atoms
-                _check(atoms, where)
+                _check(atoms, where, max_reference_force)
                 chosen = cell if cell is not None else "full" if atoms.pbc.all() else "fixed"
                 target = Target(atoms, atoms, name, cell=chosen, pressure=pressure, strain=strain, rattle=rattle)
                 check_freedom(target, where)
+                target = cast(Target, with_symmetry(target, "keep")) if symmetry == "keep" else target
                 # The same in every process and run, and another for each target.
                 rng = np.random.default_rng(zlib.crc32(name.encode()))
                 found.append(dataclasses.replace(target, initial=target.start(rng)))
@@ -144,7 +161,7 @@ def read_targets(
     return with_groups(found)
 
 
-def _check(atoms: Atoms, name: str) -> None:
+def _check(atoms: Atoms, name: str, max_reference_force: float | None) -> None:
     """Raise InvalidPair where a structure is no target."""
     atoms.info.setdefault("known", KNOWN[0])
     if not len(atoms):
@@ -153,7 +170,7 @@ def _check(atoms: Atoms, name: str) -> None:
         raise InvalidPair(f"{name}: a position or a cell vector is not a finite number; write the file again.")
     _check_occupancies(atoms, name)
     check_distances(atoms, f"{name}: in the target")
-    check_converged(atoms, name, MAX_REFERENCE_FORCE)
+    check_converged(atoms, name, max_reference_force)
 
 
 def _structures(path: Path) -> Iterator[tuple[str, str, Atoms | InvalidPair]]:
@@ -163,7 +180,8 @@ def _structures(path: Path) -> Iterator[tuple[str, str, Atoms | InvalidPair]]:
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if path.is_dir() and not (file.is_file() and _is_structure(file.name)):
             continue
-        name = str(file.relative_to(path).with_suffix("") if path.is_dir() else file.stem)
+        plain = file.with_name(file.name.removesuffix(".gz"))
+        name = str(plain.relative_to(path).with_suffix("") if path.is_dir() else plain.stem)
         try:
             found = list(_in_file(file))
         except InvalidPair as problem:
@@ -179,17 +197,19 @@ def _structures(path: Path) -> Iterator[tuple[str, str, Atoms | InvalidPair]]:
 
 
 def _is_structure(name: str) -> bool:
-    return name.lower().endswith(ENDINGS) or name.upper().startswith(("POSCAR", "CONTCAR"))
+    return name.lower().removesuffix(".gz").endswith(ENDINGS) or name.upper().startswith(("POSCAR", "CONTCAR"))
 
 
 def _in_file(file: Path) -> Iterator[Atoms]:
-    if file.suffix == ".cif":
-        for block in parse_cif(str(file)):
-            if block.has_structure():
-                atoms = block.get_atoms()
-                _check_hydrogen(atoms, str(block.get("_chemical_formula_sum", "")), str(file))
-                yield atoms
-    elif file.suffix in (".db", ".json"):
+    ending = file.name.lower().removesuffix(".gz")
+    if ending.endswith(".cif"):
+        with open_with_compression(str(file), "rb") as stream:
+            for block in parse_cif(stream):
+                if block.has_structure():
+                    atoms = block.get_atoms()
+                    _check_hydrogen(atoms, str(block.get("_chemical_formula_sum", "")), str(file))
+                    yield atoms
+    elif ending.endswith((".db", ".json")):
         for row in connect(file).select():
             atoms = row.toatoms()
             atoms.info |= {key: row.key_value_pairs[key] for key in ("known", "name") if key in row.key_value_pairs}
@@ -201,6 +221,8 @@ def _in_file(file: Path) -> Iterator[Atoms]:
 def _check_occupancies(atoms: Atoms, name: str) -> None:
     """Raise for a site that several elements share, or that is empty in part."""
     for site in atoms.info.get("occupancy", {}).values():
+        # "." and "?" stand for what is not said.
+        site = {element: 1.0 if isinstance(share, str) else share for element, share in site.items()}
         if len(site) > 1 or min(site.values()) < FULL:
             shares = ", ".join(f"{element} {share:g}" for element, share in site.items())
             raise InvalidPair(

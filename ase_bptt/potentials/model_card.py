@@ -10,7 +10,7 @@ from ..potential import Potential
 
 MODEL_CARD = "model_card.md"
 FILL_IN = "**to be filled in**"
-SHOWN = ("loss", "adjoint", "stepper", "steps", "lr", "batch_size", "terms", "seed")
+SHOWN = ("first", "loss", "adjoint", "stepper", "steps", "lr", "batch_size", "terms", "seed")
 """Settings of the Trainer that a reader needs first; all of them are in model.json."""
 
 
@@ -68,8 +68,8 @@ def _training(data: Mapping[str, Any]) -> Iterator[str]:
     pairs = ", ".join(f"{n} {name}" for name, n in counts.items()) if counts else f"{FILL_IN} (how many)"
     yield f"- Pairs of initial and relaxed structures: {pairs}; SHA-256 of what was trained on {data['data'][:16]}"
     yield f"- Where the pairs come from, functional (+U?), code, cut-off, fmax of the references: {FILL_IN}"
-    settings = data["settings"]
-    yield f"- Recipe: {data['trained']}; " + "; ".join(f"{k} {_plain(settings[k])}" for k in SHOWN if k in settings)
+    shown = {k: data["settings"][k] for k in SHOWN if data["settings"].get(k) is not None}
+    yield f"- Recipe: {data['trained']}; " + "; ".join(f"{k} {_plain(value)}" for k, value in shown.items())
     yield f"- Held-out figure: {_figure(data.get('held_out'))}"
     yield "- Versions: " + ", ".join(f"{name} {version}" for name, version in data["versions"].items())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from torch import Tensor
 
 from ..calculator import TorchCalculator
-from ..cells import CELLS, CellFreedom, ase_filter
+from ..cells import CellFreedom, ase_filter, freedoms
 from ..constraints import unknown_of
 from ..iterated_map import End, IteratedMap, Status
 from ..neighbors import NeighborList
@@ -33,7 +33,6 @@ from .in_flight import InFlight, Waiting
 from .memory import in_parts
 from .packing import Planner
 
-FIXED = CELLS["fixed"]
 LARGE = 400
 """Atoms above which structures are given to BFGS one by one."""
 ATOMS = 256
@@ -55,7 +54,7 @@ def relax_all(
     stepper: Stepper | str = "fire",
     fmax: float = 0.05,
     steps: int = 500,
-    cells: Sequence[CellFreedom] | None = None,
+    cells: Any = "fixed",
     batch_size: int | None = None,
     memory: float | None = None,
     compile: bool = False,
@@ -73,8 +72,8 @@ def relax_all(
         eV/Å.
     steps : int
         Frames at most.
-    cells : sequence of CellFreedom, optional
-        What of each structure's cell is relaxed, and at what pressure; None fixes all.
+    cells : str, mask or CellFreedom, or a sequence of them
+        What of each structure's cell is relaxed, as for `relax`, and at what pressure.
     batch_size : int or None
         Structures relaxed together. None takes as many as fit into the memory of a GPU, or 256 atoms
         on a CPU.
@@ -99,7 +98,7 @@ def relax_all(
     >>> [found[k].status.value for k in sorted(found)]
     ['converged', 'converged']
     """
-    cells = [FIXED] * len(structures) if cells is None else list(cells)
+    cells = freedoms("fixed" if cells is None else cells, 0.0, len(structures))
     _check_starts(potential, structures, cells)
     yield from relax_stream(
         potential, [[(k, *work) for k, work in enumerate(zip(structures, cells, strict=True))]], stepper=stepper,

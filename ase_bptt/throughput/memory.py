@@ -156,6 +156,8 @@ class _LiveTensors(TorchDispatchMode):
         return found
 
     def _count(self, tensor: torch.Tensor) -> None:
+        if tensor._is_zerotensor():  # a derivative that vanishes: without a storage
+            return
         storage = tensor.untyped_storage()
         place, size = storage.data_ptr(), storage.nbytes()
         if not size or place in self._sizes:

@@ -27,7 +27,7 @@ from .cost import Estimate, estimate
 from .distributed import together
 from .metrics import EpochMetrics, Progress
 from .pair_loss import PairLoss
-from .settings import NUMBERS, PASSES, Loss, OptimizerSettings, RelaxationSettings, SamplingSettings
+from .settings import EPOCHS, NUMBERS, PASSES, Loss, OptimizerSettings, RelaxationSettings, SamplingSettings
 from .state import Parts, RunRecord
 from .training_data import Order, TrainingData, check_data
 from .updates import OptimizerFactory, Updates
@@ -145,11 +145,12 @@ class Trainer:
         """The epoch whose weights `fit` leaves: the last as good as the best; 0 is the untuned potential."""
         return self.record.best_epoch
 
-    def fit(self, train: Pairs, valid: Pairs = (), *, epochs: int = 6) -> Trainer:
+    def fit(self, train: Pairs, valid: Pairs = (), *, epochs: int | None = None) -> Trainer:
         """Train, and leave potential and stepper as after the last epoch that is as good as the best.
 
         `Validation.as_good_as` tells; without validation pairs it is the last. Where no epoch is better than the
-        untuned potential, that is kept, with a `NoGain` warning. A resumed Trainer needs the same pairs and epochs.
+        untuned potential, that is kept, with a `NoGain` warning. A resumed Trainer needs the same pairs and epochs,
+        which are 6 by default, after those of a first stage.
 
         Raises
         ------
@@ -158,6 +159,7 @@ class Trainer:
         NotImplementedError
             Before any work: for constraints or elements that cannot be treated, by name.
         """
+        epochs = EPOCHS + self.pair_loss.first if epochs is None else epochs
         self.start(data := self.check(train, valid), epochs=epochs)
         self.run(data)
         if valid:

@@ -30,6 +30,8 @@ LEARNING_RATES = ((500_000, 2e-3), (math.inf, 1e-3))
 ZERO_FORCE, PASSES = "zero-force", 5
 """The first stage of a training that needs no relaxation, and its passes over the pairs in an epoch: five gradients
 cost less than one through an unroll of ten frames."""
+EPOCHS = 6
+"""Default number of epochs through the relaxation."""
 FIRST = 8
 """Default number of epochs of a first stage."""
 NUMBERS = (
