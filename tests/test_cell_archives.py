@@ -75,6 +75,9 @@ def test_an_archive_trains_with_the_command_that_others_do(tmp_path, model, mixe
     assert re.search(r"cells that moved \(\d\): mean absolute volume error \d", said)
     test = json.loads((out / "results.json").read_text())["test"]
     assert test["volume_error_after"] is not None
+    card = (out / "potential" / "model_card.md").read_text()
+    assert re.search(r"volume error [\d.]+ % before, [\d.]+ % after; median strain [\d.]+ before", card)
+    assert re.search(r"error of a, b, c [\d.]+ Å before, .* of the angles [\d.]+° before", card)
 
 
 def test_selective_dynamics_train_where_the_cell_moved(tmp_path, model):

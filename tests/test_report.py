@@ -230,7 +230,8 @@ class TestCellsThatMoved:
         start = next(k for k, line in enumerate(lines) if line.startswith("cells that moved"))
         assert lines[start:start + 4] == [
             "cells that moved (2): mean absolute volume error 3.00 %; median strain 0.0150",
-            "  mean absolute error of a, b, c 0.040 Å; of the angles 1.00°; median RMSD / (V/n)^(1/3) 0.0010",
+            "  mean absolute error of a, b, c 0.040 Å; of the angles 1.00°; median RMSD / (V/n)^(1/3) 0.0010; in the "
+            "reference's space group 2 of 2",
             "cell moved (2): mean Delta-Q 1.00; right basin 2 of 2",
             "cell fixed (1): mean Delta-Q 3.00; right basin 0 of 1",
         ]  # fmt: skip

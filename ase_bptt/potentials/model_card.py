@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ..potential import Potential
@@ -89,17 +89,27 @@ def _figure(found: Mapping[str, Any] | None) -> str:
     return (
         f"Delta-Q to the reference in amu^1/2 Å over {found['n']} structures of {found['kinds']} kinds that were not "
         f"trained on: {'; '.join(parts)}; in the right basin {_share(found['basins_before'])} before, "
-        f"{_share(found['basins_after'])} after{_volumes(found)}{notes}"
+        f"{_share(found['basins_after'])} after{_cells(found)}{notes}"
     )
 
 
-def _volumes(found: Mapping[str, Any]) -> str:
-    """The volume errors; nothing where no cell moved."""
-    before, after = (found.get(f"volume_error_{when}") for when in ("before", "after"))
+def _cells(found: Mapping[str, Any]) -> str:
+    """The errors of the cells; nothing where none moved."""
+
+    def said(name: str, text: Callable[[Any], str]) -> str:
+        values = (found.get(f"{name}_{when}") for when in ("before", "after"))
+        return " before, ".join("-" if value in (None, [None, None]) else text(value) for value in values) + " after"
+
+    after = found.get("volume_error_after")
     if after is None or not math.isfinite(after):
         return ""
-    said = [f"{100 * value:.2f} %" if value is not None and math.isfinite(value) else "-" for value in (before, after)]
-    return f"; mean absolute volume error {said[0]} before, {said[1]} after"
+    return (
+        f"; mean absolute volume error {said('volume_error', lambda v: f'{100 * v:.2f} %')}; median strain "
+        f"{said('cell_strain', lambda v: f'{v:.4f}')}; mean absolute error of a, b, c "
+        f"{said('lattice_errors', lambda v: f'{v[0]:.3f} Å')}, of the angles "
+        f"{said('lattice_errors', lambda v: f'{v[1]:.2f}°')}; median RMSD / (V/n)^(1/3) "
+        f"{said('scaled_rmsd', lambda v: f'{v:.4f}')}"
+    )
 
 
 def _number(value: float | None) -> str:

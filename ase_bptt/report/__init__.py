@@ -246,7 +246,8 @@ def cell_lines(evaluations: Sequence[Evaluation], labels: Sequence[str] = ("",))
         f"median strain {said(moved, lambda e: f'{e.cell_strain:.4f}')}",
         f"  mean absolute error of a, b, c {said(moved, lambda e: f'{e.lattice_errors[0]:.3f} Å')}; "
         f"of the angles {said(moved, lambda e: f'{e.lattice_errors[1]:.2f}°')}; "
-        f"median RMSD / (V/n)^(1/3) {said(moved, lambda e: f'{e.scaled_rmsd:.4f}')}",
+        f"median RMSD / (V/n)^(1/3) {said(moved, lambda e: f'{e.scaled_rmsd:.4f}')}; "
+        f"in the reference's space group {said(moved, lambda e: count(e, 'symmetry'))}",
     ]
     if fixed[-1].rows:
         for name, of in (("moved", moved), ("fixed", fixed)):

@@ -231,6 +231,11 @@ def _learnt(trainer: Trainer) -> dict[str, str]:
 def _describe(trainer: Trainer, pairs: dict[str, int], results: RunResults) -> None:
     """Add to the potential's metadata how many pairs there were, and the figures on those held out."""
     figures = summary(results.before, results.after) | {
+        f"{name}_{when}": None if of is None else getattr(of, name)
+        for name in ("cell_strain", "lattice_errors", "scaled_rmsd")
+        for when, of in (("before", results.before), ("after", results.after))
+    }
+    figures |= {
         "kept_as_it_was": results.kept_as_it_was, "folds": results.folds, "on_all_pairs": results.on_all_pairs,
     }  # fmt: skip
     trainer.potential.metadata = {**trainer.potential.metadata, "pairs": pairs, "held_out": without_nan(figures)}
