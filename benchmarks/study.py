@@ -116,7 +116,7 @@ def crystals() -> list[Cell]:
     fewest = min(len({p.group for p in pbesol_crystals("train", fold=fold)}) for fold in range(FOLDS))
     methods = [name for name in ON_CRYSTALS if " at " not in name]
     curve = [f"{name} at {n}" for n in CURVE if n < fewest for name in ("stages", "structures")]
-    order = [("chgnet", methods), ("sevennet", methods[:4]), ("chgnet", curve)]
+    order = [("chgnet", methods), ("sevennet", methods[:6]), ("chgnet", curve)]
     return [Cell(f"{CRYSTALS}_{len(pairs)}", potential, method, 0, fold)
             for potential, names in order for method in names for fold in range(FOLDS)]  # fmt: skip
 
