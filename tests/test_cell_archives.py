@@ -168,6 +168,10 @@ BAD_PAIRS = {
         lambda: [crystal(), crystal(cell=[[1, 1, 0], [0, 1, 0], [0, 0, 1]] @ crystal().cell.array)],
         "with other vectors of the same lattice",
     ),
+    "collapsed": (
+        lambda: [crystal(), crystal(cell=crystal().cell.array * 0.4)],
+        "its volume changes from .* to .* Å.3",
+    ),
     "handedness": (lambda: [crystal(), crystal(cell=crystal().cell.array[[1, 0, 2]])], "changes handedness"),
     "NaN stress": (nan_stress, "a stress is not a finite number"),
     "zero volume": (lambda: [crystal(), crystal(cell=np.diag([3.0, 3.0, 0.0]))], "no volume"),

@@ -68,6 +68,12 @@ def cell_problem(initial: Atoms, relaxed: Atoms) -> str:
                 f"its cell changes by a strain of {strain:.2f}, and by {other:.2f} with other vectors of the same "
                 "lattice: write both structures with the same choice of cell vectors."
             )
+    volumes = [abs(float(np.linalg.det(cell))) for cell in (before, after)]
+    if strain > LARGEST_STRAIN and periodic.all() and not 0.5 < volumes[1] / volumes[0] < 2:
+        return (
+            f"its volume changes from {volumes[0]:.3g} to {volumes[1]:.3g} Å^3, as no relaxation does: "
+            "write both structures with the same cell vectors and units, or leave out a run whose cell has collapsed."
+        )
     if strain > LARGEST_STRAIN:
         return (
             f"its cell changes by a strain of {strain:.2f}, more than {LARGEST_STRAIN}, as no relaxation does: "
