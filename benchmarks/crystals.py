@@ -32,6 +32,10 @@ HEAD = (
 )
 
 
+ALL = 27
+"""Where the figure has what was trained on all compounds of the three folds, 25 or 26 of them."""
+
+
 def errors(rows: Sequence[dict]) -> np.ndarray:
     """Absolute volume errors in %; infinite where the relaxation diverged."""
     return 100 * np.abs([np.inf if row["volume_error"] is None else row["volume_error"] for row in rows])
@@ -100,12 +104,13 @@ def learning_curves(potential: str = "chgnet"):
     measures = {"mean |dV/V| (%)": lambda rows: errors(rows).mean(), "median strain": strains}
     for axes, (label, measure) in zip(figure.subplots(1, 2), measures.items(), strict=True):
         for k, (name, marker) in enumerate((("structures", "s"), ("stages", "o"))):
-            found = {0: "untuned", **{n: f"{name} at {n}" for n in CURVE}}
+            found = {0: "untuned", **{n: f"{name} at {n}" for n in CURVE}, ALL: name}
             points = {n: interval(rows, measure) for n, method in found.items() if (rows := rows_of(potential, method))}
             y = np.array(list(points.values()))
             axes.errorbar(np.array(list(points)) + 0.3 * k, y[:, 0], np.abs(y[:, 1:].T - y[:, 0]), marker=marker,
                           capsize=3, label=name)  # fmt: skip
         axes.set_xlabel("compounds to train on")
+        axes.set_xticks([0, *CURVE, ALL], ["0", *map(str, CURVE[:-1]), "", f"{CURVE[-1]}, all"])
         axes.set_ylabel(label)
         axes.set_ylim(bottom=0)
     axes.legend()
