@@ -16,9 +16,10 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from ase.build import bulk
 from ase.io import read, write
 from ase.io.trajectory import Trajectory
-from helpers.potentials import wide_lennard_jones
+from helpers.potentials import lennard_jones, wide_lennard_jones
 from helpers.shell import drawn, is_refused, run, write_relaxations
 
 from ase_bptt import load_potential, save_potential
@@ -353,6 +354,27 @@ class TestRelax:
         relaxed_like("relaxed.traj", undisturbed("relax"))
         assert not parts.exists()
         assert whole.exists()
+
+    @pytest.mark.parametrize("out", ["ended.traj", "ended.extxyz"])
+    def test_cells_that_move_go_on_to_the_same_file(self, out):
+        crystals = [bulk("Ar", a=1.6 + 0.03 * k).repeat((1 + k % 2, 1, 1)) for k in range(5)]
+        for k, atoms in enumerate(crystals):
+            atoms.rattle(0.03, seed=k)
+        write("crystals.traj", crystals)
+        save_potential(lennard_jones(), "small")
+        words = ["relax", "crystals.traj", "--potential", "./small", "--cell", "full", "--pressure", 10,
+                 "--fmax", 0.001, "--dtype", "float64", "--batch-size", 2, "--out"]  # fmt: skip
+        code, _, err = run(*words, f"whole/{out}")
+        assert code == 0, err
+        has_stopped(in_this_process(ADD, 4, signal.SIGTERM, *words, out), signal.SIGTERM, "--resume")
+        code, said, err = run(*words, out, "--resume")
+        assert code == 0, err
+        assert "3 of them done before" in said
+        relaxed_like(out, f"whole/{out}")
+        for start, one, other in zip(crystals, read(out, ":"), read(f"whole/{out}", ":"), strict=True):
+            assert np.abs(one.cell - start.cell).max() > 0.01
+            np.testing.assert_allclose(one.cell, other.cell, rtol=0, atol=1e-10)
+            np.testing.assert_allclose(one.get_stress(), other.get_stress(), rtol=0, atol=1e-8)
 
     @pytest.mark.parametrize(("where", "call"), [(FORWARD, 1), (FORWARD, 4), ("os.replace", 1)])
     def test_before_the_first_has_finished_and_while_all_are_written(self, undisturbed, where, call):
