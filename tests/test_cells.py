@@ -429,7 +429,7 @@ def test_a_long_run_of_cells_takes_no_more_memory_than_a_short_one():
 
 
 def test_a_frame_of_replay_keeps_its_rows_alone():
-    """Position, velocity and force, 72 bytes of each row, and the stepper's numbers, also once it has gone backward."""
+    """Some 100 bytes of each row, for position, velocity, force and the stepper's numbers; a graph would be thousands."""
 
     def run(steps: int) -> None:
         potential = lennard_jones().requires_grad_()
