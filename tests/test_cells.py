@@ -429,7 +429,7 @@ def test_a_long_run_of_cells_takes_no_more_memory_than_a_short_one():
 
 
 def test_a_frame_of_replay_keeps_its_rows_alone():
-    """Some 100 bytes of each row, for position, velocity, force and the stepper's numbers; a graph would be thousands."""
+    """Some 100 bytes of a row, for position, velocity, force and the stepper's numbers; a graph would be thousands."""
 
     def run(steps: int) -> None:
         potential = lennard_jones().requires_grad_()
