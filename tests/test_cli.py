@@ -466,7 +466,9 @@ def test_help_shows_examples_and_defaults():
     assert "ase-bptt demo" in out
     code, out, _ = run("train", "--help")
     assert code == 0
-    assert "(default: 6)" in out
+    out = " ".join(out.split())
+    assert "(default: 4)" in out
+    assert "(default: 6, after those of --first)" in out
 
 
 @pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["relax"], ["evaluate"], ["info"]], ids=" ".join)
