@@ -460,6 +460,13 @@ class TestRefusing:
         assert "usage" in err
 
 
+@needs_mace
+def test_the_demo_as_it_is_by_default(tmp_path):
+    code, out, err = run("demo", "--dry-run", "--out", tmp_path / "run")
+    assert (code, err) == (0, "")
+    assert out.startswith("mace-si, fine-tuned through 10 frames of gd, gradient by replay, 6 epochs\n")
+
+
 def test_help_shows_examples_and_defaults():
     code, out, _ = run("--help")
     assert code == 0

@@ -70,8 +70,7 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
-    if arguments.epochs is None:
-        arguments.epochs = EPOCHS + first_stage(arguments.first)
+    _settle_epochs(arguments)
     if each_charge.asked_for(arguments):
         return each_charge.run_each(arguments, run)
     if arguments.resume and not arguments.folds:
@@ -101,6 +100,7 @@ def launch(
     arguments: argparse.Namespace, read: Callable[[argparse.Namespace, Potential], Splits], *, refit: bool = False
 ) -> int:
     """One fine-tuning run, with `refit` and another on all pairs after it: new or resumed, or only described."""
+    _settle_epochs(arguments)
     if _complete(arguments):
         return _report_again(arguments)
     make = resumed_trainer if arguments.resume else new_trainer
@@ -121,6 +121,11 @@ def launch(
     )  # fmt: skip
     messages.conclude(arguments, results)
     return 0
+
+
+def _settle_epochs(arguments: argparse.Namespace) -> None:
+    if arguments.epochs is None:
+        arguments.epochs = EPOCHS + first_stage(arguments.first)
 
 
 def _cross_validate(arguments: argparse.Namespace) -> int:
