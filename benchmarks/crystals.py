@@ -41,6 +41,11 @@ def errors(rows: Sequence[dict]) -> np.ndarray:
     return 100 * np.abs([np.inf if row["volume_error"] is None else row["volume_error"] for row in rows])
 
 
+def strains(rows: Sequence[dict]) -> float:
+    """Their median."""
+    return float(np.median([np.inf if row["cell_strain"] is None else row["cell_strain"] for row in rows]))
+
+
 def line(method: str, cells: Sequence[Cell]) -> str:
     """Of one method, over the folds that were run, beside the untuned potential."""
     run = [cell for cell in cells if cell.file.exists() and cell._replace(method="untuned").file.exists()]
@@ -52,9 +57,7 @@ def line(method: str, cells: Sequence[Cell]) -> str:
               for row in json.loads(cell._replace(method="untuned").file.read_text())["test"]["fire"]]  # fmt: skip
     assert [row["id"] for row in rows] == [row["id"] for row in before]
     now, then = errors(rows), errors(before)
-    strain, old = (
-        np.median([np.inf if row["cell_strain"] is None else row["cell_strain"] for row in of]) for of in (rows, before)
-    )
+    strain, old = strains(rows), strains(before)
     change = now - then
     seconds = sum(each["processor_seconds"] for each in found)
     return (
@@ -91,11 +94,6 @@ def interval(rows: Sequence[dict], measure: Callable[[Sequence[dict]], float]) -
         for _ in range(1000)
     ]
     return measure(rows), *np.percentile(drawn, (2.5, 97.5))
-
-
-def strains(rows: Sequence[dict]) -> float:
-    """Their median."""
-    return float(np.median([np.inf if row["cell_strain"] is None else row["cell_strain"] for row in rows]))
 
 
 def learning_curves(potential: str = "chgnet"):

@@ -16,7 +16,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from torch import Tensor
 
 from ..calculator import TorchCalculator
-from ..cells import CellFreedom, ase_filter, freedoms
+from ..cells import CELLS, CellFreedom, ase_filter, freedoms
 from ..constraints import unknown_of
 from ..iterated_map import End, IteratedMap, Status
 from ..neighbors import NeighborList
@@ -98,8 +98,10 @@ def relax_all(
     >>> [found[k].status.value for k in sorted(found)]
     ['converged', 'converged']
     """
+    structures = list(structures)
     cells = freedoms("fixed" if cells is None else cells, 0.0, len(structures))
-    _check_starts(potential, structures, cells)
+    if structures:
+        _check_starts(potential, structures, cells)
     yield from relax_stream(
         potential, [[(k, *work) for k, work in enumerate(zip(structures, cells, strict=True))]], stepper=stepper,
         fmax=fmax, steps=steps, cells_move=any(cell.moves for cell in cells), batch_size=batch_size, memory=memory,
@@ -108,15 +110,14 @@ def relax_all(
 
 
 def _check_starts(potential: Potential, structures: Sequence[Atoms], cells: Sequence[CellFreedom]) -> None:
-    for k, (atoms, cell) in enumerate(zip(structures, cells, strict=True)):
-        one = potential.batch([atoms])
-        try:
-            potential.check(one)
-            check_lattices(one)
-            if cell.moves and not unknown_of(atoms):
-                rows_of(one, [cell], IteratedMap(potential, make_stepper(None)))
-        except (NotImplementedError, ValueError) as error:
-            raise type(error)(f"Structure {k}: {error}") from error
+    """Raise for what cannot be relaxed, while its place in the batch is that in the list."""
+    starts = Structures.from_atoms(structures, dtype=potential.dtype)
+    potential.check(starts)
+    check_lattices(starts)
+    # Those with other constraints are moved by ASE's filter.
+    ours = [CELLS["fixed"] if unknown_of(atoms) else cell for atoms, cell in zip(structures, cells, strict=True)]
+    if any(cell.moves for cell in ours):
+        rows_of(starts, ours, IteratedMap(potential, make_stepper(None)))
 
 
 Work = Iterable[list[tuple[int, Atoms, CellFreedom]]]
