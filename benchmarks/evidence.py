@@ -1,10 +1,10 @@
 """Tables and figures of docs/evidence.rst, from the cells that benchmarks/study.py has run.
 
-    python benchmarks/evidence.py [--folder docs/measured/study]
+    python benchmarks/evidence.py
 
 Writes docs/measured/evidence_*.txt and docs/evidence_*.png. All seeds and folds of a method are pooled; intervals are
-95 %, by bootstrap over kinds, so that neither seeds nor rattles of a kind count as independent. Cells that were not run
-are counted and named.
+95 %, by bootstrap over kinds, so that neither seeds nor rattles of a kind count as independent. Methods are compared
+with the default on the structures of the cells that both have. Cells that were not run are counted and named.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ import numpy as np
 from methods import METHODS, VARIANTS
 from study import BESIDE, CELLS, COMPARED, DEFECTS, ON_DFT, Cell, defects, plan
 
+from ase_bptt.datasets import FOLDS
 from ase_bptt.evaluation import Evaluation
 from ase_bptt.evaluation.compare import Comparison, compare
-from ase_bptt.report.plots import new_figure, save
+from ase_bptt.report.plots import before_after, new_figure, save
 
 DOCS = CELLS.parent.parent
 MATCHED = 0.25
@@ -63,7 +64,7 @@ class Pool:
     """
 
     def __init__(self, cells: Sequence[Cell], side: str = "test"):
-        self.planned = len(cells)
+        self.planned, self.side = len(cells), side
         self.cells = [cell for cell in cells if cell.file.exists()]
         self.found = [json.loads(cell.file.read_text()) for cell in self.cells]
         self.rows = [row for found in self.found for row in found[side]["fire"]]
@@ -95,8 +96,17 @@ class Pool:
             f"{c.mean!s:>18} {c.improved:>7.0%} {c.tied / c.n:>5.0%} {e.closer_than_start:>7.0%} "
             f"{c.median_improvement:>+7.0%} {f'+{c.basins_won} -{c.basins_lost}':>8} "
             f"{len(matched) / len(self.rows):>8.0%} "
-            f"{np.mean(matched):>6.3f} {1000 * self.force_error:>6.0f} {1000 * self.drift:>6.0f}"
+            f"{np.mean(matched):>6.3f} {1000 * self.force_error:>6.0f} "
+            f"{'-' if np.isnan(self.drift) else f'{1000 * self.drift:.0f}':>6}"
         )
+
+    def against(self, other: Pool) -> tuple[int, Comparison | None]:
+        """The rows of seeds and folds that both have, by this method against by the other; how many."""
+        mine, theirs = ({(c.seed, c.fold): found[p.side]["fire"] for c, found in zip(p.cells, p.found, strict=True)}
+                        for p in (self, other))  # fmt: skip
+        common = sorted(mine.keys() & theirs.keys())
+        rows = [pair for key in common for pair in zip(theirs[key], mine[key], strict=True)]
+        return len(rows), compared(rows)[2] if rows else None
 
 
 def strata(pools: dict[str, Pool]) -> str:
@@ -116,6 +126,31 @@ def strata(pools: dict[str, Pool]) -> str:
                 f"{c.geometric_mean}, mean {before.mean:.2f} to {after.mean:.2f}, {c.improved:.0%} better{same}"
             )
     return "\n".join(lines)
+
+
+def against_default(pools: dict[str, Pool]) -> str:
+    """Each method and the default on the same structures: what their separate intervals cannot tell apart."""
+    lines = []
+    for name, pool in pools.items():
+        n, found = (0, None) if name in ("untuned", "default") else pool.against(pools["default"])
+        if found is not None:
+            lines.append(
+                f"{name:22} against default: {n:>4} rows, geometric mean {found.geometric_mean}, mean {found.mean}, "
+                f"{found.improved:.0%} nearer, {1 - found.improved - found.tied / found.n:.0%} farther, basins "
+                f"+{found.basins_won} -{found.basins_lost}"
+            )
+    return "\n".join(lines)
+
+
+def cost(pools: dict[str, Pool]) -> str:
+    """When the cells were run, and the processor time of their trainings."""
+    found = [cell for pool in pools.values() for cell in pool.found]
+    dates, torches, machines = (sorted({cell[name] for cell in found}) for name in ("date", "torch", "machine"))
+    hours = sum(cell["processor_seconds"] for cell in found) / 3600
+    return (
+        f"{len(found)} cells, {hours:.1f} core hours of training, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, "
+        f"torch {', '.join(torches)}, {', '.join(machines)}"
+    )
 
 
 def by_family(pool: Pool) -> str:
@@ -158,7 +193,8 @@ def table(title: str, pools: dict[str, Pool]) -> str:
     """A title, a line for each method, near and far structures apart, and the legend."""
     lines = [title, "", HEAD, "-" * len(HEAD), *(pool.line(name) for name, pool in pools.items())]
     defects = by_family(pools["default"]) if pools["default"].cells else ""
-    return "\n\n".join(filter(None, ["\n".join(lines), strata(pools), defects, LEGEND]))
+    parts = ["\n".join(lines), against_default(pools), strata(pools), defects, LEGEND, cost(pools)]
+    return "\n\n".join(filter(None, parts))
 
 
 def pools(set_: str, potential: str, methods: Sequence[str], side: str = "test") -> dict[str, Pool]:
@@ -214,13 +250,16 @@ def main() -> None:
     for name, text in written.items():
         (CELLS.parent / f"evidence_{name}.txt").write_text(text + "\n")
         print(text, end="\n\n")
+    shown = Pool([Cell(f"{DEFECTS}_92", "mace-si", "default", 0, fold) for fold in range(FOLDS)])
+    save(before_after(evaluation(shown.untuned), shown.evaluation), DOCS / "before_after.png")
     if "robustness" in run:
         save(learning_curves(), DOCS / "evidence_learning.png")
     missing = [cell for cell in plan() if not cell.file.exists()]
     text = "\n".join(" ".join(map(str, cell)) for cell in missing) or "none"
-    (CELLS.parent / "evidence_not_run.txt").write_text(text + "\n")
     hours = sum(json.loads(f.read_text())["processor_seconds"] for f in CELLS.rglob("*.json")) / 3600
-    print(f"{len(plan()) - len(missing)} of {len(plan())} cells run, {hours:.1f} core hours of training and measuring")
+    total = f"{len(plan()) - len(missing)} of {len(plan())} cells run, {hours:.1f} core hours of training"
+    (CELLS.parent / "evidence_not_run.txt").write_text(f"{total}. Not run:\n\n{text}\n")
+    print(total)
 
 
 if __name__ == "__main__":

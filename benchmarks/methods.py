@@ -67,6 +67,7 @@ def refitted(potential: Potential, splits: Splits, seed: int) -> dict[str, Any]:
 def matched(
     potential: Potential, splits: Splits, seed: int, *, at_references: bool = False, share: float = 1.0,
     loss: Loss | None = None, epochs: int = FORCE_EPOCHS, batch_size: int = FORCE_BATCH,
+    lr: float = FORCE_LEARNING_RATE,
 ) -> dict[str, Any]:  # fmt: skip
     """By the forces of all frames of the training relaxations, or by zero force at their ends; no relaxation."""
     pairs = drawn(splits["train"], share, seed)
@@ -74,21 +75,22 @@ def matched(
     record = RunRecord()
     keep(record, potential, splits["valid"])
     of_frames = partial(loss or force_loss, zero=at_references)
-    for record.epoch in fit_frames(potential, frames, seed, loss=of_frames, epochs=epochs, batch_size=batch_size):
+    fitted = fit_frames(potential, frames, seed, loss=of_frames, epochs=epochs, batch_size=batch_size, lr=lr)
+    for record.epoch in fitted:
         if record.epoch % max(2, epochs // 6) == 0 or record.epoch == epochs:
             keep(record, potential, splits["valid"])
     potential.load_state_dict(record.best["potential"])
-    return {"epochs": epochs, "lr": FORCE_LEARNING_RATE, "batch_size": batch_size,
+    return {"epochs": epochs, "lr": lr, "batch_size": batch_size,
             "best_epoch": record.best_epoch, "training_frames": len(frames)}  # fmt: skip
 
 
 def fit_frames(
     potential: Potential, frames: Sequence[Atoms], seed: int, *, loss: Loss, epochs: int = FORCE_EPOCHS,
-    batch_size: int = FORCE_BATCH,
+    batch_size: int = FORCE_BATCH, lr: float = FORCE_LEARNING_RATE,
 ) -> Iterator[int]:  # fmt: skip
     """Lower a loss of frames; the number of each epoch as it has ended."""
     rng = np.random.default_rng(seed)
-    optimizer = torch.optim.AdamW(potential.parameters(), lr=FORCE_LEARNING_RATE, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(potential.parameters(), lr=lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, -(-len(frames) // batch_size) * epochs)
     for epoch in range(1, epochs + 1):
         order = rng.permutation(len(frames))

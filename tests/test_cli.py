@@ -213,7 +213,9 @@ class TestTrain:
         files = (data / "initial.extxyz", data / "relaxed.extxyz")
         code, out, err = run("train", *files, "--potential", data / "lj", "--out", "run", "--json", *QUICK)
         assert code == 0, err
-        assert json.loads(out)["test"]["kinds"] == 1
+        found = json.loads(out)
+        assert found["test"]["kinds"] == 1
+        assert any(warning.startswith("Too few kinds of structure") for warning in found["warnings"])
 
     def test_folders_group_where_files_have_no_info(self, data, tmp_path):
         for k, path in enumerate(sorted((data / "pairs").iterdir())):
@@ -261,8 +263,9 @@ class TestTrain:
         assert code == 0, err
         assert json.loads(open_text("ase-bptt-run/settings.json"))["family"] == "mace"
 
-    def test_few_files_are_told_that_their_test_tells_nothing(self, data):
-        code, _, err = run("train", data / "pairs", "--potential", data / "lj", "--dry-run")
+    @pytest.mark.parametrize("folds", [[], ["--folds", "3"]], ids=["one", "folds"])
+    def test_few_files_are_told_that_their_test_tells_nothing(self, data, folds):
+        code, _, err = run("train", data / "pairs", "--potential", data / "lj", "--dry-run", *folds)
         assert code == 0, err
         assert "Too few kinds of structure to tell anything about others: of " in err
 

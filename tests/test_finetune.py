@@ -106,10 +106,14 @@ class TestCrossValidation:
         assert found.comparison.geometric_mean.value > 0
         assert RunResults.load(tmp_path).todict() == found.todict()
         assert found.todict()["kept_as_it_was"] is True
+        assert found.todict()["warnings"] == [found.no_gain]
+        assert "**these are the untuned weights**" in card
+        assert "The potential was kept as it was" in (tmp_path / "report.html").read_text(encoding="utf-8")
         assert load_potential(tmp_path / "potential").sigma.item() == 2.65
         said = " ".join(conclusion(found).split())
         assert "Warning: The potential was kept as it was" in said
         assert "Kept: epoch" not in said
+        assert found.drift_report is None or "of the tuned potential, which is not handed back, on" in said
         # What has changed in a potential that is not handed back is no reason to warn of it.
         drift = SimpleNamespace(warnings=lambda: ["softened"], drift=lambda: SimpleNamespace(n=0), folds=())
         assert "softened" not in conclusion(dataclasses.replace(found, drift_report=drift))

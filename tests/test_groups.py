@@ -11,7 +11,7 @@ from helpers.structures import cluster, methanol, moved_about, rattled, silicon
 from ase_bptt import RelaxationPair
 from ase_bptt.pairs import InvalidPair, groups
 from ase_bptt.pairs import structure_matching as sameness
-from ase_bptt.pairs.groups import classes, split_by_group, split_into_folds
+from ase_bptt.pairs.groups import classes, split_by_group, split_into_folds, too_few
 from ase_bptt.pairs.structure_matching import same_structure
 
 
@@ -277,6 +277,15 @@ class TestSplitting:
             f"test set {test}. Hold out each kind once (--folds {min(n, 5)} "
         )
         assert f"--folds {min(n, 5)} " in record.message
+
+    @pytest.mark.parametrize(("n", "valid"), [(3, 1), (12, 2), (15, 3), (50, 5)])
+    def test_so_are_folds_with_too_few_to_choose_by(self, n, valid):
+        atoms = Atoms("H")
+        folds = split_into_folds(
+            [RelaxationPair(atoms, atoms, str(k), group=str(k)) for k in range(n)], 3 if n < 5 else 5
+        )
+        few = f"others: of {n}, the validation set of a fold has {valid}. Add more kinds."
+        assert too_few(*folds).endswith(few) if valid < 5 else not too_few(*folds)
 
     @pytest.mark.parametrize(
         ("kinds", "each", "warned"), [(25, 1, False), (25, 4, False), (12, 1, True), (12, 8, True)]

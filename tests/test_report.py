@@ -328,7 +328,7 @@ class TestBeforeAndAfter:
             "other basin (tuned)",
         ]
         assert axes.get_xlabel().startswith("Delta-Q raw (amu")
-        assert axes.get_title() == "3 structures, mean 50 % lower"
+        assert axes.get_title() == "3 structures, geometric mean 50 % lower"
 
     @pytest.mark.parametrize(
         ("before", "after"),
@@ -430,7 +430,7 @@ class TestLearningCurve:
     def test_the_best_epoch_is_marked(self, given, marked):
         upper, lower = learning_curve(history([3.0, 1.0, 2.0]), given).axes
         assert tuple(lower.lines[-1].get_xydata()[0]) == marked
-        assert upper.get_title() == f"kept: epoch {marked[0]}"
+        assert upper.get_title() == f"chosen: epoch {marked[0]}"
 
     def test_that_no_epoch_was_better_than_the_start_is_reported(self):
         upper, lower = learning_curve(history([3.0, 1.0]), 0).axes

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -159,6 +160,22 @@ class TestChoosing:
             warnings.simplefilter("always")
             self.scripted(script).fit(pairs["train"], pairs["valid"], epochs=2)
         assert [w.category for w in said] == [NoGain] * warns
+        assert not warns or "With the best, epoch 1, they end 172% farther off" in str(said[0].message)  # exp(1) - 1
+
+    @pytest.mark.parametrize(("script", "tuned"), [([1.0, 2.0, 2.0], False), ([3.0, 2.0, 2.0], True)])
+    @pytest.mark.filterwarnings("ignore::ase_bptt.training.state.NoGain")
+    def test_the_card_of_what_was_kept_as_it_was_says_so(self, pairs, tmp_path, script, tuned):
+        run = self.scripted(script, out=tmp_path / "run").fit(pairs["train"], pairs["valid"], epochs=2)
+        run.save(tmp_path / "saved")
+        again = trainer(load_potential(tmp_path / "saved"), out=tmp_path / "again").fit(pairs["train"], epochs=1)
+        assert again.potential.metadata["base"].get("kept_as_it_was", False) is not tuned
+        for folder in ("saved", "run/potential"):
+            card = (tmp_path / folder / "model_card.md").read_text(encoding="utf-8")
+            assert card.splitlines()[0].endswith("fine-tuned") is tuned
+            assert ("**these are the untuned weights**" in card) is not tuned
+        card = (tmp_path / "again" / "potential" / "model_card.md").read_text(encoding="utf-8")
+        assert card.splitlines()[0].endswith("fine-tuned")
+        assert ("fine-tuned 2 times in a row" in card) is tuned
 
     def scripted(self, script, **changes):
         return Scripted(untuned(), script=script, **SETTINGS | changes)
@@ -602,9 +619,10 @@ class TestProgress:
         with caplog.at_level(logging.INFO, "ase_bptt"):
             trainer(progress=None).fit(pairs["train"], pairs["valid"], epochs=2)
         lines = [r.message for r in caplog.records if r.message.startswith("epoch")]
-        assert len(lines) == 2
-        assert "epoch   2/2" in lines[1]
-        assert "skipped 0" in lines[1]
+        assert len(lines) == 3
+        assert re.fullmatch(r"epoch   0/2  untuned  valid \d\.\d{3} amu\^1/2 Å", lines[0])
+        assert "epoch   2/2" in lines[2]
+        assert "skipped 0" in lines[2]
 
     def test_a_bar_shows_pairs_and_time_left_and_never_on_standard_output(self, pairs, capsys):
         trainer(progress=True).fit(pairs["train"], pairs["valid"], epochs=2)

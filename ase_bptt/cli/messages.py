@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import platform
 import shlex
@@ -24,6 +25,7 @@ from torch import distributed as dist
 from .. import __version__
 from ..evaluation import BASIN_RULE
 from ..pairs import RelaxationPair
+from ..pairs.groups import too_few
 from ..report import change
 from ..report.drift_report import force_sentences
 from ..report.tables import comparison_text, table
@@ -31,12 +33,13 @@ from ..terms.labels import Labels
 from ..training import Trainer
 from ..training.cost import Estimate
 from ..training.distributed import Ranks, leave
-from ..training.results import DRIFT_PICTURE, DRIFT_REPORT, RunResults
+from ..training.results import CAUTION, DRIFT_PICTURE, DRIFT_REPORT, RunResults
 from ..training.settings import NUMBERS
-from ..training.state import KEPT_AS_IT_WAS
 from ..tuning import describe
 from ..utils import as_device, counted
 from .flags import WIDTH
+
+_log = logging.getLogger(__name__)
 
 
 def quiet_if(json_alone: bool) -> Callable[[str], None]:
@@ -109,6 +112,14 @@ def facts(arguments: argparse.Namespace, trainer: Trainer) -> dict[str, str]:
     return found | provenance()
 
 
+def caution(*splits: Mapping[str, Sequence[RelaxationPair]], log: bool) -> dict[str, str]:
+    """As a further fact, with `log` said at once: that these hold too few kinds of structure. Otherwise nothing."""
+    found = too_few(*splits)
+    if found and log:
+        _log.warning(found)
+    return {CAUTION: found} if found else {}
+
+
 def _plain(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
@@ -141,7 +152,7 @@ def conclusion(results: RunResults) -> str:
     if results.on_all_pairs:
         kept += f"\n{fill(results.trained_on, WIDTH, break_long_words=False, break_on_hyphens=False)}\n"
     if results.kept_as_it_was:
-        kept = f"{kept}\n{fill(_no_gain(results), WIDTH)}\n"
+        kept = f"{kept}\n{fill(f'Warning: {results.no_gain}', WIDTH)}\n"
     return (
         f"{kept}\nHeld out, relaxed by FIRE to fmax 0.02 eV/Å\n{table(results.before, results.after)}\n"
         f"{fill(BASIN_RULE, WIDTH)}\n\n"
@@ -153,16 +164,6 @@ def conclusion(results: RunResults) -> str:
     )
 
 
-def _no_gain(results: RunResults) -> str:
-    """Why the potential is the untuned one."""
-    if results.best_epoch == 0:
-        return f"Warning: {KEPT_AS_IT_WAS}"
-    return (
-        "Warning: The potential was kept as it was: the tuned one, whose figures are below, is worse on the held-out "
-        "structures (geometric mean of Delta-Q). Give more kinds of structures, or a lower learning rate."
-    )
-
-
 def _what_else_changed(results: RunResults) -> str:
     """Warnings of the drift report, by how much forces and energies have changed, and where all of it is."""
     report = results.drift_report
@@ -170,12 +171,13 @@ def _what_else_changed(results: RunResults) -> str:
         return ""
     drift = report.drift()
     over_folds = ", mean over the folds" if results.folds else ""
+    of = " of the tuned potential, which is not handed back," if results.rejected else ""
     # Of a potential that is not handed back they would warn of what the user does not have.
     lines = [] if results.kept_as_it_was else [f"Warning: {warning}" for warning in report.warnings()]
     if drift.n:
         lines.append(
-            f"Drift on {drift.n} structures that were not trained on (root mean square{over_folds}): forces changed by "
-            f"{drift.force:.3f} eV/Å (their size was {drift.size:.3f} eV/Å), energies by "
+            f"Drift{of} on {drift.n} structures that were not trained on (root mean square{over_folds}): forces "
+            f"changed by {drift.force:.3f} eV/Å (their size was {drift.size:.3f} eV/Å), energies by "
             f"{1000 * drift.energy:.1f} meV/atom."
         )
     lines += force_sentences(report)

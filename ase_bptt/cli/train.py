@@ -12,7 +12,7 @@ from typing import Any
 from ..adjoints import Adjoint, make_adjoint
 from ..losses import LOSSES
 from ..pairs import RelaxationPair
-from ..pairs.groups import split_into_folds, unwarned_split, warn_of_few
+from ..pairs.groups import split_into_folds, unwarned_split
 from ..pairs.usable import usable
 from ..potential import Potential
 from ..steppers import STEPPERS, Stepper, make_stepper
@@ -109,14 +109,13 @@ def launch(
     data = trainer.check(**read(arguments, trainer.potential))
     run_folder.same_data(arguments, combined_hash([data.fingerprint, data.held_out]))
     _announce(arguments, trainer, data.splits())
-    if trainer.ranks.writes:
-        warn_of_few(data.splits())
+    caution = messages.caution(data.splits(), log=trainer.ranks.writes)
     if arguments.dry_run:
         left = arguments.epochs - trainer.epoch
         n, again = len(data.train), sum(map(len, data.splits().values())) if refit else 0
         return messages.planned(arguments, data.splits(), trainer.estimate(data, epochs=left), runs=1 + again / n)
     results = finetune(
-        trainer, data, arguments.out, epochs=arguments.epochs, facts=messages.facts(arguments, trainer),
+        trainer, data, arguments.out, epochs=arguments.epochs, facts=messages.facts(arguments, trainer) | caution,
         make=partial(new_trainer, arguments) if refit else None, resume=partial(resumed_trainer, arguments),
     )  # fmt: skip
     messages.conclude(arguments, results)
@@ -136,12 +135,13 @@ def _cross_validate(arguments: argparse.Namespace) -> int:
     folds = [trainer.check(**split) for split in split_into_folds(pairs, arguments.folds, seed=arguments.seed)]
     run_folder.same_data(arguments, combined_hash([fold.held_out for fold in folds]))
     _announce(arguments, trainer, {"held out in turn": pairs})
+    caution = messages.caution(*(fold.splits() for fold in folds), log=trainer.ranks.writes)
     if arguments.dry_run:
         estimate = trainer.estimate(folds[0], epochs=arguments.epochs)
         return messages.planned(arguments, folds[0].splits(), estimate, runs=1 + arguments.folds)
     results = cross_validate(
         partial(new_trainer, arguments), pairs, arguments.out, folds=folds, epochs=arguments.epochs,
-        facts=messages.facts(arguments, trainer), resume=partial(resumed_trainer, arguments),
+        facts=messages.facts(arguments, trainer) | caution, resume=partial(resumed_trainer, arguments),
     )  # fmt: skip
     messages.conclude(arguments, results)
     return 0
@@ -209,14 +209,8 @@ def add_training(parser: argparse.ArgumentParser) -> Any:
     number("--fmax", positive, "a relaxation in training stops below this force, in eV/Å")
     flag(group, parser, "--stepper", "update rule in training (default: gd, or bfgs where the adjoint needs only the "
          "minimum)", choices=sorted(STEPPERS))  # fmt: skip
-    flag(
-        group,
-        parser,
-        "--step-size",
-        "step size of gd in Å^2/eV, or 'auto' (default: 0.05)",
-        type=step_size,
-        metavar="X",
-    )
+    flag(group, parser, "--step-size", "step size of gd in Å^2/eV, or 'auto' (default: 0.05)", type=step_size,
+         metavar="X")  # fmt: skip
     flag(group, parser, "--adjoint", "how the gradient is taken: replay, replay:N, replay:differences, truncated:N, "
          "guided:N, implicit, one-step or full, with N frames", "replay", type=adjoint, metavar="NAME")  # fmt: skip
     flag(group, parser, "--loss", f"loss to minimise, a distance to the reference: {', '.join(LOSSES)}",

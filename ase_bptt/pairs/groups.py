@@ -120,14 +120,15 @@ def split_by_group(
     {'train': 67, 'valid': 8, 'test': 17}
     """
     splits = unwarned_split(pairs, seed=seed, fractions=fractions)
-    warn_of_few(splits)
+    if caution := too_few(splits):
+        log.warning(caution)
     return splits
 
 
 def unwarned_split(
     pairs: Sequence[RelaxationPair], *, seed: int = 0, fractions: tuple[float, float] = (0.1, 0.2)
 ) -> dict[str, list[RelaxationPair]]:
-    """`split_by_group`, for callers that check more before `warn_of_few`."""
+    """`split_by_group`, for callers that check more before they warn of what is `too_few`."""
     order = _shuffled(pairs, 3, "training, validation and test need one each", seed)
     n_valid, n_test = (max(1, round(f * len(order))) for f in fractions)
     n_valid = max(n_valid, min(FEW, n_test))
@@ -135,16 +136,23 @@ def unwarned_split(
     return {name: [p for p in pairs if side[p.group] == name] for name in ("train", "valid", "test")}
 
 
-def warn_of_few(splits: Mapping[str, Sequence[RelaxationPair]]) -> None:
-    """Warn where "valid" or "test" hold so few groups that what is measured on them tells nothing."""
-    groups = {name: {p.group for p in pairs} for name, pairs in splits.items()}
-    n_valid, n_test, n = len(groups["valid"]), len(groups["test"]), len(set().union(*groups.values()))
-    if min(n_valid, n_test) < FEW:
-        log.warning(
-            "Too few kinds of structure to tell anything about others: of %d, the validation set has %d and the test "
-            "set %d. Hold out each kind once (--folds %d in the shell, split_into_folds in Python), or add more kinds.",
-            n, n_valid, n_test, min(5, n),
-        )  # fmt: skip
+def too_few(*splits: Mapping[str, Sequence[RelaxationPair]]) -> str:
+    """A sentence where "valid" or "test" hold so few groups that what is measured on them tells nothing; or empty.
+
+    Of several splits, the folds of a cross-validation, the "test" sets count together, and the smallest "valid".
+    """
+    n_valid = min(len({p.group for p in split["valid"]}) for split in splits)
+    n_test = len({p.group for split in splits for p in split["test"]})
+    n = len({p.group for split in splits for pairs in split.values() for p in pairs})
+    if min(n_valid, n_test) >= FEW:
+        return ""
+    sentence = f"Too few kinds of structure to tell anything about others: of {n}, the validation set "
+    if len(splits) > 1:
+        return f"{sentence}of a fold has {n_valid}. Add more kinds."
+    return (
+        f"{sentence}has {n_valid} and the test set {n_test}. Hold out each kind once (--folds {min(5, n)} in the "
+        "shell, split_into_folds in Python), or add more kinds."
+    )
 
 
 def split_into_folds(

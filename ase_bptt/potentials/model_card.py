@@ -31,14 +31,15 @@ def model_card(potential: Potential) -> str:
     data: Mapping[str, Any] = potential.metadata
     chain = list(_chain(data))
     first = chain[-1].get("source", "unknown")
+    times = sum(not _untuned(tuning) for tuning in chain[:-1])
     trained = {"data", "settings", "trained", "versions"} <= data.keys()  # native files may bring a dict of others
-    tuned = trained and not data.get("held_out", {}).get("kept_as_it_was")
+    tuned = trained and not _untuned(data)
     lines = [
         f"# Model card: {f'{first}, fine-tuned' if tuned else first}",
         "",
         f"- Family: {potential.family}; cutoff {float(potential.cutoff):g} Å; "
         f"{str(potential.dtype).removeprefix('torch.')}",
-        f"- Base: {first}" + (f", fine-tuned {len(chain) - 1} times in a row" if len(chain) > 2 else ""),
+        f"- Base: {first}" + (f", fine-tuned {times} times in a row" if times > 1 else ""),
         f"- Licence of the base: {_licence(potential, first)}. It applies to tuned weights, too.",
     ]
     if trained:
@@ -59,6 +60,11 @@ def _chain(data: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         yield data
 
 
+def _untuned(data: Mapping[str, Any]) -> bool:
+    """Whether a training kept the weights as they were, by its validation or by what it held out."""
+    return bool(data.get("kept_as_it_was") or data.get("held_out", {}).get("kept_as_it_was"))
+
+
 def _licence(potential: Potential, source: str) -> str:
     return "MIT (this package's own)" if source == "mace-si" else potential.licence or FILL_IN
 
@@ -69,7 +75,8 @@ def _training(data: Mapping[str, Any]) -> Iterator[str]:
     yield f"- Pairs of initial and relaxed structures: {pairs}; SHA-256 of what was trained on {data['data'][:16]}"
     yield f"- Where the pairs come from, functional (+U?), code, cut-off, fmax of the references: {FILL_IN}"
     shown = {k: data["settings"][k] for k in SHOWN if data["settings"].get(k) is not None}
-    yield f"- Recipe: {data['trained']}; " + "; ".join(f"{k} {_plain(value)}" for k, value in shown.items())
+    what = "Recipe, which did not help: **these are the untuned weights**" if _untuned(data) else "Recipe"
+    yield f"- {what}: {data['trained']}; " + "; ".join(f"{k} {_plain(value)}" for k, value in shown.items())
     yield f"- Held-out figure: {_figure(data.get('held_out'))}"
     yield "- Versions: " + ", ".join(f"{name} {version}" for name, version in data["versions"].items())
 
@@ -83,7 +90,7 @@ def _figure(found: Mapping[str, Any] | None) -> str:
     elif found.get("on_all_pairs"):
         notes = "; by the same training without these, before the last one on all pairs"
     if found["kept_as_it_was"]:
-        notes += "; the tuned potential was not better, and these are **the untuned weights**"
+        notes += "; the tuned potential was not better"
     parts = [f"{name} {_number(found[f'{name}_before'])} before, {_number(found[f'{name}_after'])} after"
              for name in ("mean", "median")]  # fmt: skip
     return (

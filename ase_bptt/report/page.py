@@ -215,15 +215,15 @@ def learning(history: Sequence[dict[str, float]], best_epoch: int | None) -> Pic
     caption = "The loss on the training structures; nothing was validated, so the last weights were kept."
     if any(math.isfinite(row["valid_delta_q"]) for row in history):
         alt += f"; validation Delta-Q {_course(history, 'valid_delta_q')}"
-        unsure = "" if best_epoch else ", unless those before training were better"
-        kept = f"The star marks the epoch whose weights were kept{unsure}."
+        unsure = "" if best_epoch else ", unless the weights before training were better"
+        kept = f"The star marks the epoch that was chosen{unsure}."
         if best_epoch == 0:
             kept = "No epoch was better than the weights before training, which were kept."
         caption = (
             "Above, the loss on the training structures; below, mean Delta-Q of the validation structures, fully "
             f"relaxed; epoch 0 is the untuned potential. {kept} "
-            "Epochs are compared by the mean of the logarithm of Delta-Q, and the last is kept that is worse than the "
-            "best by no more than one standard error, so it need not be the lowest point."
+            "Epochs are compared by the mean of the logarithm of Delta-Q, and the last is chosen that is worse than "
+            "the best by no more than one standard error, so it need not be the lowest point."
         )
     return picture_of(learning_curve(history, best_epoch), f"{alt}.", caption)
 

@@ -86,8 +86,8 @@ def before_after(before: Evaluation, after: Evaluation, labels: tuple[str, str] 
     _name_the_worst(axes, [(x, y, row.id) for x, y, row in shown])
     axes.set_xlabel(f"Delta-Q {labels[0]} ({UNIT})")
     axes.set_ylabel(f"Delta-Q {labels[1]} ({UNIT})")
-    said = change(before.mean, after.mean)
-    axes.set_title(f"{plural(len(shown), 'structure')}{f', mean {said}' if said else ''}", fontsize=10)
+    said = change(before.geometric_mean, after.geometric_mean)
+    axes.set_title(f"{plural(len(shown), 'structure')}{f', geometric mean {said}' if said else ''}", fontsize=10)
     if shown:
         # Outside the axes, for a point may lie anywhere.
         _legend(figure, axes)
@@ -261,7 +261,7 @@ def _mark(panels: Sequence[Axes], best: float, found: dict[float, float]) -> Non
     for axes in panels:
         axes.axvline(best, color=ORANGE, linewidth=1, linestyle="--", zorder=0)
     panels[1].plot([best], [found[best]], "*", color=ORANGE, markersize=14, zorder=3)
-    panels[0].set_title(f"kept: epoch {best:.0f}", fontsize=10)
+    panels[0].set_title(f"chosen: epoch {best:.0f}", fontsize=10)
 
 
 def save(figure: Figure, path: str | Path) -> None:

@@ -201,6 +201,8 @@ class Trainer:
             record.untuned = found.row if data.valid else {}
             self._keep(found)
         with Progress(record.epochs, len(data.train), done=record.epoch, bar=self.progress) as progress:
+            if record.epoch == 0:
+                progress.untuned(record.untuned)
             while record.epoch < record.epochs and not record.out_of_patience(self.optimization.patience, first):
                 clock = time.monotonic()
                 if record.epoch == first > 0:
@@ -212,6 +214,10 @@ class Trainer:
                 self._keep(found)
                 progress.epoch(record.history[-1])
         self.parts.load_best(record)
+        if data.valid and record.best_epoch == 0:
+            self.potential.metadata = {**self.potential.metadata, "kept_as_it_was": True}
+            if self.out is not None:
+                self.save(self.out / "potential")
         return self
 
     def _train_epoch(self, train: Pairs, progress: Progress) -> dict[str, float]:

@@ -16,8 +16,9 @@ from ..evaluation import Evaluation, Row, evaluate
 from ..evaluation.compare import compare
 from ..pairs import RelaxationPair, fingerprint
 from ..pairs.groups import split_into_folds
-from ..utils import without_nan
+from ..utils import counted, without_nan
 from . import Trainer
+from .checkpoint import provenance
 from .distributed import together
 from .results import BEFORE, MEASURED, RESULTS, SNAPSHOTS, RunResults, merge_folds, read_rows, summary, write_rows
 from .training_data import TrainingData
@@ -161,7 +162,7 @@ def cross_validate(
     results = []
     for k, part in enumerate(parts):
         held_out = part.test if isinstance(part, TrainingData) else part["test"]
-        log.info("fold %d of %d: %d held out", k + 1, len(parts), len(held_out))
+        log.info("fold_%d, of %s: %d held out", k, counted(len(parts), "fold"), len(held_out))
         results.append(_fold(make, resume, part, out / f"fold_{k}", epochs, facts))
     seconds = max(time.monotonic() - clock, sum(r.seconds for r in results))
     merged = merge_folds(results, pairs, out, seconds=seconds, facts=facts or {})
@@ -181,9 +182,13 @@ def _train_on_all_pairs(
     folder = measured.out / "all_pairs"
     trainer = resume(folder) if together().once((folder / "checkpoint.pt").is_file) else make(folder)
     if measured.best_epoch and not measured.rejected:
-        log.info("training on all %d pairs, for %d epochs", len(pairs), measured.best_epoch)
+        log.info("training on all %d pairs, for %s", len(pairs), counted(measured.best_epoch, "epoch"))
         trainer.fit(pairs, epochs=measured.best_epoch)
         measured.on_all_pairs = len(pairs)
+    else:
+        # The model card of the untuned potential tells of the training, too.
+        data = trainer.check(pairs).fingerprint
+        trainer.potential.metadata = provenance(trainer.potential, data, trainer.settings())
     _describe(trainer, {"train": len(pairs)}, measured)
     trainer.save(measured.out / "potential")
     return sum(row["seconds"] for row in trainer.history)

@@ -63,6 +63,11 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
+def _validation(row: Mapping[str, float]) -> str:
+    found = row.get("valid_delta_q", math.nan)
+    return "" if math.isnan(found) else f"valid {found:.3f} amu^1/2 Å  "
+
+
 class Progress:
     """A bar of all epochs on a terminal, or a line in the log for each epoch.
 
@@ -89,14 +94,19 @@ class Progress:
         if losses:
             self._bar.set_postfix_str(f"loss {sum(losses) / len(losses):.3f}", refresh=False)
 
-    def epoch(self, row: dict[str, float]) -> None:
+    def untuned(self, row: Mapping[str, float]) -> None:
+        """Report the validation of the untuned potential, epoch 0, if there was one."""
+        if row:
+            self._write(f"epoch   0/{self.epochs}  untuned  {_validation(row)}".rstrip())
+
+    def epoch(self, row: Mapping[str, float]) -> None:
         """Report a finished epoch, given its row of metrics.csv."""
-        found = row.get("valid_delta_q", math.nan)
-        valid = "" if math.isnan(found) else f"valid {found:.3f} amu^1/2 Å  "
-        line = (
-            f"epoch {row['epoch']:>3.0f}/{self.epochs}  train {row['train_loss']:.3f}  {valid}"
+        self._write(
+            f"epoch {row['epoch']:>3.0f}/{self.epochs}  train {row['train_loss']:.3f}  {_validation(row)}"
             f"skipped {row['skipped']:.0f}  {row['seconds']:.0f} s"
         )
+
+    def _write(self, line: str) -> None:
         if self._bar.disable:
             log.info(line)
         else:

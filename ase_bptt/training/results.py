@@ -19,11 +19,15 @@ from ..report.drift_report import drift_figure, drift_section
 from ..report.page import write_page, write_pictures
 from ..report.plots import save
 from ..report.tables import write_csv
-from ..utils import replacing, without_nan, write_json
+from ..utils import counted, replacing, without_nan, write_json
+from .state import WORSE, without_gain
 
 RESULTS, BEFORE, AFTER, MEASURED = "results.json", "before.json", "after.json", "measured"
 SNAPSHOTS = ("snapshot_before.json", "snapshot_after.json")
 DRIFT_REPORT, DRIFT_PICTURE = "drift_report.json", "drift_report.png"
+
+CAUTION = "caution"
+"""Name of the fact that there are too few kinds of structure."""
 
 
 @dataclass(eq=False)
@@ -88,8 +92,15 @@ class RunResults:
         )
         return (
             f"The potential in {self.out / 'potential'} was trained on all {self.on_all_pairs} pairs, for "
-            f"{self.best_epoch} epochs{mean}. The figures are {measured}"
+            f"{counted(self.best_epoch or 0, 'epoch')}{mean}. The figures are {measured}"
         )
+
+    @property
+    def no_gain(self) -> str:
+        """Why the potential that is handed back is the untuned one; or empty."""
+        if self.rejected:
+            return WORSE
+        return without_gain(self.history) if self.best_epoch == 0 else ""
 
     @property
     def epochs(self) -> int:
@@ -108,7 +119,7 @@ class RunResults:
             "test_bfgs": summary(self.before_bfgs, self.after_bfgs),
             "comparison": self.comparison.todict(),
             "drift": None if self.drift_report is None else {k: vars(d) for k, d in self.drift_report.drifts.items()},
-            "warnings": [] if self.drift_report is None else self.drift_report.warnings(),
+            "warnings": self.warnings(),
             "checkpoint": str(self.out / "potential"),
             "measured": None if self.folds else str(self.out / (MEASURED if self.on_all_pairs else "potential")),
             "on_all_pairs": self.on_all_pairs,
@@ -120,6 +131,13 @@ class RunResults:
             "seconds": round(self.seconds, 1),
         }
         return without_nan(found)
+
+    def warnings(self) -> list[str]:
+        """Too few kinds, no gain, and what else has changed in the potential, if the tuned one is handed back."""
+        found = [self.facts.get(CAUTION, ""), self.no_gain]
+        if self.drift_report is not None and not self.kept_as_it_was:
+            found += self.drift_report.warnings()
+        return [sentence for sentence in found if sentence]
 
     def write(self) -> None:
         """Write rows, table.csv, pictures and report.html, and last results.json, which marks a complete run."""
@@ -133,6 +151,7 @@ class RunResults:
             save(drift_figure(self.drift_report), self.out / DRIFT_PICTURE)
         write_csv(self.out / "table.csv", self.before, self.after)
         write_pictures(self.out, self.before, self.after, history=self.history or None, best_epoch=self.best_epoch)
+        handed_back = self.no_gain or self.trained_on
         write_page(
             self.out / "report.html",
             title="Cross-validation" if self.folds else "Fine-tuning",
@@ -141,7 +160,7 @@ class RunResults:
             comparison=self.comparison,
             history=self.history or None,
             best_epoch=self.best_epoch,
-            facts=tuple((self.facts | ({"handed back": self.trained_on} if self.on_all_pairs else {})).items()),
+            facts=tuple((self.facts | ({"handed back": handed_back} if handed_back else {})).items()),
             extra=[] if self.drift_report is None else [drift_section(self.drift_report)],
             pairs=self.pairs,
         )

@@ -25,10 +25,25 @@ KEPT_AS_IT_WAS = (
     "The potential was kept as it was: after no epoch did the validation structures end closer to their references. "
     "Give more kinds of structures, or a lower learning rate."
 )
+WORSE = (
+    "The potential was kept as it was: the tuned one, whose figures these are, is worse on the held-out structures "
+    "(geometric mean of Delta-Q). Give more kinds of structures, or a lower learning rate."
+)
 
 
 class NoGain(UserWarning):
     """No epoch was better on the validation pairs than the untuned potential, whose weights are therefore kept."""
+
+
+def without_gain(rows: Sequence[Mapping[str, float]]) -> str:
+    """That the untuned potential was the best, and how near the best epoch came, from the rows of metrics.csv."""
+    scored = {int(row["epoch"]): row for row in rows if math.isfinite(row.get("valid_score", math.nan))}
+    tuned = [epoch for epoch in scored if epoch]
+    if 0 not in scored or not tuned:
+        return KEPT_AS_IT_WAS
+    best = min(tuned, key=lambda epoch: scored[epoch]["valid_score"])
+    farther = math.expm1(scored[best]["valid_score"] - scored[0]["valid_score"])
+    return f"{KEPT_AS_IT_WAS} With the best, epoch {best}, they end {farther:.0%} farther off (geometric mean)."
 
 
 @dataclass(kw_only=True)
@@ -103,7 +118,7 @@ class RunRecord:
     def warn_without_gain(self) -> None:
         """Warn, in the name of the caller's caller, where the untuned potential was the best."""
         if self.best_epoch == 0:
-            warnings.warn(KEPT_AS_IT_WAS, NoGain, stacklevel=3)
+            warnings.warn(without_gain(self.rows), NoGain, stacklevel=3)
 
     def out_of_patience(self, patience: int | None, first: int = 0) -> bool:
         """Whether the lowest validation score is so many epochs old, not counting those of a first stage."""
