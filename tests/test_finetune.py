@@ -16,6 +16,7 @@ from ase_bptt.cli.messages import conclusion
 from ase_bptt.drift.changes import FoldDriftReports
 from ase_bptt.potentials.analytic import LennardJones
 from ase_bptt.report.drift_report import drift_section
+from ase_bptt.report.tables import comparison_text
 from ase_bptt.steppers import GradientDescent
 from ase_bptt.training.cost import CostLaw, Estimate
 from ase_bptt.training.fine_tune import cross_validate, finetune
@@ -118,6 +119,10 @@ class TestCrossValidation:
         drift = SimpleNamespace(warnings=lambda: ["softened"], drift=lambda: SimpleNamespace(n=0), folds=())
         assert "softened" not in conclusion(dataclasses.replace(found, drift_report=drift))
         assert "softened" in conclusion(dataclasses.replace(found, drift_report=drift, rejected=False))
+        # Nor is an untuned potential compared with itself.
+        paired = comparison_text(found.comparison)
+        assert paired in conclusion(found)
+        assert paired not in conclusion(dataclasses.replace(found, rejected=False, best_epoch=0, folds=None))
 
     def test_its_model_card_has_the_figures_of_the_folds(self, validated):
         folder, _, outcome = validated

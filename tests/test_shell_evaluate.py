@@ -76,6 +76,7 @@ class TestTwoPotentials:
         assert found["comparison"]["mean"]["value"] == pytest.approx(expected.mean.value)
         assert found["comparison"]["p_value"] == pytest.approx(expected.p_value)
         assert found["against"] == str(data / "lj")
+        assert found["kept_as_it_was"] is False
         assert found["test"]["mean_after"] < 0.5 * found["test"]["mean_before"]
 
     def test_the_page_shows_both(self, data, two):

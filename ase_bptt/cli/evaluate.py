@@ -14,6 +14,7 @@ from ..evaluation.compare import Comparison, compare
 from ..pairs import RelaxationPair, fingerprint
 from ..pairs.usable import usable
 from ..potential import Potential
+from ..potentials.model_card import kept_as_it_was
 from ..report.page import write_page, write_pictures
 from ..report.tables import comparison_text, evaluation_table, group_table, table, write_csv
 from ..steppers import STEPPERS
@@ -110,6 +111,7 @@ def run(arguments: argparse.Namespace) -> int:
         result = {
             "test": summary(reference, found),
             "comparison": comparison.todict() if comparison else None,
+            "kept_as_it_was": kept_as_it_was(potential.metadata),
             "checkpoint": arguments.potential,
             "against": arguments.against,
             "run": str(arguments.out),

@@ -153,10 +153,12 @@ def conclusion(results: RunResults) -> str:
         kept += f"\n{fill(results.trained_on, WIDTH, break_long_words=False, break_on_hyphens=False)}\n"
     if results.kept_as_it_was:
         kept = f"{kept}\n{fill(f'Warning: {results.no_gain}', WIDTH)}\n"
+    # An untuned potential is not compared with itself.
+    compared = comparison_text(results.comparison) + "\n" if results.best_epoch or results.folds else ""
     return (
         f"{kept}\nHeld out, relaxed by FIRE to fmax 0.02 eV/Å\n{table(results.before, results.after)}\n"
         f"{fill(BASIN_RULE, WIDTH)}\n\n"
-        f"{comparison_text(results.comparison)}\n"
+        f"{compared}"
         f"relaxed by BFGS instead: mean {before.mean:.2f} before, {after.mean:.2f} after, "
         f"{change(before.mean, after.mean)}\n\n{_what_else_changed(results)}"
         f"{results.seconds:.0f} s; {'untuned' if results.kept_as_it_was else 'tuned'} potential in "

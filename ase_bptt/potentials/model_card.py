@@ -31,9 +31,9 @@ def model_card(potential: Potential) -> str:
     data: Mapping[str, Any] = potential.metadata
     chain = list(_chain(data))
     first = chain[-1].get("source", "unknown")
-    times = sum(not _untuned(tuning) for tuning in chain[:-1])
+    times = sum(not kept_as_it_was(tuning) for tuning in chain[:-1])
     trained = {"data", "settings", "trained", "versions"} <= data.keys()  # native files may bring a dict of others
-    tuned = trained and not _untuned(data)
+    tuned = trained and not kept_as_it_was(data)
     lines = [
         f"# Model card: {f'{first}, fine-tuned' if tuned else first}",
         "",
@@ -60,8 +60,11 @@ def _chain(data: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         yield data
 
 
-def _untuned(data: Mapping[str, Any]) -> bool:
-    """Whether a training kept the weights as they were, by its validation or by what it held out."""
+def kept_as_it_was(data: Mapping[str, Any]) -> bool:
+    """Whether the training of a potential with this metadata left the weights as they were.
+
+    By its validation, or by what it held out.
+    """
     return bool(data.get("kept_as_it_was") or data.get("held_out", {}).get("kept_as_it_was"))
 
 
@@ -75,7 +78,7 @@ def _training(data: Mapping[str, Any]) -> Iterator[str]:
     yield f"- Pairs of initial and relaxed structures: {pairs}; SHA-256 of what was trained on {data['data'][:16]}"
     yield f"- Where the pairs come from, functional (+U?), code, cut-off, fmax of the references: {FILL_IN}"
     shown = {k: data["settings"][k] for k in SHOWN if data["settings"].get(k) is not None}
-    what = "Recipe, which did not help: **these are the untuned weights**" if _untuned(data) else "Recipe"
+    what = "Recipe, which did not help: **these are the untuned weights**" if kept_as_it_was(data) else "Recipe"
     yield f"- {what}: {data['trained']}; " + "; ".join(f"{k} {_plain(value)}" for k, value in shown.items())
     yield f"- Held-out figure: {_figure(data.get('held_out'))}"
     yield "- Versions: " + ", ".join(f"{name} {version}" for name, version in data["versions"].items())
