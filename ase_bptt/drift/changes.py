@@ -183,7 +183,7 @@ def _softened(crystals: dict[str, tuple[Any, Any]]) -> list[str]:
     ]
     return changed and [
         f"The bulk modulus has changed by more than a fifth: {', '.join(changed)}. Where elastic or thermal properties "
-        "matter, compute them with the untuned potential."
+        "matter, compute them with the untuned potential, or train with --teacher, which keeps them at a cost."
     ]
 
 
