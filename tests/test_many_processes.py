@@ -60,7 +60,7 @@ def process(*arguments, **variables):
 
 def ended(*processes):
     found = [p.communicate(timeout=240) for p in processes]
-    assert [p.returncode for p in processes] == [0] * len(processes), found
+    assert [p.returncode for p in processes] == [0] * len(processes), "\n".join(err for _, err in found)
     return [out for out, _ in found]
 
 

@@ -202,7 +202,7 @@ def test_structures_that_diverged_have_a_page_too(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("best", "said"), [(None, "unless those before"), (2, "were kept."), (0, "No epoch was better")]
+    ("best", "said"), [(None, "unless the weights before"), (2, "was chosen."), (0, "No epoch was better")]
 )
 def test_which_weights_were_kept_is_reported(tmp_path, best, said):
     write_page(tmp_path / "a.html", title="a", evaluation=BEFORE, history=HISTORY, best_epoch=best)
