@@ -1,5 +1,6 @@
 """Relaxations and evaluations that processes share: the same results, every structure once, whoever dies."""
 
+import argparse
 import errno
 import json
 import os
@@ -20,6 +21,7 @@ from helpers.potentials import wide_lennard_jones
 from helpers.shell import cluster_relaxation, drawn, is_refused, run, write_relaxations
 
 from ase_bptt import Status, save_potential
+from ase_bptt.cli import run_folder
 from ase_bptt.throughput import Relaxed, locks, relax_all
 from ase_bptt.throughput.journal import Journal
 from ase_bptt.throughput.parts import Parts, divided
@@ -157,6 +159,43 @@ def test_an_evaluation(tmp_path):
     for name in ("two", "shards"):
         assert not list(Path(name).glob("*.parts"))
         assert len(read(f"{name}/relaxed.extxyz", ":")) == 5
+
+
+class TestSharedFolder:
+    """Of an evaluation or a search, which several processes start."""
+
+    def arguments(self, **other):
+        return argparse.Namespace(
+            **{"command": "evaluate", "out": Path("shards"), "overwrite": False, "fmax": 0.1} | other
+        )
+
+    @pytest.mark.parametrize("moment", ["check_writable", "create"])
+    def test_one_that_starts_at_the_same_moment_finds_it_whole(self, moment):
+        """Another process starts, and begins to work, wherever this one is."""
+        real, before = getattr(run_folder, moment), Path("shards/evaluation.parts/000000.done")
+        others = iter([True])
+
+        def meanwhile(*given):
+            if next(others, False):
+                run_folder.begin_shared(self.arguments(), (1, 2))
+                before.parent.mkdir()
+                before.touch()
+            return real(*given)
+
+        with mock.patch.object(run_folder, moment, meanwhile):
+            run_folder.begin_shared(self.arguments(), (0, 2))
+        assert before.is_file()
+        assert run_folder.holds(self.arguments())
+
+    def test_another_run_and_a_folder_of_others_are_refused(self):
+        run_folder.begin_shared(self.arguments(), (0, 2))
+        with pytest.raises(FileExistsError, match="is there already"):
+            run_folder.begin_shared(self.arguments(fmax=0.2), (1, 2))
+        Path("other").mkdir()
+        Path("other/thesis.tex").touch()
+        with pytest.raises(FileExistsError, match="is there already"):
+            run_folder.begin_shared(self.arguments(out=Path("other")), (0, 2))
+        assert [path.name for path in Path("other").iterdir()] == ["thesis.tex"]
 
 
 class TestParts:

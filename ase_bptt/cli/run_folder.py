@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from ..potentials import EMBEDDED, families
-from ..utils import check_writable, replacing
+from ..throughput.locks import create
+from ..utils import UNFINISHED, check_writable, replacing
 
 COMMAND = "command.json"
 OURS = (
@@ -93,7 +94,11 @@ def prepare(arguments: argparse.Namespace) -> None:
         else:
             path.unlink()
     with replacing(arguments.out / COMMAND) as path:
-        path.write_text(json.dumps(described(arguments), indent=1) + "\n")
+        path.write_text(_command(arguments))
+
+
+def _command(arguments: argparse.Namespace) -> str:
+    return json.dumps(described(arguments), indent=1) + "\n"
 
 
 def prepare_shared(arguments: argparse.Namespace, shard: tuple[int, int], results: str) -> None:
@@ -110,9 +115,19 @@ def prepare_shared(arguments: argparse.Namespace, shard: tuple[int, int], result
 
 
 def begin_shared(arguments: argparse.Namespace, shard: tuple[int, int]) -> None:
-    """Make the run folder; one of several processes joins the run of these very arguments that is in it."""
-    if shard[1] == 1 or not holds(arguments):
+    """Make the run folder; one of several processes joins the run of these very arguments that is in it.
+
+    Several may be here at once, as in a Slurm array: nothing is deleted, and one of them writes the command.
+    """
+    out: Path = arguments.out
+    if shard[1] == 1:
         prepare(arguments)
+        return
+    if out.is_dir() and any(not path.match(UNFINISHED) for path in out.iterdir()) and not holds(arguments):
+        refuse_if_there(arguments)
+    check_writable(out)
+    if not create(out / COMMAND, _command(arguments)) and not holds(arguments):
+        refuse_if_there(arguments)
 
 
 def holds(arguments: argparse.Namespace) -> bool:
