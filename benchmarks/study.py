@@ -70,7 +70,7 @@ FEWER = "default at 70%"
 """What the kinds that `train` keeps for itself are worth to the potential: it is trained on them, too, in the end."""
 BESIDE = {  # further methods of a potential, and their seeds
     "mace-si": {"refit": (0, 1, 2), FEWER: (0, 1), "guided": (0, 1, 2)},
-    "chgnet": {"refit": (0,), "rate 0.001": (0,), "guided": (0,)},
+    "chgnet": {"refit": (0,), "rate 0.001": (0,)},
 }
 ON_DFT = {  # potential: seeds, folds
     "mace-si": ((0, 1, 2), range(FOLDS)),

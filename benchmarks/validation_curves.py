@@ -3,6 +3,7 @@
     python benchmarks/validation_curves.py [--lr 0.002 --epochs 6] [--labels 3 4] >> docs/measured/validation_curves.txt
     python benchmarks/validation_curves.py --forces-first 4
     python benchmarks/validation_curves.py --forces --epochs 8 --lr 0.001
+    python benchmarks/validation_curves.py --adjoint guided:10
 
 A line for each fold: the epoch that is kept, and after each epoch the validation score (mean of log(1 + Delta-Q / 0.1
 amu^1/2 Å) of the fold's validation pairs) less that of the untuned potential. Float32, seed 0. With --forces-first the
@@ -31,6 +32,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--labels", type=float, nargs=2, metavar=("WEIGHT", "FRAMES"), help="of each pair in a step")
+    parser.add_argument("--adjoint", help="as in the shell")
     parser.add_argument("--forces-first", type=int, default=0, metavar="EPOCHS")
     parser.add_argument("--forces", action="store_true", help="alone: the method that study.py compares with")
     parser.add_argument("--folds", type=int, nargs="+", default=list(range(FOLDS)))
@@ -43,6 +45,8 @@ def main() -> None:
         name += f", labels {weight:g} x {frames:g}"
     if arguments.forces_first:
         name += f", {arguments.forces_first} of forces first"
+    if arguments.adjoint:
+        name += f", {arguments.adjoint}"
     if arguments.forces:
         name += ", forces alone"
     for fold in arguments.folds:
@@ -57,7 +61,7 @@ def main() -> None:
 
 def through_the_relaxation(potential, train, valid, arguments, terms) -> tuple[int, list[float]]:
     """By the Trainer; the epoch that it keeps, and the scores."""
-    trainer = Trainer(potential, lr=arguments.lr, terms=terms, progress=False)
+    trainer = Trainer(potential, lr=arguments.lr, terms=terms, adjoint=arguments.adjoint, progress=False)
     untuned = validate(potential, valid, together()).score
     frames = [atoms for pair in train for atoms in pair.frames]
     list(fit_frames(potential, frames, 0, loss=force_loss, epochs=arguments.forces_first))
