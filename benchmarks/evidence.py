@@ -19,7 +19,7 @@ import numpy as np
 from methods import METHODS, VARIANTS
 from study import BESIDE, CELLS, COMPARED, DEFECTS, ON_DFT, Cell, defects, plan
 
-from ase_bptt.datasets import FOLDS
+from ase_bptt.datasets import FOLDS, si_defects
 from ase_bptt.evaluation import Evaluation
 from ase_bptt.evaluation.compare import Comparison, compare
 from ase_bptt.report.plots import before_after, new_figure, save
@@ -250,7 +250,7 @@ def main() -> None:
     for name, text in written.items():
         (CELLS.parent / f"evidence_{name}.txt").write_text(text + "\n")
         print(text, end="\n\n")
-    shown = Pool([Cell(f"{DEFECTS}_92", "mace-si", "default", 0, fold) for fold in range(FOLDS)])
+    shown = Pool([Cell(f"{DEFECTS}_{len(si_defects())}", "mace-si", "default", 0, fold) for fold in range(FOLDS)])
     save(before_after(evaluation(shown.untuned), shown.evaluation), DOCS / "before_after.png")
     if "robustness" in run:
         save(learning_curves(), DOCS / "evidence_learning.png")

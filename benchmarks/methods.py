@@ -23,7 +23,7 @@ from ase_bptt.steppers import GradientDescent
 from ase_bptt.terms.probes import energies_and_forces
 from ase_bptt.training.distributed import together
 from ase_bptt.training.state import RunRecord
-from ase_bptt.training.validation import validate
+from ase_bptt.training.validation import Validation, validate
 
 Splits = dict[str, list[RelaxationPair]]
 Method = Callable[[Potential, Splits, int], dict[str, Any]]
@@ -67,7 +67,6 @@ def refitted(potential: Potential, splits: Splits, seed: int) -> dict[str, Any]:
 def matched(
     potential: Potential, splits: Splits, seed: int, *, at_references: bool = False, share: float = 1.0,
     loss: Loss | None = None, epochs: int = FORCE_EPOCHS, batch_size: int = FORCE_BATCH,
-    lr: float = FORCE_LEARNING_RATE,
 ) -> dict[str, Any]:  # fmt: skip
     """By the forces of all frames of the training relaxations, or by zero force at their ends; no relaxation."""
     pairs = drawn(splits["train"], share, seed)
@@ -75,12 +74,11 @@ def matched(
     record = RunRecord()
     keep(record, potential, splits["valid"])
     of_frames = partial(loss or force_loss, zero=at_references)
-    fitted = fit_frames(potential, frames, seed, loss=of_frames, epochs=epochs, batch_size=batch_size, lr=lr)
-    for record.epoch in fitted:
+    for record.epoch in fit_frames(potential, frames, seed, loss=of_frames, epochs=epochs, batch_size=batch_size):
         if record.epoch % max(2, epochs // 6) == 0 or record.epoch == epochs:
             keep(record, potential, splits["valid"])
     potential.load_state_dict(record.best["potential"])
-    return {"epochs": epochs, "lr": lr, "batch_size": batch_size,
+    return {"epochs": epochs, "lr": FORCE_LEARNING_RATE, "batch_size": batch_size,
             "best_epoch": record.best_epoch, "training_frames": len(frames)}  # fmt: skip
 
 
@@ -152,12 +150,13 @@ def force_error(potential: Potential, frames: Sequence[Atoms]) -> float:
     return float(np.average([force_loss(potential, chunk).item() for chunk in chunks], weights=weights))
 
 
-def keep(record: RunRecord, potential: Potential, valid: Sequence[RelaxationPair]) -> None:
+def keep(record: RunRecord, potential: Potential, valid: Sequence[RelaxationPair]) -> Validation:
     """Keep the weights where the Trainer would, by its validation."""
     found = validate(potential, valid, together())
     record.untuned = record.untuned or found.row
     if record.keeps(found):
         record.keep(potential=potential.state_dict())
+    return found
 
 
 def untuned(potential: Potential, splits: Splits, seed: int) -> dict[str, Any]:

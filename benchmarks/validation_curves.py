@@ -73,13 +73,10 @@ def through_the_relaxation(potential, train, valid, arguments, terms) -> tuple[i
 def forces_alone(potential, train, valid, arguments, _) -> tuple[int, list[float]]:
     """By the frames; the epoch that a Trainer would keep, and the scores."""
     record, scores = RunRecord(), []
-    keep(record, potential, valid)
+    untuned = keep(record, potential, valid).score
     frames = [atoms for pair in train for atoms in pair.frames]
     for record.epoch in fit_frames(potential, frames, 0, loss=force_loss, epochs=arguments.epochs, lr=arguments.lr):
-        found = validate(potential, valid, together())
-        scores.append(found.score - record.untuned["valid_score"])
-        if record.keeps(found):
-            record.keep(potential=potential.state_dict())
+        scores.append(keep(record, potential, valid).score - untuned)
     return record.best_epoch, scores
 
 

@@ -39,7 +39,7 @@ from ..tuning import describe
 from ..utils import as_device, counted
 from .flags import WIDTH
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 def quiet_if(json_alone: bool) -> Callable[[str], None]:
@@ -112,11 +112,11 @@ def facts(arguments: argparse.Namespace, trainer: Trainer) -> dict[str, str]:
     return found | provenance()
 
 
-def caution(*splits: Mapping[str, Sequence[RelaxationPair]], log: bool) -> dict[str, str]:
-    """As a further fact, with `log` said at once: that these hold too few kinds of structure. Otherwise nothing."""
+def caution(*splits: Mapping[str, Sequence[RelaxationPair]], warn: bool) -> dict[str, str]:
+    """As a further fact, with `warn` logged at once: that these hold too few kinds of structure. Otherwise nothing."""
     found = too_few(*splits)
-    if found and log:
-        _log.warning(found)
+    if found and warn:
+        log.warning(found)
     return {CAUTION: found} if found else {}
 
 

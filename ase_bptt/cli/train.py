@@ -109,7 +109,7 @@ def launch(
     data = trainer.check(**read(arguments, trainer.potential))
     run_folder.same_data(arguments, combined_hash([data.fingerprint, data.held_out]))
     _announce(arguments, trainer, data.splits())
-    caution = messages.caution(data.splits(), log=trainer.ranks.writes)
+    caution = messages.caution(data.splits(), warn=trainer.ranks.writes)
     if arguments.dry_run:
         left = arguments.epochs - trainer.epoch
         n, again = len(data.train), sum(map(len, data.splits().values())) if refit else 0
@@ -135,7 +135,7 @@ def _cross_validate(arguments: argparse.Namespace) -> int:
     folds = [trainer.check(**split) for split in split_into_folds(pairs, arguments.folds, seed=arguments.seed)]
     run_folder.same_data(arguments, combined_hash([fold.held_out for fold in folds]))
     _announce(arguments, trainer, {"held out in turn": pairs})
-    caution = messages.caution(*(fold.splits() for fold in folds), log=trainer.ranks.writes)
+    caution = messages.caution(*(fold.splits() for fold in folds), warn=trainer.ranks.writes)
     if arguments.dry_run:
         estimate = trainer.estimate(folds[0], epochs=arguments.epochs)
         return messages.planned(arguments, folds[0].splits(), estimate, runs=1 + arguments.folds)

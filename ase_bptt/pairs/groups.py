@@ -146,12 +146,15 @@ def too_few(*splits: Mapping[str, Sequence[RelaxationPair]]) -> str:
     n = len({p.group for split in splits for pairs in split.values() for p in pairs})
     if min(n_valid, n_test) >= FEW:
         return ""
-    sentence = f"Too few kinds of structure to tell anything about others: of {n}, the validation set "
     if len(splits) > 1:
-        return f"{sentence}of a fold has {n_valid}. Add more kinds."
+        return (
+            f"Too few kinds of structure to tell anything about others: of {n}, the validation set of a fold has "
+            f"{n_valid}. Add more kinds."
+        )
     return (
-        f"{sentence}has {n_valid} and the test set {n_test}. Hold out each kind once (--folds {min(5, n)} in the "
-        "shell, split_into_folds in Python), or add more kinds."
+        f"Too few kinds of structure to tell anything about others: of {n}, the validation set has {n_valid} and the "
+        f"test set {n_test}. Hold out each kind once (--folds {min(5, n)} in the shell, split_into_folds in Python), "
+        "or add more kinds."
     )
 
 

@@ -98,9 +98,9 @@ class RunResults:
     @property
     def no_gain(self) -> str:
         """Why the potential that is handed back is the untuned one; or empty."""
-        if self.rejected:
-            return WORSE
-        return without_gain(self.history) if self.best_epoch == 0 else ""
+        if self.best_epoch == 0:
+            return without_gain(self.history)
+        return WORSE if self.rejected else ""
 
     @property
     def epochs(self) -> int:
