@@ -38,6 +38,8 @@ FAMILIES = {
     "pairs of second neighbours": r".+_nn2",
 }
 OTHERS = "others"
+EMBEDDED = f"{DEFECTS}_{len(si_defects())}"
+TRAINED_ON = {"default": "structures, energies, forces", "structures": "structures", "forces": "forces"}
 HEAD = (
     f"{'method':22} {'cells':>7} {'n':>4} {'mean':>6} {'quartiles':>11} {'median':>6} {'geom.':>6} "
     f"{'change of geom.':>18} {'of the mean':>18} {'better':>7} {'tied':>5} {'closer':>7} {'median':>7} "
@@ -197,6 +199,25 @@ def table(title: str, pools: dict[str, Pool]) -> str:
     return "\n\n".join(filter(None, parts))
 
 
+def summary(by_potential: dict[str, dict[str, Pool]]) -> str:
+    """What each way of training changes for each potential on the embedded set: a line for each that was run."""
+    head = (
+        f"{'potential':14} {'trained on':30} {'cells':>6} {'n':>4} {'geometric mean':>29} {'mean':>17} "
+        f"{'better':>7} {'median':>7} {'basins':>8}"
+    )
+    lines = [head, "-" * len(head)]
+    for potential, found in by_potential.items():
+        for name, trained_on in TRAINED_ON.items():
+            if (pool := found[name]).cells:
+                before, after, c = evaluation(pool.untuned), pool.evaluation, pool.comparison
+                change = f"{before.geometric_mean:.2f} to {after.geometric_mean:.2f}, {c.geometric_mean}"
+                lines.append(
+                    f"{potential:14} {trained_on:30} {len(pool.cells):>6} {len(pool.rows):>4} {change:>29} {c.mean!s:>17} "
+                    f"{c.improved:>7.0%} {c.median_improvement:>+7.0%} {f'+{c.basins_won} -{c.basins_lost}':>8}"
+                )
+    return "\n".join(lines)
+
+
 def pools(set_: str, potential: str, methods: Sequence[str], side: str = "test") -> dict[str, Pool]:
     """By method."""
     planned = defects(set_) if set_.startswith(DEFECTS) else plan()
@@ -227,33 +248,35 @@ def learning_curves(side: str = "test"):
     return figure
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.parse_args()
+def tables() -> dict[str, str]:
+    """By the name of its file, each table of which a cell was run."""
     surrogate = "Surrogate set (reference: 7net-mf-0, not DFT), mace-si"
+    variants = pools("surrogate", "mace-si", ["default", *VARIANTS])
     chosen = {
         "surrogate_validation": (f"{surrogate}, validation kinds: what recipes were chosen by",
                                  pools("surrogate", "mace-si", list(METHODS), "valid")),
         "surrogate": (f"{surrogate}, test kinds", pools("surrogate", "mace-si", list(METHODS))),
+        "robustness": (f"{surrogate}, test kinds: one setting changed, or a share of the training kinds", variants),
     }  # fmt: skip
-    variants = pools("surrogate", "mace-si", ["default", *VARIANTS])
-    if any(variants[name].cells for name in VARIANTS):
-        title = f"{surrogate}, test kinds: one setting changed, or a share of the training kinds"
-        chosen["robustness"] = title, variants
     for name, potential in product(sorted(folder.name for folder in CELLS.glob(f"{DEFECTS}_*")), ON_DFT):
         chosen[f"{name}_{potential.replace(':', '-').replace('.', '')}"] = (
             f"{name} (DFT), {potential}, held-out kinds of all folds that were run",
             pools(name, potential, ["untuned", *COMPARED, *BESIDE.get(potential, ())]),
         )
-    run = {name: found for name, found in chosen.items() if any(pool.cells for pool in found[1].values())}
-    written = {name: table(*found) for name, found in run.items()}
-    for name, text in written.items():
+    found = {potential: pools(EMBEDDED, potential, list(TRAINED_ON)) for potential in ON_DFT}
+    run = {name: of for name, of in chosen.items() if any(pool.cells for pool in of[1].values())}
+    return {"summary": summary(found)} | {name: table(*of) for name, of in run.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.parse_args()
+    for name, text in tables().items():
         (CELLS.parent / f"evidence_{name}.txt").write_text(text + "\n")
         print(text, end="\n\n")
-    shown = Pool([Cell(f"{DEFECTS}_{len(si_defects())}", "mace-si", "default", 0, fold) for fold in range(FOLDS)])
+    shown = Pool([Cell(EMBEDDED, "mace-si", "default", 0, fold) for fold in range(FOLDS)])
     save(before_after(evaluation(shown.untuned), shown.evaluation), DOCS / "before_after.png")
-    if "robustness" in run:
-        save(learning_curves(), DOCS / "evidence_learning.png")
+    save(learning_curves(), DOCS / "evidence_learning.png")
     missing = [cell for cell in plan() if not cell.file.exists()]
     text = "\n".join(" ".join(map(str, cell)) for cell in missing) or "none"
     hours = sum(json.loads(f.read_text())["processor_seconds"] for f in CELLS.rglob("*.json")) / 3600
