@@ -212,8 +212,9 @@ def summary(by_potential: dict[str, dict[str, Pool]]) -> str:
                 before, after, c = evaluation(pool.untuned), pool.evaluation, pool.comparison
                 change = f"{before.geometric_mean:.2f} to {after.geometric_mean:.2f}, {c.geometric_mean}"
                 lines.append(
-                    f"{potential:14} {trained_on:30} {len(pool.cells):>6} {len(pool.rows):>4} {change:>29} {c.mean!s:>17} "
-                    f"{c.improved:>7.0%} {c.median_improvement:>+7.0%} {f'+{c.basins_won} -{c.basins_lost}':>8}"
+                    f"{potential:14} {trained_on:30} {len(pool.cells):>6} {len(pool.rows):>4} {change:>29} "
+                    f"{c.mean!s:>17} {c.improved:>7.0%} {c.median_improvement:>+7.0%} "
+                    f"{f'+{c.basins_won} -{c.basins_lost}':>8}"
                 )
     return "\n".join(lines)
 
