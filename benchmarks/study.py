@@ -75,7 +75,7 @@ BESIDE = {  # further methods of a potential, and their seeds
 ON_DFT = {  # potential: seeds, folds
     "mace-si": ((0, 1, 2), range(FOLDS)),
     "chgnet": ((0,), range(FOLDS)),
-    "sevennet": ((0,), (0, 1)),
+    "sevennet": ((0,), range(FOLDS)),
     "chgnet:0.2.0": ((0,), (0,)),
     "chgnet:r2scan": ((0,), (0,)),
 }
