@@ -42,6 +42,8 @@ from ase_bptt.utils import write_json
 HERE = Path(__file__).parent
 CELLS = HERE.parent / "docs" / "measured" / "study"
 DEFECTS, WITH_FAR, CRYSTALS = "si_defects", "si_defects_with_far", "pbesol_crystals"
+EMBEDDED = f"{DEFECTS}_{len(si_defects())}"
+"""The set of the embedded relaxations of defects."""
 Splits = dict[str, list[RelaxationPair]]
 
 
@@ -86,7 +88,7 @@ def plan() -> list[Cell]:
     chosen = [Cell("surrogate", "mace-si", method, seed, 0) for seed in (0, 1) for method in METHODS
               if method != "untuned" or seed == 0]  # fmt: skip
     robust = [Cell("surrogate", "mace-si", method, 0, 0) for method in VARIANTS]
-    return defects(f"{DEFECTS}_{len(si_defects())}") + chosen + robust + crystals() + defects(WITH_FAR)
+    return defects(EMBEDDED) + chosen + robust + crystals() + defects(WITH_FAR)
 
 
 def defects(name: str) -> list[Cell]:

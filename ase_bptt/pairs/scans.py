@@ -212,7 +212,7 @@ def _of_pw(lines: Lines) -> Iterator[Run]:
         found = mark.group() if mark else b""
         if found == b"Program PWSCF":
             if run is not None:
-                yield _told(run)
+                yield _started(run)
             # What stands before is an input that a script has copied there.
             run = Run("pw.x", dict(echoed.tags))
         into = run or echoed
@@ -246,7 +246,7 @@ def _of_pw(lines: Lines) -> Iterator[Run]:
             _header_of_pw(into, found, line, lines)
         lines.skip(PW)
     if run is not None:
-        yield _told(run)
+        yield _started(run)
 
 
 def _header_of_pw(run: Run, found: bytes, line: bytes, lines: Lines) -> None:
@@ -279,8 +279,8 @@ def _table(pattern: re.Pattern[bytes], lines: Lines) -> list[re.Match[bytes]]:
     return [row for row in takewhile(bool, map(pattern.match, lines)) if row]
 
 
-def _told(run: Run) -> Run:
-    """Damped dynamics, which ends in a minimum, is a relaxation."""
+def _started(run: Run) -> Run:
+    """The run, whose kind is known now: damped dynamics, which ends in a minimum, is a relaxation."""
     if "relax" in run.signs:
         run.signs.discard("md")
     run.started = True
